@@ -1,0 +1,35 @@
+# make train    environment, a small made data set, training of an Oct-I3D, test
+# make test     environment, every test
+# make lint     ruff and mypy
+# PIP_FLAGS     options for pip, such as --index-url https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+RUN = runs/quickstart
+INSTALLED = .venv/.installed
+
+.PHONY: install train test lint clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
+	touch $@
+
+train: $(INSTALLED)
+	.venv/bin/python -m octvideo.data.motions data/motions
+	rm -rf $(RUN)
+	.venv/bin/python tools/train_net.py --cfg configs/quickstart.yaml
+	.venv/bin/python tools/test_net.py --cfg configs/quickstart.yaml --ckpt $(RUN)/checkpoints/last.ckpt --output $(RUN)/test
+
+test: $(INSTALLED)
+	.venv/bin/python -m pytest
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy octvideo
+
+clean:
+	rm -rf .venv runs data/motions
