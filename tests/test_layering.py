@@ -1,0 +1,41 @@
+"""Who may import whom: octaves <- conv <- octavize <- models <- recognizer; data and the network side never meet."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "octvideo"
+NETWORK = ["octaves", "conv", "octavize", "models", "recognizer"]
+ALLOWED = {
+    "octaves": set(),
+    "conv": {"octaves"},
+    "octavize": {"octaves", "conv"},
+    "models": {"octaves", "conv", "octavize"},
+    "recognizer": {"octaves", "conv", "octavize", "models", "cost"},
+    "cost": set(),
+    "__init__": set(NETWORK),
+}
+
+
+def imports(path):
+    """The octvideo modules that a file imports, by their first name below the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("octvideo.")}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"relative import in {path}"
+    return found
+
+
+def test_every_module_imports_only_what_lies_below_it():
+    modules = list(PACKAGE.glob("*.py"))
+    assert len(modules) >= 6
+    for path in modules:
+        assert imports(path) <= ALLOWED[path.stem], path
+
+
+def test_data_imports_only_data():
+    modules = list((PACKAGE / "data").glob("*.py"))
+    assert len(modules) >= 6
+    for path in modules:
+        assert imports(path) <= {"data"}, path

@@ -1,0 +1,165 @@
+"""The zoo: published sizes and costs, pytorchvideo's numbers, weights that mean the same at every alpha."""
+
+import pytest
+import torch
+from pytorchvideo.models.resnet import create_resnet
+from pytorchvideo.models.slowfast import create_slowfast
+from torch import nn
+
+from octvideo import MODELS, OctConv3d, Octaves, create_model, octavize
+from octvideo.cost import count_macs, count_parameters
+from octvideo.models import HeadPool
+
+PARAMETERS = {"c2d_r50": 24_327_632, "i3d_r50": 28_043_472, "slow_r50": 32_454_096, "slowfast_r50": 34_566_488}
+GIGA_MACS = {  # one 224 x 224 clip of 8 (SlowFast: 32) frames at alpha 0, .125, .25, .5
+    "c2d_r50": (19.493, 16.949, 14.710, 11.150),
+    "i3d_r50": (28.408, 25.049, 22.102, 17.444),
+    "slow_r50": (41.741, 36.383, 31.659, 24.111),
+    "slowfast_r50": (50.309, 44.109, 38.636, 29.867),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("column", range(4))
+def test_parameters_and_macs_are_the_published_ones(name, column):
+    alpha = (0, 0.125, 0.25, 0.5)[column]
+    with torch.device("meta"):
+        network = create_model(name, alpha=alpha)
+    assert count_parameters(network) == PARAMETERS[name]
+    frames = 32 if name == "slowfast_r50" else 8
+    macs = count_macs(network, (3, frames, 224, 224)) / 1e9
+    assert macs == pytest.approx(GIGA_MACS[name][column], rel=1e-3)
+
+
+def pytorchvideos_own(name, frames, **size):
+    """The network as pytorchvideo publishes it, its heads' windows set for the number of frames."""
+    kernels = {
+        "c2d_r50": ((1, 7, 7), ((1, 1, 1),) * 4),
+        "i3d_r50": ((5, 7, 7), ((3, 1, 1), [(3, 1, 1), (1, 1, 1)], [(3, 1, 1), (1, 1, 1)], [(1, 1, 1), (3, 1, 1)])),
+        "slow_r50": ((1, 7, 7), ((1, 1, 1), (1, 1, 1), (3, 1, 1), (3, 1, 1))),
+    }
+    if name == "slowfast_r50":
+        return create_slowfast(
+            stem_dim_outs=(size["width"], size["width"] // 8),
+            slowfast_fusion_conv_kernel_size=(7, 1, 1),
+            head_pool_kernel_sizes=((frames // 4, 7, 7), (frames, 7, 7)),
+        )
+    stem, stages = kernels[name]
+    return create_resnet(
+        stem_dim_out=size["width"],
+        stem_conv_kernel_size=stem,
+        stage1_pool=None if name == "slow_r50" else nn.MaxPool3d,
+        stage_conv_a_kernel_size=stages,
+        head_pool_kernel_size=(frames if name == "slow_r50" else frames // 2, 7, 7),
+    )
+
+
+def settle(network):
+    """Random batch-norm statistics and scales, as a trained network has; zeros would hide half of it."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network.eval()
+
+
+@pytest.mark.parametrize("crop", [224, 256])
+@pytest.mark.parametrize("name", MODELS)
+def test_alpha_zero_gives_pytorchvideos_logits_bit_for_bit(name, crop):
+    torch.manual_seed(0)
+    ours = settle(create_model(name, width=16))
+    theirs = pytorchvideos_own(name, 8, width=16).eval()
+    theirs.load_state_dict(ours.state_dict())
+    clip = torch.randn(1, 3, 8, crop, crop)
+    pathways = [clip.index_select(2, torch.tensor([0, 7])), clip.clone()]
+    with torch.no_grad():
+        assert torch.equal(ours(clip), theirs(pathways if name == "slowfast_r50" else clip))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_state_dict_loads_strictly_at_any_alpha_and_alpha_zero_restores(name):
+    torch.manual_seed(0)
+    vanilla = settle(create_model(name, width=16, num_classes=5))
+    clip = torch.randn(1, 3, 8, 48, 48)
+    with torch.no_grad():
+        wanted = vanilla(clip)
+        for alpha in (0.125, 0.5, (0.25, 0.25, 0.5, 0.5), 1.0):
+            network = create_model(name, alpha=alpha, width=16, num_classes=5).eval()
+            network.load_state_dict(vanilla.state_dict(), strict=True)
+            assert network(clip).shape == wanted.shape
+            assert not torch.equal(network(clip), wanted)
+            octavize(network, 0)
+            assert not any(isinstance(module, OctConv3d) for module in network.modules())
+            assert torch.equal(network(clip), wanted)
+
+
+@pytest.mark.parametrize("size", [64, 72], ids=["even maps", "odd maps"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_clip_constant_in_space_has_the_same_logits_at_every_alpha(name, size):
+    """Without detail there is nothing that a lower resolution could lose: only a channel out of order changes logits."""
+    torch.manual_seed(0)
+    network = settle(create_model(name, width=16, num_classes=7)).double()
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d):
+            module.padding_mode = "circular"
+        if isinstance(module, nn.MaxPool3d):
+            module.padding = 0  # torch's pools cannot pad in a circle; the first one must not halve unevenly either
+            module.kernel_size = module.stride
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight)
+    clip = torch.randn(2, 3, 8, 1, 1, dtype=torch.float64).expand(-1, -1, -1, size, size)
+    with torch.no_grad():
+        wanted = network(clip)
+        for alpha in (0.125, 0.25, 0.5):
+            stages = {r"^blocks\.[1-5]\.": alpha}
+            torch.testing.assert_close(octavize(network, stages)(clip), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_octave_features_flow_through_the_octave_stages_only():
+    network = create_model("i3d_r50", alpha=0.25, width=16)
+    x, kinds = torch.zeros(1, 3, 4, 32, 32), []
+    for block in network.blocks:
+        x = block(x)
+        kinds.append(isinstance(x, Octaves))
+    assert kinds == [False, True, True, True, True, False, False]
+
+
+def test_initialisation_follows_the_recipe():
+    torch.manual_seed(0)
+    network = create_model("i3d_r50", alpha=0.25, num_classes=400)
+    final = [module.norm_c.weight for module in network.modules() if hasattr(module, "norm_c")]
+    assert len(final) == 16
+    assert all(weight.abs().max() == 0 for weight in final)
+    assert network.blocks[-1].proj.weight.std().item() == pytest.approx(0.01, rel=0.01)
+
+
+def test_head_pool_takes_any_size():
+    pool = HeadPool()
+    x = torch.randn(2, 4, 3, 5, 6)
+    torch.testing.assert_close(pool(x), x.mean((2, 3, 4), keepdim=True))
+    assert pool(torch.randn(2, 4, 3, 8, 9)).shape == (2, 4, 1, 2, 3)
+    octaves = Octaves(torch.randn(2, 4, 3, 9, 9), torch.randn(2, 4, 3, 5, 5))
+    torch.testing.assert_close(pool(octaves)[:, 4:], octaves.low.mean((2, 3, 4), keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "i3d_r5"}, "no model 'i3d_r5'; there are c2d_r50, i3d_r50"),
+        ({"name": "i3d_r50", "alpha": 1.5}, r"alpha must lie in \[0, 1\], got 1.5"),
+        ({"name": "i3d_r50", "alpha": (0.1, 0.1)}, "one number or four"),
+        ({"name": "i3d_r50", "num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"name": "i3d_r50", "depth": 34}, r"depth must be one of \(50, 101, 152\), got 34"),
+        ({"name": "slowfast_r50", "width": 12}, "multiple of channel_ratio 8, got 12"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        create_model(**arguments)
+
+
+def test_slowfast_refuses_a_clip_it_cannot_divide():
+    with pytest.raises(ValueError, match="multiple of 4 frames, got 6"):
+        create_model("slowfast_r50", width=16)(torch.zeros(1, 3, 6, 32, 32))

@@ -1,0 +1,92 @@
+"""octavize on networks that nobody here wrote."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from octvideo import OctConv2d, OctConv3d, octavize
+from octvideo.cost import count_macs
+
+
+def small_network():
+    return nn.Sequential(
+        nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 8, 3, padding=1), nn.AdaptiveAvgPool3d(1)
+    )
+
+
+def test_the_network_stays_the_same_object_with_the_same_weights():
+    network = small_network()
+    before = {name: (parameter, parameter.clone()) for name, parameter in network.named_parameters()}
+    assert octavize(network, 0.5) is network
+    for name, parameter in network.named_parameters():
+        assert parameter is before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+def test_the_convolution_that_reads_the_input_stays_vanilla():
+    network = octavize(small_network(), 0.5)
+    assert network[0].alpha == 0
+    assert network[3].alpha == 0.5
+    assert network(torch.zeros(1, 3, 2, 8, 8)).shape == (1, 8, 1, 1, 1)
+
+
+def test_first_matching_regex_decides_and_others_keep_alpha_zero():
+    network = octavize(resnet18(), {r"layer1\.0": 0.25, r"layer[12]": 0.5}, skip=["downsample"])
+    alphas = {name: module.alpha for name, module in network.named_modules() if isinstance(module, OctConv2d)}
+    assert alphas["layer1.0.conv1"] == 0.25
+    assert alphas["layer1.1.conv1"] == 0.5
+    assert alphas["layer2.0.downsample.0"] == 0
+    assert alphas["layer3.0.conv1"] == 0
+
+
+def test_a_torchvision_network_runs_and_gets_cheaper():
+    vanilla = resnet18().eval()
+    macs = count_macs(vanilla, (3, 64, 64))
+    network = octavize(vanilla, {r"layer[1-3]": 0.5})
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+    assert count_macs(network, (3, 64, 64)) < 0.7 * macs
+
+
+def test_reassigning_and_restoring():
+    torch.manual_seed(0)
+    network = small_network().eval()
+    clip = torch.randn(1, 3, 2, 8, 8)
+    vanilla = network(clip)
+    octavize(network, 0.25, temporal=True)
+    assert network[3].alpha == 0.25
+    assert network[3].temporal
+    octavize(network, 0.5)
+    assert network[3].alpha == 0.5
+    assert not network[3].temporal
+    octavize(network, 0)
+    assert type(network[3]) is nn.Conv3d
+    assert not hasattr(network[3], "alpha")
+    assert torch.equal(network(clip), vanilla)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "skip", "message"),
+    [
+        (1.5, (), r"alpha must lie in \[0, 1\], got 1.5"),
+        ({"layer9": 0.5}, (), "no convolution of Sequential has a name that matches 'layer9'"),
+        (0.5, ("head",), "matches 'head'"),
+    ],
+)
+def test_mistakes_are_errors_that_change_nothing(alpha, skip, message):
+    network = small_network()
+    with pytest.raises(ValueError, match=message):
+        octavize(network, alpha, skip=skip)
+    assert not any(isinstance(module, OctConv3d) for module in network.modules())
+
+
+def test_groups_that_cannot_be_split_name_the_layer():
+    network = nn.Sequential(nn.Conv3d(3, 8, 1), nn.Conv3d(8, 8, 1, groups=4))
+    with pytest.raises(ValueError, match="1: alpha 0.25 splits 8 output channels into 6 high and 2 low"):
+        octavize(network, 0.25)
+    assert type(network[1]) is nn.Conv3d
+
+
+def test_a_network_without_convolutions_is_refused():
+    with pytest.raises(ValueError, match=r"Linear has no nn.Conv2d or nn.Conv3d"):
+        octavize(nn.Linear(3, 4))
