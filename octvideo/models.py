@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from pytorchvideo.models.net import MultiPathWayWithFuse, Net
-from pytorchvideo.models.resnet import ResStage, create_resnet
-from pytorchvideo.models.slowfast import create_slowfast
 from torch import Tensor, nn
+
+with warnings.catch_warnings():  # fvcore, below pytorchvideo, still calls torch.jit.script
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from pytorchvideo.models.net import MultiPathWayWithFuse, Net
+    from pytorchvideo.models.resnet import ResStage, create_resnet
+    from pytorchvideo.models.slowfast import create_slowfast
 
 from octvideo.octaves import Octaves
 from octvideo.octavize import octavize

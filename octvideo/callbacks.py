@@ -1,0 +1,46 @@
+"""Callbacks that Lightning lacks."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+
+class BadVideos(Callback):
+    """Counts the videos that could not be decoded, and logs each of them once, with its path and reason.
+
+    Attributes:
+        reasons: reason by path, of all bad videos that this process has met.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes the videos that were replaced by others."""
+        self._note(pl_module, batch, "train/bad_videos")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Notes the videos that could not be validated."""
+        self._note(pl_module, batch, "val/bad_videos")
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Notes the videos that could not be tested."""
+        self._note(pl_module, batch, "test/bad_videos")
+
+    def _note(self, module: LightningModule, batch: Any, name: str) -> None:
+        for path, reason in batch.bad:
+            if path not in self.reasons:
+                self.reasons[path] = reason
+                log.warning("bad video %s: %s", path, reason)
+        module.log(name, float(len(batch.bad)), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)

@@ -1,0 +1,70 @@
+"""List files: which videos there are, and their classes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class VideoList(NamedTuple):
+    """Videos and their classes.
+
+    Arrays, not Python lists: worker processes share an array's memory, and would each copy a list of strings.
+
+    Args:
+        paths: N file paths.
+        labels: N class numbers from 0.
+    """
+
+    paths: NDArray[np.str_]
+    labels: NDArray[np.int64]
+
+
+class ListError(ValueError):
+    """A list file that cannot be read; the message names the file, and the line if there is one."""
+
+
+def read_list(
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    separator: str = " ",
+    header: bool = False,
+    num_classes: int | None = None,
+) -> VideoList:
+    """Reads a list file: on each line a video's path and its class number.
+
+    Args:
+        path: the list file, in UTF-8. Blank lines are skipped.
+        root: folder that the paths start from; absolute paths stay as they are. Default: the present folder.
+        separator: what stands between path and class number; the last one on a line counts, so paths may hold it too.
+        header: skip the first line.
+        num_classes: if given, class numbers must be below it.
+
+    Raises:
+        ListError: no such file, no line in it, or a line that is not a path and a class number.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
+        raise ListError(f"{path}: {reason}") from error
+    paths, labels = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (header and number == 1):
+            continue
+        video, _, label = (entry.strip() for entry in line.strip().rpartition(separator))
+        if not video or not label.removeprefix("-").isdecimal():
+            raise ListError(f"{path}:{number}: expected 'path{separator}class number', got {line!r}")
+        if int(label) < 0 or (num_classes is not None and int(label) >= num_classes):
+            allowed = "0 or above" if num_classes is None else f"0 to {num_classes - 1} (num_classes is {num_classes})"
+            raise ListError(f"{path}:{number}: class number must be {allowed}, got {label}")
+        paths.append(os.path.join(root, video) if root is not None else video)
+        labels.append(int(label))
+    if not paths:
+        raise ListError(f"{path}: no video in it; expected lines of 'path{separator}class number'")
+    return VideoList(np.array(paths), np.array(labels, dtype=np.int64))

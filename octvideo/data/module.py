@@ -1,0 +1,197 @@
+"""The Lightning data module: from list files to batches."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from octvideo.data.annotations import ListError, VideoList, read_list
+from octvideo.data.dataset import Batch, EpochSampler, Sample, TestViews, TrainingClips, collate
+
+EVALUATED_TOGETHER = 30  # clips in a batch of validation or testing
+
+
+class VideoData(LightningDataModule):
+    """Training clips, and validation and test views, of the videos in list files.
+
+    A list file has a line for each video: its path and its class number. The defaults are the recipe of the SlowFast
+    project for Kinetics: 8 frames, every 8th, crops of 224 from a short side of 256 to 320, tests of 10 x 3 views of 256.
+
+    Args:
+        train_list: list file of the training videos.
+        val_list: list file of the validation videos, tested after every epoch with one view each.
+        test_list: list file of the test videos; default: the validation videos.
+        root: folder that the paths in the list files start from. Default: the present folder.
+        separator: what stands between path and class number in a list file.
+        header: skip the first line of each list file.
+        num_classes: class numbers must be below it (set by model.num_classes).
+        clip_frames: frames in a clip.
+        frame_stride: take every n-th frame of a video.
+        crop_size: height and width of a training clip, in pixels.
+        short_side: least and most pixels that the shorter side is scaled to before a training crop.
+        mirror: flip half of the training clips left to right; turn it off where left and right are classes.
+        test_crop_size: height and width of a validation or test view, in pixels; the shorter side is scaled to it.
+        test_clips: moments of a test video, spread evenly.
+        test_crops: crops a moment, spread evenly along the longer side.
+        shuffle_test_frames: test on frames in random order: a control that tells whether a network uses time.
+        batch_size: training clips a step, in each process.
+        num_workers: processes that decode, for each training process; 0 decodes in the training process itself.
+        seed: of all random choices (set by seed_everything).
+
+    Raises:
+        ListError: a list file that is missing or has a wrong line.
+        ValueError: a number out of its range.
+    """
+
+    def __init__(
+        self,
+        train_list: str | None = None,
+        val_list: str | None = None,
+        test_list: str | None = None,
+        *,
+        root: str | None = None,
+        separator: str = " ",
+        header: bool = False,
+        num_classes: int | None = None,
+        clip_frames: int = 8,
+        frame_stride: int = 8,
+        crop_size: int = 224,
+        short_side: tuple[int, int] = (256, 320),
+        mirror: bool = True,
+        test_crop_size: int = 256,
+        test_clips: int = 10,
+        test_crops: int = 3,
+        shuffle_test_frames: bool = False,
+        batch_size: int = 8,
+        num_workers: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "clip_frames": clip_frames,
+            "frame_stride": frame_stride,
+            "crop_size": crop_size,
+            "test_crop_size": test_crop_size,
+            "test_clips": test_clips,
+            "test_crops": test_crops,
+            "batch_size": batch_size,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"data.{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers must be at least 0, got {num_workers}")
+        if not crop_size <= short_side[0] <= short_side[1]:
+            raise ValueError(
+                f"data.short_side must be two sizes from crop_size {crop_size} upwards, the smaller first, got {short_side}"
+            )
+        if not separator:
+            raise ValueError("data.separator must be at least one character")
+        self.lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list or val_list}
+        self.root = root
+        self.separator = separator
+        self.header = header
+        self.num_classes = num_classes
+        self.clip_frames = clip_frames
+        self.frame_stride = frame_stride
+        self.crop_size = crop_size
+        self.short_side = short_side
+        self.mirror = mirror
+        self.test_crop_size = test_crop_size
+        self.test_clips = test_clips
+        self.test_crops = test_crops
+        self.shuffle_test_frames = shuffle_test_frames
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._videos: dict[str, VideoList] = {}
+
+    def read(self, name: str) -> VideoList:
+        """Reads a list file once, and says what is missing in the words of the options.
+
+        Args:
+            name: train_list, val_list or test_list.
+
+        Raises:
+            ListError: not given, missing, or a wrong line.
+        """
+        if name not in self._videos:
+            path = self.lists[name]
+            looks = f"a text file with a line 'path{self.separator}class number' for each video, named by --data.{name} FILE"
+            if path is None:
+                raise ListError(f"no {name.removesuffix('_list')} videos are named: expected {looks}")
+            if not os.path.isfile(path):
+                raise ListError(f"{path} does not exist: expected {looks} (its paths start from --data.root DIR)")
+            self._videos[name] = read_list(
+                path, root=self.root, separator=self.separator, header=self.header, num_classes=self.num_classes
+            )
+        return self._videos[name]
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches of `batch_size` random clips; the incomplete last one is dropped.
+
+        Raises:
+            ListError: fewer videos than one batch in every process.
+        """
+        videos = self.read("train_list")
+        dataset = TrainingClips(
+            videos,
+            clip_frames=self.clip_frames,
+            frame_stride=self.frame_stride,
+            crop_size=self.crop_size,
+            short_side=self.short_side,
+            mirror=self.mirror,
+            seed=self.seed,
+        )
+        sampler = self._sampler(videos, shuffle=True)
+        if len(sampler) < self.batch_size:
+            raise ListError(
+                f"{self.lists['train_list']}: {len(videos.paths)} videos for {sampler.world_size} processes are fewer "
+                f"than one batch of {self.batch_size} each: lower --data.batch_size"
+            )
+        return self._loader(dataset, sampler, self.batch_size, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """The centre view of every validation video; nothing without a validation list."""
+        return self._views("val_list", 1, 1) if self.lists["val_list"] is not None else []
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """All views of every test video."""
+        return self._views("test_list", self.test_clips, self.test_crops, self.shuffle_test_frames)
+
+    def _views(self, name: str, num_clips: int, num_crops: int, shuffle_frames: bool = False) -> DataLoader[Batch]:
+        videos = self.read(name)
+        dataset = TestViews(
+            videos,
+            clip_frames=self.clip_frames,
+            frame_stride=self.frame_stride,
+            crop_size=self.test_crop_size,
+            short_side=self.test_crop_size,
+            num_clips=num_clips,
+            num_crops=num_crops,
+            shuffle_frames=shuffle_frames,
+            seed=self.seed,
+        )
+        together = max(1, EVALUATED_TOGETHER // (num_clips * num_crops))
+        return self._loader(dataset, self._sampler(videos, shuffle=False), together, drop_last=False)
+
+    def _sampler(self, videos: VideoList, shuffle: bool) -> EpochSampler:
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        return EpochSampler(len(videos.paths), self.seed, shuffle, rank, world_size)
+
+    def _loader(
+        self, dataset: Dataset[Sample], sampler: EpochSampler, batch_size: int, drop_last: bool
+    ) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

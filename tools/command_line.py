@@ -1,0 +1,91 @@
+"""The command line that train_net.py and test_net.py share: YAML, typed options, one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+# OpenMP threads that wait in a spin take the cores from the processes that decode: on 2 cores with 2 of them an epoch
+# of the quickstart took 44 s, and 22 s like this. To be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Of Lightning and its libraries, about their own inside; nothing that a user of octvideo could change.
+for message in (".*LeafSpec.*", ".*smaller than the logging interval.*"):
+    warnings.filterwarnings("ignore", message)
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+
+from jsonargparse import ActionConfigFile  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
+
+from octvideo.callbacks import BadVideos  # noqa: E402
+from octvideo.data.module import VideoData  # noqa: E402
+from octvideo.recognizer import Recognizer  # noqa: E402
+
+Cli = TypeVar("Cli", bound="CommandLine")
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line on standard error."""
+    line = " ".join(str(message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, with errors of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the program; jsonargparse would print its usage first."""
+        fail(message)
+
+
+class CommandLine(LightningCLI):
+    """Builds trainer, model and data from the options, without starting anything.
+
+    Args:
+        description: first lines of --help.
+        keep_options: write the resolved options to config.yaml in the run folder.
+    """
+
+    def __init__(self, description: str, keep_options: bool) -> None:
+        super().__init__(
+            Recognizer,
+            VideoData,
+            save_config_callback=SaveConfigCallback if keep_options else None,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"description": description, "default_env": False},
+            trainer_defaults={"use_distributed_sampler": False, "callbacks": [BadVideos()]},
+            run=False,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """As Lightning's, with --cfg for the YAML file."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--cfg", action=ActionConfigFile, help="YAML file of options; later options override it")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Data and model agree on the classes, and everything on the seed."""
+        parser.link_arguments("model.num_classes", "data.num_classes")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.set_defaults({"trainer.default_root_dir": "runs/default"})
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run keeps its checkpoints, logs and results."""
+        return Path(self.config["trainer"]["default_root_dir"])
+
+
+def start(command_line: Callable[[], Cli]) -> Cli:
+    """Builds a command line; a mistake of the user's, which is a ValueError, ends the program with its one line."""
+    try:
+        return command_line()
+    except ValueError as error:
+        fail(str(error))
