@@ -27,13 +27,25 @@ class BadVideos(Callback):
         self._note(pl_module, batch, "train/bad_videos")
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Notes the videos that could not be validated."""
         self._note(pl_module, batch, "val/bad_videos")
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Notes the videos that could not be tested."""
         self._note(pl_module, batch, "test/bad_videos")
@@ -43,4 +55,6 @@ class BadVideos(Callback):
             if path not in self.reasons:
                 self.reasons[path] = reason
                 log.warning("bad video %s: %s", path, reason)
-        module.log(name, float(len(batch.bad)), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1)
+        module.log(
+            name, float(len(batch.bad)), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1
+        )

@@ -74,17 +74,23 @@ class SlowFast(Net):
 
 def c2d_r50(num_classes: int = 400, *, width: int = 64, depth: int = 50, dropout: float = 0.5) -> Net:
     """C2D: a ResNet that sees each frame by itself and pools over time (Wang et al., CVPR 2018)."""
-    return _resnet(num_classes, width, depth, dropout, stem=1, pool_frames=True, temporal_kernels=((1,), (1,), (1,), (1,)))
+    return _resnet(
+        num_classes, width, depth, dropout, stem=1, pool_frames=True, temporal_kernels=((1,), (1,), (1,), (1,))
+    )
 
 
 def i3d_r50(num_classes: int = 400, *, width: int = 64, depth: int = 50, dropout: float = 0.5) -> Net:
     """I3D: temporal kernels of 3 in every second block (Wang et al., CVPR 2018, after Carreira and Zisserman)."""
-    return _resnet(num_classes, width, depth, dropout, stem=5, pool_frames=True, temporal_kernels=((3,), (3, 1), (3, 1), (1, 3)))
+    return _resnet(
+        num_classes, width, depth, dropout, stem=5, pool_frames=True, temporal_kernels=((3,), (3, 1), (3, 1), (1, 3))
+    )
 
 
 def slow_r50(num_classes: int = 400, *, width: int = 64, depth: int = 50, dropout: float = 0.5) -> Net:
     """Slow: SlowFast's slow pathway alone; temporal kernels only in the last two stages."""
-    return _resnet(num_classes, width, depth, dropout, stem=1, pool_frames=False, temporal_kernels=((1,), (1,), (3,), (3,)))
+    return _resnet(
+        num_classes, width, depth, dropout, stem=1, pool_frames=False, temporal_kernels=((1,), (1,), (3,), (3,))
+    )
 
 
 def slowfast_r50(
@@ -184,17 +190,23 @@ def create_model(
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if depth not in DEPTHS:
         raise ValueError(f"depth must be one of {DEPTHS}, got {depth}")
-    if width < 1 or name.startswith("slowfast") and width % channel_ratio:
-        raise ValueError(f"width must be positive, and for SlowFast a multiple of channel_ratio {channel_ratio}, got {width}")
+    if width < 1 or (name.startswith("slowfast") and width % channel_ratio):
+        raise ValueError(
+            f"width must be positive, and for SlowFast a multiple of channel_ratio {channel_ratio}, got {width}"
+        )
     pathways = {"frame_ratio": frame_ratio, "channel_ratio": channel_ratio} if MODELS[name] is slowfast_r50 else {}
     network = MODELS[name](num_classes, width=width, depth=depth, dropout=dropout, **pathways)
     for module in network.modules():
         for child_name, child in module.named_children():
             if type(child) is nn.AvgPool3d:
                 setattr(module, child_name, HeadPool())
-    return octavize(network, {f"^blocks\\.{block}\\.": alpha for block, alpha in zip(_stages(network), alphas, strict=True)})
+    return octavize(
+        network, {f"^blocks\\.{block}\\.": alpha for block, alpha in zip(_stages(network), alphas, strict=True)}
+    )
 
 
 def _stages(network: Net) -> list[int]:
     """Where res2 to res5 are among the network's blocks: SlowFast's hold two pathways and the lateral connection."""
-    return [i for i, block in enumerate(network.blocks) if i > 0 and isinstance(block, (ResStage, MultiPathWayWithFuse))]
+    return [
+        i for i, block in enumerate(network.blocks) if i > 0 and isinstance(block, (ResStage, MultiPathWayWithFuse))
+    ]

@@ -48,7 +48,9 @@ def average_pool(x: Tensor, factors: Sequence[int]) -> Tensor:
     if all(factor == 1 for factor in factors):
         return x
     if x.shape[1] == 0:  # torch pools refuse a map without channels
-        return x.new_zeros((*x.shape[:2], *(-(-size // factor) for size, factor in zip(x.shape[2:], factors, strict=True))))
+        return x.new_zeros(
+            (*x.shape[:2], *(-(-size // factor) for size, factor in zip(x.shape[2:], factors, strict=True)))
+        )
     if len(factors) == 3 and factors[0] == 1:
         return unfold_time(average_pool(fold_time(x), factors[1:]), x)
     pool = F.avg_pool2d if len(factors) == 2 else F.avg_pool3d
@@ -282,7 +284,13 @@ def _windowed(func: Callable[..., Any], input: Octaves, *args: Any, **kwargs: An
 
 
 def _average_window(
-    func: Callable[..., Any], input: Octaves, kernel_size: Any, stride: Any = None, padding: Any = 0, *args: Any, **kwargs: Any
+    func: Callable[..., Any],
+    input: Octaves,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """An average pool; a window as large as the whole map is a global pool."""
     extent = tuple(input.shape[2:])
@@ -306,7 +314,11 @@ def _global_average(func: Callable[..., Any], input: Octaves, output_size: Any) 
 
 
 def _mean(
-    func: Callable[..., Any], input: Octaves, dim: int | Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any
+    func: Callable[..., Any],
+    input: Octaves,
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+    **kwargs: Any,
 ) -> Tensor:
     """The mean of each map over all that was halved, then all channels in the vanilla order."""
     dims = {d % input.dim() for d in ((dim,) if isinstance(dim, int) else dim or ())}
@@ -325,7 +337,9 @@ def _cat(func: Callable[..., Any], tensors: Sequence[Tensor | Octaves], dim: int
     """Concatenation of channels, each kind with its own; a Tensor counts as a map without low channels."""
     octaves = [x for x in tensors if isinstance(x, Octaves)]
     if dim % octaves[0].dim() != 1:
-        raise TypeError(f"cat of octave features of shapes {_shapes(list(tensors))} is defined on channels, not dim {dim}")
+        raise TypeError(
+            f"cat of octave features of shapes {_shapes(list(tensors))} is defined on channels, not dim {dim}"
+        )
     if any(x.factors != octaves[0].factors for x in octaves):
         raise ValueError(f"cat of octave features halved by different factors: {[x.factors for x in octaves]}")
     parts: Parts = tuple(

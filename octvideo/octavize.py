@@ -39,7 +39,9 @@ def octavize(
         ValueError: an alpha outside [0, 1], a regex that no convolution matches, or no convolution at all.
     """
     convolutions: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if type(module) in _OCTAVE_OF or type(module) in _VANILLA_OF
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in _OCTAVE_OF or type(module) in _VANILLA_OF
     }
     if not convolutions:
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Conv3d that could become octave")

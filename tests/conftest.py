@@ -18,7 +18,9 @@ REAL_VIDEOS = Path(os.environ.get("OCTVIDEO_REAL_VIDEOS", ROOT.parent / "shared"
 def real_videos():
     """A folder with fight/, clips/ and odd/; not part of the project."""
     if not REAL_VIDEOS.is_dir():
-        pytest.skip(f"no real videos in {REAL_VIDEOS} (set OCTVIDEO_REAL_VIDEOS to a folder with fight/, clips/ and odd/)")
+        pytest.skip(
+            f"no real videos in {REAL_VIDEOS} (set OCTVIDEO_REAL_VIDEOS to a folder with fight/, clips/ and odd/)"
+        )
     return REAL_VIDEOS
 
 

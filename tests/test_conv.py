@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from octvideo import OctConv2d, OctConv3d, Octaves
+from octvideo import Octaves, OctConv2d, OctConv3d
 from octvideo.conv import split_channels
 
 
@@ -34,7 +34,11 @@ def reference_convolution(x, weight, stride, padding, dilation):
 
 def reference_pool(x, temporal=False):
     """Means of 2 x 2 cells; a cut window has the mean of what it has."""
-    cells = [range(0, n, 2) for n in x.shape[1:]] if temporal else [range(x.shape[1]), *(range(0, n, 2) for n in x.shape[2:])]
+    cells = (
+        [range(0, n, 2) for n in x.shape[1:]]
+        if temporal
+        else [range(x.shape[1]), *(range(0, n, 2) for n in x.shape[2:])]
+    )
     out = np.zeros((x.shape[0], *map(len, cells)))
     for (i, t), (j, h), (k, w) in itertools.product(*map(enumerate, cells)):
         out[:, i, j, k] = x[:, t : t + (2 if temporal else 1), h : h + 2, w : w + 2].mean((1, 2, 3))
@@ -121,7 +125,12 @@ def test_first_and_last_layer_are_the_reference_with_one_side_empty(alpha):
     ones = dict(stride=(1, 1, 1), padding=(1, 1, 1), dilation=(1, 1, 1))
     high_out = split_channels(8, alpha)[0]
     high, low = reference_octconv(
-        x[0].numpy(), np.zeros((0, 3, 4, 4)), first.weight.detach().numpy(), first.bias.detach().numpy(), high_out, **ones
+        x[0].numpy(),
+        np.zeros((0, 3, 4, 4)),
+        first.weight.detach().numpy(),
+        first.bias.detach().numpy(),
+        high_out,
+        **ones,
     )
     np.testing.assert_allclose(middle.high[0].detach().numpy(), high, rtol=0, atol=1e-10)
     np.testing.assert_allclose(middle.low[0].detach().numpy(), low, rtol=0, atol=1e-10)
@@ -210,7 +219,10 @@ def test_split_is_not_fooled_by_float_rounding():
         (lambda: split_channels(0, 0.5), "channels must be at least 1, got 0"),
         (lambda: OctConv3d(8, 8, 1, groups=4, alpha=0.25), "alpha 0.25 splits 8 output channels into 6 high and 2 low"),
         (lambda: OctConv2d(8, 8, 1, temporal=True), "temporal=True needs a 3-D convolution"),
-        (lambda: OctConv3d(8, 8, 3, stride=3, padding=1)(torch.zeros(1, 8, 4, 9, 9)), r"stride of 1 or 2, got stride \(3"),
+        (
+            lambda: OctConv3d(8, 8, 3, stride=3, padding=1)(torch.zeros(1, 8, 4, 9, 9)),
+            r"stride of 1 or 2, got stride \(3",
+        ),
         (lambda: OctConv3d(8, 8, 3)(torch.zeros(1, 8, 4, 9, 9)), "padding that keeps the size"),
         (
             lambda: OctConv3d(8, 8, 1, temporal=True)(Octaves(torch.zeros(1, 6, 4, 8, 8), torch.zeros(1, 2, 4, 4, 4))),

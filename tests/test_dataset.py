@@ -43,7 +43,11 @@ def test_clips_depend_on_seed_epoch_and_position_alone(numbered_video):
     torch.manual_seed(1)
     np.random.seed(1)
     assert torch.equal(training(video_list(numbered_video))[Draw(0, 0, 0)].clips, first)
-    for other in (dataset[Draw(1, 0, 0)], dataset[Draw(0, 1, 0)], training(video_list(numbered_video), seed=1)[Draw(0, 0, 0)]):
+    for other in (
+        dataset[Draw(1, 0, 0)],
+        dataset[Draw(0, 1, 0)],
+        training(video_list(numbered_video), seed=1)[Draw(0, 0, 0)],
+    ):
         assert not torch.equal(other.clips, first)
 
 

@@ -6,7 +6,7 @@ from pytorchvideo.models.resnet import create_resnet
 from pytorchvideo.models.slowfast import create_slowfast
 from torch import nn
 
-from octvideo import MODELS, OctConv3d, Octaves, create_model, octavize
+from octvideo import MODELS, Octaves, OctConv3d, create_model, octavize
 from octvideo.cost import count_macs, count_parameters
 from octvideo.models import HeadPool
 

@@ -37,7 +37,9 @@ def test_merge_upsamples_the_low_map_behind_the_high_one(x):
     assert torch.equal(merged[:, 6:, :, 5, 6], x.low[:, :, :, 2, 3])
 
 
-@pytest.mark.parametrize("module", [nn.ReLU(), nn.ReLU(inplace=True), nn.SiLU(), nn.GELU(), nn.Sigmoid(), nn.Hardswish()])
+@pytest.mark.parametrize(
+    "module", [nn.ReLU(), nn.ReLU(inplace=True), nn.SiLU(), nn.GELU(), nn.Sigmoid(), nn.Hardswish()]
+)
 def test_activations_apply_to_each_map(x, module):
     high, low = x.high.clone(), x.low.clone()
     y = module(x)
@@ -138,7 +140,9 @@ def test_copies_keep_the_parts(x):
         assert torch.equal(z.low, y.low)
 
 
-@pytest.mark.parametrize("call", [lambda x: nn.Conv3d(8, 8, 1)(x), lambda x: torch.flatten(x, 1), lambda x: F.softmax(x, 1)])
+@pytest.mark.parametrize(
+    "call", [lambda x: nn.Conv3d(8, 8, 1)(x), lambda x: torch.flatten(x, 1), lambda x: F.softmax(x, 1)]
+)
 def test_an_undefined_function_says_its_name_and_the_way_out(x, call):
     with pytest.raises(TypeError, match=r"(conv3d|flatten|softmax).*\(2, 8, 4, 8, 7\).*\.merge\(\)"):
         call(x)

@@ -11,7 +11,11 @@ from octvideo.cost import count_macs
 
 def small_network():
     return nn.Sequential(
-        nn.Conv3d(3, 8, 3, padding=1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 8, 3, padding=1), nn.AdaptiveAvgPool3d(1)
+        nn.Conv3d(3, 8, 3, padding=1),
+        nn.BatchNorm3d(8),
+        nn.ReLU(),
+        nn.Conv3d(8, 8, 3, padding=1),
+        nn.AdaptiveAvgPool3d(1),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Of Lightning and its libraries, about their own inside; nothing that a user of octvideo could change.
-for message in (".*LeafSpec.*", ".*smaller than the logging interval.*"):
+for message in (".*LeafSpec.*", ".*smaller than the logging interval.*", ".*callbacks used to create.*"):
     warnings.filterwarnings("ignore", message)
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
@@ -68,7 +68,9 @@ class CommandLine(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """As Lightning's, with --cfg for the YAML file."""
         parser = self.parser_class(**kwargs)
-        parser.add_argument("-c", "--cfg", action=ActionConfigFile, help="YAML file of options; later options override it")
+        parser.add_argument(
+            "-c", "--cfg", action=ActionConfigFile, help="YAML file of options; later options override it"
+        )
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -22,6 +22,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
+NETWORK_OPTIONS = ("name", "alpha", "num_classes", "width", "depth", "frame_ratio", "channel_ratio", "mean", "std")
+
 
 class Testing(CommandLine):
     """Options and parts of a test."""
@@ -38,17 +40,18 @@ class Testing(CommandLine):
         try:
             # mmap: Lightning reads the weights later
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            trained = checkpoint["hyper_parameters"]
+            trained = {key: checkpoint["hyper_parameters"][key] for key in NETWORK_OPTIONS}
         except FileNotFoundError as error:
             raise ValueError(f"--ckpt {path}: no such file") from error
         except (RuntimeError, pickle.UnpicklingError, KeyError, EOFError, OSError) as error:
             raise ValueError(f"--ckpt {path}: not a checkpoint of train_net.py: {error}") from error
         options = self.config["model"]
-        for key, value in trained.items():
+        for key in NETWORK_OPTIONS:
             given = any(argument.split("=")[0] == f"--model.{key}" for argument in sys.argv)
-            if key in options and options[key] != value and not given:
-                print(f"model.{key} {value} as in the checkpoint; the options say {options[key]}")
-                options[key] = value
+            if not given and options[key] != trained[key]:
+                print(f"model.{key} {trained[key]} as in the checkpoint; the options say {options[key]}")
+                options[key] = trained[key]
+        self.config["data"]["num_classes"] = options["num_classes"]
 
     def instantiate_classes(self) -> None:
         """Reads the list too, so that what is wrong with it shows before anything starts."""
@@ -70,7 +73,9 @@ def print_table(results: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"{len(results['videos'])} videos tested, {len(results['bad'])} bad")
     for bad in results["bad"]:
-        console.print(f"  {bad['path']}: {bad['reason']}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"  {bad['path']}: {bad['reason']}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def main() -> None:

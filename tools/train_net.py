@@ -22,7 +22,9 @@ class Training(CommandLine):
         """Adds --ckpt_path."""
         super().add_arguments_to_parser(parser)
         parser.add_argument(
-            "--ckpt_path", type=str | None, help="checkpoint to go on from: a file, or 'last' for the run folder's last one"
+            "--ckpt_path",
+            type=str | None,
+            help="checkpoint to go on from: a file, or 'last' for the run folder's last one",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -49,7 +51,9 @@ class Training(CommandLine):
         if self.config["trainer"]["logger"] in (None, True):
             kwargs["logger"] = [TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv")]
         if self.config["trainer"]["enable_checkpointing"] is not False:
-            last = ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False, save_on_train_epoch_end=True)
+            last = ModelCheckpoint(
+                folder / "checkpoints", "last", enable_version_counter=False, save_on_train_epoch_end=True
+            )
             self.trainer_defaults["callbacks"].append(last)
             if self.datamodule.lists["val_list"] is not None:
                 best = ModelCheckpoint(

@@ -171,7 +171,8 @@ class TrainingClips(Dataset[Sample]):
                 bad.append(BadVideo(path, error.reason))
                 video = int(rng.integers(len(self)))
         raise DecodeError(
-            bad[-1].path, f"{bad[-1].reason} (and the {self.REPLACEMENTS - 1} videos tried before it cannot be decoded either)"
+            bad[-1].path,
+            f"{bad[-1].reason} (and the {self.REPLACEMENTS - 1} videos tried before it cannot be decoded either)",
         )
 
     def _clip(self, path: str, rng: np.random.Generator) -> Tensor:

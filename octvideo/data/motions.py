@@ -23,8 +23,8 @@ CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "gro
 SIZE = 72  # pixels
 FRAMES = 40
 FPS = 24
-LEAST_RADIUS, RADIUS_RANGE = 11.0, 2.5  # pixels; the largest is 2.5 times the least
-SPEED = {"move": (1.2, 2.4), "turn": (5.0, 9.0), "scale": (0.03, 0.06)}  # pixels, degrees, log radius; each a frame
+LEAST_RADIUS, RADIUS_RANGE = 13.0, 2.2  # pixels; the largest is 2.2 times the least
+SPEED = {"move": (1.2, 2.4), "turn": (7.0, 12.0), "scale": (0.04, 0.08)}  # pixels, degrees, log radius; each a frame
 
 
 def movement(name: str, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -133,7 +133,10 @@ def make_data_set(folder: Path, num_train: int = 480, num_val: int = 160, seed: 
         (folder / part).mkdir(parents=True, exist_ok=True)
         names = [CLASSES[index % len(CLASSES)] for index in range(count)]
         files = [f"{part}/{name}_{index:05d}.mp4" for index, name in enumerate(names)]
-        jobs += [(folder / file, name, (seed, split, index)) for index, (file, name) in enumerate(zip(files, names, strict=True))]
+        jobs += [
+            (folder / file, name, (seed, split, index))
+            for index, (file, name) in enumerate(zip(files, names, strict=True))
+        ]
         lists[part] = "".join(f"{file} {CLASSES.index(name)}\n" for file, name in zip(files, names, strict=True))
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         list(track(pool.imap_unordered(_make_video, jobs, 8), "making videos", len(jobs)))
@@ -145,7 +148,9 @@ def make_data_set(folder: Path, num_train: int = 480, num_val: int = 160, seed: 
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m octvideo.data.motions", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m octvideo.data.motions", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("folder", type=Path, help="where to write the videos and lists")
     parser.add_argument("--num-train", type=int, default=480, help="training videos (default: 480)")
     parser.add_argument("--num-val", type=int, default=160, help="validation videos (default: 160)")

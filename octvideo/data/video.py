@@ -79,7 +79,9 @@ class Video:
             *_, (last_seconds, _) = self._frames_from(0)
             self.duration_seconds = last_seconds + 1 / self.fps
 
-    def frames_at(self, times_seconds: Sequence[float] | NDArray[np.float64], short_side: int | None = None) -> NDArray[np.uint8]:
+    def frames_at(
+        self, times_seconds: Sequence[float] | NDArray[np.float64], short_side: int | None = None
+    ) -> NDArray[np.uint8]:
         """The frames nearest to the given moments.
 
         Seeks to the key frame before the first moment and decodes up to the last one, in one pass. A moment before
@@ -160,5 +162,7 @@ class Video:
     def __enter__(self) -> Video:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

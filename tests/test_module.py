@@ -1,0 +1,74 @@
+"""The data module: what it refuses, and what its loaders give."""
+
+import pytest
+import torch
+
+from octvideo.data.annotations import ListError
+from octvideo.data.module import VideoData
+
+
+@pytest.fixture
+def lists(numbered_video, tmp_path):
+    (tmp_path / "list.csv").write_text(f"{numbered_video} 1\n" * 5)
+    return {"train_list": str(tmp_path / "list.csv"), "val_list": str(tmp_path / "list.csv")}
+
+
+SMALL = {
+    "clip_frames": 4,
+    "frame_stride": 2,
+    "crop_size": 32,
+    "short_side": (32, 40),
+    "test_crop_size": 40,
+    "test_clips": 3,
+    "test_crops": 2,
+    "batch_size": 2,
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loaders_give_uint8_batches(lists, num_workers):
+    data = VideoData(**lists, **SMALL, num_workers=num_workers)
+    batches = list(data.train_dataloader())
+    assert [batch.clips.shape for batch in batches] == [(2, 1, 3, 4, 32, 32)] * 2
+    assert batches[0].clips.dtype == torch.uint8
+    assert batches[0].labels.tolist() == [1, 1]
+    (val,) = data.val_dataloader()
+    assert val.clips.shape == (5, 1, 3, 4, 40, 40)
+    (test,) = data.test_dataloader()
+    assert test.clips.shape == (5, 6, 3, 4, 40, 40)
+
+
+def test_clips_do_not_depend_on_the_number_of_workers(lists):
+    first, second = (next(iter(VideoData(**lists, **SMALL, num_workers=n).train_dataloader())) for n in (0, 2))
+    assert torch.equal(first.clips, second.clips)
+
+
+def test_without_a_validation_list_there_is_no_validation(lists):
+    assert VideoData(lists["train_list"]).val_dataloader() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop_size": 0}, "data.crop_size must be at least 1, got 0"),
+        ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
+        ({"short_side": (200, 256)}, r"two sizes from crop_size 224 upwards.*got \(200, 256\)"),
+        ({"short_side": (256, 240)}, r"got \(256, 240\)"),
+        ({"separator": ""}, "data.separator"),
+    ],
+)
+def test_wrong_numbers_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        VideoData(**options)
+
+
+def test_missing_lists_say_which_option_names_them(lists, tmp_path):
+    with pytest.raises(ListError, match=r"no train videos are named: .*'path class number'.*--data.train_list FILE"):
+        VideoData().read("train_list")
+    with pytest.raises(ListError, match=r"nothing.csv does not exist: .*--data.test_list FILE.*--data.root DIR"):
+        VideoData(test_list=str(tmp_path / "nothing.csv")).read("test_list")
+
+
+def test_fewer_videos_than_a_batch_are_refused(lists):
+    with pytest.raises(ListError, match="5 videos for 1 processes are fewer than one batch of 8"):
+        VideoData(**lists, **{**SMALL, "batch_size": 8}).train_dataloader()

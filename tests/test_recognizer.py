@@ -1,0 +1,94 @@
+"""The recipe: schedule, parameter groups, scores."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from octvideo.data.dataset import BadVideo, Batch
+from octvideo.recognizer import Recognizer, learning_rate_at, parameter_groups
+
+
+def small(**options):
+    return Recognizer("c2d_r50", 0.25, 4, **{"width": 8, **options})
+
+
+def test_the_scratch_recipes_learning_rate_by_hand():
+    """196 epochs of 100 steps, 34 of warm-up from 0.01 to where the cosine from 0.1 is then."""
+    end = 0.1 * 0.5 * (1 + math.cos(math.pi * 34 / 196))
+    table = {0: 0.01, 1700: (0.01 + end) / 2, 3400: end, 9800: 0.05, 14700: 0.1 * 0.5 * (1 - math.sqrt(0.5)), 19600: 0}
+    for step, rate in table.items():
+        assert learning_rate_at(step, 19600, 3400, 0.1, 0.01) == pytest.approx(rate, abs=1e-12)
+
+
+def test_without_warm_up_the_cosine_starts_at_its_peak():
+    assert learning_rate_at(0, 100, 0, 0.1, 0.01) == pytest.approx(0.1)
+
+
+def test_biases_and_batch_norms_have_no_weight_decay():
+    network = small().network
+    decayed, others = parameter_groups(network, 1e-4)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (1e-4, 0)
+    convolutions = [module.weight for module in network.modules() if isinstance(module, (nn.Conv3d, nn.Linear))]
+    assert {id(p) for p in decayed["params"]} == {id(weight) for weight in convolutions}
+    assert len(decayed["params"]) + len(others["params"]) == len(list(network.parameters()))
+
+
+def test_clips_are_normalised_in_the_module():
+    recognizer = small().eval()
+    clips = torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)
+    wanted = recognizer.network((clips.float() / 255 - 0.45) / 0.225)
+    torch.testing.assert_close(recognizer(clips), wanted)
+
+
+def test_views_are_averaged_after_softmax_and_accuracies_counted():
+    class Fixed(nn.Module):
+        """Logits that are the first pixels of a clip."""
+
+        def forward(self, x):
+            return (x[:, 0, 0, 0, :4] * 0.225 + 0.45) * 255
+
+    recognizer = small()
+    recognizer.network = Fixed()
+    logits = torch.tensor([[[9, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]], [[0, 0, 5, 0], [0, 0, 5, 0], [0, 0, 0, 5]]])
+    clips = torch.zeros(2, 3, 3, 1, 1, 4, dtype=torch.uint8)
+    clips[:, :, 0, 0, 0] = logits.to(torch.uint8)
+    batch = Batch(clips, torch.tensor([0, 3]), ["a", "b"], [BadVideo("c", "broken")])
+    recognizer._trainer = type("Trainer", (), {"world_size": 1})()
+    recognizer.on_test_epoch_start()
+    recognizer.test_step(batch, 0)
+    recognizer.test_step(Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [], [BadVideo("d", "gone")]), 1)
+    recognizer.on_test_epoch_end()
+    results = recognizer.results
+    assert [video["path"] for video in results["videos"]] == ["a", "b"]
+    for video, rows in zip(results["videos"], logits, strict=True):
+        torch.testing.assert_close(torch.tensor(video["scores"]), rows.float().softmax(1).mean(0))
+    assert results["top1"] == 0.5  # "a" by its one sure view, "b" not
+    assert results["clip_top1"] == pytest.approx(2 / 6)  # one of three views of each
+    assert results["top5"] == results["clip_top5"] == 1  # four classes
+    assert results["bad"] == [{"path": "c", "reason": "broken"}, {"path": "d", "reason": "gone"}]
+
+
+def test_a_test_without_any_good_video_has_no_accuracy():
+    recognizer = small()
+    recognizer._trainer = type("Trainer", (), {"world_size": 1})()
+    recognizer.on_test_epoch_start()
+    recognizer.on_test_epoch_end()
+    assert recognizer.results["top1"] is None
+    assert recognizer.results["videos"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate must be positive"),
+        ({"warmup_epochs": -1}, "warmup_epochs and weight_decay at least 0"),
+        ({"momentum": 1.0}, "momentum must lie between 0 and 1"),
+        ({"std": 0}, "std be positive"),
+        ({"width": 0}, "width must be positive"),
+    ],
+)
+def test_wrong_numbers_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
