@@ -180,13 +180,13 @@ class _OctConv(nn.modules.conv._ConvNd):
                 f"low input channels, got {input.parts}"
             )
         stride = self._pooled_stride()
-        maps = []
+        maps: list[Tensor] = []
         for x, rows in zip(input, (slice(high_out), slice(high_out, None)), strict=True):
             bias = None if self.bias is None else self.bias[rows]
             x = average_pool(x, stride)
             y = self._convolve(x, self.weight[rows], bias, groups=x.shape[1])
             maps.append(x.new_zeros((x.shape[0], 0, *self._output_size(x))) if y is None else y)
-        return Octaves(*maps)
+        return Octaves(maps[0], maps[1])
 
     def _columns(self, rows: Tensor, x: Octaves) -> tuple[Tensor, Tensor]:
         """Splits rows of the weight into the columns that read high and those that read low input channels."""
@@ -245,7 +245,8 @@ class _OctConv(nn.modules.conv._ConvNd):
         if self.padding != "same" and any(2 * p != r for p, r in zip(padding, reach, strict=True)):
             raise ValueError(
                 f"octave features need a padding that keeps the size: kernel {self.kernel_size} with dilation "
-                f"{self.dilation} wants {[r / 2 for r in reach]} in its last {len(reach)} dimensions, got {self.padding}"
+                f"{self.dilation} wants {[r / 2 for r in reach]} in its last {len(reach)} dimensions, "
+                f"got {self.padding}"
             )
         return (*(1,) * (dimensions - 2), *spatial)
 
@@ -265,7 +266,7 @@ class _OctConv(nn.modules.conv._ConvNd):
         return super().extra_repr() + f", alpha={self.alpha}" + (", temporal=True" if self.temporal else "")
 
 
-class OctConv2d(_OctConv, nn.Conv2d):
+class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
     """A 2-D convolution that keeps a share of its output at half the resolution; see `OctConv3d`.
 
     Shape:
@@ -274,7 +275,7 @@ class OctConv2d(_OctConv, nn.Conv2d):
     """
 
 
-class OctConv3d(_OctConv, nn.Conv3d):
+class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
     """A 3-D convolution that keeps a share of its output at half the spatial resolution.
 
     Takes the place of nn.Conv3d anywhere: same arguments, same weight, same state_dict. With a plain input and

@@ -41,7 +41,7 @@ class HeadPool(nn.AvgPool3d):
     def forward(self, input: Tensor | Octaves) -> Tensor:
         frames, *extent = input.shape[2:]
         window = extent if isinstance(input, Octaves) else [min(self.window, size) for size in extent]
-        return F.avg_pool3d(input, (frames, *window), 1)
+        return F.avg_pool3d(input, (frames, *window), 1)  # type: ignore[arg-type]
 
 
 class SlowFast(Net):

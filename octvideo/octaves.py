@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +75,9 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     if any(-(-want // factor) != have for have, want, factor in zip(x.shape[2:], size, factors, strict=True)):
         raise ValueError(f"a map of {tuple(x.shape[2:])} cells is not half of {tuple(size)}, rounded up")
     x = F.interpolate(x, scale_factor=[float(factor) for factor in factors], mode="nearest")
-    return x[(..., *(slice(want) for want in size))]
+    for dim, want in enumerate(size, 2):
+        x = x.narrow(dim, 0, want)
+    return x
 
 
 def split_by_parts(x: Tensor, parts: Parts, dim: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,7 @@ class Octaves(_Maps):
     parts: Parts
     _make = None  # type: ignore[assignment]  # pytree rebuilds what has a namedtuple's _make from its two fields alone
 
-    def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None) -> Octaves:
+    def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None) -> Octaves:  # noqa: D102
         self = super().__new__(cls, high, low)
         self.parts = parts or ((high.shape[1], low.shape[1]),)
         return self
@@ -209,11 +211,16 @@ class Octaves(_Maps):
         return _elementwise(torch.neg, (self,), {})
 
 
+def _unflatten(maps: Iterable[Tensor], parts: Parts) -> Octaves:
+    high, low = maps
+    return Octaves(high, low, parts)
+
+
 # Callers that walk nested values (checkpointing, export, FSDP) must see two tensors, and keep the parts.
 torch.utils._pytree.register_pytree_node(
     Octaves,
     lambda x: ([x.high, x.low], x.parts),
-    lambda maps, parts: Octaves(*maps, parts),
+    _unflatten,
     serialized_type_name="octvideo.Octaves",
     to_dumpable_context=lambda parts: [list(part) for part in parts],
     from_dumpable_context=lambda parts: tuple((high, low) for high, low in parts),
@@ -329,8 +336,8 @@ def _mean(
             f"it must take in all of {sorted(halved)} and not the channels; call .merge() first for others"
         )
     order = sorted(dims)
-    means = (torch.mean(x, order, keepdim, **kwargs) for x in (input.high, input.low))
-    return join_by_parts(*means, input.parts, 1 if keepdim or 0 not in dims else 0)
+    high, low = (torch.mean(x, order, keepdim, **kwargs) for x in (input.high, input.low))
+    return join_by_parts(high, low, input.parts, 1 if keepdim or 0 not in dims else 0)
 
 
 def _cat(func: Callable[..., Any], tensors: Sequence[Tensor | Octaves], dim: int = 0) -> Octaves:

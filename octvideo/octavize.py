@@ -10,10 +10,6 @@ from torch import nn
 
 from octvideo.conv import OctConv2d, OctConv3d, check_groups
 
-_OCTAVE_OF: dict[type, type] = {nn.Conv2d: OctConv2d, nn.Conv3d: OctConv3d}
-_VANILLA_OF: dict[type, type] = {OctConv2d: nn.Conv2d, OctConv3d: nn.Conv3d}
-
-
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -38,11 +34,7 @@ def octavize(
     Raises:
         ValueError: an alpha outside [0, 1], a regex that no convolution matches, or no convolution at all.
     """
-    convolutions: dict[str, Any] = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in _OCTAVE_OF or type(module) in _VANILLA_OF
-    }
+    convolutions: dict[str, Any] = {name: module for name, module in model.named_modules() if _octave_class(module)}
     if not convolutions:
         raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Conv3d that could become octave")
     skip = tuple(skip)
@@ -66,14 +58,34 @@ def octavize(
     vanilla = not any(alphas.values())
     for name, module in convolutions.items():
         _plain_ints(module)
-        if vanilla:
-            module.__class__ = _VANILLA_OF.get(type(module), type(module))
-            module.__dict__.pop("alpha", None)
-            module.__dict__.pop("temporal", None)
-        else:
-            module.__class__ = _OCTAVE_OF.get(type(module), type(module))
-            module.set_alpha(alphas[name], temporal and isinstance(module, OctConv3d))
+        if not vanilla:
+            octave = _octave_class(module)
+            if type(module) is not octave:
+                module._vanilla_class = type(module)
+                module.__class__ = octave
+            module.set_alpha(alphas[name], temporal and octave is OctConv3d)
+        elif hasattr(module, "alpha"):
+            module.__class__ = getattr(
+                module, "_vanilla_class", nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv3d
+            )
+            for attribute in ("alpha", "temporal", "_vanilla_class"):
+                module.__dict__.pop(attribute, None)
     return model
+
+
+def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
+    """The class that a convolution may take: subclasses may add to nn.Conv2d and nn.Conv3d, but not convolve otherwise."""
+    kind: Any = type(module)
+    for vanilla, octave in ((nn.Conv2d, OctConv2d), (nn.Conv3d, OctConv3d)):
+        if kind is octave:
+            return octave
+        if (
+            isinstance(module, vanilla)
+            and kind.forward is vanilla.forward
+            and kind._conv_forward is vanilla._conv_forward
+        ):
+            return octave
+    return None
 
 
 def _input_convolutions(convolutions: Mapping[str, Any]) -> set[str]:

@@ -14,7 +14,7 @@ from octvideo.conv import split_channels
 
 def reference_convolution(x, weight, stride, padding, dilation):
     """A dense convolution of (C, T, H, W) by loops over the kernel, in numpy."""
-    channels, *kernel = weight.shape[1:]
+    kernel = weight.shape[2:]
     x = np.pad(x, [(0, 0)] + [(p, p) for p in padding])
     sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[1:], kernel, stride, dilation, strict=True)]
     out = np.zeros((weight.shape[0], *sizes))
@@ -122,7 +122,7 @@ def test_first_and_last_layer_are_the_reference_with_one_side_empty(alpha):
     out = last(middle)
     assert isinstance(middle, Octaves)
     assert isinstance(out, torch.Tensor)
-    ones = dict(stride=(1, 1, 1), padding=(1, 1, 1), dilation=(1, 1, 1))
+    ones = {"stride": (1, 1, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1)}
     high_out = split_channels(8, alpha)[0]
     high, low = reference_octconv(
         x[0].numpy(),

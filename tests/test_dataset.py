@@ -21,7 +21,7 @@ def training(videos, **options):
 
 
 def views(videos, **options):
-    return TestViews(videos, **{**CLIP, "short_side": 40, "num_clips": 5, "num_crops": 3, **options})
+    return TestViews(videos, **{**CLIP, "short_side": 40, "num_clips": 6, "num_crops": 3, **options})
 
 
 def frames_of(clip):
@@ -92,10 +92,10 @@ def test_training_gives_up_when_every_video_is_bad(tmp_path):
 
 def test_test_views_are_clips_times_crops_in_order(numbered_video):
     sample = views(video_list(numbered_video))[Draw(0, 0, 0)]
-    assert sample.clips.shape == (15, 3, 4, 32, 32)
+    assert sample.clips.shape == (18, 3, 4, 32, 32)
     starts = [frames_of(clip)[0] for clip in sample.clips]
     assert starts[::3] == starts[1::3] == starts[2::3]
-    assert starts[::3] == [0, 12, 25, 38, 50]
+    assert starts[::3] == [0, 10, 20, 30, 40, 50]
     single = views(video_list(numbered_video), num_clips=1, num_crops=1)[Draw(0, 0, 0)]
     assert frames_of(single.clips[0]) == [25, 28, 31, 34]
 
@@ -111,7 +111,7 @@ def test_a_bad_test_video_is_reported_and_not_replaced(numbered_video, tmp_path)
     (tmp_path / "bad.mp4").touch()
     dataset = views(video_list(tmp_path / "bad.mp4", numbered_video))
     batch = collate([dataset[Draw(0, 0, 0)], dataset[Draw(0, 1, 1)], dataset[Draw(0, 2, NO_VIDEO)]])
-    assert batch.clips.shape == (1, 15, 3, 4, 32, 32)
+    assert batch.clips.shape == (1, 18, 3, 4, 32, 32)
     assert batch.labels.tolist() == [1]
     assert batch.paths == [str(numbered_video)]
     assert [bad.path for bad in batch.bad] == [str(tmp_path / "bad.mp4")]

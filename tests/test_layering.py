@@ -12,6 +12,7 @@ ALLOWED = {
     "models": {"octaves", "conv", "octavize"},
     "recognizer": {"octaves", "conv", "octavize", "models", "cost"},
     "cost": set(),
+    "callbacks": set(),
     "__init__": set(NETWORK),
 }
 

@@ -98,7 +98,7 @@ def test_one_state_dict_loads_strictly_at_any_alpha_and_alpha_zero_restores(name
 @pytest.mark.parametrize("size", [64, 72], ids=["even maps", "odd maps"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_clip_constant_in_space_has_the_same_logits_at_every_alpha(name, size):
-    """Without detail there is nothing that a lower resolution could lose: only a channel out of order changes logits."""
+    """Without detail a lower resolution loses nothing: only a channel out of order changes logits."""
     torch.manual_seed(0)
     network = settle(create_model(name, width=16, num_classes=7)).double()
     for module in network.modules():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
+from torchvision.models.video import r3d_18
 
 from octvideo import OctConv2d, OctConv3d, octavize
 from octvideo.cost import count_macs
@@ -42,6 +43,27 @@ def test_first_matching_regex_decides_and_others_keep_alpha_zero():
     assert alphas["layer1.1.conv1"] == 0.5
     assert alphas["layer2.0.downsample.0"] == 0
     assert alphas["layer3.0.conv1"] == 0
+
+
+def test_a_subclass_that_convolves_as_its_base_is_changed_and_restored():
+    network = r3d_18()
+    kinds = [type(module) for module in network.modules()]
+    octavize(network, {r"layer[1-3]": 0.25})
+    assert type(network.layer1[0].conv1[0]) is OctConv3d
+    assert network(torch.zeros(1, 3, 4, 32, 32)).shape == (1, 400)
+    octavize(network, 0)
+    assert [type(module) for module in network.modules()] == kinds
+
+
+def test_a_subclass_that_convolves_otherwise_is_left_alone():
+    class Doubled(nn.Conv3d):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    network = octavize(
+        nn.Sequential(nn.Conv3d(3, 4, 1), nn.Conv3d(4, 4, 1), nn.Conv3d(4, 4, 1), Doubled(4, 4, 1)), {"1": 0.5}
+    )
+    assert type(network[3]) is Doubled
 
 
 def test_a_torchvision_network_runs_and_gets_cheaper():
@@ -86,7 +108,7 @@ def test_mistakes_are_errors_that_change_nothing(alpha, skip, message):
 
 def test_groups_that_cannot_be_split_name_the_layer():
     network = nn.Sequential(nn.Conv3d(3, 8, 1), nn.Conv3d(8, 8, 1, groups=4))
-    with pytest.raises(ValueError, match="1: alpha 0.25 splits 8 output channels into 6 high and 2 low"):
+    with pytest.raises(ValueError, match=r"1: alpha 0\.25 splits 8 output channels into 6 high and 2 low"):
         octavize(network, 0.25)
     assert type(network[1]) is nn.Conv3d
 

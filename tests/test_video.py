@@ -48,6 +48,7 @@ def write_at(path, moments_ms, codec, **options):
         stream = container.add_stream(codec, rate=30, options=options)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
+        stream.bit_rate = 4_000_000
         for number, moment in enumerate(moments_ms):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * number, np.uint8), format="rgb24")
             frame.pts, frame.time_base = moment, Fraction(1, 1000)

@@ -29,7 +29,8 @@ class Training(CommandLine):
 
     def before_instantiate_classes(self) -> None:
         """Refuses to train over a finished or interrupted run, or to go on from nothing."""
-        ckpt_path, last = self.config["ckpt_path"], self.run_folder / "checkpoints" / "last.ckpt"
+        self.ckpt_path = ckpt_path = self.config.pop("ckpt_path")  # not to be kept in the run's config.yaml
+        last = self.run_folder / "checkpoints" / "last.ckpt"
         if ckpt_path is None and last.exists():
             raise ValueError(
                 f"{self.run_folder} already holds a run: go on with it by --ckpt_path last, "
@@ -46,7 +47,7 @@ class Training(CommandLine):
             self.datamodule.read("val_list")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds logs and checkpoints: TensorBoard and CSV unless other loggers are named, the best and the last epoch."""
+        """Adds logs (TensorBoard and CSV unless others are named) and checkpoints (the best and the last epoch)."""
         folder = self.run_folder
         if self.config["trainer"]["logger"] in (None, True):
             kwargs["logger"] = [TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv")]
@@ -66,7 +67,7 @@ class Training(CommandLine):
 def main() -> None:
     """Trains."""
     cli = start(lambda: Training(__doc__ or "", keep_options=True))
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt_path"], weights_only=True)
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
     if cli.trainer.is_global_zero:
         print(f"checkpoints: {cli.run_folder / 'checkpoints'}  logs: tensorboard --logdir {cli.run_folder}")
 

@@ -161,7 +161,7 @@ class TrainingClips(Dataset[Sample]):
             DecodeError: REPLACEMENTS videos in a row cannot be decoded.
         """
         rng = np.random.default_rng((self.seed, draw.epoch, draw.position))
-        bad = []
+        bad: list[BadVideo] = []
         video = draw.video
         for _ in range(self.REPLACEMENTS):
             path = str(self.videos.paths[video])
@@ -181,7 +181,7 @@ class TrainingClips(Dataset[Sample]):
             times = clip_times(rng.uniform(0, latest), self.clip_frames, self.frame_stride, video.fps)
             least, most = self.short_side
             frames = video.frames_at(times, int(rng.integers(least, most + 1)))
-        crop = random_crop(*frames.shape[1:3], self.crop_size, rng)
+        crop = random_crop(frames.shape[1], frames.shape[2], self.crop_size, rng)
         return _cut(frames, crop, self.crop_size, mirror=self.mirror and rng.random() < 0.5)
 
 
@@ -194,7 +194,7 @@ class TestViews(Dataset[Sample]):
         videos: the list.
         clip_frames: frames in a clip.
         frame_stride: take every n-th frame of the video.
-        crop_size: height and width of a clip, in pixels; also what the shorter side is scaled to if `short_side` is None.
+        crop_size: height and width of a clip, in pixels.
         short_side: pixels that the shorter side of a frame is scaled to before the crops.
         num_clips: moments a video.
         num_crops: crops a moment.
@@ -250,7 +250,7 @@ class TestViews(Dataset[Sample]):
         if self.shuffle_frames:
             rng = np.random.default_rng((self.seed, index))
             clips = np.stack([clip[rng.permutation(self.clip_frames)] for clip in clips])
-        crops = even_crops(*frames.shape[1:3], self.crop_size, self.num_crops)
+        crops = even_crops(frames.shape[1], frames.shape[2], self.crop_size, self.num_crops)
         return torch.stack([_cut(clip, crop, self.crop_size) for clip in clips for crop in crops])
 
 

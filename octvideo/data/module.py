@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from octvideo.data.annotations import ListError, VideoList, read_list
-from octvideo.data.dataset import Batch, EpochSampler, Sample, TestViews, TrainingClips, collate
+from octvideo.data.dataset import EpochSampler, Sample, TestViews, TrainingClips, collate
 
 EVALUATED_TOGETHER = 30  # clips in a batch of validation or testing
 
@@ -17,8 +17,8 @@ EVALUATED_TOGETHER = 30  # clips in a batch of validation or testing
 class VideoData(LightningDataModule):
     """Training clips, and validation and test views, of the videos in list files.
 
-    A list file has a line for each video: its path and its class number. The defaults are the recipe of the SlowFast
-    project for Kinetics: 8 frames, every 8th, crops of 224 from a short side of 256 to 320, tests of 10 x 3 views of 256.
+    A list file has a line for each video: its path and its class number. The defaults are the SlowFast project's recipe
+    for Kinetics: 8 frames, every 8th; crops of 224 from a short side of 256 to 320; tests of 10 x 3 views of 256.
 
     Args:
         train_list: list file of the training videos.
@@ -86,7 +86,8 @@ class VideoData(LightningDataModule):
             raise ValueError(f"data.num_workers must be at least 0, got {num_workers}")
         if not crop_size <= short_side[0] <= short_side[1]:
             raise ValueError(
-                f"data.short_side must be two sizes from crop_size {crop_size} upwards, the smaller first, got {short_side}"
+                f"data.short_side must be two sizes from crop_size {crop_size} upwards, the smaller first, "
+                f"got {short_side}"
             )
         if not separator:
             raise ValueError("data.separator must be at least one character")
@@ -120,7 +121,8 @@ class VideoData(LightningDataModule):
         """
         if name not in self._videos:
             path = self.lists[name]
-            looks = f"a text file with a line 'path{self.separator}class number' for each video, named by --data.{name} FILE"
+            line = f"a line 'path{self.separator}class number' for each video"
+            looks = f"a text file with {line}, named by --data.{name} FILE"
             if path is None:
                 raise ListError(f"no {name.removesuffix('_list')} videos are named: expected {looks}")
             if not os.path.isfile(path):
@@ -130,7 +132,7 @@ class VideoData(LightningDataModule):
             )
         return self._videos[name]
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Sample]:
         """Batches of `batch_size` random clips; the incomplete last one is dropped.
 
         Raises:
@@ -154,15 +156,15 @@ class VideoData(LightningDataModule):
             )
         return self._loader(dataset, sampler, self.batch_size, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+    def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
         """The centre view of every validation video; nothing without a validation list."""
         return self._views("val_list", 1, 1) if self.lists["val_list"] is not None else []
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader[Sample]:
         """All views of every test video."""
         return self._views("test_list", self.test_clips, self.test_crops, self.shuffle_test_frames)
 
-    def _views(self, name: str, num_clips: int, num_crops: int, shuffle_frames: bool = False) -> DataLoader[Batch]:
+    def _views(self, name: str, num_clips: int, num_crops: int, shuffle_frames: bool = False) -> DataLoader[Sample]:
         videos = self.read(name)
         dataset = TestViews(
             videos,
@@ -184,7 +186,7 @@ class VideoData(LightningDataModule):
 
     def _loader(
         self, dataset: Dataset[Sample], sampler: EpochSampler, batch_size: int, drop_last: bool
-    ) -> DataLoader[Batch]:
+    ) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
             batch_size=batch_size,

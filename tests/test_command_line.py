@@ -1,0 +1,298 @@
+"""The tools as a user runs them: errors of one line, training, killing, resuming, testing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run_tool
+
+from octvideo.data.motions import make_data_set, write_video
+
+CONFIG = "configs/quickstart.yaml"
+
+
+@pytest.fixture(scope="session")
+def motions(tmp_path_factory):
+    """A motions data set of 32 + 16 videos."""
+    folder = tmp_path_factory.mktemp("motions")
+    make_data_set(folder, 32, 16)
+    return folder
+
+
+def small(data, run):
+    """Options of the quickstart configuration at a size for tests."""
+    return [
+        f"--cfg={CONFIG}",
+        f"--data.train_list={data / 'train.csv'}",
+        f"--data.val_list={data / 'val.csv'}",
+        f"--data.root={data}",
+        "--data.crop_size=32",
+        "--data.short_side=[32, 36]",
+        "--data.test_crop_size=32",
+        "--data.clip_frames=4",
+        "--data.batch_size=8",
+        "--data.num_workers=1",
+        "--model.width=8",
+        f"--trainer.default_root_dir={run}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained(motions, tmp_path_factory):
+    """The folder of a run of two epochs, at an alpha that the configuration does not have."""
+    run = tmp_path_factory.mktemp("runs") / "trained"
+    finished = run_tool("train_net.py", *small(motions, run), "--trainer.max_epochs=2", "--model.alpha=0.5")
+    assert finished.returncode == 0, finished.stderr
+    return run
+
+
+def assert_one_line(finished, *parts):
+    assert finished.returncode == 2, finished.stderr
+    lines = [line for line in finished.stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
+    assert len(lines) == 1, finished.stderr
+    assert finished.stderr.strip().splitlines()[-1] == lines[0]
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ([], ["data/kinetics400/train.csv does not exist", "'path class number'", "--data.train_list FILE"]),
+        (["--model.alhpa=0.1"], ["model.alhpa"]),
+        (["--data.batch_size=many"], ["data.batch_size", "many"]),
+        (["--model.alpha=1.5"], ["alpha must lie in [0, 1], got 1.5"]),
+        (["--model.name=i3d"], ["no model 'i3d'; there are c2d_r50, i3d_r50"]),
+        (["--ckpt_path=nothing.ckpt"], ["nothing.ckpt: no such file"]),
+        (["--cfg=nothing.yaml"], ["nothing.yaml"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_ends_training_with_one_clear_line(options, parts):
+    assert_one_line(run_tool("train_net.py", "--cfg=configs/oct_i3d.yaml", *options), *parts)
+
+
+def test_a_wrong_key_in_a_file_and_a_wrong_label_are_one_line_each(motions, tmp_path):
+    (tmp_path / "wrong.yaml").write_text("model:\n  alpa: 0.1\n")
+    assert_one_line(run_tool("train_net.py", f"--cfg={tmp_path / 'wrong.yaml'}"), "alpa")
+    (tmp_path / "wrong.csv").write_text("a.mp4 0\nb.mp4 8\n")
+    finished = run_tool(
+        "train_net.py", *small(motions, tmp_path / "run"), f"--data.train_list={tmp_path / 'wrong.csv'}"
+    )
+    assert_one_line(finished, "wrong.csv:2", "0 to 7 (num_classes is 8), got 8")
+
+
+def test_a_run_writes_options_logs_and_checkpoints(trained):
+    options = yaml.safe_load((trained / "config.yaml").read_text())
+    assert options["model"]["alpha"] == 0.5
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert list(trained.glob("events.out.tfevents.*"))
+    header, *rows = (trained / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert {"train/loss", "val/top1", "val/top5", "learning_rate", "train/bad_videos"} <= set(header.split(","))
+    assert rows
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 1
+    assert checkpoint["global_step"] == 8
+
+
+def test_training_over_a_run_is_refused(motions, trained):
+    finished = run_tool("train_net.py", *small(motions, trained))
+    assert_one_line(finished, "already holds a run", "--ckpt_path last", "--trainer.default_root_dir")
+
+
+def test_testing_reports_good_and_bad_videos_with_the_checkpoints_network(motions, trained, tmp_path):
+    bad = tmp_path / "bad file.mp4"
+    bad.touch()
+    lines = (motions / "val.csv").read_text() + f"{bad} 3\n"
+    (tmp_path / "test.csv").write_text(lines)
+    finished = run_tool(
+        "test_net.py",
+        f"--cfg={trained / 'config.yaml'}",
+        "--model.dropout=0.1",
+        f"--data.test_list={tmp_path / 'test.csv'}",
+        f"--ckpt={trained / 'checkpoints' / 'best.ckpt'}",
+        f"--output={tmp_path / 'output'}",
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "16 videos tested, 1 bad" in finished.stdout
+    assert "bad file.mp4: Invalid data" in finished.stdout
+    results = json.loads((tmp_path / "output" / "predictions.json").read_text())
+    assert results["bad"][0]["path"] == str(bad)
+    assert len(results["videos"]) == 16
+    scores = np.array([video["scores"] for video in results["videos"]])
+    labels = np.array([video["label"] for video in results["videos"]])
+    np.testing.assert_allclose(scores.sum(1), 1, rtol=1e-5)
+    assert results["top1"] == pytest.approx(np.mean(scores.argmax(1) == labels))
+    ranks = (-scores).argsort(1)
+    assert results["top5"] == pytest.approx(np.mean((ranks[:, :5] == labels[:, None]).any(1)))
+    assert 0 <= results["clip_top1"] <= 1
+
+
+def test_testing_all_odd_files_ends_and_names_the_bad_ones(real_videos, trained, motions, tmp_path):
+    files = sorted((real_videos / "odd").iterdir())
+    (tmp_path / "odd.csv").write_text("".join(f"{path} 0\n" for path in files))
+    finished = run_tool(
+        "test_net.py",
+        *small(motions, trained),
+        f"--data.test_list={tmp_path / 'odd.csv'}",
+        f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}",
+        f"--output={tmp_path}",
+    )
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads((tmp_path / "predictions.json").read_text())
+    good = {path.split("/")[-1] for path in (video["path"] for video in results["videos"])}
+    bad = {video["path"].split("/")[-1]: video["reason"] for video in results["bad"]}
+    assert len(good) + len(bad) == len(files)
+    assert "cartwheel_metadata_not_utf8.avi" in good
+    assert {"nasa_13013.mp4", "metadata.mp4", "gif-transparent.gif", "tiny_av1.mp4", "video_90.mov"} <= good
+    assert {"corrupted.mp4", "empty.mp4", "Mpeg4.mp4", "short-cenc.mp4", "opus_audioinit.mp4"} <= set(bad)
+    assert all(bad.values())
+
+
+def test_the_network_is_the_checkpoints_unless_the_command_line_says_otherwise(motions, trained, tmp_path):
+    options = [*small(motions, trained), f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}", f"--output={tmp_path}"]
+    finished = run_tool("test_net.py", *options)
+    assert "model.alpha 0.5 as in the checkpoint; the options say 0.25" in finished.stdout, finished.stderr
+    as_trained = json.loads((tmp_path / "predictions.json").read_text())
+    finished = run_tool("test_net.py", *options, "--model.alpha=0")
+    assert "as in the checkpoint" not in finished.stdout, finished.stderr
+    assert json.loads((tmp_path / "predictions.json").read_text())["videos"] != as_trained["videos"]
+
+
+@pytest.mark.parametrize(
+    ("content", "part"), [(None, "no such file"), (b"not a checkpoint", "not a checkpoint of train_net.py")]
+)
+def test_a_wrong_checkpoint_is_one_line(motions, tmp_path, content, part):
+    path = tmp_path / "x.ckpt"
+    if content is not None:
+        path.write_bytes(content)
+    assert_one_line(run_tool("test_net.py", *small(motions, tmp_path), f"--ckpt={path}"), "x.ckpt", part)
+
+
+def test_a_bad_training_video_is_logged_once_and_counted(motions, tmp_path):
+    (tmp_path / "bad.mp4").touch()
+    lines = [*(motions / "train.csv").read_text().splitlines()[:15], f"{tmp_path / 'bad.mp4'} 0"]
+    (tmp_path / "train.csv").write_text("\n".join(lines))
+    finished = run_tool(
+        "train_net.py",
+        *small(motions, tmp_path / "run"),
+        f"--data.train_list={tmp_path / 'train.csv'}",
+        "--data.num_workers=2",
+        "--trainer.max_epochs=2",
+        "--trainer.limit_val_batches=0",
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("bad.mp4: Invalid data") == 1
+    header, *rows = (tmp_path / "run" / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("train/bad_videos")
+    counts = [float(row.split(",")[column]) for row in rows if row.split(",")[column]]
+    assert len(counts) == 2
+    assert min(counts) >= 1  # once in each epoch, more if it is drawn again as a replacement
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(motions, tmp_path):
+    options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=4"]
+    process = subprocess.Popen(
+        [sys.executable, "tools/train_net.py", *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 300
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = torch.load(last, weights_only=True)
+    assert before["epoch"] < 3
+    finished = run_tool("train_net.py", *options, "--ckpt_path=last")
+    assert finished.returncode == 0, finished.stderr
+    assert f"Restored all states from the checkpoint at {last}" in finished.stderr
+    after = torch.load(last, weights_only=True)
+    assert after["epoch"] == 3
+    assert after["global_step"] == 16
+    resumed = (tmp_path / "run" / "csv" / "version_1" / "metrics.csv").read_text().splitlines()
+    assert int(resumed[1].split(",")[0]) == before["epoch"] + 1
+
+
+def test_bfloat16_is_one_option(motions, tmp_path):
+    options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--trainer.precision=bf16-mixed"]
+    finished = run_tool("train_net.py", *options)
+    assert finished.returncode == 0, finished.stderr
+    assert "bfloat16" in finished.stderr
+
+
+def test_two_processes_test_every_video_once(motions, trained, tmp_path):
+    (tmp_path / "test.csv").write_text("\n".join((motions / "val.csv").read_text().splitlines()[:15]))
+    results = []
+    for devices in (1, 2):
+        finished = run_tool(
+            "test_net.py",
+            *small(motions, trained),
+            f"--data.test_list={tmp_path / 'test.csv'}",
+            f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}",
+            f"--output={tmp_path / str(devices)}",
+            "--trainer.accelerator=cpu",
+            f"--trainer.devices={devices}",
+        )
+        assert finished.returncode == 0, finished.stderr
+        results.append(json.loads((tmp_path / str(devices) / "predictions.json").read_text()))
+    one, two = results
+    assert len(two["videos"]) == 15
+    assert [video["path"] for video in one["videos"]] == [video["path"] for video in two["videos"]]
+    for a, b in zip(one["videos"], two["videos"], strict=True):
+        np.testing.assert_allclose(a["scores"], b["scores"], atol=1e-6)
+    assert {key: one[key] for key in ("top1", "top5", "clip_top1")} == {
+        key: two[key] for key in ("top1", "top5", "clip_top1")
+    }
+
+
+@pytest.mark.parametrize("tool", ["train_net.py", "test_net.py"])
+def test_help_and_print_config_explain_the_options(tool):
+    finished = run_tool(tool, "--help")
+    assert finished.returncode == 0
+    for text in ("--cfg", "--model.alpha", "share of octave channels", "--data.train_list", "--trainer.max_epochs"):
+        assert text in finished.stdout
+
+
+def test_print_config_shows_what_a_run_would_use():
+    finished = run_tool("train_net.py", "--cfg=configs/oct_slowfast.yaml", "--model.alpha=0.25", "--print_config")
+    assert finished.returncode == 0, finished.stderr
+    options = yaml.safe_load(finished.stdout)
+    assert options["model"]["alpha"] == 0.25
+    assert options["model"]["weight_decay"] == 1e-4
+    assert options["data"]["clip_frames"] == 32
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_are_short_and_named_after_what_they_hold(path):
+    options = yaml.safe_load(path.read_text())
+    assert len(path.read_text().splitlines()) < 40
+    assert options["trainer"]["default_root_dir"] == f"runs/{path.stem}"
+    if path.stem.startswith("oct_"):
+        assert options["model"]["alpha"] == 0.1
+        if (path.parent / f"{path.stem[4:]}.yaml").exists():
+            vanilla = yaml.safe_load((path.parent / f"{path.stem[4:]}.yaml").read_text())
+            vanilla["model"]["alpha"], vanilla["trainer"]["default_root_dir"] = (
+                0.1,
+                options["trainer"]["default_root_dir"],
+            )
+            assert vanilla == options
+
+
+def test_a_video_of_one_frame_is_a_clip_that_holds_it(tmp_path, motions, trained):
+    write_video(tmp_path / "one.mp4", np.full((1, 48, 64, 3), 100, np.uint8), 25)
+    (tmp_path / "test.csv").write_text("one.mp4 0\n")
+    finished = run_tool(
+        "test_net.py",
+        *small(motions, trained),
+        f"--data.test_list={tmp_path / 'test.csv'}",
+        f"--data.root={tmp_path}",
+        f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}",
+        f"--output={tmp_path}",
+    )
+    assert "1 videos tested, 0 bad" in finished.stdout, finished.stderr
