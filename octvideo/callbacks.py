@@ -58,3 +58,18 @@ class BadVideos(Callback):
         module.log(
             name, float(len(batch.bad)), on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True, batch_size=1
         )
+
+
+class EpochLines(Callback):
+    """Prints one line an epoch, for log files, in which a progress bar cannot be read."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what was measured in the epoch."""
+        figures = {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if name[-5:] not in ("_step", "epoch")
+        }
+        line = "  ".join(f"{key} {value:.4g}" for key, value in sorted(figures.items()))
+        if trainer.is_global_zero:
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {line}", flush=True)

@@ -74,7 +74,7 @@ def octavize(
 
 
 def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
-    """The class that a convolution may take: subclasses may add to nn.Conv2d and nn.Conv3d, but not convolve otherwise."""
+    """The class that a convolution may take; a subclass of nn.Conv2d or nn.Conv3d must convolve as its base does."""
     kind: Any = type(module)
     for vanilla, octave in ((nn.Conv2d, OctConv2d), (nn.Conv3d, OctConv3d)):
         if kind is octave:

@@ -169,7 +169,7 @@ class Recognizer(LightningModule):
         labels = batch.labels.repeat_interleave(views)
         loss = F.cross_entropy(logits, labels)
         self.train_top1(logits, labels)
-        self.log("train/loss", loss, prog_bar=True, batch_size=videos)
+        self.log("train/loss", loss, on_epoch=True, prog_bar=True, batch_size=videos)
         self.log("train/top1", self.train_top1, on_step=False, on_epoch=True, prog_bar=True, batch_size=videos)
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss

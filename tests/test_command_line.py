@@ -39,6 +39,7 @@ def small(data, run):
         "--data.batch_size=8",
         "--data.num_workers=1",
         "--model.width=8",
+        "--trainer.log_every_n_steps=2",
         f"--trainer.default_root_dir={run}",
     ]
 
@@ -49,6 +50,7 @@ def trained(motions, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "trained"
     finished = run_tool("train_net.py", *small(motions, run), "--trainer.max_epochs=2", "--model.alpha=0.5")
     assert finished.returncode == 0, finished.stderr
+    (run / "output.txt").write_text(finished.stdout)
     return run
 
 
@@ -94,8 +96,11 @@ def test_a_run_writes_options_logs_and_checkpoints(trained):
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert list(trained.glob("events.out.tfevents.*"))
     header, *rows = (trained / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
-    assert {"train/loss", "val/top1", "val/top5", "learning_rate", "train/bad_videos"} <= set(header.split(","))
+    assert {"train/loss_step", "train/loss_epoch", "val/top1", "val/top5", "learning_rate", "train/bad_videos"} <= set(
+        header.split(",")
+    )
     assert rows
+    assert "epoch 2/2  learning_rate" in (trained / "output.txt").read_text()  # no terminal: a line for each epoch
     checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["epoch"] == 1
     assert checkpoint["global_step"] == 8

@@ -54,14 +54,13 @@ def test_the_disc_is_where_the_path_says():
 
 
 def test_files_are_the_same_for_the_same_seed_and_made_once(tmp_path, capsys):
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        make_data_set(tmp_path / folder, 8, 8, seed)
+    for folder in "ab":
+        make_data_set(tmp_path / folder, 8, 8, 0)
     videos = sorted((tmp_path / "a").rglob("*.mp4"))
     assert len(videos) == 16
     for video in videos:
         name = video.relative_to(tmp_path / "a")
         assert video.read_bytes() == (tmp_path / "b" / name).read_bytes()
-        assert video.read_bytes() != (tmp_path / "c" / name).read_bytes()
     before = videos[0].stat().st_mtime_ns
     make_data_set(tmp_path / "a", 8, 8, 0)
     assert videos[0].stat().st_mtime_ns == before

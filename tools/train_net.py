@@ -5,6 +5,7 @@ python tools/train_net.py --cfg configs/oct_i3d.yaml [--model.alpha 0.125 --trai
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from octvideo.callbacks import EpochLines
 
 
 class Training(CommandLine):
@@ -51,6 +54,8 @@ class Training(CommandLine):
         folder = self.run_folder
         if self.config["trainer"]["logger"] in (None, True):
             kwargs["logger"] = [TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv")]
+        if not sys.stdout.isatty():
+            self.trainer_defaults["callbacks"].append(EpochLines())
         if self.config["trainer"]["enable_checkpointing"] is not False:
             last = ModelCheckpoint(
                 folder / "checkpoints", "last", enable_version_counter=False, save_on_train_epoch_end=True

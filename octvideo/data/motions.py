@@ -11,6 +11,7 @@ import multiprocessing
 import os
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -93,12 +94,18 @@ def _texture(size: int, cells: int, rng: np.random.Generator) -> NDArray[np.uint
 def write_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
     """Writes RGB frames (T, H, W, 3) as an h264 mp4 file, byte for byte the same for the same frames."""
     # Without asm=0 x264's output depends on what it encoded before.
-    options = {"crf": "18", "preset": "ultrafast", "threads": "1", "g": "12", "x264-params": "asm=0"}
+    encoding: dict[str, Any] = {
+        "crf": "18",
+        "preset": "ultrafast",
+        "threads": "1",
+        "g": "12",
+        "x264-params": "asm=0",
+    }
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = options
+        stream.options = encoding
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode())
