@@ -1,7 +1,7 @@
 # make train    environment, a small made data set, training of an Oct-I3D, test
 # make test     environment, every test
 # make lint     ruff and mypy
-# PIP_FLAGS     options for pip, such as --index-url https://download.pytorch.org/whl/cpu
+# PIP_FLAGS     options for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 PIP_FLAGS ?=

@@ -204,7 +204,8 @@ class _OctConv(nn.modules.conv._ConvNd):
         if x.shape[1] == 0 or weight.shape[0] == 0:
             return None
         groups = groups or self.groups
-        frame_by_frame = self.kernel_size[0] == 1 and self.stride[0] == 1 and self.padding_mode == "zeros"
+        keeps_frames = isinstance(self.padding, str) or self.padding[0] == 0
+        frame_by_frame = self.kernel_size[0] == self.stride[0] == 1 and keeps_frames and self.padding_mode == "zeros"
         if frame_by_frame and channels_last(x):  # 2-D is faster: 0.75 of the time for I3D on a CPU
             padding = self.padding if isinstance(self.padding, str) else self.padding[1:]
             images = F.conv2d(fold_time(x), weight[:, :, 0], bias, 1, padding, self.dilation[1:], groups)

@@ -25,9 +25,9 @@ DEPTHS = (50, 101, 152)
 class HeadPool(nn.AvgPool3d):
     """Average pooling before the classifier: a published head's 7 x 7 window, or the whole map where that is smaller.
 
-    A published head fails on maps below 7 x 7 and on other clip lengths. This one averages all frames, and equals
-    the published head wherever that works; a larger map (a 256 crop) keeps several windows, whose logits the
-    head averages. Octaves are averaged as a whole.
+    A published head fails on maps below 7 x 7 and on shorter clips. This one averages all frames, and equals the
+    published head for clips of the published length; a larger map (a 256 crop) keeps several windows, whose logits
+    the head averages. Octaves are averaged as a whole.
 
     Shape:
         Input: (B, C, T, H, W) or Octaves of that shape.
@@ -160,8 +160,9 @@ def create_model(
 
     The octave layers follow the paper's layout (section 4.3): stages res2, res3 and res4 with their shortcuts (and
     SlowFast's lateral connections after them); stem, res5 and classifier stay vanilla. At alpha 0 it is
-    pytorchvideo's network with its names, so published checkpoints load. Any clip length and crop size works; the
-    last batch norm of a block starts at 0 and the classifier at a standard deviation of 0.01.
+    pytorchvideo's network with its names, so published checkpoints load. Any crop size
+    and, from 2 frames, any clip length works; the last batch norm of a block starts at 0 and the classifier at a
+    standard deviation of 0.01.
 
     Args:
         name: one of `MODELS`.
@@ -190,6 +191,8 @@ def create_model(
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if depth not in DEPTHS:
         raise ValueError(f"depth must be one of {DEPTHS}, got {depth}")
+    if frame_ratio < 1 or channel_ratio < 1:
+        raise ValueError(f"frame_ratio and channel_ratio must be at least 1, got {frame_ratio} and {channel_ratio}")
     if width < 1 or (name.startswith("slowfast") and width % channel_ratio):
         raise ValueError(
             f"width must be positive, and for SlowFast a multiple of channel_ratio {channel_ratio}, got {width}"

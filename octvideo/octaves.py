@@ -185,7 +185,7 @@ class Octaves(_Maps):
             "call .merge() on them first for the vanilla tensor"
         )
 
-    # A tuple's own +, * and comparison operators would concatenate and repeat.
+    # A tuple's own + and * would concatenate and repeat.
     def __add__(self, other: Any) -> Octaves:  # type: ignore[override]
         return _elementwise(torch.add, (self, other), {})
 
@@ -393,7 +393,8 @@ _ELEMENTWISE = _IN_PLACE | _named(
 )
 _WINDOWED = _named("max_pool2d max_pool3d interpolate upsample")
 _SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
-    **dict.fromkeys(_named("batch_norm instance_norm"), _normalize),
+    F.batch_norm: _normalize,
+    F.instance_norm: _normalize,
     **dict.fromkeys(_named("cat concat concatenate"), _cat),
     **dict.fromkeys(_named("mean"), _mean),
     **dict.fromkeys(_named("avg_pool2d avg_pool3d"), _average_window),

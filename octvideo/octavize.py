@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from octvideo.conv import OctConv2d, OctConv3d, check_groups
 
@@ -64,10 +65,9 @@ def octavize(
                 module._vanilla_class = type(module)
                 module.__class__ = octave
             module.set_alpha(alphas[name], temporal and octave is OctConv3d)
-        elif hasattr(module, "alpha"):
-            module.__class__ = getattr(
-                module, "_vanilla_class", nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv3d
-            )
+        elif isinstance(module, (OctConv2d, OctConv3d)):
+            base: Any = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv3d
+            module.__class__ = getattr(module, "_vanilla_class", base)
             for attribute in ("alpha", "temporal", "_vanilla_class"):
                 module.__dict__.pop(attribute, None)
     return model
@@ -76,6 +76,8 @@ def octavize(
 def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
     """The class that a convolution may take; a subclass of nn.Conv2d or nn.Conv3d must convolve as its base does."""
     kind: Any = type(module)
+    if is_parametrized(module):  # its class holds the parametrization, such as weight norm's
+        return None
     for vanilla, octave in ((nn.Conv2d, OctConv2d), (nn.Conv3d, OctConv3d)):
         if kind is octave:
             return octave

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -16,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from octvideo.models import create_model
 
-CLIPS_PER_PASS = 30
+CLIPS_PER_PASS = 10  # of one forward pass in testing: enough to fill a GPU
 
 
 class Batch(Protocol):
@@ -236,9 +237,17 @@ class Recognizer(LightningModule):
         optimizer = torch.optim.SGD(
             parameter_groups(self.network, self.weight_decay), self.learning_rate, momentum=self.momentum, nesterov=True
         )
+        if math.isinf(self.trainer.estimated_stepping_batches):
+            raise ValueError("the half-cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         total_steps = int(self.trainer.estimated_stepping_batches)
-        epochs = self.trainer.max_epochs or 1
-        warmup_steps = min(total_steps, round(self.warmup_epochs * total_steps / epochs))
+        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        if warmup_steps >= total_steps:
+            rank_zero_warn(
+                f"a warm-up of {self.warmup_epochs:g} epochs does not fit into {total_steps / steps_per_epoch:g}: "
+                "it takes a fifth of the run instead; set model.warmup_epochs"
+            )
+            warmup_steps = total_steps // 5
 
         def factor(step: int) -> float:
             rate = learning_rate_at(step, total_steps, warmup_steps, self.learning_rate, self.warmup_start)

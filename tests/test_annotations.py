@@ -46,7 +46,7 @@ def test_a_wrong_line_is_an_error_with_file_and_line(write, text, message):
 
 def test_without_a_number_of_classes_only_negative_labels_are_wrong(write):
     assert read_list(write("a.mp4 99\n")).labels.tolist() == [99]
-    with pytest.raises(ListError, match="must be 0 or above, got -2"):
+    with pytest.raises(ListError, match="must be 0 to 2147483647, got -2"):
         read_list(write("a.mp4 -2\n"))
 
 

@@ -72,6 +72,8 @@ def assert_one_line(finished, *parts):
         (["--model.alpha=1.5"], ["alpha must lie in [0, 1], got 1.5"]),
         (["--model.name=i3d"], ["no model 'i3d'; there are c2d_r50, i3d_r50"]),
         (["--ckpt_path=nothing.ckpt"], ["nothing.ckpt: no such file"]),
+        (["--ckpt_path=last"], ["--ckpt_path runs/oct_i3d/checkpoints/last.ckpt: no such file"]),
+        (["--model.name=slowfast_r50", "--data.clip_frames=6"], ["multiple of model.frame_ratio 4", "got 6"]),
         (["--cfg=nothing.yaml"], ["nothing.yaml"]),
     ],
     ids=str,
@@ -203,9 +205,8 @@ def test_a_bad_training_video_is_logged_once_and_counted(motions, tmp_path):
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(motions, tmp_path):
     options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=4"]
-    process = subprocess.Popen(
-        [sys.executable, "tools/train_net.py", *options], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "tools/train_net.py", *options, "--model.alpha=0.5"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 300
     while not last.exists() and time.monotonic() < deadline and process.poll() is None:
@@ -216,6 +217,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(motions, tmp_path):
     assert before["epoch"] < 3
     finished = run_tool("train_net.py", *options, "--ckpt_path=last")
     assert finished.returncode == 0, finished.stderr
+    assert "model.alpha 0.5 as in the checkpoint; the options say 0.25" in finished.stdout
     assert f"Restored all states from the checkpoint at {last}" in finished.stderr
     after = torch.load(last, weights_only=True)
     assert after["epoch"] == 3
@@ -224,11 +226,33 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(motions, tmp_path):
     assert int(resumed[1].split(",")[0]) == before["epoch"] + 1
 
 
+def test_videos_that_are_all_bad_or_too_few_end_training_with_one_line(motions, tmp_path):
+    options = small(motions, tmp_path / "run")
+    finished = run_tool("train_net.py", *options, "--data.root=/nowhere", "--trainer.limit_val_batches=0")
+    assert_one_line(finished, "/nowhere/train/", "No such file or directory (and the 9 videos tried before it")
+    assert_one_line(run_tool("train_net.py", *options, "--data.batch_size=64"), "lower --data.batch_size")
+
+
 def test_bfloat16_is_one_option(motions, tmp_path):
     options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--trainer.precision=bf16-mixed"]
     finished = run_tool("train_net.py", *options)
     assert finished.returncode == 0, finished.stderr
     assert "bfloat16" in finished.stderr
+
+
+def test_two_processes_train_one_network(motions, tmp_path):
+    finished = run_tool(
+        "train_net.py",
+        *small(motions, tmp_path / "run"),
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+        "--data.num_workers=0",
+    )
+    assert finished.returncode == 0, finished.stderr
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2  # 32 videos in batches of 2 x 8
+    assert finished.stdout.count("epoch 1/1") == 1
 
 
 def test_two_processes_test_every_video_once(motions, trained, tmp_path):

@@ -171,6 +171,21 @@ def test_cost_is_the_papers_formula_exactly(alpha):
     assert counter.get_total_flops() == dense * (1 - 0.75 * alpha * (2 - alpha))
 
 
+@pytest.mark.parametrize("kernel", [(1, 3, 3), (1, 1, 1), (3, 3, 3)])
+@pytest.mark.parametrize("padding", ["same", (0, 1, 1), (1, 1, 1), (1, 0, 0)])
+@pytest.mark.parametrize("temporal", [False, True])
+def test_the_memory_layout_does_not_change_the_result(kernel, padding, temporal):
+    torch.manual_seed(0)
+    if padding != "same" and (padding[1] * 2 + 1 != kernel[1] or (temporal and padding[0] * 2 + 1 != kernel[0])):
+        pytest.skip("this padding does not keep the size of this kernel")
+    layer = OctConv3d(8, 8, kernel, padding=padding, alpha=0.25, temporal=temporal)
+    x = Octaves(torch.randn(2, 6, 4, 7, 8), torch.randn(2, 2, 2 if temporal else 4, 4, 4))
+    y = layer(x)
+    z = layer(Octaves(*(map_.contiguous(memory_format=torch.channels_last_3d) for map_ in x)))
+    torch.testing.assert_close(z.high, y.high)
+    torch.testing.assert_close(z.low, y.low)
+
+
 def test_grouped_layer_costs_a_groups_share_and_matches_grouped_paths():
     torch.manual_seed(0)
     layer = OctConv3d(16, 16, (1, 3, 3), padding=(0, 1, 1), groups=4, alpha=0.5)

@@ -21,8 +21,9 @@ def imports(path):
     """The octvideo modules that a file imports, by their first name below the package."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names = [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert "octvideo" not in names, f"{path} imports the whole package"
         found |= {name.split(".")[1] for name in names if name.startswith("octvideo.")}
         assert not (isinstance(node, ast.ImportFrom) and node.level), f"relative import in {path}"
     return found

@@ -85,7 +85,7 @@ def test_one_state_dict_loads_strictly_at_any_alpha_and_alpha_zero_restores(name
     clip = torch.randn(1, 3, 8, 48, 48)
     with torch.no_grad():
         wanted = vanilla(clip)
-        for alpha in (0.125, 0.5, (0.25, 0.25, 0.5, 0.5), 1.0):
+        for alpha in (0.125, (0.25, 0.25, 0.5, 0.5), 1.0):
             network = create_model(name, alpha=alpha, width=16, num_classes=5).eval()
             network.load_state_dict(vanilla.state_dict(), strict=True)
             assert network(clip).shape == wanted.shape
@@ -95,7 +95,7 @@ def test_one_state_dict_loads_strictly_at_any_alpha_and_alpha_zero_restores(name
             assert torch.equal(network(clip), wanted)
 
 
-@pytest.mark.parametrize("size", [64, 72], ids=["even maps", "odd maps"])
+@pytest.mark.parametrize("size", [32, 40], ids=["even maps", "odd maps"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_clip_constant_in_space_has_the_same_logits_at_every_alpha(name, size):
     """Without detail a lower resolution loses nothing: only a channel out of order changes logits."""
@@ -109,7 +109,7 @@ def test_a_clip_constant_in_space_has_the_same_logits_at_every_alpha(name, size)
             module.kernel_size = module.stride
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight)
-    clip = torch.randn(2, 3, 8, 1, 1, dtype=torch.float64).expand(-1, -1, -1, size, size)
+    clip = torch.randn(2, 3, 4, 1, 1, dtype=torch.float64).expand(-1, -1, -1, size, size)
     with torch.no_grad():
         wanted = network(clip)
         for alpha in (0.125, 0.25, 0.5):

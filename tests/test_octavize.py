@@ -66,6 +66,22 @@ def test_a_subclass_that_convolves_otherwise_is_left_alone():
     assert type(network[3]) is Doubled
 
 
+def test_parametrized_convolutions_are_left_alone():
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv3d(4, 4, 1))
+    network = octavize(nn.Sequential(nn.Conv3d(3, 4, 1), nn.Conv3d(4, 4, 1), normed), {"1": 0.5})
+    assert network[2].weight.shape == (4, 4, 1, 1, 1)
+    assert not isinstance(network[2], OctConv3d)
+
+
+def test_restoring_leaves_a_subclass_with_an_alpha_of_its_own_alone():
+    class Scaled(nn.Conv3d):
+        alpha = 3
+
+    network = octavize(nn.Sequential(nn.Conv3d(3, 4, 1), Scaled(4, 4, 1)), 0)
+    assert type(network[1]) is Scaled
+    assert network[1].alpha == 3
+
+
 def test_a_torchvision_network_runs_and_gets_cheaper():
     vanilla = resnet18().eval()
     macs = count_macs(vanilla, (3, 64, 64))

@@ -79,6 +79,28 @@ def test_a_test_without_any_good_video_has_no_accuracy():
     assert recognizer.results["videos"] == []
 
 
+@pytest.mark.parametrize(("warmup_epochs", "shortened"), [(1, False), (34, True)])
+def test_a_warm_up_longer_than_the_run_is_shortened_with_a_warning(warmup_epochs, shortened, recwarn):
+    recognizer = small(warmup_epochs=warmup_epochs)
+    recognizer._trainer = type(
+        "Trainer", (), {"estimated_stepping_batches": 50, "num_training_batches": 10, "accumulate_grad_batches": 1}
+    )()
+    scheduler = recognizer.configure_optimizers()["lr_scheduler"]["scheduler"]
+    (factor, _) = scheduler.lr_lambdas
+    warnings = [str(warning.message) for warning in recwarn if "warm-up" in str(warning.message)]
+    assert warnings == (["a warm-up of 34 epochs does not fit into 5: it takes a fifth of the run instead; set "
+                         "model.warmup_epochs"] if shortened else [])  # fmt: skip
+    assert [factor(step) for step in range(10)] == sorted(factor(step) for step in range(10))  # rises for ten steps
+    assert factor(11) < factor(10)
+
+
+def test_a_schedule_without_an_end_is_refused():
+    recognizer = small()
+    recognizer._trainer = type("Trainer", (), {"estimated_stepping_batches": float("inf")})()
+    with pytest.raises(ValueError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
+        recognizer.configure_optimizers()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -87,6 +109,7 @@ def test_a_test_without_any_good_video_has_no_accuracy():
         ({"momentum": 1.0}, "momentum must lie between 0 and 1"),
         ({"std": 0}, "std be positive"),
         ({"width": 0}, "width must be positive"),
+        ({"channel_ratio": 0}, "frame_ratio and channel_ratio must be at least 1, got 4 and 0"),
     ],
 )
 def test_wrong_numbers_are_refused(options, message):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import pickle
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -19,12 +21,18 @@ for message in (".*LeafSpec.*", ".*smaller than the logging interval.*", ".*call
     warnings.filterwarnings("ignore", message)
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
+import torch  # noqa: E402
 from jsonargparse import ActionConfigFile  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
 
 from octvideo.callbacks import BadVideos  # noqa: E402
+from octvideo.data.annotations import ListError  # noqa: E402
 from octvideo.data.module import VideoData  # noqa: E402
+from octvideo.data.video import DecodeError  # noqa: E402
 from octvideo.recognizer import Recognizer  # noqa: E402
+
+# What makes a network what it is, besides its weights.
+NETWORK_OPTIONS = ("name", "alpha", "num_classes", "width", "depth", "frame_ratio", "channel_ratio", "mean", "std")
 
 Cli = TypeVar("Cli", bound="CommandLine")
 
@@ -79,10 +87,49 @@ class CommandLine(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.set_defaults({"trainer.default_root_dir": "runs/default"})
 
+    def take_network_of(self, path: str | Path, option: str) -> None:
+        """Takes the network's options from a checkpoint where the command line does not give them.
+
+        Its weights fit at every alpha, so another one in the YAML file would change the network without a word.
+        """
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            trained = {key: checkpoint["hyper_parameters"][key] for key in NETWORK_OPTIONS}
+        except FileNotFoundError as error:
+            raise ValueError(f"{option} {path}: no such file") from error
+        except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, OSError) as error:
+            raise ValueError(f"{option} {path}: not a checkpoint of train_net.py: {error}") from error
+        options = self.config["model"]
+        for key in NETWORK_OPTIONS:
+            given = any(argument.split("=")[0] == f"--model.{key}" for argument in sys.argv)
+            if not given and options[key] != trained[key]:
+                print(f"model.{key} {trained[key]} as in the checkpoint; the options say {options[key]}")
+                options[key] = trained[key]
+        self.config["data"]["num_classes"] = options["num_classes"]
+
+    def instantiate_classes(self) -> None:
+        """Refuses clips that the network cannot divide."""
+        model, data = self.config["model"], self.config["data"]
+        if model["name"].startswith("slowfast") and data["clip_frames"] % max(1, model["frame_ratio"]):
+            raise ValueError(
+                f"data.clip_frames must be a multiple of model.frame_ratio {model['frame_ratio']} for SlowFast, "
+                f"got {data['clip_frames']}"
+            )
+        super().instantiate_classes()
+
     @property
     def run_folder(self) -> Path:
         """Where this run keeps its checkpoints, logs and results."""
         return Path(self.config["trainer"]["default_root_dir"])
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the program with one line for what is wrong with the user's files; other errors keep their traceback."""
+    try:
+        yield
+    except (DecodeError, ListError, OSError) as error:
+        fail(str(error).strip().splitlines()[-1].removeprefix("octvideo.data.video.DecodeError: "))
 
 
 def start(command_line: Callable[[], Cli]) -> Cli:

@@ -10,19 +10,17 @@ Prints clip and video accuracies (views averaged after softmax) and writes DIR/p
 from __future__ import annotations
 
 import json
-import pickle
-import sys
+import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from command_line import CommandLine, start
+from command_line import CommandLine, one_line_errors, start
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-NETWORK_OPTIONS = ("name", "alpha", "num_classes", "width", "depth", "frame_ratio", "channel_ratio", "mean", "std")
+from octvideo.data.annotations import ListError
 
 
 class Testing(CommandLine):
@@ -36,22 +34,7 @@ class Testing(CommandLine):
 
     def before_instantiate_classes(self) -> None:
         """Takes the network's options from the checkpoint, so that it is tested at the alpha it was trained at."""
-        path = self.config["ckpt"]
-        try:
-            # mmap: Lightning reads the weights later
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            trained = {key: checkpoint["hyper_parameters"][key] for key in NETWORK_OPTIONS}
-        except FileNotFoundError as error:
-            raise ValueError(f"--ckpt {path}: no such file") from error
-        except (RuntimeError, pickle.UnpicklingError, KeyError, EOFError, OSError) as error:
-            raise ValueError(f"--ckpt {path}: not a checkpoint of train_net.py: {error}") from error
-        options = self.config["model"]
-        for key in NETWORK_OPTIONS:
-            given = any(argument.split("=")[0] == f"--model.{key}" for argument in sys.argv)
-            if not given and options[key] != trained[key]:
-                print(f"model.{key} {trained[key]} as in the checkpoint; the options say {options[key]}")
-                options[key] = trained[key]
-        self.config["data"]["num_classes"] = options["num_classes"]
+        self.take_network_of(self.config["ckpt"], "--ckpt")
 
     def instantiate_classes(self) -> None:
         """Reads the list too, so that what is wrong with it shows before anything starts."""
@@ -81,11 +64,15 @@ def print_table(results: dict[str, Any]) -> None:
 def main() -> None:
     """Tests."""
     cli = start(lambda: Testing(__doc__ or "", keep_options=False))
-    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt"], verbose=False, weights_only=True)
-    if cli.trainer.is_global_zero:
+    output = Path(cli.config["output"] or cli.run_folder / "test")
+    with one_line_errors():
+        output.mkdir(parents=True, exist_ok=True)  # before the work whose result it is for
+        cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt"], verbose=False, weights_only=True)
+        if not cli.trainer.is_global_zero:
+            return
         print_table(cli.model.results)
-        output = Path(cli.config["output"] or cli.run_folder / "test")
-        output.mkdir(parents=True, exist_ok=True)
+        if any(math.isnan(video["scores"][0]) for video in cli.model.results["videos"]):
+            raise ListError(f"{cli.config['ckpt']} gives scores that are no numbers: its training diverged")
         (output / "predictions.json").write_text(json.dumps(cli.model.results))
         print(f"predictions: {output / 'predictions.json'}")
 

@@ -6,10 +6,9 @@ python tools/train_net.py --cfg configs/oct_i3d.yaml [--model.alpha 0.125 --trai
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
-from command_line import CommandLine, start
+from command_line import CommandLine, one_line_errors, start
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -39,8 +38,8 @@ class Training(CommandLine):
                 f"{self.run_folder} already holds a run: go on with it by --ckpt_path last, "
                 "or choose another folder by --trainer.default_root_dir"
             )
-        if ckpt_path not in (None, "last") and not Path(ckpt_path).is_file():
-            raise ValueError(f"--ckpt_path {ckpt_path}: no such file")
+        if ckpt_path is not None:
+            self.take_network_of(last if ckpt_path == "last" else ckpt_path, "--ckpt_path")
 
     def instantiate_classes(self) -> None:
         """Reads the lists too, so that what is wrong with them shows before anything starts."""
@@ -72,7 +71,8 @@ class Training(CommandLine):
 def main() -> None:
     """Trains."""
     cli = start(lambda: Training(__doc__ or "", keep_options=True))
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
+    with one_line_errors():
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
     if cli.trainer.is_global_zero:
         print(f"checkpoints: {cli.run_folder / 'checkpoints'}  logs: tensorboard --logdir {cli.run_folder}")
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+MOST_CLASSES = 2**31  # more is no class number
+
 
 class VideoList(NamedTuple):
     """Videos and their classes.
@@ -49,7 +51,7 @@ def read_list(
         ListError: no such file, no line in it, or a line that is not a path and a class number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
         raise ListError(f"{path}: {reason}") from error
@@ -60,8 +62,9 @@ def read_list(
         video, _, label = (entry.strip() for entry in line.strip().rpartition(separator))
         if not video or not label.removeprefix("-").isdecimal():
             raise ListError(f"{path}:{number}: expected 'path{separator}class number', got {line!r}")
-        if int(label) < 0 or (num_classes is not None and int(label) >= num_classes):
-            allowed = "0 or above" if num_classes is None else f"0 to {num_classes - 1} (num_classes is {num_classes})"
+        most = MOST_CLASSES if num_classes is None else num_classes
+        if not 0 <= int(label) < most:
+            allowed = f"0 to {most - 1}" + ("" if num_classes is None else f" (num_classes is {num_classes})")
             raise ListError(f"{path}:{number}: class number must be {allowed}, got {label}")
         paths.append(os.path.join(root, video) if root is not None else video)
         labels.append(int(label))

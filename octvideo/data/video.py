@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import av
 import numpy as np
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 ROUNDING_SECONDS = 0.001  # Matroska rounds timestamps to milliseconds; a frame may be that early for k / fps
+
+EARLY_END_SECONDS = 1.0  # headers are off by some frames in many good files
 
 
 class DecodeError(ValueError):
@@ -22,8 +26,9 @@ class DecodeError(ValueError):
         reason: what is wrong with it, in one line.
     """
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+    def __init__(self, path: str, reason: str = "") -> None:
+        # A loader's worker process rebuilds an error from its message alone.
+        super().__init__(f"{path}: {reason}" if reason else path)
         self.path = path
         self.reason = reason
 
@@ -64,7 +69,8 @@ class Video:
         except (av.error.FFmpegError, OSError) as error:
             raise self._broken(error) from error
         stream = self._container.streams.best("video")  # not a cover picture, nor the smaller of two
-        if not isinstance(stream, av.VideoStream) or stream.time_base is None:
+        picture = stream is not None and stream.disposition & Disposition.attached_pic  # the cover of a sound file
+        if not isinstance(stream, av.VideoStream) or stream.time_base is None or picture:
             self.close()
             raise DecodeError(self.path, "no video stream")
         stream.thread_type = "SLICE"
@@ -74,16 +80,24 @@ class Video:
         self._start_seconds = float((stream.start_time or 0) * stream.time_base)
 
     def _measure(self) -> tuple[float, float]:
-        """Frames per second and seconds, from the header if it has them."""
+        """Frames per second and seconds, from the stream's header if it has them."""
         rate = self._stream.average_rate or self._stream.guessed_rate
         if not rate:
             raise DecodeError(self.path, "the video stream has no frame rate")
         if self._stream.duration is not None:
             return float(rate), float(self._stream.duration * self._time_base)
-        if self._container.duration is not None:
-            return float(rate), self._container.duration / av.time_base
-        *_, (last_seconds, _) = self._frames_from(0)
-        return float(rate), last_seconds + 1 / float(rate)
+        # The container's duration counts its sound too and, in Matroska, the time before the first frame: read the
+        # timestamps from the last key frame on, or all of them, without decoding.
+        end = (self._container.duration or 0) / av.time_base
+        last = 0.0
+        try:
+            self._seek(end)
+            for packet in self._container.demux(self._stream):
+                if packet.pts is not None:
+                    last = max(last, float(packet.pts * self._time_base) - self._start_seconds)
+        except (av.error.FFmpegError, OSError) as error:
+            raise self._broken(error) from error
+        return float(rate), last + 1 / float(rate)
 
     def frames_at(
         self, times_seconds: Sequence[float] | NDArray[np.float64], short_side: int | None = None
@@ -102,21 +116,24 @@ class Video:
             RGB frames (T, H, W, 3).
 
         Raises:
-            DecodeError: no frame, or invalid data before the last moment.
+            DecodeError: no frame, invalid data before the last moment, or an end more than a second too early.
         """
         order = np.argsort(times_seconds, kind="stable")
         frames = self._frames_from(float(times_seconds[order[0]]))
-        _, current = next(frames)
+        seconds, current = next(frames)
         upcoming = next(frames, None)
+        size = self._scaled_size(current, short_side)
         images: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(order)
         image = None
         for place in order:
             reach = times_seconds[place] + ROUNDING_SECONDS
             while upcoming is not None and upcoming[0] <= reach:
-                current, image = upcoming[1], None
+                (seconds, current), image = upcoming, None
                 upcoming = next(frames, None)
+            if upcoming is None:
+                self._check_end(seconds, current, float(times_seconds[place]))
             if image is None:
-                image = self._to_rgb(current, short_side)
+                image = self._to_rgb(current, size)
             images[place] = image
         return np.stack(images)
 
@@ -137,13 +154,16 @@ class Video:
     def _decode(self, seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
         try:
             self._seek(seconds)
-            shown_seconds = 0.0
+            # Frames without timestamps can be counted from the start, but not after a jump.
+            shown_seconds = 0.0 if seconds <= 0 else math.inf
+            previous_seconds = None
             for frame in self._container.decode(self._stream):
                 assert isinstance(frame, av.VideoFrame)
                 if frame.time is not None:
                     shown_seconds = frame.time - self._start_seconds
-                else:  # no timestamp: it follows the frame before it
-                    shown_seconds += 1 / float(self._stream.guessed_rate or 25)
+                elif previous_seconds is not None:
+                    shown_seconds = previous_seconds + 1 / float(self._stream.guessed_rate or 25)
+                previous_seconds = shown_seconds
                 yield shown_seconds, frame
         except (av.error.FFmpegError, OSError) as error:
             raise self._broken(error) from error
@@ -156,9 +176,21 @@ class Video:
             self.close()
             self._open()
 
-    def _to_rgb(self, frame: av.VideoFrame, short_side: int | None) -> NDArray[np.uint8]:
+    def _check_end(self, last_seconds: float, last: av.VideoFrame, wanted_seconds: float) -> None:
+        """Refuses to hold the last frame of a file that ends long before its header says, one cut off in the middle."""
+        end = last_seconds + max(1 / self.fps, float((last.duration or 0) * self._time_base))
+        if end + EARLY_END_SECONDS < min(wanted_seconds, self.duration_seconds):
+            raise DecodeError(self.path, f"ends after {end:.2f} s, and its header says {self.duration_seconds:.2f} s")
+
+    def _scaled_size(self, frame: av.VideoFrame, short_side: int | None) -> tuple[int, int]:
+        """(width, height) that all frames get, even if the picture's size changes on the way."""
+        if min(frame.width, frame.height) < 1:
+            raise DecodeError(self.path, f"frames of {frame.width} x {frame.height} pixels")
         scale = 1.0 if short_side is None else short_side / min(frame.width, frame.height)
-        width, height = max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
+        return max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
+
+    def _to_rgb(self, frame: av.VideoFrame, size: tuple[int, int]) -> NDArray[np.uint8]:
+        width, height = size
         try:
             rgb = self._scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
             image = rgb.to_ndarray().astype(np.uint8, copy=False)
