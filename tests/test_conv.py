@@ -171,13 +171,20 @@ def test_cost_is_the_papers_formula_exactly(alpha):
     assert counter.get_total_flops() == dense * (1 - 0.75 * alpha * (2 - alpha))
 
 
-@pytest.mark.parametrize("kernel", [(1, 3, 3), (1, 1, 1), (3, 3, 3)])
-@pytest.mark.parametrize("padding", ["same", (0, 1, 1), (1, 1, 1), (1, 0, 0)])
-@pytest.mark.parametrize("temporal", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "padding", "temporal"),
+    [
+        ((1, 3, 3), (0, 1, 1), False),
+        ((1, 3, 3), (0, 1, 1), True),
+        ((1, 3, 3), (1, 1, 1), False),  # adds frames
+        ((1, 3, 3), "same", False),
+        ((1, 1, 1), 0, True),
+        ((3, 3, 3), (1, 1, 1), True),
+        ((3, 3, 3), (0, 1, 1), False),
+    ],
+)
 def test_the_memory_layout_does_not_change_the_result(kernel, padding, temporal):
     torch.manual_seed(0)
-    if padding != "same" and (padding[1] * 2 + 1 != kernel[1] or (temporal and padding[0] * 2 + 1 != kernel[0])):
-        pytest.skip("this padding does not keep the size of this kernel")
     layer = OctConv3d(8, 8, kernel, padding=padding, alpha=0.25, temporal=temporal)
     x = Octaves(torch.randn(2, 6, 4, 7, 8), torch.randn(2, 2, 2 if temporal else 4, 4, 4))
     y = layer(x)
