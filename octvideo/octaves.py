@@ -239,7 +239,8 @@ def _shapes(values: Any) -> list[tuple[int, ...]]:
 def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
     """What the high and the low map of `x` each meet when `x` meets `value` in an elementwise function."""
     if isinstance(value, Octaves):
-        if value.parts != x.parts or value.factors != x.factors:
+        gate = {1} in (set(value.shape[2:]), set(x.shape[2:]))  # one number a channel, each map with its share
+        if value.parts != x.parts or (value.factors != x.factors and not gate):
             raise ValueError(
                 f"octave features split as {x.parts} of factors {x.factors} meet others split as {value.parts} "
                 f"of factors {value.factors}: give both layers the same alpha and temporal, or call .merge()"

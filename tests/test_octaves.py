@@ -116,7 +116,9 @@ def test_arithmetic_with_octaves_scalars_and_tensors(x):
         torch.testing.assert_close(z.high, x.high + full[:, :6])
         torch.testing.assert_close(z.low, x.low + average_pool(full[:, 6:], (1, 2, 2)))
     gate = torch.rand(2, 8, 1, 1, 1)
-    for z in (x * gate, gate * x):
+    octave_gate = Octaves(gate[:, :6], gate[:, 6:])  # as an octave convolution of a pooled map makes it
+    for z in (x * gate, gate * x, x * octave_gate, octave_gate * x):
+        torch.testing.assert_close(z.high, x.high * gate[:, :6])
         torch.testing.assert_close(z.low, x.low * gate[:, 6:])
 
 
