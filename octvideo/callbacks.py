@@ -63,13 +63,20 @@ class BadVideos(Callback):
 class EpochLines(Callback):
     """Prints one line an epoch, for log files, in which a progress bar cannot be read."""
 
+    def __init__(self) -> None:
+        self._validated = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remembers that this epoch has been validated: Lightning keeps the figures of the last one that was."""
+        self._validated = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what was measured in the epoch."""
-        figures = {
-            name: value.item()
-            for name, value in trainer.callback_metrics.items()
-            if name[-5:] not in ("_step", "epoch")
-        }
-        line = "  ".join(f"{key} {value:.4g}" for key, value in sorted(figures.items()))
+        figures = [
+            f"{name} {value.item():.4g}"
+            for name, value in sorted(trainer.callback_metrics.items())
+            if name[-5:] not in ("_step", "epoch") and (self._validated or not name.startswith("val/"))
+        ]
+        self._validated = False
         if trainer.is_global_zero:
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {line}", flush=True)
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(figures)}", flush=True)
