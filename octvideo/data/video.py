@@ -14,7 +14,6 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 ROUNDING_SECONDS = 0.001  # Matroska rounds timestamps to milliseconds; a frame may be that early for k / fps
-
 EARLY_END_SECONDS = 1.0  # headers are off by some frames in many good files
 
 
@@ -141,9 +140,8 @@ class Video:
         """Decodes (seconds, frame) from the last key frame that is not after the given moment; at least one frame."""
         decoded = self._decode(seconds)
         first = next(decoded, None)
-        if (
-            first is None or first[0] > seconds + ROUNDING_SECONDS
-        ):  # an index that leads too far, or past the last key frame
+        # An index may lead too far, or past the last key frame; frames without timestamps have no place after a jump.
+        if first is None or first[0] > seconds + ROUNDING_SECONDS:
             decoded = self._decode(0)
             first = next(decoded, None)
         if first is None:
