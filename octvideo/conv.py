@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +12,13 @@ from torch import Tensor, nn
 
 from octvideo.octaves import (
     Octaves,
+    Parts,
     average_pool,
     channels_last,
     fold_time,
     join_by_parts,
+    join_pieces,
+    refuse_reentrant_checkpoint,
     split_by_parts,
     unfold_time,
     upsample,
@@ -37,19 +42,58 @@ def split_channels(channels: int, alpha: float) -> tuple[int, int]:
 def check_groups(convolution: nn.modules.conv._ConvNd, alpha: float) -> None:
     """Raises ValueError if a convolution's groups cannot be split at this alpha."""
     high, low = split_channels(convolution.out_channels, alpha)
-    groups = convolution.groups
-    depthwise = groups == convolution.in_channels
-    if not depthwise and (high % groups or low % groups):
+    if is_depthwise(convolution):
+        multiplier = convolution.out_channels // convolution.in_channels
+        if low % multiplier:
+            raise ValueError(
+                f"alpha {alpha} gives {high} high output channels, not a multiple of the {multiplier} "
+                "outputs that each depthwise filter has"
+            )
+    elif low % convolution.groups:
         raise ValueError(
             f"alpha {alpha} splits {convolution.out_channels} output channels into {high} high and {low} low ones: "
-            f"groups {groups} must divide both"
+            f"groups {convolution.groups} must divide both"
         )
 
 
-def _sum(outputs: list[Tensor | None]) -> Tensor:
-    """Adds the paths that exist."""
-    first, *rest = [y for y in outputs if y is not None]
-    return torch.add(first, rest[0]) if rest else first
+def is_depthwise(convolution: nn.modules.conv._ConvNd) -> bool:
+    """Whether each filter reads one channel of several."""
+    return convolution.groups == convolution.in_channels > 1
+
+
+@functools.lru_cache(maxsize=1024)
+def groups_alike(parts: Parts, groups: int) -> tuple[tuple[int, Parts], ...]:
+    """How the input of a grouped convolution is made up: runs of (number of groups, the parts of each of them).
+
+    The vanilla convolution's groups are cut from the vanilla order of channels. Of one piece, (6, 2), two groups get
+    ((1, ((4, 0),)), (1, ((2, 2),))): the first reads high channels only.
+    """
+    width = sum(high + low for high, low in parts) // groups
+    runs: list[tuple[int, Parts]] = []
+    begun: list[tuple[int, int]] = []
+
+    def append(count: int, group: Parts) -> None:
+        if runs and runs[-1][1] == group:
+            count += runs.pop()[0]
+        runs.append((count, group))
+
+    for part in parts:
+        for is_low, channels in enumerate(part):
+            left = channels
+            while left:
+                room = width - sum(high + low for high, low in begun)
+                whole = 0 if begun else left // width
+                taken = whole * width or min(room, left)
+                piece = (0, taken) if is_low else (taken, 0)
+                left -= taken
+                if whole:
+                    append(whole, ((0, width) if is_low else (width, 0),))
+                    continue
+                begun.append(piece)
+                if taken == room:
+                    append(1, join_pieces(begun))
+                    begun.clear()
+    return tuple(runs)
 
 
 class _OctConv(nn.modules.conv._ConvNd):
@@ -57,6 +101,7 @@ class _OctConv(nn.modules.conv._ConvNd):
 
     alpha: float
     temporal: bool
+    downsample: Literal["conv", "pool"] = "conv"
 
     def __init__(
         self,
@@ -74,6 +119,7 @@ class _OctConv(nn.modules.conv._ConvNd):
         *,
         alpha: float = 0.25,
         temporal: bool = False,
+        downsample: Literal["conv", "pool"] = "conv",
     ) -> None:
         super().__init__(  # type: ignore[call-arg]
             in_channels,
@@ -88,14 +134,16 @@ class _OctConv(nn.modules.conv._ConvNd):
             device,
             dtype,
         )
-        self.set_alpha(alpha, temporal)
+        self.set_alpha(alpha, temporal, downsample)
 
-    def set_alpha(self, alpha: float, temporal: bool = False) -> None:
+    def set_alpha(self, alpha: float, temporal: bool = False, downsample: Literal["conv", "pool"] = "conv") -> None:
         """Changes the share of low output channels; the weight stays.
 
         Args:
             alpha: share of the output channels held at low resolution, in [0, 1].
             temporal: halve time as well as height and width (3-D only).
+            downsample: what a spatial stride of 2 does between plain Tensors: "conv" strides as nn.Conv3d does, "pool"
+                averages first, as it does wherever octaves are on either side (the fair control at alpha 0).
 
         Raises:
             ValueError: alpha outside [0, 1], groups that do not divide a path's channels, or temporal in 2-D.
@@ -105,10 +153,7 @@ class _OctConv(nn.modules.conv._ConvNd):
             raise ValueError("temporal=True needs a 3-D convolution, got a 2-D one")
         self.alpha = alpha
         self.temporal = temporal
-
-    @property
-    def _is_depthwise(self) -> bool:
-        return self.groups == self.in_channels > 1
+        self.downsample = downsample
 
     @property
     def _factors(self) -> tuple[int, ...]:
@@ -117,110 +162,132 @@ class _OctConv(nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor | Octaves) -> Tensor | Octaves:
         """Convolves a Tensor or Octaves; gives Octaves, or a Tensor if no output channel is low."""
+        refuse_reentrant_checkpoint()
         high_out, low_out = split_channels(self.out_channels, self.alpha)
-        if not isinstance(input, Octaves) and low_out == 0:
+        pools = self.downsample == "pool" and max(self.stride[-2:]) > 1
+        if not isinstance(input, Octaves) and low_out == 0 and not pools:
             return super().forward(input)  # type: ignore[no-any-return, misc]
-        if self._is_depthwise:
-            return self._depthwise(input, high_out)
+        x = self._octaves(input, low_out > 0)
+        if is_depthwise(self):
+            return self._depthwise(x, low_out > 0)
 
-        stride = self._pooled_stride()
-        if isinstance(input, Octaves):
-            self._check_input(input)
-            x = input
-        else:
-            x = Octaves(input, input[:, :0])
-        bias_high, bias_low = (None, None) if self.bias is None else self.bias.split((high_out, low_out))
+        # Each vanilla group reads and writes its own channels, of which some are high and some low. Groups that are
+        # alike are one grouped convolution; an ordinary convolution is one group.
+        runs = groups_alike(x.parts, self.groups)
+        rows = (high_out // self.groups, low_out // self.groups)
+        counts = [groups for groups, _ in runs]
+        weights = self.weight.split([groups * sum(rows) for groups in counts])
+        biases = [None] * len(runs) if self.bias is None else self.bias.split([groups * sum(rows) for groups in counts])
+        highs_in = x.high.split([groups * sum(high for high, _ in group) for groups, group in runs], 1)
+        lows_in = x.low.split([groups * sum(low for _, low in group) for groups, group in runs], 1)
+        outputs = [
+            self._paths(Octaves(high, low, group * groups), weight, bias, group, groups, rows)
+            for (groups, group), weight, bias, high, low in zip(runs, weights, biases, highs_in, lows_in, strict=True)
+        ]
+        out_high, out_low = (maps[0] if len(maps) == 1 else torch.cat(maps, 1) for maps in zip(*outputs, strict=True))
+        return Octaves(out_high, out_low, (rows,) * self.groups) if low_out else out_high
 
+    def _paths(
+        self, x: Octaves, weight: Tensor, bias: Tensor | None, group: Parts, groups: int, rows: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """The four paths of some groups: high_to_high + low_to_high, and high_to_low + low_to_low.
+
+        Args:
+            x: the input of these groups.
+            weight: their rows of the weight, the vanilla order in both directions.
+            bias: their share of the bias.
+            group: parts of one group's input.
+            groups: how many groups these are.
+            rows: (high, low) output channels of one group.
+        """
+        rows_high, rows_low = split_by_parts(weight, (rows,) * groups, 0)
+        bias_high, bias_low = (None, None) if bias is None else split_by_parts(bias, (rows,) * groups, 0)
         # A spatial stride pools: strided convolutions would shift the two maps against each other. A low map that is
         # not pooled has the size of the strided high map, so low_to_high needs no upsampling then.
+        stride = self._pooled_stride()
         high = average_pool(x.high, stride)
         size = self._output_size(high)
-        high_to_high, low_to_high = self._columns(self.weight[:high_out], x)
-        outputs = [
-            self._convolve(high, high_to_high, bias_high),
-            self._convolve(x.low, low_to_high, None if high.shape[1] else bias_high),
-        ]
-        out_high = _sum([upsample(y, size) for y in outputs if y is not None]) if high_out else None
-        if out_high is not None and low_out == 0:
-            return out_high
-
-        pooled, low = average_pool(high, self._factors), average_pool(x.low, stride)
-        if self.groups == 1:  # one convolution over all channels at low resolution is both paths at once
-            both = join_by_parts(pooled, low, x.parts, 1) if low.shape[1] else pooled
-            out_low = _sum([self._convolve(both, self.weight[high_out:], bias_low)])
-        else:
-            high_to_low, low_to_low = self._columns(self.weight[high_out:], x)
-            out_low = _sum(
-                [
-                    self._convolve(pooled, high_to_low, bias_low),
-                    self._convolve(low, low_to_low, None if high.shape[1] else bias_low),
-                ]
-            )
-        return Octaves(out_low.new_zeros((out_low.shape[0], 0, *size)) if out_high is None else out_high, out_low)
-
-    def _depthwise(self, input: Tensor | Octaves, high_out: int) -> Tensor | Octaves:
-        """One filter a channel: high stays high and low stays low, no path joins them."""
-        if high_out == self.out_channels:
-            assert isinstance(input, Octaves)
-            return super().forward(input.merge())  # type: ignore[no-any-return, misc]
-        multiplier = self.out_channels // self.in_channels
-        high_in = high_out // multiplier
-        if high_out % multiplier:
-            raise ValueError(
-                f"alpha {self.alpha} gives {high_out} high output channels, not a multiple of the {multiplier} "
-                "outputs that each depthwise filter has"
-            )
-        if not isinstance(input, Octaves):
-            high, low = input.split((high_in, self.in_channels - high_in), 1)
-            input = Octaves(high, average_pool(low, self._factors))
-        self._check_input(input)
-        if input.parts != ((high_in, self.in_channels - high_in),):
-            raise ValueError(
-                f"a depthwise convolution of alpha {self.alpha} wants {high_in} high and {self.in_channels - high_in} "
-                f"low input channels, got {input.parts}"
-            )
-        stride = self._pooled_stride()
-        maps: list[Tensor] = []
-        for x, rows in zip(input, (slice(high_out), slice(high_out, None)), strict=True):
-            bias = None if self.bias is None else self.bias[rows]
-            x = average_pool(x, stride)
-            y = self._convolve(x, self.weight[rows], bias, groups=x.shape[1])
-            maps.append(x.new_zeros((x.shape[0], 0, *self._output_size(x))) if y is None else y)
-        return Octaves(maps[0], maps[1])
-
-    def _columns(self, rows: Tensor, x: Octaves) -> tuple[Tensor, Tensor]:
-        """Splits rows of the weight into the columns that read high and those that read low input channels."""
+        out_high = high.new_zeros((high.shape[0], 0, *size))
+        if rows[0]:
+            high_to_high, low_to_high = split_by_parts(rows_high, group, 1)
+            if x.low.shape[1] == 0:
+                out_high = self._convolve(high, high_to_high, bias_high, groups)
+            elif x.high.shape[1] == 0:
+                out_high = upsample(self._convolve(x.low, low_to_high, bias_high, groups), size)
+            else:
+                from_low = upsample(self._convolve(x.low, low_to_high, None, groups), size)
+                out_high = torch.add(self._convolve(high, high_to_high, bias_high, groups), from_low)
+        if not rows[1]:
+            return out_high, out_high[:, :0]
+        # One convolution over all channels at low resolution is both paths at once.
         if x.low.shape[1] == 0:
-            return rows, rows[:, :0]
-        if self.groups == 1:
-            return split_by_parts(rows, x.parts, 1)
-        high, low = x.high.shape[1], x.low.shape[1]
-        if high % self.groups or low % self.groups:
-            raise ValueError(f"groups {self.groups} must divide the {high} high and the {low} low input channels")
-        return split_by_parts(rows, ((high // self.groups, low // self.groups),), 1)
+            both = average_pool(high, self._factors)
+        elif x.high.shape[1] == 0:
+            both = average_pool(x.low, stride)
+        else:
+            both = join_by_parts(average_pool(high, self._factors), average_pool(x.low, stride), x.parts, 1)
+        return out_high, self._convolve(both, rows_low, bias_low, groups)
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int | None = None) -> Tensor | None:
-        """A plain convolution of one path, without the spatial stride; None if the path has no channels."""
-        if x.shape[1] == 0 or weight.shape[0] == 0:
-            return None
-        groups = groups or self.groups
+    def _depthwise(self, x: Octaves, keeps_low: bool) -> Tensor | Octaves:
+        """One filter a channel: high stays high and low stays low, or is upsampled at the end; no path joins them."""
+        multiplier = self.out_channels // self.in_channels
+        parts = tuple((high * multiplier, low * multiplier) for high, low in x.parts)
+        weight_high, weight_low = split_by_parts(self.weight, parts, 0)
+        bias_high, bias_low = (None, None) if self.bias is None else split_by_parts(self.bias, parts, 0)
+        stride = self._pooled_stride()
+        out_high = self._convolve(average_pool(x.high, stride), weight_high, bias_high, x.high.shape[1])
+        if keeps_low:
+            out_low = self._convolve(average_pool(x.low, stride), weight_low, bias_low, x.low.shape[1])
+            return Octaves(out_high, out_low, parts)
+        if x.low.shape[1] == 0:
+            return out_high
+        out_low = self._convolve(x.low, weight_low, bias_low, x.low.shape[1])
+        return join_by_parts(out_high, upsample(out_low, out_high.shape[2:]), parts, 1)
+
+    def _octaves(self, input: Tensor | Octaves, keeps_low: bool) -> Octaves:
+        """The input, checked; a depthwise layer splits a plain one, any other takes it as high."""
+        if not isinstance(input, (Tensor, Octaves)):
+            raise TypeError(f"expected a Tensor or Octaves, got {type(input).__name__}")
+        dimensions = len(self.kernel_size)
+        if input.dim() != dimensions + 2 or input.shape[1] != self.in_channels:
+            raise ValueError(
+                f"expected (B, {self.in_channels}, {'T, ' * (dimensions - 2)}H, W), got {tuple(input.shape)}"
+            )
+        depthwise = is_depthwise(self)
+        if not isinstance(input, Octaves):
+            high, low = input.split(split_channels(self.in_channels, self.alpha if depthwise and keeps_low else 0), 1)
+            return Octaves(high, average_pool(low, self._factors) if low.shape[1] else low)
+        size, low_size = tuple(input.high.shape[2:]), tuple(input.low.shape[2:])
+        wanted = tuple(-(-cells // factor) for cells, factor in zip(size, self._factors, strict=True))
+        if low_size != wanted:
+            raise ValueError(
+                f"a layer with temporal={self.temporal} wants a low map of {wanted} cells beside a high map of {size}, "
+                f"got {low_size}"
+            )
+        low = input.low.shape[1]
+        if depthwise and keeps_low and abs(low - self.alpha * self.in_channels) >= len(input.parts):  # rounded a part
+            raise ValueError(
+                f"a depthwise convolution of alpha {self.alpha} wants {split_channels(self.in_channels, self.alpha)} "
+                f"(high, low) input channels, got {input.parts}: give it the alpha of the layer before"
+            )
+        return input
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        """A plain convolution of one path, without the spatial stride."""
+        if weight.shape[0] == 0:  # torch refuses
+            return x.new_zeros((x.shape[0], 0, *self._output_size(x)))
         keeps_frames = isinstance(self.padding, str) or self.padding[0] == 0
         frame_by_frame = self.kernel_size[0] == self.stride[0] == 1 and keeps_frames and self.padding_mode == "zeros"
         if frame_by_frame and channels_last(x):  # 2-D is faster: 0.75 of the time for I3D on a CPU
             padding = self.padding if isinstance(self.padding, str) else self.padding[1:]
             images = F.conv2d(fold_time(x), weight[:, :, 0], bias, 1, padding, self.dilation[1:], groups)
             return unfold_time(images, x)
-        convolve = F.conv2d if len(self.kernel_size) == 2 else F.conv3d
         padding = self.padding
         if self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            x = _pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
             padding = (0,) * len(self.kernel_size)
-        return convolve(x, weight, bias, self._conv_stride, padding, self.dilation, groups)
-
-    @property
-    def _conv_stride(self) -> tuple[int, ...]:
-        """The stride that stays in the convolution: time's."""
-        return (*self.stride[:-2], 1, 1)
+        convolve = F.conv2d if len(self.kernel_size) == 2 else F.conv3d
+        return convolve(x, weight, bias, (*self.stride[:-2], 1, 1), padding, self.dilation, groups)
 
     def _output_size(self, x: Tensor) -> tuple[int, ...]:
         """The size of this convolution's output for `x`, spatially pooled already; space keeps its size."""
@@ -251,20 +318,24 @@ class _OctConv(nn.modules.conv._ConvNd):
             )
         return (*(1,) * (dimensions - 2), *spatial)
 
-    def _check_input(self, x: Octaves) -> None:
-        """Refuses a low map halved in other dimensions than this layer halves."""
-        wanted = tuple(-(-size // factor) for size, factor in zip(x.shape[2:], self._factors, strict=True))
-        if tuple(x.low.shape[2:]) != wanted:
-            raise ValueError(
-                f"a layer with temporal={self.temporal} wants a low map of {wanted} cells beside a high map of "
-                f"{tuple(x.shape[2:])}, got {tuple(x.low.shape[2:])}"
-            )
-        if x.shape[1] != self.in_channels:
-            raise ValueError(f"expected {self.in_channels} input channels, got {x.shape[1]} ({x.parts} high and low)")
-
     def extra_repr(self) -> str:
         """The arguments of nn.Conv3d, and the octave options."""
-        return super().extra_repr() + f", alpha={self.alpha}" + (", temporal=True" if self.temporal else "")
+        options = f", alpha={self.alpha}" + (", temporal=True" if self.temporal else "")
+        return super().extra_repr() + options + (", downsample='pool'" if self.downsample == "pool" else "")
+
+
+def _pad(x: Tensor, amounts: Sequence[int], mode: str) -> Tensor:
+    """F.pad; where a low map is too small for it, the circle or the mirror goes round more than once."""
+    pairs = list(zip(amounts[0::2], amounts[1::2], strict=True))[::-1]
+    if mode == "replicate" or all(max(pair) < size for pair, size in zip(pairs, x.shape[2:], strict=True)):
+        return F.pad(x, tuple(amounts), mode=mode)
+    for dim, (before, after) in enumerate(pairs, 2):
+        size = x.shape[dim]
+        cells = torch.arange(-before, size + after, device=x.device)
+        period = size if mode == "circular" else max(1, 2 * (size - 1))
+        cells = cells % period
+        x = x.index_select(dim, cells if mode == "circular" else torch.minimum(cells, period - cells))
+    return x
 
 
 class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
@@ -284,16 +355,22 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
     channels and columns input channels, high ones first in both. Section 3.2 of Chen et al., ICCV 2019.
 
     A spatial stride of 2 pools the input first (the official rule), a temporal stride stays in the convolution.
+    A grouped layer is the same layer with the grouped weight written as a block-diagonal dense one: each of the vanilla
+    groups keeps its channels, and the share alpha of its outputs is low. A depthwise layer keeps every channel in the
+    octave that it is in, so its input must be split as its output is.
 
     Args:
         alpha: share of the output channels held at low resolution, in [0, 1]. The input's share is read off the input.
         temporal: halve time as well as height and width.
+        downsample: "pool" pools for a spatial stride of 2 between plain Tensors too, "conv" strides there.
 
     Shape:
         Input: (B, C_in, T, H, W), or Octaves of that shape; H and W may be odd.
         Output: Octaves of (B, C_out, T', H', W'), or a Tensor if alpha is 0.
 
     Raises:
-        ValueError: alpha outside [0, 1], groups that do not divide a path's channels; in forward, with octaves on
-            either side: a spatial stride above 2, a padding that does not keep the size, a low map of the other kind.
+        ValueError: alpha outside [0, 1], groups that do not divide the low output channels; in forward, with octaves
+            on either side: a spatial stride above 2, a padding that does not keep the size, an input of other
+            channels, a low map of the other kind.
+        RuntimeError: called inside a reentrant checkpoint, which would lose gradients.
     """

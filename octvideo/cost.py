@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_macs(model: nn.Module, clip_size: Sequence[int] = (3, 8, 224, 224)) -> int:
-    """Multiply-adds of one forward pass: convolutions and matrix products, as the paper counts them.
+    """Multiply-adds of one forward pass: convolutions and the classifier, as the paper counts them.
 
-    Counted from the operations that run, on tensors without data, so it takes a second for any size.
+    The matrix products of attention and non-local blocks count too, which published figures leave out. Counted from
+    the operations that run, on tensors without data, so it takes a second for any size.
 
     Args:
         model: a network; it is neither run nor changed.

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
+import sys
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
+from torch.utils.checkpoint import CheckpointFunction
 
 Parts = tuple[tuple[int, int], ...]
 
@@ -37,6 +45,7 @@ def average_pool(x: Tensor, factors: Sequence[int]) -> Tensor:
     """Averages windows of `factors` cells; a window cut by the border averages the cells it has.
 
     Rounding the size up (7 -> 4) keeps cell i of the result over cells 2i and 2i + 1 of the input at every size.
+    Always by 2-D pools: avg_pool3d loses the channels_last_3d layout and knows no bfloat16.
 
     Args:
         x: (B, C, T, H, W) or (B, C, H, W).
@@ -51,10 +60,11 @@ def average_pool(x: Tensor, factors: Sequence[int]) -> Tensor:
         return x.new_zeros(
             (*x.shape[:2], *(-(-size // factor) for size, factor in zip(x.shape[2:], factors, strict=True)))
         )
-    if len(factors) == 3 and factors[0] == 1:
-        return unfold_time(average_pool(fold_time(x), factors[1:]), x)
-    pool = F.avg_pool2d if len(factors) == 2 else F.avg_pool3d
-    return pool(x, tuple(factors), ceil_mode=True, count_include_pad=False)
+    if len(factors) == 2:
+        return F.avg_pool2d(x, tuple(factors), ceil_mode=True, count_include_pad=False)
+    x = unfold_time(average_pool(fold_time(x), factors[1:]), x)
+    # All windows of two frames have as many cells in the one as in the other, so the mean of two means is the mean.
+    return average_pool(x.flatten(3), (factors[0], 1)).unflatten(3, x.shape[3:])
 
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -82,20 +92,32 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def split_by_parts(x: Tensor, parts: Parts, dim: int) -> tuple[Tensor, Tensor]:
     """Splits what is per channel, in the vanilla order, into the high channels' and the low channels' share."""
-    sizes = [size for part in parts for size in part]
-    pieces = x.split(sizes, dim)
-    if len(parts) == 1:
-        return pieces[0], pieces[1]
+    if len(set(parts)) == 1:  # pieces of equal size, as a grouped convolution makes them: no loop over them
+        high, low = x.unflatten(dim, (len(parts), sum(parts[0]))).split(parts[0], dim + 1)
+        return high.flatten(dim, dim + 1), low.flatten(dim, dim + 1)
+    pieces = x.split([size for part in parts for size in part], dim)
     return torch.cat(pieces[0::2], dim), torch.cat(pieces[1::2], dim)
 
 
 def join_by_parts(high: Tensor, low: Tensor, parts: Parts, dim: int) -> Tensor:
     """Undoes `split_by_parts`: the vanilla order of channels."""
-    if len(parts) == 1:
-        return torch.cat((high, low), dim)
+    if len(set(parts)) == 1:
+        pieces = [x.unflatten(dim, (len(parts), part)) for x, part in zip((high, low), parts[0], strict=True)]
+        return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
     highs = high.split([part[0] for part in parts], dim)
     lows = low.split([part[1] for part in parts], dim)
     return torch.cat([piece for pair in zip(highs, lows, strict=True) for piece in pair], dim)
+
+
+def join_pieces(parts: Iterable[tuple[int, int]]) -> Parts:
+    """Merges neighbouring pieces of one kind, so that equal orders of channels have equal parts."""
+    joined: list[tuple[int, int]] = []
+    for high, low in parts:
+        if joined and (joined[-1][1] == 0 or high == 0):
+            joined[-1] = (joined[-1][0] + high, joined[-1][1] + low)
+        elif high or low or not joined:
+            joined.append((high, low))
+    return tuple(joined)
 
 
 class _Maps(NamedTuple):
@@ -106,17 +128,17 @@ class _Maps(NamedTuple):
 class Octaves(_Maps):
     """A feature map in two octaves: some channels at full resolution, the others at half.
 
-    It answers `shape`, `size()`, `dim()`, `dtype` and `device` as the vanilla Tensor would, and ordinary modules
-    (batch norm, activations, dropout, pooling, `+`, `torch.cat`, global pooling) apply to it unchanged. A function
-    that has no defined meaning on two resolutions raises TypeError; `merge()` gives the vanilla-shaped Tensor.
-    Section 3.1 of Chen et al., ICCV 2019.
+    It answers `shape`, `size()`, `dim()`, `ndim`, `dtype` and `device` as the vanilla Tensor would, and ordinary
+    modules (batch norm, activations, dropout, pooling, `+`, `torch.cat`, global pooling) apply to it unchanged, in any
+    spelling: `torch.relu(x)`, `F.relu(x)`, `x.relu()`, `x.relu_()`. What has no defined meaning on two resolutions
+    raises TypeError; `merge()` gives the vanilla-shaped Tensor. Section 3.1 of Chen et al., ICCV 2019.
 
     Args:
         high: (B, C_high, T, H, W) or (B, C_high, H, W).
         low: the same with C_low channels; H and W halved and rounded up, for a temporal layer T too.
-        parts: (high, low) channel counts of the maps that were concatenated into this one. The vanilla network would
-            hold part 1's high, part 1's low, part 2's high ... in this order, and weights are read in it. Default:
-            one part.
+        parts: (high, low) channel counts of the pieces that this map consists of: what was concatenated, or the groups
+            of a convolution. The vanilla network would hold piece 1's high, piece 1's low, piece 2's high ... in this
+            order, and weights are read in it. Default: one piece.
     """
 
     parts: Parts
@@ -124,7 +146,7 @@ class Octaves(_Maps):
 
     def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None) -> Octaves:  # noqa: D102
         self = super().__new__(cls, high, low)
-        self.parts = parts or ((high.shape[1], low.shape[1]),)
+        self.parts = ((high.shape[1], low.shape[1]),) if parts is None else join_pieces(parts)
         return self
 
     @property
@@ -141,6 +163,11 @@ class Octaves(_Maps):
         return self.high.dim()
 
     @property
+    def ndim(self) -> int:
+        """Number of dimensions: 5 for clips, 4 for images."""
+        return self.high.dim()
+
+    @property
     def dtype(self) -> torch.dtype:
         """The maps' type."""
         return self.high.dtype
@@ -149,6 +176,11 @@ class Octaves(_Maps):
     def device(self) -> torch.device:
         """Where the maps are."""
         return self.high.device
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients flow to either map."""
+        return self.high.requires_grad or self.low.requires_grad
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -160,10 +192,6 @@ class Octaves(_Maps):
         """The vanilla-shaped Tensor: the low map upsampled, and the channels in the vanilla order."""
         return join_by_parts(self.high, upsample(self.low, self.high.shape[2:]), self.parts, 1)
 
-    def mean(self, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
-        """The mean over (at least) every halved dimension: a Tensor with all channels."""
-        return torch.mean(self, dim, keepdim)  # type: ignore[call-overload, no-any-return]
-
     @classmethod
     def __torch_function__(
         cls,
@@ -173,24 +201,52 @@ class Octaves(_Maps):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        refuse_reentrant_checkpoint()
         if func in _SPECIAL:
             return _SPECIAL[func](func, *args, **kwargs)
         if func in _ELEMENTWISE:
             return _elementwise(func, args, kwargs)
-        if func in _WINDOWED:
-            return _windowed(func, *args, **kwargs)
+        octaves = _octaves_among((args, kwargs))
+        if all(set(x.factors) == {1} for x in octaves):  # maps of one cell: the vanilla tensor without any upsampling
+            args, kwargs = torch.utils._pytree.tree_map(
+                lambda value: value.merge() if isinstance(value, Octaves) else value,
+                (args, kwargs),
+                is_leaf=lambda value: isinstance(value, Octaves),
+            )
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         raise TypeError(
-            f"{name} is not defined on octave features of shape {_shapes(args)}: "
+            f"{name} is not defined on octave features of shape {[tuple(x.shape) for x in octaves]}: "
             "call .merge() on them first for the vanilla tensor"
         )
 
-    # A tuple's own + and * would concatenate and repeat.
+    def __getattr__(self, name: str) -> Any:
+        """A Tensor's method, as if it were called on the vanilla tensor."""
+        method = getattr(Tensor, name, None)
+        if name.startswith("__") or not callable(method):
+            raise AttributeError(
+                f"octave features have no attribute {name!r}: take it from .high, .low or .merge(), the vanilla tensor"
+            )
+        return functools.partial(_call_method, method, self)
+
+    def __getitem__(self, index: Any) -> Octaves:  # type: ignore[override]
+        """A slice, a list or a 1-D Tensor of numbers or of truth values chooses clips of the batch."""
+        if isinstance(index, (slice, list)) or (isinstance(index, Tensor) and index.dim() == 1):
+            return Octaves(self.high[index], self.low[index], self.parts)
+        raise TypeError(
+            f"octave features of shape {tuple(self.shape)} cannot be indexed by {index!r}: a slice or list of numbers "
+            "chooses clips of the batch; for others take .high or .low, or call .merge() for the vanilla tensor"
+        )
+
+    # Operators: a tuple's own + and * would concatenate and repeat, and == would compare the two maps as values.
     def __add__(self, other: Any) -> Octaves:  # type: ignore[override]
         return _elementwise(torch.add, (self, other), {})
 
     def __radd__(self, other: Any) -> Octaves:
-        return _elementwise(torch.add, (self, other), {})
+        return _elementwise(torch.add, (other, self), {})
+
+    def __iadd__(self, other: Any) -> Octaves:  # type: ignore[misc]
+        return _elementwise(Tensor.add_, (self, other), {})
 
     def __sub__(self, other: Any) -> Octaves:
         return _elementwise(torch.sub, (self, other), {})
@@ -198,17 +254,55 @@ class Octaves(_Maps):
     def __rsub__(self, other: Any) -> Octaves:
         return _elementwise(torch.rsub, (self, other), {})
 
+    def __isub__(self, other: Any) -> Octaves:  # type: ignore[misc]
+        return _elementwise(Tensor.sub_, (self, other), {})
+
     def __mul__(self, other: Any) -> Octaves:  # type: ignore[override]
         return _elementwise(torch.mul, (self, other), {})
 
     def __rmul__(self, other: Any) -> Octaves:  # type: ignore[override]
-        return _elementwise(torch.mul, (self, other), {})
+        return _elementwise(torch.mul, (other, self), {})
+
+    def __imul__(self, other: Any) -> Octaves:  # type: ignore[misc]
+        return _elementwise(Tensor.mul_, (self, other), {})
 
     def __truediv__(self, other: Any) -> Octaves:
         return _elementwise(torch.div, (self, other), {})
 
+    def __rtruediv__(self, other: Any) -> Octaves:
+        return _elementwise(torch.reciprocal, (self,), {}) * other
+
+    def __itruediv__(self, other: Any) -> Octaves:  # type: ignore[misc]
+        return _elementwise(Tensor.div_, (self, other), {})
+
+    def __pow__(self, other: Any) -> Octaves:
+        return _elementwise(torch.pow, (self, other), {})
+
     def __neg__(self) -> Octaves:
         return _elementwise(torch.neg, (self,), {})
+
+    def __abs__(self) -> Octaves:
+        return _elementwise(torch.abs, (self,), {})
+
+    def __eq__(self, other: Any) -> Octaves:  # type: ignore[override]
+        return _elementwise(torch.eq, (self, other), {})
+
+    def __ne__(self, other: Any) -> Octaves:  # type: ignore[override]
+        return _elementwise(torch.ne, (self, other), {})
+
+    def __lt__(self, other: Any) -> Octaves:  # type: ignore[override]
+        return _elementwise(torch.lt, (self, other), {})
+
+    def __le__(self, other: Any) -> Octaves:  # type: ignore[override]
+        return _elementwise(torch.le, (self, other), {})
+
+    def __gt__(self, other: Any) -> Octaves:  # type: ignore[override]
+        return _elementwise(torch.gt, (self, other), {})
+
+    def __ge__(self, other: Any) -> Octaves:  # type: ignore[override]
+        return _elementwise(torch.ge, (self, other), {})
+
+    __hash__ = _Maps.__hash__
 
 
 def _unflatten(maps: Iterable[Tensor], parts: Parts) -> Octaves:
@@ -227,68 +321,137 @@ torch.utils._pytree.register_pytree_node(
 )
 
 
-def _shapes(values: Any) -> list[tuple[int, ...]]:
-    """The shapes of all Octaves in an argument list, for error messages."""
-    if isinstance(values, Octaves):
-        return [tuple(values.shape)]
-    if isinstance(values, (tuple, list)):
-        return [shape for value in values for shape in _shapes(value)]
-    return []
+def refuse_reentrant_checkpoint() -> None:
+    """Raises RuntimeError inside a reentrant torch.utils.checkpoint, which sees no gradients in nested values.
+
+    It runs its function without gradients first, so only then the callers are looked through.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            raise RuntimeError(
+                "torch.utils.checkpoint(..., use_reentrant=True) would lose the gradients of octave features without "
+                "a word: pass use_reentrant=False"
+            )
+        frame = frame.f_back
+
+
+def _call_method(method: Callable[..., Any], x: Octaves, *args: Any, **kwargs: Any) -> Any:
+    return Octaves.__torch_function__(method, (Octaves,), (x, *args), kwargs)
+
+
+def _octaves_among(values: Any) -> list[Octaves]:
+    """All Octaves in nested arguments."""
+    leaves = torch.utils._pytree.tree_leaves(values, is_leaf=lambda value: isinstance(value, Octaves))
+    return [value for value in leaves if isinstance(value, Octaves)]
 
 
 def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
-    """What the high and the low map of `x` each meet when `x` meets `value` in an elementwise function."""
+    """What the high and the low map of `x` each meet when `x` meets `value` in an elementwise function.
+
+    A Tensor broadcasts against the vanilla shape. Its last channels, where they are full-size, are pooled.
+    """
     if isinstance(value, Octaves):
-        gate = {1} in (set(value.shape[2:]), set(x.shape[2:]))  # one number a channel, each map with its share
-        if value.parts != x.parts or (value.factors != x.factors and not gate):
+        gate = set(value.factors) == {1}  # one number a channel (or frame): each map takes its share
+        if value.parts == x.parts and (gate or value.factors == x.factors):
+            return value.high, value.low
+        if not gate:
             raise ValueError(
-                f"octave features split as {x.parts} of factors {x.factors} meet others split as {value.parts} "
-                f"of factors {value.factors}: give both layers the same alpha and temporal, or call .merge()"
+                f"octave features split as {x.parts} of factors {x.factors} meet others split as {value.parts} of "
+                f"factors {value.factors}: give both layers the same alpha, groups and temporal, or call .merge()"
             )
-        return value.high, value.low
+        value = value.merge()
     if not isinstance(value, Tensor) or value.numel() == 1:
         return value, value
     channels, extent = x.shape[1], tuple(x.shape[2:])
-    if value.dim() != x.dim() or value.shape[1] not in (1, channels) or tuple(value.shape[2:]) not in (
-        extent,
-        (1,) * len(extent),
-    ):  # fmt: skip
+    while value.dim() < x.dim():
+        value = value[None]
+    if value.shape[1] not in (1, channels) or any(
+        have not in (1, want) for have, want in zip(value.shape[2:], extent, strict=True)
+    ):
         raise ValueError(f"a Tensor of shape {tuple(value.shape)} meets octave features of shape {tuple(x.shape)}")
     high, low = (value, value) if value.shape[1] == 1 else split_by_parts(value, x.parts, 1)
-    return high, average_pool(low, x.factors) if tuple(value.shape[2:]) == extent else low
+    sizes = zip(value.shape[2:], x.factors, strict=True)
+    return high, average_pool(low, [1 if size == 1 else factor for size, factor in sizes])
 
 
 def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Octaves:
     """Applies a function of single cells to each map."""
+    octaves = _octaves_among((args, kwargs))
+    x = max(octaves, key=lambda value: math.prod(value.shape[2:]))  # the others may be gates
     first = args[0] if args else kwargs["input"]
-    x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Octaves))
     if func in _IN_PLACE and not isinstance(first, Octaves):
         raise TypeError(f"{func.__name__} cannot write octave features of shape {tuple(x.shape)} into a Tensor")
-    args_high, args_low = zip(*(_maps_beside(value, x) for value in args), strict=True) if args else ((), ())
-    pairs = {key: _maps_beside(value, x) for key, value in kwargs.items()}
-    return Octaves(
-        func(*args_high, **{key: pair[0] for key, pair in pairs.items()}),
-        func(*args_low, **{key: pair[1] for key, pair in pairs.items()}),
-        x.parts,
+    pairs = [_maps_beside(value, x) for value in args]
+    named = {key: _maps_beside(value, x) for key, value in kwargs.items()}
+    high, low = (
+        func(*(pair[map_] for pair in pairs), **{key: pair[map_] for key, pair in named.items()}) for map_ in (0, 1)
+    )
+    return Octaves(high, low, x.parts)
+
+
+def _augmented(func: Callable[..., Any], first: Any, other: Any) -> Octaves:
+    """`tensor += octaves`: the name takes the sum, as the Tensor itself cannot hold it."""
+    return _elementwise(_AUGMENTED[func], (first, other), {})
+
+
+def _new_tensor(func: Callable[..., Any], input: Octaves, *args: Any, **kwargs: Any) -> Tensor:
+    """A new Tensor of the features' type and device, whatever its shape."""
+    return func(input.high, *args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _prelu(func: Callable[..., Any], input: Octaves, weight: Tensor) -> Octaves:
+    """PReLU: one slope, or one a channel."""
+    slopes = (weight, weight) if weight.numel() == 1 else split_by_parts(weight, input.parts, 0)
+    high, low = (func(x, slope) for x, slope in zip(input, slopes, strict=True))
+    return Octaves(high, low, input.parts)
+
+
+def _per_map(input: Octaves, apply: Callable[[Tensor, bool], Tensor], ceil_mode: bool = False) -> Octaves:
+    """Pools each map; where the sizes part by rounding, the low map's is rounded up to match the high one's.
+
+    Args:
+        input: the features.
+        apply: the pool, of a map and whether sizes are rounded up.
+        ceil_mode: whether the vanilla pool rounds sizes up.
+    """
+
+    def pool(x: Tensor, up: bool) -> Tensor:
+        if x.shape[1] == 0:  # torch pools refuse a map without channels
+            return apply(x.new_zeros((x.shape[0], 1, *x.shape[2:])), up)[:, :0]
+        return apply(x, up)
+
+    high = pool(input.high, ceil_mode)
+    wanted = tuple(-(-size // factor) for size, factor in zip(high.shape[2:], input.factors, strict=True))
+    for up in (ceil_mode, True):
+        with contextlib.suppress(RuntimeError):  # a window larger than the low map
+            low = pool(input.low, up)
+            if tuple(low.shape[2:]) == wanted:
+                return Octaves(high, low, input.parts)
+    raise _window_error(input, high.shape[2:])
+
+
+def _window_error(input: Octaves, size: Sequence[int]) -> ValueError:
+    return ValueError(
+        f"this window takes the high map of {tuple(input.high.shape[2:])} cells to {tuple(size)}, which the low map of "
+        f"{tuple(input.low.shape[2:])} cells cannot match: call .merge() first"
     )
 
 
-def _windowed(func: Callable[..., Any], input: Octaves, *args: Any, **kwargs: Any) -> Octaves:
-    """Applies a pooling or interpolation to each map; the maps must keep matching sizes."""
-
-    def apply(x: Tensor) -> Tensor:
-        if x.shape[1] == 0:  # torch pools refuse a map without channels
-            return func(x.new_zeros((x.shape[0], 1, *x.shape[2:])), *args, **kwargs)[:, :0]  # type: ignore[no-any-return]
-        return func(x, *args, **kwargs)  # type: ignore[no-any-return]
-
-    high, low = apply(input.high), apply(input.low)
-    sizes = zip(high.shape[2:], low.shape[2:], input.factors, strict=True)
-    if any(-(-want // factor) != have for want, have, factor in sizes):
-        raise ValueError(
-            f"this window takes the maps of {tuple(input.high.shape[2:])} and {tuple(input.low.shape[2:])} cells to "
-            f"{tuple(high.shape[2:])} and {tuple(low.shape[2:])}, which do not match: call .merge() first"
-        )
-    return Octaves(high, low, input.parts)
+def _max_window(
+    func: Callable[..., Any],
+    input: Octaves,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Octaves:
+    """A max pool of each map; torch calls another function for `return_indices` True."""
+    return _per_map(input, lambda x, up: func(x, kernel_size, stride, padding, dilation, up), ceil_mode)
 
 
 def _average_window(
@@ -297,47 +460,72 @@ def _average_window(
     kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
+    ceil_mode: bool = False,
     *args: Any,
     **kwargs: Any,
-) -> Any:
-    """An average pool; a window as large as the whole map is a global pool."""
+) -> Octaves | Tensor:
+    """An average pool of each map; a window over all that was halved is a global pool."""
     extent = tuple(input.shape[2:])
     window = (kernel_size,) * len(extent) if isinstance(kernel_size, int) else tuple(kernel_size)
     unpadded = set((padding,) if isinstance(padding, int) else padding) == {0}
-    if window == extent and unpadded:
-        return _global_average(func, input, 1)
-    return _windowed(func, input, kernel_size, stride, padding, *args, **kwargs)
+    halved = [axis for axis, factor in enumerate(input.factors) if factor == 2]
+    if unpadded and halved and all(window[axis] == extent[axis] for axis in halved):
+        strides = window if stride is None else (stride,) * len(extent) if isinstance(stride, int) else tuple(stride)
+
+        def average(x: Tensor) -> Tensor:
+            whole = [x.shape[axis + 2] if axis in halved else window[axis] for axis in range(len(window))]
+            return func(x, whole, strides, 0, ceil_mode, *args, **kwargs)  # type: ignore[no-any-return]
+
+        return join_by_parts(average(input.high), average(input.low), input.parts, 1)
+    return _per_map(input, lambda x, up: func(x, kernel_size, stride, padding, up, *args, **kwargs), ceil_mode)
 
 
-def _global_average(func: Callable[..., Any], input: Octaves, output_size: Any) -> Tensor:
-    """Adaptive average pooling to one cell."""
-    extent = tuple(range(2, input.dim()))
-    sizes = (output_size,) if isinstance(output_size, int) else tuple(output_size)
-    if set(sizes) != {1}:
+def _adaptive(func: Callable[..., Any], input: Octaves, output_size: Any, return_indices: bool = False) -> Tensor:
+    """Adaptive pooling of all that was halved to one cell: a Tensor with all channels.
+
+    `return_indices` is always False: torch calls another function for True.
+    """
+    sizes = (output_size,) * (input.dim() - 2) if isinstance(output_size, int) else tuple(output_size)
+    if any(size != 1 for size, factor in zip(sizes, input.factors, strict=True) if factor == 2):
         raise TypeError(
-            f"adaptive pooling of octave features of shape {tuple(input.shape)} to {output_size}: "
-            "only 1 is defined, call .merge() first for other sizes"
+            f"{func.__name__} of octave features of shape {tuple(input.shape)} to {output_size}: "
+            "only 1 cell is defined, call .merge() first for other sizes"
         )
-    return _mean(torch.mean, input, extent, True)
+    return join_by_parts(func(input.high, sizes), func(input.low, sizes), input.parts, 1)
 
 
-def _mean(
+def _interpolate(
+    func: Callable[..., Any], input: Octaves, size: Any = None, scale_factor: Any = None, **kwargs: Any
+) -> Octaves:
+    """Resizes each map: to a size (the low one to half of it, rounded up), or by a factor."""
+    high = func(input.high, size, scale_factor, **kwargs)
+    half = [-(-cells // factor) for cells, factor in zip(high.shape[2:], input.factors, strict=True)]
+    if size is not None:
+        return Octaves(high, func(input.low, half, None, **kwargs), input.parts)
+    low = func(input.low, None, scale_factor, **kwargs)
+    if any(have < want for have, want in zip(low.shape[2:], half, strict=True)):
+        raise _window_error(input, high.shape[2:])
+    for dim, cells in enumerate(half, 2):  # 4 cells for 7 become 8 for 14, of which 7 are needed
+        low = low.narrow(dim, 0, cells)
+    return Octaves(high, low, input.parts)
+
+
+def _reduce(
     func: Callable[..., Any],
     input: Octaves,
     dim: int | Sequence[int] | None = None,
     keepdim: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """The mean of each map over all that was halved, then all channels in the vanilla order."""
+    """The mean or maximum of each map over all that was halved, then all channels in the vanilla order."""
     dims = {d % input.dim() for d in ((dim,) if isinstance(dim, int) else dim or ())}
     halved = {axis + 2 for axis, factor in enumerate(input.factors) if factor == 2}
     if not dims >= halved or 1 in dims or not dims:
         raise TypeError(
-            f"mean over dimensions {dim} of octave features of shape {tuple(input.shape)} is not defined: "
+            f"{func.__name__} over dimensions {dim} of octave features of shape {tuple(input.shape)} is not defined: "
             f"it must take in all of {sorted(halved)} and not the channels; call .merge() first for others"
         )
-    order = sorted(dims)
-    high, low = (torch.mean(x, order, keepdim, **kwargs) for x in (input.high, input.low))
+    high, low = (func(x, sorted(dims), keepdim, **kwargs) for x in input)
     return join_by_parts(high, low, input.parts, 1 if keepdim or 0 not in dims else 0)
 
 
@@ -346,15 +534,13 @@ def _cat(func: Callable[..., Any], tensors: Sequence[Tensor | Octaves], dim: int
     octaves = [x for x in tensors if isinstance(x, Octaves)]
     if dim % octaves[0].dim() != 1:
         raise TypeError(
-            f"cat of octave features of shapes {_shapes(list(tensors))} is defined on channels, not dim {dim}"
+            f"cat of octave features of shape {[tuple(x.shape) for x in tensors]} is defined on channels, not dim {dim}"
         )
     if any(x.factors != octaves[0].factors for x in octaves):
         raise ValueError(f"cat of octave features halved by different factors: {[x.factors for x in octaves]}")
-    parts: Parts = tuple(
-        part for x in tensors for part in (x.parts if isinstance(x, Octaves) else ((x.shape[1], 0),))
-    )  # fmt: skip
+    parts = [part for x in tensors for part in (x.parts if isinstance(x, Octaves) else ((x.shape[1], 0),))]
     high = torch.cat([x.high if isinstance(x, Octaves) else x for x in tensors], 1)
-    return Octaves(high, torch.cat([x.low for x in octaves], 1), parts)
+    return Octaves(high, torch.cat([x.low for x in octaves], 1), tuple(parts))
 
 
 def _normalize(func: Callable[..., Any], input: Octaves, *args: Any, **kwargs: Any) -> Octaves:
@@ -362,42 +548,143 @@ def _normalize(func: Callable[..., Any], input: Octaves, *args: Any, **kwargs: A
     names = ("running_mean", "running_var", "weight", "bias")
     per_channel = dict(zip(names, args, strict=False)) | {key: kwargs.get(key) for key in names if key in kwargs}
     rest = {key: value for key, value in kwargs.items() if key not in names}
-    shares: dict[str, tuple[Tensor, Tensor]] = {
+    shares: dict[str, tuple[Tensor, ...]] = {
         key: split_by_parts(value, input.parts, 0) for key, value in per_channel.items() if value is not None
     }
+    statistics = [key for key in names[:2] if key in shares]
+    copied = len(input.parts) > 1  # else the shares are views, updated in place
+    if copied:
+        shares |= {key: tuple(share.clone() for share in shares[key]) for key in statistics}
     high, low = (
-        func(x, **{key: shares[key][map_] if key in shares else None for key in names}, **rest) if x.shape[1] else x
+        func(
+            x,
+            *(shares[key][map_] if key in shares else None for key in names),
+            *args[len(names) :],
+            **rest,
+        )
+        if x.shape[1]
+        else x
         for map_, x in enumerate(input)
     )
-    if len(input.parts) > 1:  # the shares of one part are views that were updated in place; these are copies
-        for key in ("running_mean", "running_var"):
-            if key in shares:
-                with torch.no_grad():
-                    per_channel[key].copy_(join_by_parts(*shares[key], input.parts, 0))
+    if copied:
+        with torch.no_grad():
+            for key in statistics:
+                high_share, low_share = shares[key]
+                per_channel[key].copy_(join_by_parts(high_share, low_share, input.parts, 0))
     return Octaves(high, low, input.parts)
 
 
 def _named(names: str) -> set[Callable[..., Any]]:
     """Every spelling of the named functions: torch.f, Tensor.f, torch.nn.functional.f and what it calls."""
-    homes = (torch, Tensor, F, torch._C._nn)
+    homes = (torch, torch.special, Tensor, F, torch._C._nn)
     return {getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)}
 
 
+_AUGMENTED: dict[Any, Callable[..., Any]] = {
+    Tensor.__iadd__: torch.add,
+    Tensor.__isub__: torch.sub,
+    Tensor.__imul__: torch.mul,
+    Tensor.__itruediv__: torch.div,
+}
 _IN_PLACE = _named(
-    "add_ sub_ mul_ div_ neg_ abs_ exp_ sqrt_ clamp_ sigmoid_ tanh_ relu_ leaky_relu_ elu_ hardtanh_ dropout_"
+    "add_ sub_ mul_ div_ neg_ abs_ exp_ sqrt_ rsqrt_ pow_ square_ clamp_ clip_ clamp_min_ clamp_max_ sigmoid_ tanh_ "
+    "relu_ relu6_ leaky_relu_ elu_ selu_ celu_ rrelu_ threshold_ hardtanh_ silu_ dropout_ alpha_dropout_ "
+    "feature_dropout_ feature_alpha_dropout_ fill_ zero_ copy_ masked_fill_ nan_to_num_ requires_grad_"
 )
 _ELEMENTWISE = _IN_PLACE | _named(
-    "add sub rsub mul div true_divide neg abs exp sqrt square pow clamp maximum minimum where lerp "
-    "relu relu6 leaky_relu elu celu selu gelu silu mish sigmoid hardsigmoid hardswish hardtanh tanh softplus softsign "
-    "logsigmoid dropout dropout2d dropout3d alpha_dropout feature_alpha_dropout "
-    "to float double half bfloat16 contiguous clone detach type_as"
+    "add sub subtract rsub mul multiply div divide true_divide neg negative abs exp expm1 log log1p sqrt rsqrt square "
+    "reciprocal pow float_power sin cos erf sign round floor ceil clamp clip clamp_min clamp_max maximum minimum where "
+    "lerp addcmul addcdiv masked_fill nan_to_num eq ne lt le gt ge isnan isinf isfinite logical_not logical_and "
+    "logical_or "
+    "relu relu6 leaky_relu rrelu elu celu selu gelu silu mish sigmoid hardsigmoid hardswish hardtanh tanh tanhshrink "
+    "hardshrink softshrink threshold softplus softsign logsigmoid "
+    "dropout dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
+    "to float double half bfloat16 type_as cpu cuda contiguous clone detach "
+    "zeros_like ones_like empty_like full_like rand_like randn_like"
 )
-_WINDOWED = _named("max_pool2d max_pool3d interpolate upsample")
 _SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.batch_norm: _normalize,
+    **dict.fromkeys(_AUGMENTED, _augmented),
+    F.batch_norm: _normalize,  # torch.batch_norm, which it calls, has another order of arguments
     F.instance_norm: _normalize,
     **dict.fromkeys(_named("cat concat concatenate"), _cat),
-    **dict.fromkeys(_named("mean"), _mean),
+    **dict.fromkeys(_named("mean amax"), _reduce),
+    **dict.fromkeys(_named("max_pool2d max_pool3d"), _max_window),
     **dict.fromkeys(_named("avg_pool2d avg_pool3d"), _average_window),
-    **dict.fromkeys(_named("adaptive_avg_pool2d adaptive_avg_pool3d"), _global_average),
+    **dict.fromkeys(
+        _named("adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d"), _adaptive
+    ),
+    **dict.fromkeys(_named("interpolate upsample"), _interpolate),
+    **dict.fromkeys(_named("prelu"), _prelu),
+    **dict.fromkeys(_named("new_empty new_zeros new_ones new_full new_tensor"), _new_tensor),
 }
+
+
+_plain_sync_forward = nn.SyncBatchNorm.forward
+
+
+def _sync_forward(self: nn.SyncBatchNorm, input: Tensor | Octaves) -> Tensor | Octaves:
+    """nn.SyncBatchNorm's forward, on octave features too, and on CPUs, which torch's own refuses.
+
+    Its autograd function takes plain Tensors only and bypasses __torch_function__, hence this door.
+    """
+    syncs = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not syncs or (isinstance(input, Tensor) and input.device.type != "cpu"):
+        return _plain_sync_forward(self, input)  # type: ignore[arg-type]
+    momentum = self.momentum
+    if self.track_running_stats and self.num_batches_tracked is not None:
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / int(self.num_batches_tracked) if momentum is None else momentum
+    group = self.process_group or torch.distributed.group.WORLD
+
+    def norm(
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *_: Any,
+    ) -> Tensor:
+        if x.device.type != "cpu":
+            world_size = torch.distributed.get_world_size(group)
+            return FusedSyncBatchNorm.apply(  # type: ignore[no-any-return]
+                x, weight, bias, running_mean, running_var, self.eps, momentum, group, world_size
+            )
+        return _synced_norm(x, running_mean, running_var, weight, bias, momentum or 0.0, self.eps, group)
+
+    statistics = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+    arguments = (*statistics, self.weight, self.bias)
+    return _normalize(norm, input, *arguments) if isinstance(input, Octaves) else norm(input, *arguments)
+
+
+def _synced_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    group: Any,
+) -> Tensor:
+    """Batch norm with the statistics of all processes' batches, in differentiable steps."""
+    values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    cells = [dim for dim in range(x.dim()) if dim != 1]
+    per_channel = (1, -1, *(1,) * (x.dim() - 2))
+    count = values.new_full((1,), x.numel() // x.shape[1])
+    *_, count = totals = all_reduce(torch.cat((values.sum(cells), count)), group=group)
+    mean = totals[:-1] / count
+    centred = values - mean.view(per_channel)
+    var = all_reduce(centred.square().sum(cells), group=group) / count
+    y = centred * (var + eps).rsqrt().view(per_channel)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
+    if weight is not None:
+        y = y * weight.view(per_channel)
+    if bias is not None:
+        y = y + bias.view(per_channel)
+    return y.to(x.dtype)
+
+
+nn.SyncBatchNorm.forward = _sync_forward  # type: ignore[method-assign, assignment]

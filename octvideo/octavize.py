@@ -1,21 +1,70 @@
-"""Turn the convolutions of any network into octave convolutions, in place."""
+"""Turn the convolutions of any network into octave convolutions, in place, and report what changed."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from octvideo.conv import OctConv2d, OctConv3d, check_groups
+from octvideo.conv import OctConv2d, OctConv3d, check_groups, split_channels
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """What became of one convolution.
+
+    Attributes:
+        name: its name among the network's modules.
+        channels: its output channels.
+        alpha: the share of them that is low.
+        reason: why it was left at alpha 0; empty for an octave convolution.
+    """
+
+    name: str
+    channels: int
+    alpha: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which convolution got which alpha, and which were left alone and why; `print` it.
+
+    Attributes:
+        network: the network's class.
+        assignments: one for each convolution, in the order of `named_modules`.
+        exchanged: names of other modules that were exchanged for their equals, such as pytorchvideo's Swish.
+    """
+
+    network: str
+    assignments: tuple[Assignment, ...]
+    exchanged: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        octave = [assignment for assignment in self.assignments if not assignment.reason]
+        lines = [f"{self.network}: {len(octave)} of {len(self.assignments)} convolutions are octave"]
+        width = max((len(assignment.name) for assignment in self.assignments), default=0)
+        for assignment in self.assignments:
+            high, low = split_channels(assignment.channels, assignment.alpha)
+            what = assignment.reason or f"alpha {assignment.alpha:g}: {high} high + {low} low channels"
+            lines.append(f"  {assignment.name:{width}}  {what}")
+        lines += [f"  {name:{width}}  exchanged for nn.SiLU, the same function" for name in self.exchanged]
+        return "\n".join(lines)
+
+
 def octavize(
-    model: Network, alpha: float | Mapping[str, float] = 0.25, *, temporal: bool = False, skip: Iterable[str] = ()
+    model: Network,
+    alpha: float | Mapping[str, float] = 0.25,
+    *,
+    temporal: bool = False,
+    skip: Iterable[str] = (),
+    downsample: Literal["conv", "pool"] = "conv",
 ) -> Network:
     """Gives every nn.Conv2d and nn.Conv3d of a network an alpha, in place; the weights stay untouched.
 
@@ -23,53 +72,65 @@ def octavize(
 
     Args:
         model: any network of ordinary modules.
-        alpha: share of low channels: a number for every convolution except those that read the network's input, or
-            {regex: number}, of which a convolution takes the first whose regex is found in its name
-            (re.search on the name of `named_modules`), else 0.
-        temporal: halve time as well as height and width.
+        alpha: share of low channels: a number for every convolution except those that read the network's input and
+            those inside attention layers, or {regex: number}, of which a convolution takes the first whose regex is
+            found in its name (re.search on the name of `named_modules`), else 0.
+        temporal: halve time as well as height and width (3-D convolutions).
         skip: regexes of names that keep alpha 0 whatever `alpha` says.
+        downsample: "pool" makes every convolution that `alpha` names, at alpha 0 too, average-pool for a spatial stride
+            of 2, as octave convolutions do: the fair control for an octave network.
 
     Returns:
-        The same model.
+        The same model. Its attribute `octave_report` says which convolution got which alpha and which were left and
+        why: `print(model.octave_report)`. A vanilla network has none.
 
     Raises:
-        ValueError: an alpha outside [0, 1], a regex that no convolution matches, or no convolution at all.
+        ValueError: an alpha outside [0, 1], groups that cannot be split, a regex that no convolution matches, or no
+            convolution that could become octave, as in a transformer.
     """
     convolutions: dict[str, Any] = {name: module for name, module in model.named_modules() if _octave_class(module)}
     if not convolutions:
-        raise ValueError(f"{type(model).__name__} has no nn.Conv2d or nn.Conv3d that could become octave")
+        raise ValueError(f"{_describe(model)} has no nn.Conv2d or nn.Conv3d that could become octave")
+    if downsample not in ("conv", "pool"):
+        raise ValueError(f'downsample must be "conv" or "pool", got {downsample!r}')
     skip = tuple(skip)
-    patterns = dict(alpha) if isinstance(alpha, Mapping) else {"": alpha}
-    for pattern in (*patterns, *skip):
+    for pattern in (*(alpha if isinstance(alpha, Mapping) else ()), *skip):
         if not any(re.search(pattern, name) for name in convolutions):
             raise ValueError(f"no convolution of {type(model).__name__} has a name that matches {pattern!r}")
-    stems = set() if isinstance(alpha, Mapping) else _input_convolutions(convolutions)
+    reasons = _reasons(model, convolutions, alpha, skip)
     alphas = {
         name: 0.0
-        if name in stems or any(re.search(pattern, name) for pattern in skip)
-        else next((value for pattern, value in patterns.items() if re.search(pattern, name)), 0.0)
+        if name in reasons
+        else next(value for pattern, value in alpha.items() if re.search(pattern, name))
+        if isinstance(alpha, Mapping)
+        else alpha
         for name in convolutions
     }
+    if len(reasons) == len(convolutions) and not isinstance(alpha, Mapping) and alpha > 0:
+        lines = "; ".join(f"{name} is {reason}" for name, reason in list(reasons.items())[:3])
+        raise ValueError(f"{_describe(model)} has no convolution that could become octave: {lines}")
     for name, module in convolutions.items():  # before anything changes
         try:
             check_groups(module, alphas[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    vanilla = not any(alphas.values())
+    vanilla = not any(alphas.values()) and downsample == "conv"
     for name, module in convolutions.items():
         _plain_ints(module)
+        octave: Any = _octave_class(module)
         if not vanilla:
-            octave = _octave_class(module)
-            if type(module) is not octave:
-                module._vanilla_class = type(module)
-                module.__class__ = octave
-            module.set_alpha(alphas[name], temporal and octave is OctConv3d)
+            _swap_class(module, octave)
+            pooled = "conv" if name in reasons else downsample
+            module.set_alpha(alphas[name], temporal and octave is OctConv3d, pooled)
         elif isinstance(module, (OctConv2d, OctConv3d)):
-            base: Any = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Conv3d
-            module.__class__ = getattr(module, "_vanilla_class", base)
-            for attribute in ("alpha", "temporal", "_vanilla_class"):
+            _swap_class(module, getattr(module, "_vanilla_class", nn.Conv2d if octave is OctConv2d else nn.Conv3d))
+            for attribute in ("alpha", "temporal", "downsample", "_vanilla_class"):
                 module.__dict__.pop(attribute, None)
+    exchanged = _exchange_swish(model, vanilla)
+    model.__dict__.pop("octave_report", None)
+    if not vanilla:
+        model.octave_report = Report(type(model).__name__, _assignments(model, alphas, reasons), exchanged)  # type: ignore[assignment]
     return model
 
 
@@ -90,14 +151,91 @@ def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
     return None
 
 
-def _input_convolutions(convolutions: Mapping[str, Any]) -> set[str]:
-    """The convolutions that read the network's input: the first one, and others that read as few channels (RGB).
+def _reasons(
+    model: nn.Module, convolutions: Mapping[str, Any], alpha: float | Mapping[str, float], skip: tuple[str, ...]
+) -> dict[str, str]:
+    """Why convolutions stay at alpha 0, of those that the arguments leave there."""
+    reasons: dict[str, str] = {}
+    if isinstance(alpha, Mapping):
+        for name in convolutions:
+            if not any(re.search(pattern, name) for pattern in alpha):
+                reasons[name] = "left: no regex of alpha matches its name"
+    else:
+        # The convolutions that read the network's input: the first one, and others that read as few channels (RGB),
+        # since SlowFast has two such stems. A network whose input has more than 4 channels is taken to have one.
+        first, stem = next(iter(convolutions.items()))
+        for name, module in convolutions.items():
+            if name == first or module.in_channels == stem.in_channels <= 4:
+                reasons[name] = "left: it reads the network's input"
+        for layer, module in model.named_modules():
+            if _is_attention(module):
+                for name in convolutions:
+                    if name.startswith(f"{layer}."):
+                        reasons[name] = f"left: it is inside an attention layer, {type(module).__name__}"
+    for name in convolutions:
+        if any(re.search(pattern, name) for pattern in skip):
+            reasons[name] = "left: skip matches its name"
+    return reasons
 
-    SlowFast has two such stems. A network whose input has more than 4 channels is taken to have one.
-    """
-    first, module = next(iter(convolutions.items()))
-    channels = module.in_channels
-    return {first} | {name for name, module in convolutions.items() if module.in_channels == channels <= 4}
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module compares tokens or cells with each other, of which no share can be at another resolution."""
+    name = type(module).__name__
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        or re.search(r"Attention(2d|3d)?$|^non_?local$", name, re.I) is not None
+    )
+
+
+def _describe(model: nn.Module) -> str:
+    """The network's class, and whether it is a transformer."""
+    layers = sum(_is_attention(module) for module in model.modules())
+    transformer = (
+        f", a transformer ({layers} attention layers; octaves are for convolutional networks)," if layers else ""
+    )
+    return f"{type(model).__name__}{transformer}"
+
+
+def _assignments(model: nn.Module, alphas: Mapping[str, float], reasons: Mapping[str, str]) -> tuple[Assignment, ...]:
+    """The report's lines, of those convolutions too that no class of ours can take the place of."""
+    assignments = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        reason = reasons.get(name, "")
+        if is_parametrized(module):
+            reason = "left: its weight is parametrized"
+        elif name not in alphas:
+            reason = f"left: {type(module).__name__} is no nn.Conv2d or nn.Conv3d, or convolves in its own way"
+        elif not reason and alphas[name] == 0:
+            reason = "left: alpha 0"
+        elif not reason and split_channels(module.out_channels, alphas[name])[1] == 0:
+            reason = f"left: {module.out_channels} channels have no low one at alpha {alphas[name]:g}"
+        assignments.append(Assignment(name, module.out_channels, alphas.get(name, 0.0), reason))
+    return tuple(assignments)
+
+
+def _swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Makes a module another class, and keeps the class it had."""
+    if type(module) is not kind:
+        module._vanilla_class = type(module)  # type: ignore[assignment]
+        module.__class__ = kind
+
+
+def _exchange_swish(model: nn.Module, vanilla: bool) -> tuple[str, ...]:
+    """Exchanges pytorchvideo's Swish, an autograd function that octaves cannot pass, for nn.SiLU, or back."""
+    names = []
+    for name, module in model.named_modules():
+        kind: Any = type(module)
+        if not vanilla and (kind.__module__, kind.__name__) == ("pytorchvideo.layers.swish", "Swish"):
+            _swap_class(module, nn.SiLU)
+            module.inplace = False  # type: ignore[assignment]
+        if kind is nn.SiLU and vanilla and "_vanilla_class" in module.__dict__:
+            module.__class__ = module.__dict__.pop("_vanilla_class")
+            del module.inplace
+        if type(module) is nn.SiLU and "_vanilla_class" in module.__dict__:
+            names.append(name)
+    return tuple(names)
 
 
 def _plain_ints(module: nn.Module) -> None:

@@ -1,21 +1,27 @@
 """The layer against an independent float64 reference of the paper's equations."""
 
 import itertools
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from octvideo import Octaves, OctConv2d, OctConv3d
-from octvideo.conv import split_channels
+from octvideo.conv import groups_alike, split_channels
+
+PAD = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
-def reference_convolution(x, weight, stride, padding, dilation):
+def reference_convolution(x, weight, stride, padding, dilation, padding_mode="zeros"):
     """A dense convolution of (C, T, H, W) by loops over the kernel, in numpy."""
     kernel = weight.shape[2:]
-    x = np.pad(x, [(0, 0)] + [(p, p) for p in padding])
+    x = np.pad(x, [(0, 0)] + [(p, p) for p in padding], mode=PAD[padding_mode])
     sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[1:], kernel, stride, dilation, strict=True)]
     out = np.zeros((weight.shape[0], *sizes))
     for offset in itertools.product(*map(range, kernel)):
@@ -193,17 +199,186 @@ def test_the_memory_layout_does_not_change_the_result(kernel, padding, temporal)
     torch.testing.assert_close(z.low, y.low)
 
 
-def test_grouped_layer_costs_a_groups_share_and_matches_grouped_paths():
+def dense_weight(layer):
+    """A grouped weight as the block-diagonal weight of a dense convolution, with the same vanilla channels."""
+    weight = layer.weight.detach().numpy()
+    dense = np.zeros((layer.out_channels, layer.in_channels, *weight.shape[2:]))
+    rows, columns = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+    for group in range(layer.groups):
+        here = slice(group * rows, (group + 1) * rows)
+        dense[here, group * columns : (group + 1) * columns] = weight[here]
+    return dense
+
+
+def low_outputs(layer, low_inputs):
+    """Which output channels are low: the last ones of each group; of a depthwise layer those of low inputs."""
+    low = split_channels(layer.out_channels, layer.alpha)[1]
+    if layer.groups == layer.in_channels > 1:
+        return np.repeat(low_inputs, layer.out_channels // layer.in_channels) & (low > 0)
+    rows = layer.out_channels // layer.groups
+    return np.arange(layer.out_channels) % rows >= rows - low // layer.groups
+
+
+def reference_layer(layer, high, low, low_inputs):
+    """The layer in numpy: the dense equations on the channels that are high and those that are low, for one clip."""
+    weight = dense_weight(layer)
+    if weight.ndim == 4:
+        weight, high, low = weight[:, :, None], high[:, None], low[:, None]
+    spatial = len(layer.kernel_size) == 2
+    stride, padding, dilation = (
+        (filler, *value) if spatial else value
+        for filler, value in ((1, layer.stride), (0, layer.padding), (1, layer.dilation))
+    )
+    low_rows = low_outputs(layer, low_inputs)
+    bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.detach().numpy()
+
+    def f(x, rows, columns):
+        time = (stride[0], 1, 1)
+        return reference_convolution(x, weight[rows][:, columns], time, padding, dilation, layer.padding_mode)
+
+    from_low = f(low, ~low_rows, low_inputs)  # at the low input's resolution, which a stride does not change
+    pooled_high, pooled_low = high, low
+    for axis in (2, 3):
+        if stride[axis - 1] == 2:
+            pooled_high, pooled_low = pool_axis(pooled_high, axis), pool_axis(pooled_low, axis)
+    out_high = f(pooled_high, ~low_rows, ~low_inputs)
+    out_high = out_high + reference_upsample(from_low, out_high.shape[1:]) + bias[~low_rows, None, None, None]
+    down = pool_axis(pool_axis(pooled_high, 2), 3)
+    down = pool_axis(down, 1) if layer.temporal else down
+    out_low = f(down, low_rows, ~low_inputs) + f(pooled_low, low_rows, low_inputs) + bias[low_rows, None, None, None]
+    return (out_high[:, 0], out_low[:, 0]) if spatial else (out_high, out_low)
+
+
+def pool_axis(x, axis):
+    """Means of two neighbours along an axis; a last one without a neighbour is its own mean."""
+    pairs = [x.take(range(i, min(i + 2, x.shape[axis])), axis).mean(axis) for i in range(0, x.shape[axis], 2)]
+    return np.stack(pairs, axis)
+
+
+@st.composite
+def layers(draw):
+    """Any layer, and the size and share of its input."""
+    dimensions = draw(st.sampled_from([2, 3]))
+    kind = draw(st.sampled_from(["dense", "dense", "grouped", "depthwise"]))
+    alpha = draw(st.sampled_from([0.0, 0.125, 0.25, 0.3, 0.5, 0.75, 1.0]))
+    if kind == "dense":
+        groups, channels, filters = 1, draw(st.integers(1, 64)), draw(st.integers(1, 64))
+    elif kind == "grouped":
+        groups = draw(st.sampled_from([2, 3, 4]))
+        channels, filters = groups * draw(st.integers(2, 16)), groups * draw(st.integers(1, 16))
+        assume(split_channels(filters, alpha)[1] % groups == 0)
+    else:
+        groups = channels = draw(st.integers(2, 64))
+        filters = channels * draw(st.integers(1, 2))
+        assume(split_channels(filters, alpha)[1] % (filters // channels) == 0)
+    kernel = tuple(draw(st.sampled_from([1, 3, 5] if axis else [1, 3])) for axis in range(dimensions))
+    dilation = tuple(draw(st.integers(1, 2)) for _ in range(dimensions))
+    stride = tuple(draw(st.integers(1, 3 if dimensions == 3 and axis == 0 else 2)) for axis in range(dimensions))
+    size = tuple(draw(st.integers(1, 7)) for _ in range(dimensions))
+    padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    layer = (OctConv3d if dimensions == 3 else OctConv2d)(
+        channels,
+        filters,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        draw(st.booleans()),
+        draw(st.sampled_from(list(PAD))),
+        dtype=torch.float64,
+        alpha=alpha,
+        temporal=dimensions == 3 and draw(st.booleans()),
+    )
+    share = alpha if kind == "depthwise" and alpha > 0 else draw(st.sampled_from([0.0, 0.25, 0.5, 0.7, 1.0]))
+    return layer, split_channels(channels, share)[1], size, draw(st.booleans())
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(layers())
+def test_any_layer_equals_the_float64_reference_and_has_the_vanilla_shape(case):
+    layer, low_in, size, last_format = case
     torch.manual_seed(0)
-    layer = OctConv3d(16, 16, (1, 3, 3), padding=(0, 1, 1), groups=4, alpha=0.5)
-    x = Octaves(torch.randn(1, 8, 2, 6, 6), torch.randn(1, 8, 2, 3, 3))
+    half = [-(-n // factor) for n, factor in zip(size, layer._factors, strict=True)]
+    high = torch.randn(1, layer.in_channels - low_in, *size, dtype=torch.float64)
+    low = torch.randn(1, low_in, *half, dtype=torch.float64)
+    x = Octaves(high, low)
+    if last_format and len(size) == 3:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
     y = layer(x)
-    path = nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1), groups=4)
-    path.load_state_dict({"weight": layer.weight[:8, :2], "bias": layer.bias[:8]})
-    low_path = nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1), groups=4, bias=False)
-    low_path.load_state_dict({"weight": layer.weight[:8, 2:]})
-    wanted = path(x.high) + low_path(x.low).repeat_interleave(2, 3).repeat_interleave(2, 4)
-    torch.testing.assert_close(y.high, wanted)
+    low_inputs = np.arange(layer.in_channels) >= layer.in_channels - low_in
+    wanted_high, wanted_low = reference_layer(layer, high[0].numpy(), low[0].numpy(), low_inputs)
+    if not isinstance(y, Octaves):
+        y, wanted_low = Octaves(y, y[:, :0]), y[0, :0].detach().numpy()
+    if wanted_high.size:
+        np.testing.assert_allclose(y.high[0].detach().numpy(), wanted_high, rtol=0, atol=1e-10)
+    if wanted_low.size:
+        np.testing.assert_allclose(y.low[0].detach().numpy(), wanted_low, rtol=0, atol=1e-10)
+    kinds = [kind for pair in y.parts for kind, count in enumerate(pair) for _ in range(count)]
+    assert np.array_equal(np.array(kinds, bool), low_outputs(layer, low_inputs))
+    vanilla = (nn.Conv2d if len(size) == 2 else nn.Conv3d)(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+    )
+    assert y.shape == vanilla(torch.zeros(1, layer.in_channels, *size)).shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "alpha_in", "size"),
+    [
+        ({"kernel_size": 3, "padding": 1}, 0.25, (2, 3, 4)),
+        ({"kernel_size": (1, 3, 3), "padding": (0, 1, 1), "stride": (1, 2, 2)}, 0.5, (1, 5, 4)),
+        ({"kernel_size": 3, "padding": "same", "padding_mode": "circular"}, 0.25, (2, 3, 3)),
+        ({"kernel_size": 3, "padding": 1, "stride": (2, 1, 1), "temporal": True}, 0.5, (3, 3, 4)),
+        ({"kernel_size": (1, 3, 3), "padding": (0, 1, 1), "groups": 2, "alpha": 0.5}, 0.25, (1, 3, 4)),
+        ({"kernel_size": (1, 3, 3), "padding": (0, 1, 1), "groups": 4}, 0.25, (1, 3, 4)),
+        ({"kernel_size": 1, "alpha": 1.0}, 1.0, (1, 3, 3)),
+    ],
+    ids=str,
+)
+def test_gradients_are_right(arguments, alpha_in, size):
+    torch.manual_seed(0)
+    layer = OctConv3d(4, 4, dtype=torch.float64, **{"alpha": 0.25} | arguments)
+    high_in, low_in = split_channels(4, alpha_in)
+    half = [-(-n // factor) for n, factor in zip(size, layer._factors, strict=True)]
+    high = torch.randn(2, high_in, *size, dtype=torch.float64, requires_grad=True)
+    low = torch.randn(2, low_in, *half, dtype=torch.float64, requires_grad=True)
+
+    def apply(high, low, weight, bias):
+        return tuple(torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (Octaves(high, low),)))
+
+    assert torch.autograd.gradcheck(apply, (high, low, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("cases", [(8, 4, 0.5), (32, 4, 0.25), (24, 2, 0.25)], ids=str)
+def test_grouped_layer_costs_what_a_dense_one_does_in_proportion(cases):
+    channels, groups, alpha = cases
+    layer = OctConv3d(channels, channels, (1, 3, 3), padding=(0, 1, 1), groups=groups, alpha=alpha)
+    high, low = split_channels(channels, alpha)
+    with FlopCounterMode(display=False) as counter:
+        layer(Octaves(torch.zeros(1, high, 2, 8, 8), torch.zeros(1, low, 2, 4, 4)))
+    dense = 2 * channels * channels // groups * 9 * 2 * 8 * 8
+    assert counter.get_total_flops() == dense * (1 - 0.75 * alpha * (2 - alpha))
+
+
+@pytest.mark.parametrize(
+    ("parts", "groups", "runs"),
+    [
+        (((6, 2),), 1, ((1, ((6, 2),)),)),
+        (((6, 2),), 2, ((1, ((4, 0),)), (1, ((2, 2),)))),
+        (((6, 2),), 4, ((3, ((2, 0),)), (1, ((0, 2),)))),
+        (((3, 1), (3, 1)), 2, ((2, ((3, 1),)),)),
+        (((3, 1), (3, 1)), 1, ((1, ((3, 1), (3, 1))),)),
+        (((5, 1), (2, 4)), 3, ((1, ((4, 0),)), (1, ((1, 1), (2, 0))), (1, ((0, 4),)))),
+    ],
+)
+def test_groups_alike_follow_the_vanilla_order(parts, groups, runs):
+    assert groups_alike(parts, groups) == runs
 
 
 def test_depthwise_layer_keeps_each_channel_in_its_octave():
@@ -221,12 +396,21 @@ def test_depthwise_layer_keeps_each_channel_in_its_octave():
     assert layer(x).shape == (1, 8, 3, 8, 8)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 8, 15, 64, 100, 255])
-@pytest.mark.parametrize("alpha", [0, 0.1, 0.125, 0.2, 0.25, 0.3, 0.5, 0.75, 0.8, 0.9, 1])
-def test_split_sums_to_the_channels_and_rounds_down(channels, alpha):
-    high, low = split_channels(channels, alpha)
-    assert high + low == channels
-    assert alpha * channels - 1 < low <= alpha * channels + 1e-6
+@pytest.mark.parametrize("alpha", ["0.1", "0.125", "0.2", "0.25", "0.3", "0.5", "0.75", "0.8", "0.9", "1"])
+def test_split_is_exact_and_the_same_everywhere(alpha):
+    for channels in range(1, 257):
+        high, low = split_channels(channels, float(alpha))
+        assert high + low == channels
+        assert low == math.floor(Fraction(alpha) * channels)
+        x = torch.zeros(1, 1, 2, 2)
+        y = nn.BatchNorm2d(channels).eval()(OctConv2d(1, channels, 1, alpha=float(alpha))(x))
+        assert y.shape == (1, channels, 2, 2)
+        z = OctConv2d(channels, channels, 1, alpha=float(alpha))(y)
+        if low:
+            assert y.high.shape[1] == z.high.shape[1] == high
+            assert y.low.shape[1] == z.low.shape[1] == low
+        depthwise = OctConv2d(channels, channels, 1, groups=channels, alpha=float(alpha))(y)
+        assert depthwise.shape == y.shape
 
 
 def test_split_is_not_fooled_by_float_rounding():
@@ -252,14 +436,10 @@ def test_split_is_not_fooled_by_float_rounding():
         ),
         (
             lambda: OctConv3d(8, 8, 1)(Octaves(torch.zeros(1, 8, 4, 8, 8), torch.zeros(1, 2, 4, 4, 4))),
-            "expected 8 input channels, got 10",
+            r"expected \(B, 8, T, H, W\), got \(1, 10, 4, 8, 8\)",
         ),
-        (
-            lambda: OctConv3d(8, 8, 1, groups=2, alpha=0.5)(
-                Octaves(torch.zeros(1, 5, 4, 8, 8), torch.zeros(1, 3, 4, 4, 4))
-            ),
-            "groups 2 must divide the 5 high and the 3 low input channels",
-        ),
+        (lambda: OctConv2d(8, 8, 1)(torch.zeros(1, 4, 9, 9)), r"expected \(B, 8, H, W\), got \(1, 4, 9, 9\)"),
+        (lambda: OctConv3d(8, 8, 1)(torch.zeros(8, 4, 9, 9)), r"expected \(B, 8, T, H, W\), got \(8, 4, 9, 9\)"),
         (
             lambda: OctConv3d(4, 12, 1, groups=4, alpha=0.4)(torch.zeros(1, 4, 4, 8, 8)),
             "gives 8 high output channels, not a multiple of the 3",
@@ -268,7 +448,7 @@ def test_split_is_not_fooled_by_float_rounding():
             lambda: OctConv3d(8, 8, 1, groups=8, alpha=0.5)(
                 Octaves(torch.zeros(1, 6, 4, 8, 8), torch.zeros(1, 2, 4, 4, 4))
             ),
-            "wants 4 high and 4 low input channels",
+            r"wants \(4, 4\) \(high, low\) input channels, got \(\(6, 2\),\)",
         ),
     ],
 )
@@ -280,3 +460,76 @@ def test_impossible_layers_say_the_numbers(call, message):
 def test_printing_a_layer_shows_its_alpha():
     assert "alpha=0.25" in repr(OctConv3d(8, 8, 1))
     assert "temporal=True" in repr(OctConv3d(8, 8, 1, temporal=True))
+
+
+@pytest.mark.parametrize("alpha", [0.125, 0.25, 0.5])
+def test_default_initialisation_keeps_the_vanilla_variance_on_white_noise(alpha):
+    torch.manual_seed(0)
+    layer, vanilla = OctConv3d(64, 64, 3, padding=1, alpha=alpha), nn.Conv3d(64, 64, 3, padding=1)
+    high, low = split_channels(64, alpha)
+    y = layer(Octaves(torch.randn(4, high, 8, 16, 16), torch.randn(4, low, 8, 8, 8)))
+    wanted = vanilla(torch.randn(4, 64, 8, 16, 16)).var()
+    torch.testing.assert_close(y.high.var(), wanted, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_the_bias_is_added_exactly_once(groups):
+    layer = OctConv3d(8, 8, 3, padding=1, groups=groups, alpha=0.5)
+    nn.init.zeros_(layer.weight)
+    for x in (torch.randn(1, 8, 2, 4, 4), Octaves(torch.randn(1, 4, 2, 4, 4), torch.randn(1, 4, 2, 2, 2))):
+        assert torch.equal(layer(x).merge(), layer.bias.view(1, 8, 1, 1, 1).expand(1, 8, 2, 4, 4))
+
+
+@pytest.mark.parametrize("channels", [(3, 8, 1), (8, 8, 1), (8, 8, 2), (8, 8, 8)])
+def test_an_empty_batch_gives_empty_maps(channels):
+    channels, filters, groups = channels
+    layer = OctConv3d(channels, filters, 3, (1, 2, 2), 1, groups=groups, alpha=0.5)
+    y = layer(torch.zeros(0, channels, 4, 7, 8))
+    assert (y.high.shape, y.low.shape) == ((0, filters // 2, 4, 4, 4), (0, filters // 2, 4, 2, 2))
+    assert layer.set_alpha(0) is None
+    if channels == filters:
+        assert layer(y).shape == (0, filters, 4, 2, 2)
+
+
+def test_grouped_layers_keep_the_vanilla_meaning_of_their_channels():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        OctConv2d(4, 16, 1, alpha=0.25),
+        OctConv2d(16, 32, 3, padding=1, groups=4, padding_mode="circular", alpha=0.5),
+        OctConv2d(32, 16, 3, padding=1, groups=2, padding_mode="circular", alpha=0.25),
+        OctConv2d(16, 8, 1, alpha=0),
+    ).double()
+    x = torch.randn(2, 4, 1, 1, dtype=torch.float64).expand(2, 4, 6, 5)
+    y = network(x)
+    for layer in network:
+        layer.set_alpha(0)
+    torch.testing.assert_close(y, network(x), rtol=1e-12, atol=1e-12)
+
+
+def test_depthwise_layers_follow_the_pieces_of_a_concatenation():
+    torch.manual_seed(0)
+    layer = OctConv2d(12, 12, 3, padding=1, groups=12, alpha=0.25)
+    x = Octaves(torch.randn(1, 9, 6, 6), torch.randn(1, 3, 3, 3), ((4, 1), (5, 2)))
+    y = layer(x)
+    assert y.parts == x.parts
+    vanilla = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+    vanilla.load_state_dict(layer.state_dict())
+    only_high = vanilla(Octaves(x.high, torch.zeros_like(x.low), x.parts).merge())
+    torch.testing.assert_close(y.merge()[:, :4], only_high[:, :4])
+    torch.testing.assert_close(y.merge()[:, 5:10], only_high[:, 5:10])
+
+
+def test_downsample_pool_averages_between_plain_tensors_too():
+    torch.manual_seed(0)
+    layer = OctConv3d(4, 4, 3, (1, 2, 2), 1, alpha=0, downsample="pool")
+    x = torch.randn(1, 4, 3, 7, 8)
+    strided = nn.Conv3d(4, 4, 3, 1, 1)
+    strided.load_state_dict(layer.state_dict())
+    pooled = torch.nn.functional.avg_pool3d(x, (1, 2, 2), ceil_mode=True, count_include_pad=False)
+    torch.testing.assert_close(layer(x), strided(pooled))
+    assert "downsample='pool'" in repr(layer)
+
+
+def test_a_plain_tuple_is_no_input():
+    with pytest.raises(TypeError, match="expected a Tensor or Octaves, got tuple"):
+        OctConv3d(8, 8, 1)((torch.zeros(1, 6, 1, 4, 4), torch.zeros(1, 2, 1, 2, 2)))

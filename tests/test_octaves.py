@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from octvideo import Octaves
-from octvideo.octaves import average_pool, upsample
+from octvideo.octaves import average_pool, join_by_parts, join_pieces, split_by_parts, upsample
 
 
 @pytest.fixture
@@ -81,8 +81,37 @@ def test_pooling_keeps_the_maps_aligned(x):
     assert y.merge().shape == y.shape
     assert nn.MaxPool3d((2, 1, 1))(x).shape == (2, 8, 2, 8, 7)
     assert nn.Upsample(scale_factor=(1, 2, 2))(Octaves(x.high[..., :6], x.low[..., :3])).shape == (2, 8, 4, 16, 12)
-    with pytest.raises(ValueError, match="do not match"):
-        nn.MaxPool3d((1, 2, 2))(Octaves(torch.zeros(1, 1, 1, 6, 6), torch.zeros(1, 1, 1, 3, 3)))
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 8, 10, 14])
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2)])
+def test_pools_round_the_low_map_as_the_high_one_needs(size, pool):
+    """14 -> 7 cells need 4 low ones, which 7 // 2 would not give; the last window averages what it has."""
+    x = Octaves(torch.randn(1, 2, size, size), torch.randn(1, 2, (size + 1) // 2, (size + 1) // 2))
+    y = pool(x)
+    assert torch.equal(y.high, pool(x.high))
+    assert y.merge().shape == y.shape == pool(torch.zeros(x.shape)).shape
+    rounded_up = type(pool)(pool.kernel_size, pool.stride, pool.padding, ceil_mode=True)
+    low = pool(x.low) if pool(x.low).shape == y.low.shape else rounded_up(x.low)
+    assert torch.equal(y.low, low)
+
+
+def test_windows_that_part_the_maps_are_refused(x):
+    for pool in (nn.MaxPool3d((1, 2, 2), 1), nn.AvgPool3d((1, 5, 5), 1)):
+        with pytest.raises(ValueError, match=r"high map of \(4, 8, 7\) cells .* low map of \(4, 4, 4\)"):
+            pool(x)
+    with pytest.raises(TypeError, match="max_pool3d_with_indices is not defined"):
+        nn.MaxPool3d((1, 2, 2), return_indices=True)(x)
+
+
+def test_interpolation_by_factor_and_to_a_size_keeps_the_maps_aligned(x):
+    y = F.interpolate(x, scale_factor=(1, 2, 2))
+    assert torch.equal(y.high, F.interpolate(x.high, scale_factor=(1, 2, 2)))
+    assert torch.equal(y.low, F.interpolate(x.low, scale_factor=(1, 2, 2))[..., :7])
+    y = F.interpolate(x, (4, 5, 9))
+    assert torch.equal(y.low, F.interpolate(x.low, (4, 3, 5)))
+    with pytest.raises(ValueError, match="cannot match"):
+        F.interpolate(Octaves(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 1, 1)), scale_factor=1.5)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +129,14 @@ def test_global_pooling_gives_a_tensor_with_all_channels(x, reduce):
     torch.testing.assert_close(y[:, 6:], x.low.mean((2, 3, 4), keepdim=True))
 
 
-def test_mean_over_space_alone_keeps_time(x):
-    assert x.mean((3, 4)).shape == (2, 8, 4)
+def test_reductions_over_space_alone_keep_time(x):
+    torch.testing.assert_close(x.mean((3, 4)), torch.cat((x.high.mean((3, 4)), x.low.mean((3, 4))), 1))
+    torch.testing.assert_close(x.amax((3, 4)), torch.cat((x.high.amax((3, 4)), x.low.amax((3, 4))), 1))
+    y = F.adaptive_avg_pool3d(x, (None, 1, 1))
+    torch.testing.assert_close(y, x.mean((3, 4), keepdim=True))
+    torch.testing.assert_close(F.adaptive_max_pool3d(x, (4, 1, 1)), x.amax((3, 4), keepdim=True))
+    y = nn.AvgPool3d((2, 8, 7), stride=1)(x)  # torchvision's S3D ends like this
+    torch.testing.assert_close(y[:, 6:], F.avg_pool3d(x.low, (2, 4, 4), 1))
 
 
 def test_arithmetic_with_octaves_scalars_and_tensors(x):
@@ -125,7 +160,8 @@ def test_arithmetic_with_octaves_scalars_and_tensors(x):
 def test_cat_keeps_the_vanilla_order_of_channels(x):
     full = torch.randn(2, 3, 4, 8, 7)
     y = torch.cat((x, full, x), dim=1)
-    assert y.parts == ((6, 2), (3, 0), (6, 2))
+    assert y.parts == ((6, 2), (3 + 6, 2))
+    assert torch.cat((full, x), 1).parts == ((3 + 6, 2),)
     torch.testing.assert_close(y.merge(), torch.cat((x.merge(), full, x.merge()), 1))
     torch.testing.assert_close(
         y.mean((2, 3, 4)), torch.cat((x.mean((2, 3, 4)), full.mean((2, 3, 4)), x.mean((2, 3, 4))), 1)
@@ -158,7 +194,7 @@ def test_an_undefined_function_says_its_name_and_the_way_out(x, call):
         (lambda x: torch.zeros(2, 8, 4, 8, 7).add_(x), TypeError, "into a Tensor"),
         (lambda x: torch.cat((x, x), 0), TypeError, "on channels, not dim 0"),
         (lambda x: torch.cat((x, Octaves(x.high, torch.zeros(2, 2, 2, 4, 4))), 1), ValueError, "different factors"),
-        (lambda x: nn.AdaptiveAvgPool3d(2)(x), TypeError, "only 1 is defined"),
+        (lambda x: nn.AdaptiveAvgPool3d(2)(x), TypeError, "only 1 cell is defined"),
         (lambda x: x.mean(1), TypeError, "mean over dimensions 1"),
         (lambda x: x.mean(2), TypeError, "mean over dimensions 2"),
         (lambda x: upsample(x.low, (4, 20, 20)), ValueError, "not half of"),
@@ -172,4 +208,132 @@ def test_mismatches_are_errors_with_the_numbers(x, call, error, message):
 def test_pool_of_odd_sizes_averages_what_the_border_has():
     y = average_pool(torch.arange(7.0).view(1, 1, 1, 1, 7), (1, 2, 2))
     assert y.flatten().tolist() == [0.5, 2.5, 4.5, 6.0]
+    assert torch.equal(average_pool(y.expand(1, 1, 3, 1, 4), (2, 1, 2))[0, 0, :, 0, 0], torch.tensor([1.5, 1.5]))
     assert upsample(y, (1, 1, 7)).flatten().tolist() == [0.5, 0.5, 2.5, 2.5, 4.5, 4.5, 6.0]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [torch.relu, F.relu, lambda x: x.relu(), lambda x: x.relu_(), lambda x: F.relu_(x), lambda x: x.clamp(min=0)],
+)
+def test_every_spelling_of_a_function_is_the_function(x, spelling):
+    high, low = x.high.relu(), x.low.relu()
+    y = spelling(x)
+    assert type(y) is Octaves
+    assert torch.equal(y.high, high)
+    assert torch.equal(y.low, low)
+
+
+def test_methods_and_operators_are_the_tensors_own(x):
+    for y, function in (
+        (x + 1, lambda z: z + 1),
+        (x**2, lambda z: z**2),
+        (1 / x, lambda z: 1 / z),
+        (abs(x), abs),
+        (x > 0, lambda z: z > 0),
+        (x == 0, lambda z: z == 0),
+        (x.double(), lambda z: z.double()),
+        (x.mul(2).sigmoid(), lambda z: (2 * z).sigmoid()),
+        (torch.where(x > 0, x, 0 * x), lambda z: z.relu()),
+        (torch.zeros_like(x), torch.zeros_like),
+    ):
+        assert torch.equal(y.high, function(x.high))
+        assert torch.equal(y.low, function(x.low))
+    assert x.ndim == 5
+    assert not x.requires_grad
+    assert x.new_zeros((2, 1)).shape == (2, 1)
+    torch.testing.assert_close(x.mean([2, 3, 4]), F.adaptive_avg_pool3d(x, 1).flatten(1))
+
+
+def test_assigning_operators_write_into_the_maps_and_a_tensor_becomes_octaves(x):
+    y = Octaves(x.high.clone(), x.low.clone())
+    before = y.high
+    y += x
+    y *= 2
+    y -= x
+    y /= 3
+    assert y.high is before
+    torch.testing.assert_close(y.low, x.low)
+    full = torch.randn(2, 8, 4, 8, 7)
+    z = full.clone()
+    z += x
+    torch.testing.assert_close(z.low, x.low + average_pool(full[:, 6:], (1, 2, 2)))
+
+
+def test_a_slice_or_numbers_choose_clips_of_the_batch(x):
+    for index in (slice(1, 2), [1], torch.tensor([1]), torch.tensor([False, True])):
+        assert torch.equal(x[index].low, x.low[1:2])
+    for index in (0, (slice(None), 0), "high", Ellipsis, torch.zeros(2, 2, dtype=torch.long)):
+        with pytest.raises(TypeError, match=r"cannot be indexed by (.|\n)*\.high or \.low, or call \.merge"):
+            x[index]
+
+
+def test_unknown_attributes_name_the_way_out(x):
+    assert not hasattr(x, "no_such_thing")
+    with pytest.raises(AttributeError, match=r"no attribute 'data'.*\.merge\(\)"):
+        x.data  # noqa: B018
+    with pytest.raises(TypeError, match=r"permute is not defined.*\.merge\(\)"):
+        x.permute(0, 2, 3, 4, 1)
+
+
+def test_maps_of_one_cell_are_the_vanilla_tensor_for_any_function():
+    x = Octaves(torch.randn(2, 3, 4, 1, 1), torch.randn(2, 1, 4, 1, 1), ((2, 1), (1, 0)))
+    assert torch.equal(x.flatten(2), x.merge().flatten(2))
+    assert torch.equal(x.permute(0, 2, 3, 4, 1), x.merge().permute(0, 2, 3, 4, 1))
+
+
+def test_gates_broadcast_in_batch_space_and_pieces(x):
+    cat = torch.cat((x, x), 1)
+    gate = Octaves(torch.rand(2, 12, 1, 1, 1), torch.rand(2, 4, 1, 1, 1))  # of one piece, as a convolution gives it
+    torch.testing.assert_close((cat * gate).merge(), cat.merge() * gate.merge())
+    torch.testing.assert_close((gate * cat).merge(), cat.merge() * gate.merge())
+    for shape in ((8, 1, 1, 1), (1, 8, 4, 1, 1), (2, 1, 1, 1, 1), (2, 8, 1, 1, 1)):
+        value = torch.rand(shape)
+        torch.testing.assert_close((x * value).merge(), x.merge() * value)
+    row = torch.rand(1, 8, 1, 8, 1)
+    torch.testing.assert_close((x * row).low, x.low * average_pool(row[:, 6:], (1, 2, 1)))
+
+
+def test_prelu_splits_its_slopes(x):
+    module = nn.PReLU(8)
+    nn.init.uniform_(module.weight)
+    y = module(x)
+    torch.testing.assert_close(y.high, F.prelu(x.high, module.weight[:6]))
+    torch.testing.assert_close(y.low, F.prelu(x.low, module.weight[6:]))
+    torch.testing.assert_close(nn.PReLU()(x).low, F.prelu(x.low, torch.tensor([0.25])))
+
+
+@pytest.mark.parametrize(
+    "module", [nn.Dropout(0.5), nn.Dropout3d(0.5), nn.AlphaDropout(0.5), nn.FeatureAlphaDropout(0.5)]
+)
+def test_dropouts_drop_in_training_only(x, module):
+    y = module(x)
+    assert not torch.equal(y.high, x.high)
+    assert not torch.equal(y.low, x.low)
+    assert torch.equal(module.eval()(x).low, x.low)
+
+
+def test_sync_batch_norm_of_one_process_is_batch_norm(x):
+    norm, sync = nn.BatchNorm3d(8), nn.SyncBatchNorm(8)
+    y, z = norm(x), sync(x)
+    torch.testing.assert_close(z.low, y.low)
+    torch.testing.assert_close(sync.running_var, norm.running_var)
+
+
+@pytest.mark.parametrize(
+    "parts", [((6, 2),), ((3, 1), (3, 1)), ((5, 1), (1, 1)), ((8, 0),), ((2, 0), (6, 0)), ((0, 8),)]
+)
+def test_splitting_and_joining_by_parts_are_inverse(parts):
+    whole = torch.arange(8)
+    high, low = split_by_parts(whole, parts, 0)
+    assert torch.equal(join_by_parts(high, low, parts, 0), whole)
+    kinds = torch.tensor([kind for pair in parts for kind, size in enumerate(pair) for _ in range(size)])
+    assert torch.equal(high, whole[kinds == 0])
+    assert torch.equal(low, whole[kinds == 1])
+
+
+def test_equal_orders_of_channels_have_equal_parts():
+    assert join_pieces([(3, 0), (3, 2)]) == ((6, 2),)
+    assert join_pieces([(3, 2), (0, 1)]) == ((3, 3),)
+    assert join_pieces([(3, 2), (1, 0), (1, 1)]) == ((3, 2), (2, 1))
+    assert join_pieces([(0, 0), (1, 1)]) == ((1, 1),)

@@ -1,12 +1,15 @@
 """octavize on networks that nobody here wrote."""
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from pytorchvideo.layers.swish import Swish
 from torch import nn
-from torchvision.models import resnet18
-from torchvision.models.video import r3d_18
+from torchvision.models import resnet18, vit_b_16
+from torchvision.models.video import mvit_v1_b, r3d_18, swin3d_t
 
-from octvideo import OctConv2d, OctConv3d, octavize
+from octvideo import Octaves, OctConv2d, OctConv3d, octavize
 from octvideo.cost import count_macs
 
 
@@ -113,6 +116,11 @@ def test_reassigning_and_restoring():
         (1.5, (), r"alpha must lie in \[0, 1\], got 1.5"),
         ({"layer9": 0.5}, (), "no convolution of Sequential has a name that matches 'layer9'"),
         (0.5, ("head",), "matches 'head'"),
+        (
+            0.5,
+            ("3",),
+            r"no convolution that could become octave: 0 is left: it reads the network's input; 3 is left: skip",
+        ),
     ],
 )
 def test_mistakes_are_errors_that_change_nothing(alpha, skip, message):
@@ -122,11 +130,83 @@ def test_mistakes_are_errors_that_change_nothing(alpha, skip, message):
     assert not any(isinstance(module, OctConv3d) for module in network.modules())
 
 
+def test_the_report_says_what_every_convolution_became_and_why():
+    network = nn.Sequential(
+        nn.Conv3d(3, 8, 1),
+        nn.Conv3d(8, 8, 1),
+        nn.Conv3d(8, 2, 1),
+        nn.Conv3d(2, 8, 1),
+        nn.utils.parametrizations.weight_norm(nn.Conv3d(8, 8, 1)),
+        nn.ConvTranspose3d(8, 8, 1),
+        Swish(),
+    )
+    octavize(network, 0.25, skip=["3"])
+    assert str(network.octave_report).splitlines() == [
+        "Sequential: 1 of 6 convolutions are octave",
+        "  0  left: it reads the network's input",
+        "  1  alpha 0.25: 6 high + 2 low channels",
+        "  2  left: 2 channels have no low one at alpha 0.25",
+        "  3  left: skip matches its name",
+        "  4  left: its weight is parametrized",
+        "  5  left: ConvTranspose3d is no nn.Conv2d or nn.Conv3d, or convolves in its own way",
+        "  6  exchanged for nn.SiLU, the same function",
+    ]
+    octavize(network, {"1": 0.25, "2": 0.0})
+    assert [line.split("  ")[-1] for line in str(network.octave_report).splitlines()[1:5]] == [
+        "left: no regex of alpha matches its name",
+        "alpha 0.25: 6 high + 2 low channels",
+        "left: alpha 0",
+        "left: no regex of alpha matches its name",
+    ]
+    octavize(network, 0)
+    assert not hasattr(network, "octave_report")
+
+
+def test_pytorchvideos_swish_is_exchanged_and_restored():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(3, 8, 1), Swish(), nn.Conv3d(8, 8, 1), Swish())
+    clip = torch.randn(1, 3, 2, 4, 4)
+    wanted = network(clip)
+    octavize(network, 0.25)
+    assert isinstance(network(clip), Octaves)
+    octavize(network, 0)
+    assert type(network[1]) is type(network[3]) is Swish
+    assert torch.equal(network(clip), wanted)
+
+
+@pytest.mark.parametrize("build", [vit_b_16, lambda: timm.create_model("vit_tiny_patch16_224"), mvit_v1_b, swin3d_t])
+def test_a_transformer_is_told_that_octaves_are_for_convolutional_networks(build):
+    with torch.device("meta"):
+        network = build()
+    with pytest.raises(ValueError, match=r"a transformer \(\d+ attention layers.*reads the network's input"):
+        octavize(network, 0.25)
+
+
+def test_pooled_downsampling_is_the_control_at_alpha_zero():
+    torch.manual_seed(0)
+    network = resnet18().eval()
+    image = torch.randn(1, 3, 64, 64)
+    wanted = network(image)
+    octavize(network, {"layer": 0.0}, downsample="pool")
+    strided = [module for module in network.modules() if isinstance(module, OctConv2d) and module.stride == (2, 2)]
+    assert [module.downsample for module in strided] == ["conv"] + ["pool"] * 6
+    control = network(image)
+    assert not torch.equal(control, wanted)
+    layer = network.layer2[0].conv1
+    assert torch.equal(layer(image.new_ones(1, 64, 8, 8)), F.conv2d(torch.ones(1, 64, 4, 4), layer.weight, padding=1))
+    assert torch.equal(octavize(network, 0)(image), wanted)
+
+
 def test_groups_that_cannot_be_split_name_the_layer():
     network = nn.Sequential(nn.Conv3d(3, 8, 1), nn.Conv3d(8, 8, 1, groups=4))
     with pytest.raises(ValueError, match=r"1: alpha 0\.25 splits 8 output channels into 6 high and 2 low"):
         octavize(network, 0.25)
     assert type(network[1]) is nn.Conv3d
+
+
+def test_an_unknown_way_to_downsample_is_refused():
+    with pytest.raises(ValueError, match=r'downsample must be "conv" or "pool", got \'avg\''):
+        octavize(small_network(), 0.5, downsample="avg")
 
 
 def test_a_network_without_convolutions_is_refused():
