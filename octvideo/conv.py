@@ -171,13 +171,16 @@ class _OctConv(nn.modules.conv._ConvNd):
         if is_depthwise(self):
             return self._depthwise(x, low_out > 0)
 
-        # Each vanilla group reads and writes its own channels, of which some are high and some low. Groups that are
-        # alike are one grouped convolution; an ordinary convolution is one group.
-        runs = groups_alike(x.parts, self.groups)
         rows = (high_out // self.groups, low_out // self.groups)
-        counts = [groups for groups, _ in runs]
-        weights = self.weight.split([groups * sum(rows) for groups in counts])
-        biases = [None] * len(runs) if self.bias is None else self.bias.split([groups * sum(rows) for groups in counts])
+        if self.groups == 1:
+            out_high, out_low = self._paths(x, self.weight, self.bias, x.parts, 1, rows)
+            return Octaves(out_high, out_low) if low_out else out_high
+        # Each vanilla group reads and writes its own channels, of which some are high and some low. Groups that are
+        # alike are one grouped convolution.
+        runs = groups_alike(x.parts, self.groups)
+        counts = [groups * sum(rows) for groups, _ in runs]
+        weights = self.weight.split(counts)
+        biases = [None] * len(runs) if self.bias is None else self.bias.split(counts)
         highs_in = x.high.split([groups * sum(high for high, _ in group) for groups, group in runs], 1)
         lows_in = x.low.split([groups * sum(low for _, low in group) for groups, group in runs], 1)
         outputs = [
@@ -207,16 +210,16 @@ class _OctConv(nn.modules.conv._ConvNd):
         stride = self._pooled_stride()
         high = average_pool(x.high, stride)
         size = self._output_size(high)
-        out_high = high.new_zeros((high.shape[0], 0, *size))
-        if rows[0]:
-            high_to_high, low_to_high = split_by_parts(rows_high, group, 1)
-            if x.low.shape[1] == 0:
-                out_high = self._convolve(high, high_to_high, bias_high, groups)
-            elif x.high.shape[1] == 0:
-                out_high = upsample(self._convolve(x.low, low_to_high, bias_high, groups), size)
-            else:
-                from_low = upsample(self._convolve(x.low, low_to_high, None, groups), size)
-                out_high = torch.add(self._convolve(high, high_to_high, bias_high, groups), from_low)
+        high_to_high, low_to_high = split_by_parts(rows_high, group, 1)
+        if not rows[0]:
+            out_high = high.new_zeros((high.shape[0], 0, *size))
+        elif x.low.shape[1] == 0:
+            out_high = self._convolve(high, high_to_high, bias_high, groups)
+        elif x.high.shape[1] == 0:
+            out_high = upsample(self._convolve(x.low, low_to_high, bias_high, groups), size)
+        else:
+            from_low = upsample(self._convolve(x.low, low_to_high, None, groups), size)
+            out_high = torch.add(self._convolve(high, high_to_high, bias_high, groups), from_low)
         if not rows[1]:
             return out_high, out_high[:, :0]
         # One convolution over all channels at low resolution is both paths at once.

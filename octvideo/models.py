@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +15,16 @@ from torch import Tensor, nn
 with warnings.catch_warnings():  # fvcore, below pytorchvideo, still calls torch.jit.script
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
+    from pytorchvideo.models.csn import create_csn
     from pytorchvideo.models.net import MultiPathWayWithFuse, Net
-    from pytorchvideo.models.resnet import ResStage, create_resnet
+    from pytorchvideo.models.r2plus1d import create_r2plus1d
+    from pytorchvideo.models.resnet import ResBlock, ResStage, create_resnet
     from pytorchvideo.models.slowfast import create_slowfast
+    from pytorchvideo.models.x3d import create_x3d
 
 from octvideo.octaves import Octaves
 from octvideo.octavize import octavize
+from octvideo.weights import load_weights
 
 DEPTHS = (50, 101, 152)
 
@@ -42,6 +49,65 @@ class HeadPool(nn.AvgPool3d):
         frames, *extent = input.shape[2:]
         window = extent if isinstance(input, Octaves) else [min(self.window, size) for size in extent]
         return F.avg_pool3d(input, (frames, *window), 1)  # type: ignore[arg-type]
+
+
+class NonLocalBlock(nn.Module):
+    """Adds to every cell what it finds in all others: the embedded Gaussian of Wang et al., CVPR 2018.
+
+    Half the channels; keys and values are max-pooled by 2 in space; the last batch norm starts at 0, so that the block
+    starts as the identity. The convolutions may be octave; cells are compared at full resolution.
+
+    Args:
+        channels: of the input and the output.
+
+    Shape:
+        Input and output: (B, channels, T, H, W) or Octaves of that shape.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = channels // 2
+        self.conv_theta = nn.Conv3d(channels, inner, 1)
+        self.conv_phi = nn.Conv3d(channels, inner, 1)
+        self.conv_g = nn.Conv3d(channels, inner, 1)
+        self.conv_out = nn.Conv3d(inner, channels, 1)
+        self.pool = nn.MaxPool3d((1, 2, 2))
+        self.norm = nn.BatchNorm3d(channels)
+        for convolution in (self.conv_theta, self.conv_phi, self.conv_g, self.conv_out):
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor | Octaves) -> Tensor | Octaves:
+        pooled = self.pool(x) if min(x.shape[3:]) > 1 else x
+        projections = (self.conv_theta(x), self.conv_phi(pooled), self.conv_g(pooled))
+        maps = [y.merge() if isinstance(y, Octaves) else y for y in projections]
+        queries, keys, values = (y.flatten(2).transpose(1, 2) for y in maps)  # (B, T H W, C)
+        found = F.scaled_dot_product_attention(queries, keys, values)
+        found = found.transpose(1, 2).unflatten(2, maps[0].shape[2:])
+        return x + self.norm(self.conv_out(found))  # type: ignore[no-any-return]
+
+
+class NonLocalResBlock(ResBlock):
+    """A residual block with a non-local block behind it, whose own weights keep their names.
+
+    Shape:
+        Input and output: (B, C, T, H, W) or Octaves of that shape.
+    """
+
+    def __init__(self, block: ResBlock) -> None:
+        super().__init__(
+            branch1_conv=block.branch1_conv,
+            branch1_norm=block.branch1_norm,
+            branch2=block.branch2,
+            activation=block.activation,
+            branch_fusion=block.branch_fusion,
+        )
+        self.__class__ = NonLocalResBlock  # ResBlock's constructor sets all its local names, __class__ among them
+        self.non_local = NonLocalBlock(block.branch2.conv_c.out_channels)
+
+    def forward(self, x: Tensor | Octaves) -> Tensor | Octaves:
+        return self.non_local(super().forward(x))  # type: ignore[no-any-return]
 
 
 class SlowFast(Net):
@@ -84,6 +150,16 @@ def i3d_r50(num_classes: int = 400, *, width: int = 64, depth: int = 50, dropout
     return _resnet(
         num_classes, width, depth, dropout, stem=5, pool_frames=True, temporal_kernels=((3,), (3, 1), (3, 1), (1, 3))
     )
+
+
+def c2d_r50_nonlocal(num_classes: int = 400, *, width: int = 64, depth: int = 50, dropout: float = 0.5) -> Net:
+    """C2D with non-local blocks after res3 blocks 1, 3 and res4 blocks 1, 3, 5 (Wang et al., CVPR 2018)."""
+    return _with_non_local(c2d_r50(num_classes, width=width, depth=depth, dropout=dropout))
+
+
+def i3d_r50_nonlocal(num_classes: int = 400, *, width: int = 64, depth: int = 50, dropout: float = 0.5) -> Net:
+    """I3D with non-local blocks after res3 blocks 1, 3 and res4 blocks 1, 3, 5 (Wang et al., CVPR 2018)."""
+    return _with_non_local(i3d_r50(num_classes, width=width, depth=depth, dropout=dropout))
 
 
 def slow_r50(num_classes: int = 400, *, width: int = 64, depth: int = 50, dropout: float = 0.5) -> Net:
@@ -142,7 +218,78 @@ def _resnet(
     )
 
 
-MODELS = {"c2d_r50": c2d_r50, "i3d_r50": i3d_r50, "slow_r50": slow_r50, "slowfast_r50": slowfast_r50}
+def _with_non_local(network: Net) -> Net:
+    """Puts non-local blocks where the paper has them."""
+    for stage, after in zip(_stages(network)[1:3], ((1, 3), (1, 3, 5)), strict=True):
+        blocks = network.blocks[stage].res_blocks
+        for i in after:
+            blocks[i] = NonLocalResBlock(blocks[i])
+    return network
+
+
+def csn_r101(num_classes: int = 400, *, width: int = 64, depth: int = 101, dropout: float = 0.5) -> Net:
+    """CSN, channel-separated: every 3 x 3 x 3 convolution is depthwise (Tran et al., ICCV 2019)."""
+    return create_csn(
+        model_depth=depth,
+        model_num_class=num_classes,
+        dropout_rate=dropout,
+        stem_dim_out=width,
+        stem_pool=nn.MaxPool3d,
+    )
+
+
+def r2plus1d_r50(num_classes: int = 400, *, width: int = 64, dropout: float = 0.5) -> Net:
+    """R(2+1)D: 3 x 3 x 3 convolutions taken apart into 1 x 3 x 3 and 3 x 1 x 1 (Tran et al., CVPR 2018)."""
+    return create_r2plus1d(model_num_class=num_classes, dropout_rate=dropout, stem_dim_out=width)
+
+
+def x3d_xs(num_classes: int = 400, *, width: int = 24, dropout: float = 0.5) -> Net:
+    """X3D-XS for 4 frames of 160 x 160 (Feichtenhofer, CVPR 2020)."""
+    return _x3d(num_classes, width, dropout, crop_size=160)
+
+
+def x3d_s(num_classes: int = 400, *, width: int = 24, dropout: float = 0.5) -> Net:
+    """X3D-S for 13 frames of 160 x 160; X3D-XS's network."""
+    return _x3d(num_classes, width, dropout, crop_size=160)
+
+
+def x3d_m(num_classes: int = 400, *, width: int = 24, dropout: float = 0.5) -> Net:
+    """X3D-M for 16 frames of 224 x 224; X3D-S's network with a larger window in the head."""
+    return _x3d(num_classes, width, dropout, crop_size=224)
+
+
+def x3d_l(num_classes: int = 400, *, width: int = 24, dropout: float = 0.5) -> Net:
+    """X3D-L for 16 frames of 312 x 312; deeper than X3D-M."""
+    return _x3d(num_classes, width, dropout, crop_size=312, depth_factor=5.0)
+
+
+def _x3d(num_classes: int, width: int, dropout: float, *, crop_size: int, depth_factor: float = 2.2) -> Net:
+    """An X3D that gives logits; pytorchvideo's ends in a softmax, which training must not see."""
+    return create_x3d(
+        model_num_class=num_classes,
+        dropout_rate=dropout,
+        stem_dim_in=width // 2,
+        width_factor=2.0,
+        depth_factor=depth_factor,
+        input_crop_size=crop_size,
+        head_activation=None,
+    )
+
+
+MODELS: dict[str, Callable[..., Net]] = {
+    "c2d_r50": c2d_r50,
+    "c2d_r50_nonlocal": c2d_r50_nonlocal,
+    "i3d_r50": i3d_r50,
+    "i3d_r50_nonlocal": i3d_r50_nonlocal,
+    "slow_r50": slow_r50,
+    "slowfast_r50": slowfast_r50,
+    "r2plus1d_r50": r2plus1d_r50,
+    "csn_r101": csn_r101,
+    "x3d_xs": x3d_xs,
+    "x3d_s": x3d_s,
+    "x3d_m": x3d_m,
+    "x3d_l": x3d_l,
+}
 
 
 def create_model(
@@ -150,35 +297,39 @@ def create_model(
     *,
     alpha: float | Sequence[float] = 0.0,
     num_classes: int = 400,
-    width: int = 64,
-    depth: int = 50,
+    width: int | None = None,
+    depth: int | None = None,
     dropout: float = 0.5,
     frame_ratio: int = 4,
     channel_ratio: int = 8,
+    downsample: Literal["conv", "pool"] = "conv",
+    weights: str | Path | None = None,
 ) -> nn.Module:
     """Builds a network of the zoo, with octave convolutions where alpha is above 0.
 
     The octave layers follow the paper's layout (section 4.3): stages res2, res3 and res4 with their shortcuts (and
-    SlowFast's lateral connections after them); stem, res5 and classifier stay vanilla. At alpha 0 it is
-    pytorchvideo's network with its names, so published checkpoints load. Any crop size
-    and, from 2 frames, any clip length works; the last batch norm of a block starts at 0 and the classifier at a
-    standard deviation of 0.01.
+    SlowFast's lateral connections after them, and non-local blocks); stem, res5 and classifier stay vanilla. At alpha 0
+    it is pytorchvideo's network with its names, so published checkpoints load. Any crop size and, from 2 frames, any
+    clip length works; the last batch norm of a block starts at 0 and the classifier at a standard deviation of 0.01.
 
     Args:
         name: one of `MODELS`.
         alpha: share of low channels in [0, 1], or four of them for res2, res3, res4, res5.
         num_classes: size of the output.
-        width: channels of the stem; 64 as published.
-        depth: 50, 101 or 152 layers.
+        width: channels of the stem. Default: as published, 64 (X3D 24).
+        depth: 50, 101 or 152 layers. Default: as the name says; R(2+1)D and X3D have no other.
         dropout: probability before the classifier.
         frame_ratio: SlowFast only; frames of the fast pathway for each one of the slow pathway.
         channel_ratio: SlowFast only; channels of the slow pathway for each one of the fast pathway.
+        downsample: "pool" makes res2 to res5 average-pool for a spatial stride at alpha 0 too, as octave networks do:
+            the fair control for them; "conv" strides there as published.
+        weights: checkpoint to start from, of any kind that `octvideo.weights.load_weights` reads.
 
     Returns:
         A network from clips (B, 3, T, H, W) to logits (B, num_classes).
 
     Raises:
-        ValueError: an unknown name, or a number out of its range.
+        ValueError: an unknown name, a number out of its range, or a checkpoint that does not fit.
     """
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
@@ -189,23 +340,33 @@ def create_model(
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    if depth not in DEPTHS:
-        raise ValueError(f"depth must be one of {DEPTHS}, got {depth}")
+    published = inspect.signature(MODELS[name]).parameters
+    if depth is not None and ("depth" not in published or depth not in DEPTHS):
+        allowed = f"one of {DEPTHS}" if "depth" in published else f"left out for {name}"
+        raise ValueError(f"depth must be {allowed}, got {depth}")
     if frame_ratio < 1 or channel_ratio < 1:
         raise ValueError(f"frame_ratio and channel_ratio must be at least 1, got {frame_ratio} and {channel_ratio}")
-    if width < 1 or (name.startswith("slowfast") and width % channel_ratio):
-        raise ValueError(
-            f"width must be positive, and for SlowFast a multiple of channel_ratio {channel_ratio}, got {width}"
-        )
-    pathways = {"frame_ratio": frame_ratio, "channel_ratio": channel_ratio} if MODELS[name] is slowfast_r50 else {}
-    network = MODELS[name](num_classes, width=width, depth=depth, dropout=dropout, **pathways)
+    multiple = channel_ratio if "channel_ratio" in published else 8 if name.startswith("x3d") else 1
+    if width is not None and (width < 1 or width % multiple):
+        kind = f"a multiple of {multiple} for {name}" if multiple > 1 else "at least 1"
+        raise ValueError(f"width must be {kind}, got {width}")
+    options: dict[str, Any] = {
+        "width": width,
+        "depth": depth,
+        "dropout": dropout,
+        "frame_ratio": frame_ratio,
+        "channel_ratio": channel_ratio,
+    }
+    given = {key: value for key, value in options.items() if value is not None and key in published}
+    network = MODELS[name](num_classes, **given)
     for module in network.modules():
         for child_name, child in module.named_children():
             if type(child) is nn.AvgPool3d:
-                setattr(module, child_name, HeadPool())
-    return octavize(
-        network, {f"^blocks\\.{block}\\.": alpha for block, alpha in zip(_stages(network), alphas, strict=True)}
-    )
+                setattr(module, child_name, HeadPool(int(child.kernel_size[-1])))  # type: ignore[index]
+    if weights is not None:
+        load_weights(network, weights)
+    patterns = {f"^blocks\\.{block}\\.": alpha for block, alpha in zip(_stages(network), alphas, strict=True)}
+    return octavize(network, patterns, downsample=downsample)
 
 
 def _stages(network: Net) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -92,6 +91,9 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def split_by_parts(x: Tensor, parts: Parts, dim: int) -> tuple[Tensor, Tensor]:
     """Splits what is per channel, in the vanilla order, into the high channels' and the low channels' share."""
+    if len(parts) == 1:
+        high, low = x.split(parts[0], dim)
+        return high, low
     if len(set(parts)) == 1:  # pieces of equal size, as a grouped convolution makes them: no loop over them
         high, low = x.unflatten(dim, (len(parts), sum(parts[0]))).split(parts[0], dim + 1)
         return high.flatten(dim, dim + 1), low.flatten(dim, dim + 1)
@@ -101,6 +103,8 @@ def split_by_parts(x: Tensor, parts: Parts, dim: int) -> tuple[Tensor, Tensor]:
 
 def join_by_parts(high: Tensor, low: Tensor, parts: Parts, dim: int) -> Tensor:
     """Undoes `split_by_parts`: the vanilla order of channels."""
+    if len(parts) == 1:
+        return torch.cat((high, low), dim)
     if len(set(parts)) == 1:
         pieces = [x.unflatten(dim, (len(parts), part)) for x, part in zip((high, low), parts[0], strict=True)]
         return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
@@ -379,8 +383,8 @@ def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
 
 def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Octaves:
     """Applies a function of single cells to each map."""
-    octaves = _octaves_among((args, kwargs))
-    x = max(octaves, key=lambda value: math.prod(value.shape[2:]))  # the others may be gates
+    octaves = [value for value in (*args, *kwargs.values()) if isinstance(value, Octaves)]
+    x = next((value for value in octaves if set(value.factors) != {1}), octaves[0])  # the others may be gates
     first = args[0] if args else kwargs["input"]
     if func in _IN_PLACE and not isinstance(first, Octaves):
         raise TypeError(f"{func.__name__} cannot write octave features of shape {tuple(x.shape)} into a Tensor")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,14 +71,19 @@ class Recognizer(LightningModule):
     with the batch size.
 
     Args:
-        name: network: c2d_r50, i3d_r50, slow_r50 or slowfast_r50.
+        name: network: c2d_r50, i3d_r50, slow_r50, slowfast_r50, c2d_r50_nonlocal, i3d_r50_nonlocal, csn_r101,
+            r2plus1d_r50, x3d_xs, x3d_s, x3d_m or x3d_l.
         alpha: share of octave channels at low resolution in res2 to res4, in [0, 1]; or four, for res2 to res5.
         num_classes: number of classes.
-        width: channels of the network's stem; 64 as published.
-        depth: 50, 101 or 152 layers.
+        width: channels of the network's stem; default: as published, 24 for X3D and 64 for the others.
+        depth: 50, 101 or 152 layers; default: as the name says. R(2+1)D and X3D have no other.
         dropout: probability before the classifier.
         frame_ratio: SlowFast only: frames of the fast pathway for each one of the slow pathway.
         channel_ratio: SlowFast only: channels of the slow pathway for each one of the fast pathway.
+        downsample: "pool" makes res2 to res5 average-pool for a spatial stride at alpha 0 too, as octave networks do:
+            the fair control for them; "conv" strides there as published.
+        weights: checkpoint to start from: ours, pytorchvideo's, PySlowFast's, or a 2-D ImageNet ResNet's, which is
+            inflated. A classifier of another number of classes starts fresh.
         learning_rate: peak of the half-cosine schedule.
         warmup_start: learning rate at the start of the warm-up.
         warmup_epochs: length of the warm-up; may be a fraction.
@@ -88,7 +93,7 @@ class Recognizer(LightningModule):
         std: then divides them.
 
     Raises:
-        ValueError: an unknown network, or a number out of its range.
+        ValueError: an unknown network, a number out of its range, or weights that do not fit.
     """
 
     def __init__(
@@ -97,11 +102,13 @@ class Recognizer(LightningModule):
         alpha: float | list[float] = 0.1,
         num_classes: int = 400,
         *,
-        width: int = 64,
-        depth: int = 50,
+        width: int | None = None,
+        depth: int | None = None,
         dropout: float = 0.5,
         frame_ratio: int = 4,
         channel_ratio: int = 8,
+        downsample: Literal["conv", "pool"] = "conv",
+        weights: str | None = None,
         learning_rate: float = 0.1,
         warmup_start: float = 0.01,
         warmup_epochs: float = 34,
@@ -118,7 +125,7 @@ class Recognizer(LightningModule):
             )
         if not 0 < momentum < 1 or std <= 0:
             raise ValueError(f"model.momentum must lie between 0 and 1 and std be positive, got {momentum} and {std}")
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="weights")  # a checkpoint has its own, and opens without that file
         self.network = create_model(
             name,
             alpha=alpha,
@@ -128,6 +135,8 @@ class Recognizer(LightningModule):
             dropout=dropout,
             frame_ratio=frame_ratio,
             channel_ratio=channel_ratio,
+            downsample=downsample,
+            weights=weights,
         ).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # faster at every alpha
         self.num_classes = num_classes
         self.learning_rate = learning_rate

@@ -2,7 +2,7 @@
 
 import pytest
 
-from octvideo.data.annotations import ListError, read_list
+from octvideo.data.annotations import ListError, read_class_names, read_list
 
 
 @pytest.fixture
@@ -56,3 +56,21 @@ def test_a_missing_or_binary_list_is_an_error(tmp_path):
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(ListError, match=r"binary.csv: not a text file in UTF-8"):
         read_list(tmp_path / "binary.csv")
+
+
+def test_class_names_are_the_lines_of_a_file(write):
+    assert read_class_names(write("\ufeffplaying cello\r\nyoga \n\n"), num_classes=2) == ["playing cello", "yoga"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\nb\n", r"list.csv: expected a line for each of 3 classes \(num_classes\), got 2"),
+        ("a\n\nb\n", r"list.csv:2: expected the name of class 1, got an empty line"),
+        ("\nb\nc\nd\n", r"list.csv:1: expected the name of class 0, got an empty line"),
+        ("", r"list.csv:1: expected the name of class 0, got an empty line"),
+    ],
+)
+def test_missing_class_names_are_an_error(write, text, message):
+    with pytest.raises(ListError, match=message):
+        read_class_names(write(text), num_classes=3)

@@ -12,7 +12,8 @@ import torch
 import yaml
 from conftest import ROOT, run_tool
 
-from octvideo.data.motions import make_data_set, write_video
+from octvideo.data.motions import CLASSES, make_data_set, write_video
+from octvideo.weights import read_labels, read_preprocessing
 
 CONFIG = "configs/quickstart.yaml"
 
@@ -70,11 +71,14 @@ def assert_one_line(finished, *parts):
         (["--model.alhpa=0.1"], ["model.alhpa"]),
         (["--data.batch_size=many"], ["data.batch_size", "many"]),
         (["--model.alpha=1.5"], ["alpha must lie in [0, 1], got 1.5"]),
-        (["--model.name=i3d"], ["no model 'i3d'; there are c2d_r50, i3d_r50"]),
+        (["--model.name=i3d"], ["no model 'i3d'; there are c2d_r50, c2d_r50_nonlocal, i3d_r50"]),
         (["--ckpt_path=nothing.ckpt"], ["nothing.ckpt: no such file"]),
         (["--ckpt_path=last"], ["--ckpt_path runs/oct_i3d/checkpoints/last.ckpt: no such file"]),
         (["--model.name=slowfast_r50", "--data.clip_frames=6"], ["multiple of model.frame_ratio 4", "got 6"]),
         (["--cfg=nothing.yaml"], ["nothing.yaml"]),
+        (["--model.weights=nothing.pth"], ["nothing.pth: no such file"]),
+        (["--model.weights=README.md"], ["README.md: no checkpoint that torch.load(weights_only=True) reads"]),
+        (["--data.labels=nothing.txt"], ["nothing.txt: No such file"]),
     ],
     ids=str,
 )
@@ -108,6 +112,79 @@ def test_a_run_writes_options_logs_and_checkpoints(trained):
     assert checkpoint["global_step"] == 8
 
 
+def test_checkpoints_hold_labels_and_preprocessing(trained):
+    path = trained / "checkpoints" / "best.ckpt"
+    assert read_labels(path) == list(CLASSES)
+    preprocessing = read_preprocessing(path)
+    assert preprocessing.pop("short_side") in ((32, 36), [32, 36])
+    assert preprocessing == {
+        "clip_frames": 4,
+        "frame_stride": 2,
+        "crop_size": 32,
+        "mirror": False,
+        "test_crop_size": 32,
+        "mean": 0.45,
+        "std": 0.225,
+    }
+
+
+def test_training_starts_from_weights_that_later_commands_do_not_need(motions, trained, tmp_path):
+    start = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    torch.save(
+        {f"module.{name.removeprefix('network.')}": tensor for name, tensor in start.items()}, tmp_path / "x.pth"
+    )
+    run = tmp_path / "run"
+    options = [*small(motions, run), "--model.learning_rate=1e-12", "--model.warmup_epochs=0"]
+    finished = run_tool("train_net.py", *options, f"--model.weights={tmp_path / 'x.pth'}", "--trainer.max_epochs=1")
+    assert finished.returncode == 0, finished.stderr
+    assert f"weights from {tmp_path / 'x.pth'} (pytorchvideo): 267 of 267 tensors: 267 matched" in finished.stdout
+    last = run / "checkpoints" / "last.ckpt"
+    after = torch.load(last, weights_only=True)["state_dict"]
+    for name in start:
+        if name.endswith("weight"):
+            torch.testing.assert_close(after[name], start[name], msg=name)
+    (tmp_path / "x.pth").unlink()
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["weights"] == str(tmp_path / "x.pth")
+    finished = run_tool("test_net.py", f"--cfg={run / 'config.yaml'}", f"--ckpt={last}", f"--output={tmp_path}")
+    assert finished.returncode == 0, finished.stderr
+    assert "weights from" not in finished.stdout
+    assert json.loads((tmp_path / "predictions.json").read_text())["labels"] == list(CLASSES)
+    finished = run_tool("train_net.py", f"--cfg={run / 'config.yaml'}", "--ckpt_path=last", "--trainer.max_epochs=2")
+    assert finished.returncode == 0, finished.stderr
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+
+
+def test_weights_of_another_network_end_training_with_one_line(motions, trained, tmp_path):
+    options = [*small(motions, tmp_path / "run"), f"--model.weights={trained / 'checkpoints' / 'last.ckpt'}"]
+    finished = run_tool("train_net.py", *options, "--model.width=16")
+    assert_one_line(finished, "last.ckpt (octvideo) has values for 0 of 267 tensors", "does not fit")
+
+
+def test_a_checkpoint_without_labels_or_downsampling_is_still_tested_and_gone_on_from(motions, trained, tmp_path):
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    del checkpoint["VideoData"]
+    checkpoint["hyper_parameters"].pop("downsample", None)
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    assert read_labels(tmp_path / "old.ckpt") is None
+    assert read_preprocessing(tmp_path / "old.ckpt") == {"mean": 0.45, "std": 0.225}
+    (tmp_path / "lists").mkdir()
+    for name in ("train.csv", "val.csv"):  # no labels.txt beside them
+        (tmp_path / "lists" / name).write_text((motions / name).read_text())
+    options = [
+        *small(motions, tmp_path / "run"),
+        f"--data.train_list={tmp_path / 'lists' / 'train.csv'}",
+        f"--data.val_list={tmp_path / 'lists' / 'val.csv'}",
+    ]
+    finished = run_tool("test_net.py", *options, f"--ckpt={tmp_path / 'old.ckpt'}", f"--output={tmp_path}")
+    assert finished.returncode == 0, finished.stderr
+    assert set(json.loads((tmp_path / "predictions.json").read_text())) == {
+        *("top1", "top5", "clip_top1", "clip_top5", "videos", "bad")
+    }
+    finished = run_tool("train_net.py", *options, f"--ckpt_path={tmp_path / 'old.ckpt'}", "--trainer.max_epochs=3")
+    assert finished.returncode == 0, finished.stderr
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
+
+
 def test_training_over_a_run_is_refused(motions, trained):
     finished = run_tool("train_net.py", *small(motions, trained))
     assert_one_line(finished, "already holds a run", "--ckpt_path last", "--trainer.default_root_dir")
@@ -130,6 +207,7 @@ def test_testing_reports_good_and_bad_videos_with_the_checkpoints_network(motion
     assert "16 videos tested, 1 bad" in finished.stdout
     assert "bad file.mp4: Invalid data" in finished.stdout
     results = json.loads((tmp_path / "output" / "predictions.json").read_text())
+    assert results["labels"] == list(CLASSES)
     assert results["bad"][0]["path"] == str(bad)
     assert len(results["videos"]) == 16
     scores = np.array([video["scores"] for video in results["videos"]])

@@ -9,9 +9,10 @@ ALLOWED = {
     "octaves": set(),
     "conv": {"octaves"},
     "octavize": {"octaves", "conv"},
-    "models": {"octaves", "conv", "octavize"},
+    "models": {"octaves", "conv", "octavize", "weights"},
     "recognizer": {"octaves", "conv", "octavize", "models", "cost"},
     "cost": set(),
+    "weights": set(),
     "callbacks": set(),
     "__init__": set(NETWORK),
 }

@@ -2,14 +2,20 @@
 
 import pytest
 import torch
+from networks import settle
+from pytorchvideo.layers.nonlocal_net import create_nonlocal
+from pytorchvideo.models.csn import create_csn
+from pytorchvideo.models.r2plus1d import create_r2plus1d
 from pytorchvideo.models.resnet import create_resnet
 from pytorchvideo.models.slowfast import create_slowfast
+from pytorchvideo.models.x3d import create_x3d
 from torch import nn
 
 from octvideo import MODELS, Octaves, OctConv3d, create_model, octavize
 from octvideo.cost import count_macs, count_parameters
-from octvideo.models import HeadPool
+from octvideo.models import HeadPool, NonLocalBlock
 
+PAPERS = ("c2d_r50", "i3d_r50", "slow_r50", "slowfast_r50")
 PARAMETERS = {"c2d_r50": 24_327_632, "i3d_r50": 28_043_472, "slow_r50": 32_454_096, "slowfast_r50": 34_566_488}
 GIGA_MACS = {  # one 224 x 224 clip of 8 (SlowFast: 32) frames at alpha 0, .125, .25, .5
     "c2d_r50": (19.493, 16.949, 14.710, 11.150),
@@ -19,7 +25,7 @@ GIGA_MACS = {  # one 224 x 224 clip of 8 (SlowFast: 32) frames at alpha 0, .125,
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PAPERS)
 @pytest.mark.parametrize("column", range(4))
 def test_parameters_and_macs_are_the_published_ones(name, column):
     alpha = (0, 0.125, 0.25, 0.5)[column]
@@ -31,7 +37,7 @@ def test_parameters_and_macs_are_the_published_ones(name, column):
     assert macs == pytest.approx(GIGA_MACS[name][column], rel=1e-3)
 
 
-def pytorchvideos_own(name, frames, **size):
+def pytorchvideos_own(name, frames, width):
     """The network as pytorchvideo publishes it, its heads' windows set for the number of frames."""
     kernels = {
         "c2d_r50": ((1, 7, 7), ((1, 1, 1),) * 4),
@@ -40,13 +46,27 @@ def pytorchvideos_own(name, frames, **size):
     }
     if name == "slowfast_r50":
         return create_slowfast(
-            stem_dim_outs=(size["width"], size["width"] // 8),
+            stem_dim_outs=(width, width // 8),
             slowfast_fusion_conv_kernel_size=(7, 1, 1),
             head_pool_kernel_sizes=((frames // 4, 7, 7), (frames, 7, 7)),
         )
+    if name.startswith("x3d"):
+        return create_x3d(
+            input_clip_length=frames,
+            input_crop_size={"x3d_xs": 160, "x3d_s": 160, "x3d_m": 224, "x3d_l": 312}[name],
+            depth_factor=5.0 if name == "x3d_l" else 2.2,
+            stem_dim_in=width // 2,
+            head_activation=None,
+        )
+    if name == "csn_r101":
+        return create_csn(
+            model_depth=101, stem_dim_out=width, stem_pool=nn.MaxPool3d, head_pool_kernel_size=(frames // 8, 7, 7)
+        )
+    if name == "r2plus1d_r50":
+        return create_r2plus1d(stem_dim_out=width, head_pool_kernel_size=(frames // 4, 7, 7))
     stem, stages = kernels[name]
     return create_resnet(
-        stem_dim_out=size["width"],
+        stem_dim_out=width,
         stem_conv_kernel_size=stem,
         stage1_pool=None if name == "slow_r50" else nn.MaxPool3d,
         stage_conv_a_kernel_size=stages,
@@ -54,28 +74,39 @@ def pytorchvideos_own(name, frames, **size):
     )
 
 
-def settle(network):
-    """Random batch-norm statistics and scales, as a trained network has; zeros would hide half of it."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return network.eval()
-
-
 @pytest.mark.parametrize("crop", [224, 256])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.endswith("_nonlocal")])
 def test_alpha_zero_gives_pytorchvideos_logits_bit_for_bit(name, crop):
     torch.manual_seed(0)
+    crop += 96 if name == "x3d_l" else 0  # its head's window is 10 cells
     ours = settle(create_model(name, width=16))
-    theirs = pytorchvideos_own(name, 8, width=16).eval()
+    theirs = pytorchvideos_own(name, 8, 16).eval()
     theirs.load_state_dict(ours.state_dict())
     clip = torch.randn(1, 3, 8, crop, crop)
     pathways = [clip.index_select(2, torch.tensor([0, 7])), clip.clone()]
     with torch.no_grad():
         assert torch.equal(ours(clip), theirs(pathways if name == "slowfast_r50" else clip))
+
+
+def test_a_non_local_block_is_pytorchvideos():
+    torch.manual_seed(0)
+    ours = settle(NonLocalBlock(16))
+    theirs = create_nonlocal(dim_in=16, dim_inner=8, pool_size=(1, 2, 2)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 16, 3, 6, 5)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_non_local_blocks_stand_where_the_paper_has_them_and_start_as_the_identity():
+    torch.manual_seed(0)
+    network = create_model("i3d_r50_nonlocal", width=16).eval()
+    names = [name.removesuffix(".non_local") for name, _ in network.named_modules() if name.endswith(".non_local")]
+    assert names == [f"blocks.{stage}.res_blocks.{i}" for stage, i in ((3, 1), (3, 3), (4, 1), (4, 3), (4, 5))]
+    plain = create_model("i3d_r50", width=16).eval()
+    assert set(plain.state_dict()) == {name for name in network.state_dict() if ".non_local." not in name}
+    plain.load_state_dict(network.state_dict(), strict=False)
+    clip = torch.randn(1, 3, 4, 48, 48)
+    assert torch.equal(network(clip), plain(clip))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -147,12 +178,15 @@ def test_head_pool_takes_any_size():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "i3d_r5"}, "no model 'i3d_r5'; there are c2d_r50, i3d_r50"),
+        ({"name": "i3d_r5"}, "no model 'i3d_r5'; there are c2d_r50, c2d_r50_nonlocal"),
         ({"name": "i3d_r50", "alpha": 1.5}, r"alpha must lie in \[0, 1\], got 1.5"),
         ({"name": "i3d_r50", "alpha": (0.1, 0.1)}, "one number or four"),
         ({"name": "i3d_r50", "num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"name": "i3d_r50", "depth": 34}, r"depth must be one of \(50, 101, 152\), got 34"),
-        ({"name": "slowfast_r50", "width": 12}, "multiple of channel_ratio 8, got 12"),
+        ({"name": "x3d_s", "depth": 50}, "depth must be left out for x3d_s, got 50"),
+        ({"name": "x3d_s", "width": 20}, "multiple of 8 for x3d_s, got 20"),
+        ({"name": "i3d_r50", "downsample": "avg"}, 'downsample must be "conv" or "pool", got \'avg\''),
+        ({"name": "slowfast_r50", "width": 12}, "multiple of 8 for slowfast_r50, got 12"),
     ],
 )
 def test_wrong_arguments_say_what_is_allowed(arguments, message):

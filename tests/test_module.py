@@ -72,3 +72,30 @@ def test_missing_lists_say_which_option_names_them(lists, tmp_path):
 def test_fewer_videos_than_a_batch_are_refused(lists):
     with pytest.raises(ListError, match="5 videos for 1 processes are fewer than one batch of 8"):
         VideoData(**lists, **{**SMALL, "batch_size": 8}).train_dataloader()
+
+
+def test_labels_are_named_by_an_option_or_stand_beside_the_training_list(lists, tmp_path):
+    assert VideoData(**lists).labels is None
+    (tmp_path / "labels.txt").write_text("sit\nstand\n")
+    (tmp_path / "named.txt").write_text("cook\neat\n")
+    assert VideoData(**lists, num_classes=2).labels == ["sit", "stand"]
+    assert VideoData(**lists, num_classes=2, labels=str(tmp_path / "named.txt")).labels == ["cook", "eat"]
+    assert VideoData(val_list=lists["val_list"]).labels is None
+    with pytest.raises(ListError, match=r"labels.txt: expected a line for each of 3 classes \(num_classes\), got 2"):
+        VideoData(**lists, num_classes=3)
+    with pytest.raises(ListError, match=r"nothing.txt: No such file"):
+        VideoData(**lists, labels="nothing.txt")
+
+
+def test_a_checkpoints_labels_are_taken_unless_an_option_names_others(lists, tmp_path):
+    state = {"labels": ["a", "b"], "preprocessing": {"clip_frames": 99}}
+    (tmp_path / "labels.txt").write_text("sit\nstand\n")
+    data = VideoData(**lists)
+    data.load_state_dict({"labels": None})
+    assert data.labels == ["sit", "stand"]
+    data.load_state_dict(state)
+    assert data.labels == ["a", "b"]
+    assert data.clip_frames == 8
+    named = VideoData(**lists, labels=str(tmp_path / "labels.txt"))
+    named.load_state_dict(state)
+    assert named.labels == ["sit", "stand"]

@@ -11,7 +11,7 @@ from octvideo.recognizer import Recognizer, learning_rate_at, parameter_groups
 
 
 def small(**options):
-    return Recognizer("c2d_r50", 0.25, 4, **{"width": 8, **options})
+    return Recognizer("c2d_r50", **{"alpha": 0.25, "num_classes": 4, "width": 8, **options})
 
 
 def test_the_scratch_recipes_learning_rate_by_hand():
@@ -33,6 +33,24 @@ def test_biases_and_batch_norms_have_no_weight_decay():
     convolutions = [module.weight for module in network.modules() if isinstance(module, (nn.Conv3d, nn.Linear))]
     assert {id(p) for p in decayed["params"]} == {id(weight) for weight in convolutions}
     assert len(decayed["params"]) + len(others["params"]) == len(list(network.parameters()))
+
+
+def test_a_network_starts_from_weights_that_its_checkpoints_do_not_name(tmp_path):
+    torch.manual_seed(0)
+    network = small().network
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    started = small(weights=str(tmp_path / "x.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), started.network.parameters(), strict=True))
+    assert "weights" not in started.hparams
+
+
+def test_downsampling_reaches_the_network():
+    kinds = {
+        getattr(module, "downsample", "conv")
+        for module in small(alpha=0, downsample="pool").network.modules()
+        if isinstance(module, nn.Conv3d)
+    }
+    assert kinds == {"conv", "pool"}  # the stem strides in both
 
 
 def test_clips_are_normalised_in_the_module():
@@ -108,7 +126,8 @@ def test_a_schedule_without_an_end_is_refused():
         ({"warmup_epochs": -1}, "warmup_epochs and weight_decay at least 0"),
         ({"momentum": 1.0}, "momentum must lie between 0 and 1"),
         ({"std": 0}, "std be positive"),
-        ({"width": 0}, "width must be positive"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"weights": "nothing.pth"}, "nothing.pth: no such file"),
         ({"channel_ratio": 0}, "frame_ratio and channel_ratio must be at least 1, got 4 and 0"),
     ],
 )

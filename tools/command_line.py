@@ -32,7 +32,10 @@ from octvideo.data.video import DecodeError  # noqa: E402
 from octvideo.recognizer import Recognizer  # noqa: E402
 
 # What makes a network what it is, besides its weights.
-NETWORK_OPTIONS = ("name", "alpha", "num_classes", "width", "depth", "frame_ratio", "channel_ratio", "mean", "std")
+NETWORK_OPTIONS = (
+    *("name", "alpha", "num_classes", "width", "depth"),
+    *("frame_ratio", "channel_ratio", "downsample", "mean", "std"),
+)
 
 Cli = TypeVar("Cli", bound="CommandLine")
 
@@ -90,11 +93,13 @@ class CommandLine(LightningCLI):
     def take_network_of(self, path: str | Path, option: str) -> None:
         """Takes the network's options from a checkpoint where the command line does not give them.
 
-        Its weights fit at every alpha, so another one in the YAML file would change the network without a word.
+        Its weights fit at every alpha, so another one in the YAML file would change the network without a word. They
+        also take the place of model.weights, which is not read again.
         """
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            trained = {key: checkpoint["hyper_parameters"][key] for key in NETWORK_OPTIONS}
+            # Checkpoints from before there was a choice of downsampling do not name it.
+            trained = {key: ({"downsample": "conv"} | checkpoint["hyper_parameters"])[key] for key in NETWORK_OPTIONS}
         except FileNotFoundError as error:
             raise ValueError(f"{option} {path}: no such file") from error
         except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, OSError) as error:
@@ -106,6 +111,7 @@ class CommandLine(LightningCLI):
                 print(f"model.{key} {trained[key]} as in the checkpoint; the options say {options[key]}")
                 options[key] = trained[key]
         self.config["data"]["num_classes"] = options["num_classes"]
+        options["weights"] = None
 
     def instantiate_classes(self) -> None:
         """Refuses clips that the network cannot divide."""

@@ -4,7 +4,8 @@ python tools/test_net.py --cfg configs/oct_i3d.yaml --ckpt runs/oct_i3d/checkpoi
 
 The network is the one in the checkpoint, whatever the YAML file says; options on the command line override it.
 Prints clip and video accuracies (views averaged after softmax) and writes DIR/predictions.json:
-{"top1", "top5", "clip_top1", "clip_top5", "videos": [{"path", "label", "scores"}], "bad": [{"path", "reason"}]}.
+{"top1", "top5", "clip_top1", "clip_top5", "videos": [{"path", "label", "scores"}], "bad": [{"path", "reason"}],
+"labels": [class names, if the checkpoint or data.labels has them]}.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def main() -> None:
         print_table(cli.model.results)
         if any(math.isnan(video["scores"][0]) for video in cli.model.results["videos"]):
             raise ListError(f"{cli.config['ckpt']} gives scores that are no numbers: its training diverged")
-        (output / "predictions.json").write_text(json.dumps(cli.model.results))
+        labels = {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
+        (output / "predictions.json").write_text(json.dumps(cli.model.results | labels))
         print(f"predictions: {output / 'predictions.json'}")
 
 

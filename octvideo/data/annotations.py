@@ -50,11 +50,7 @@ def read_list(
     Raises:
         ListError: no such file, no line in it, or a line that is not a path and a class number.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
-        raise ListError(f"{path}: {reason}") from error
+    lines = _lines(path)
     paths, labels = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip() or (header and number == 1):
@@ -71,3 +67,31 @@ def read_list(
     if not paths:
         raise ListError(f"{path}: no video in it; expected lines of 'path{separator}class number'")
     return VideoList(np.array(paths), np.array(labels, dtype=np.int64))
+
+
+def read_class_names(path: str | os.PathLike[str], num_classes: int | None = None) -> list[str]:
+    """Reads the names of classes: one on each line, class 0 first.
+
+    Args:
+        path: a text file in UTF-8.
+        num_classes: if given, how many names there have to be.
+
+    Raises:
+        ListError: no such file, an empty line between names, or another number of names.
+    """
+    names = [line.strip() for line in "\n".join(_lines(path)).rstrip().split("\n")]
+    if "" in names:
+        raise ListError(
+            f"{path}:{names.index('') + 1}: expected the name of class {names.index('')}, got an empty line"
+        )
+    if num_classes is not None and len(names) != num_classes:
+        raise ListError(f"{path}: expected a line for each of {num_classes} classes (num_classes), got {len(names)}")
+    return names
+
+
+def _lines(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
+        raise ListError(f"{path}: {reason}") from error

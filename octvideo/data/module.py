@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from octvideo.data.annotations import ListError, VideoList, read_list
+from octvideo.data.annotations import ListError, VideoList, read_class_names, read_list
 from octvideo.data.dataset import EpochSampler, Sample, TestViews, TrainingClips, collate
 
 EVALUATED_TOGETHER = 30  # clips in a batch of validation or testing
+# What has to be the same wherever a trained network sees a video; with the labels it travels in the checkpoint.
+PREPROCESSING = ("clip_frames", "frame_stride", "crop_size", "short_side", "mirror", "test_crop_size")
 
 
 class VideoData(LightningDataModule):
@@ -20,6 +24,9 @@ class VideoData(LightningDataModule):
     A list file has a line for each video: its path and its class number. The defaults are the SlowFast project's recipe
     for Kinetics: 8 frames, every 8th; crops of 224 from a short side of 256 to 320; tests of 10 x 3 views of 256.
 
+    Class names and preprocessing become part of the checkpoints: `octvideo.weights.read_labels` and
+    `read_preprocessing` read them there.
+
     Args:
         train_list: list file of the training videos.
         val_list: list file of the validation videos, tested after every epoch with one view each.
@@ -27,6 +34,8 @@ class VideoData(LightningDataModule):
         root: folder that the paths in the list files start from. Default: the present folder.
         separator: what stands between path and class number in a list file.
         header: skip the first line of each list file.
+        labels: text file with the name of a class on each line, class 0 first. Default: labels.txt beside train_list,
+            if there is one.
         num_classes: class numbers must be below it (set by model.num_classes).
         clip_frames: frames in a clip.
         frame_stride: take every n-th frame of a video.
@@ -42,7 +51,8 @@ class VideoData(LightningDataModule):
         seed: of all random choices (set by seed_everything).
 
     Raises:
-        ListError: a list file that is missing or has a wrong line.
+        ListError: a list file that is missing or has a wrong line; a file of labels with another number of lines than
+            num_classes, or an empty one among them.
         ValueError: a number out of its range.
     """
 
@@ -55,6 +65,7 @@ class VideoData(LightningDataModule):
         root: str | None = None,
         separator: str = " ",
         header: bool = False,
+        labels: str | None = None,
         num_classes: int | None = None,
         clip_frames: int = 8,
         frame_stride: int = 8,
@@ -109,6 +120,19 @@ class VideoData(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._videos: dict[str, VideoList] = {}
+        self.labels_named = labels is not None
+        if labels is None and train_list is not None and (beside := Path(train_list).parent / "labels.txt").is_file():
+            labels = str(beside)
+        self.labels = None if labels is None else read_class_names(labels, num_classes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints keep of the data: class names (None if unknown) and preprocessing."""
+        return {"labels": self.labels, "preprocessing": {name: getattr(self, name) for name in PREPROCESSING}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the checkpoint's class names unless the option `labels` says others; the preprocessing stays."""
+        if not self.labels_named:
+            self.labels = state_dict.get("labels") or self.labels
 
     def read(self, name: str) -> VideoList:
         """Reads a list file once, and says what is missing in the words of the options.
