@@ -18,6 +18,7 @@ from octvideo.octaves import (
     fold_time,
     join_by_parts,
     join_pieces,
+    keep_layout,
     refuse_reentrant_checkpoint,
     split_by_parts,
     unfold_time,
@@ -166,7 +167,8 @@ class _OctConv(nn.modules.conv._ConvNd):
         high_out, low_out = split_channels(self.out_channels, self.alpha)
         pools = self.downsample == "pool" and max(self.stride[-2:]) > 1
         if not isinstance(input, Octaves) and low_out == 0 and not pools:
-            return super().forward(input)  # type: ignore[no-any-return, misc]
+            output = super().forward(input)  # type: ignore[misc]
+            return output if input.is_contiguous() else keep_layout(output, input)
         x = self._octaves(input, low_out > 0)
         if is_depthwise(self):
             return self._depthwise(x, low_out > 0)
@@ -228,7 +230,8 @@ class _OctConv(nn.modules.conv._ConvNd):
         elif x.high.shape[1] == 0:
             both = average_pool(x.low, stride)
         else:
-            both = join_by_parts(average_pool(high, self._factors), average_pool(x.low, stride), x.parts, 1)
+            pooled = average_pool(high, self._factors)
+            both = keep_layout(join_by_parts(pooled, average_pool(x.low, stride), x.parts, 1), high)
         return out_high, self._convolve(both, rows_low, bias_low, groups)
 
     def _depthwise(self, x: Octaves, keeps_low: bool) -> Tensor | Octaves:
@@ -284,13 +287,13 @@ class _OctConv(nn.modules.conv._ConvNd):
         if frame_by_frame and channels_last(x):  # 2-D is faster: 0.75 of the time for I3D on a CPU
             padding = self.padding if isinstance(self.padding, str) else self.padding[1:]
             images = F.conv2d(fold_time(x), weight[:, :, 0], bias, 1, padding, self.dilation[1:], groups)
-            return unfold_time(images, x)
-        padding = self.padding
+            return keep_layout(unfold_time(images, x), x)
+        padding, layout = self.padding, x
         if self.padding_mode != "zeros":
             x = _pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
             padding = (0,) * len(self.kernel_size)
         convolve = F.conv2d if len(self.kernel_size) == 2 else F.conv3d
-        return convolve(x, weight, bias, (*self.stride[:-2], 1, 1), padding, self.dilation, groups)
+        return keep_layout(convolve(x, weight, bias, (*self.stride[:-2], 1, 1), padding, self.dilation, groups), layout)
 
     def _output_size(self, x: Tensor) -> tuple[int, ...]:
         """The size of this convolution's output for `x`, spatially pooled already; space keeps its size."""

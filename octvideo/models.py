@@ -19,7 +19,7 @@ with warnings.catch_warnings():  # fvcore, below pytorchvideo, still calls torch
     from pytorchvideo.models.net import MultiPathWayWithFuse, Net
     from pytorchvideo.models.r2plus1d import create_r2plus1d
     from pytorchvideo.models.resnet import ResBlock, ResStage, create_resnet
-    from pytorchvideo.models.slowfast import create_slowfast
+    from pytorchvideo.models.slowfast import PoolConcatPathway, create_slowfast
     from pytorchvideo.models.x3d import create_x3d
 
 from octvideo.octaves import Octaves
@@ -110,6 +110,22 @@ class NonLocalResBlock(ResBlock):
         return self.non_local(super().forward(x))  # type: ignore[no-any-return]
 
 
+class PooledPathways(PoolConcatPathway):
+    """Pools and concatenates the pathways, and leaves the list of them as it was.
+
+    Shape:
+        Input: a list of (B, C_i, T_i, H, W).
+        Output: (B, sum of C_i, 1, H', W').
+    """
+
+    def __init__(self, retain_list: bool, pool: nn.ModuleList, dim: int) -> None:
+        super().__init__(retain_list, pool, dim)
+        self.__class__ = PooledPathways  # as NonLocalResBlock
+
+    def forward(self, x: list[Tensor]) -> Tensor:
+        return super().forward(list(x))  # type: ignore[no-any-return]
+
+
 class SlowFast(Net):
     """A SlowFast network that takes one clip and makes its slow pathway's input itself.
 
@@ -128,13 +144,18 @@ class SlowFast(Net):
     def __init__(self, blocks: nn.ModuleList, frame_ratio: int) -> None:
         super().__init__(blocks=blocks)
         self.frame_ratio = frame_ratio
+        # Blocks that overwrite the list they are given could not be computed again by checkpointing.
+        for i, block in enumerate(blocks):
+            if isinstance(block, MultiPathWayWithFuse):
+                block.inplace = False
+            elif isinstance(block, PoolConcatPathway):
+                blocks[i] = PooledPathways(block.retain_list, block.pool, block.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.shape[2]
         if frames % self.frame_ratio:
             raise ValueError(f"SlowFast takes clips of a multiple of {self.frame_ratio} frames, got {frames}")
         slow = torch.linspace(0, frames - 1, frames // self.frame_ratio, device=x.device).long()
-        # A new list every time: pytorchvideo's blocks write their results into it.
         return super().forward([x.index_select(2, slow), x])  # type: ignore[no-any-return]
 
 

@@ -40,6 +40,11 @@ def channels_last(x: Tensor) -> bool:
     return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
+def keep_layout(y: Tensor, x: Tensor) -> Tensor:
+    """Gives `y` channels last if `x` has them so: torch's convolutions of small inputs on a CPU lose that layout."""
+    return y.contiguous(memory_format=torch.channels_last_3d) if channels_last(x) else y
+
+
 def average_pool(x: Tensor, factors: Sequence[int]) -> Tensor:
     """Averages windows of `factors` cells; a window cut by the border averages the cells it has.
 
@@ -146,12 +151,21 @@ class Octaves(_Maps):
     """
 
     parts: Parts
+    _own_parts: Parts | None = None  # of a subclass for features of these pieces
     _make = None  # type: ignore[assignment]  # pytree rebuilds what has a namedtuple's _make from its two fields alone
 
     def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None) -> Octaves:  # noqa: D102
-        self = super().__new__(cls, high, low)
-        self.parts = ((high.shape[1], low.shape[1]),) if parts is None else join_pieces(parts)
+        if parts is None:
+            parts = cls._own_parts or ((high.shape[1], low.shape[1]),)
+        else:
+            parts = join_pieces(parts)
+        kind = _class_of_parts(parts) if len(parts) > 1 and not torch.compiler.is_compiling() else Octaves
+        self = super().__new__(kind, high, low)
+        self.parts = parts
         return self
+
+    def __reduce__(self) -> tuple[type[Octaves], tuple[Tensor, Tensor, Parts]]:
+        return Octaves, (self.high, self.low, self.parts)
 
     @property
     def shape(self) -> torch.Size:
@@ -309,20 +323,30 @@ class Octaves(_Maps):
     __hash__ = _Maps.__hash__
 
 
-def _unflatten(maps: Iterable[Tensor], parts: Parts) -> Octaves:
-    high, low = maps
-    return Octaves(high, low, parts)
+@functools.cache
+def _class_of_parts(parts: Parts) -> type[Octaves]:
+    """Octaves of several pieces, which know them by their class.
+
+    Backward hooks, FSDP and others rebuild a named tuple as type(x)(*x), where an attribute alone would be lost.
+    """
+    kind = type("Octaves", (Octaves,), {"_own_parts": parts, "__doc__": Octaves.__doc__})
+    _register(kind)
+    return kind
 
 
-# Callers that walk nested values (checkpointing, export, FSDP) must see two tensors, and keep the parts.
-torch.utils._pytree.register_pytree_node(
-    Octaves,
-    lambda x: ([x.high, x.low], x.parts),
-    _unflatten,
-    serialized_type_name="octvideo.Octaves",
-    to_dumpable_context=lambda parts: [list(part) for part in parts],
-    from_dumpable_context=lambda parts: tuple((high, low) for high, low in parts),
-)
+def _register(kind: type[Octaves]) -> None:
+    """Callers that walk nested values (checkpointing, export) must see two tensors, and keep the parts."""
+    torch.utils._pytree.register_pytree_node(
+        kind,
+        lambda x: ([x.high, x.low], x.parts),
+        lambda maps, parts: Octaves(*tuple(maps)[:2], parts=parts),
+        serialized_type_name=f"octvideo.Octaves{kind._own_parts or ''}",
+        to_dumpable_context=lambda parts: [list(part) for part in parts],
+        from_dumpable_context=lambda parts: tuple((high, low) for high, low in parts),
+    )
+
+
+_register(Octaves)
 
 
 def refuse_reentrant_checkpoint() -> None:

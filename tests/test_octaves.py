@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from octvideo import Octaves
+from octvideo import Octaves, OctConv2d
 from octvideo.octaves import average_pool, join_by_parts, join_pieces, split_by_parts, upsample
 
 
@@ -172,8 +172,14 @@ def test_cat_keeps_the_vanilla_order_of_channels(x):
 
 def test_copies_keep_the_parts(x):
     y = torch.cat((x, x), 1)
-    for z in (copy.deepcopy(y), pickle.loads(pickle.dumps(y)), torch.utils._pytree.tree_map(lambda map_: map_, y)):
-        assert type(z) is Octaves
+    for z in (
+        copy.copy(y),
+        copy.deepcopy(y),
+        pickle.loads(pickle.dumps(y)),
+        torch.utils._pytree.tree_map(lambda map_: map_, y),
+        type(y)(*y),  # as FSDP does
+    ):
+        assert isinstance(z, Octaves)
         assert z.parts == y.parts
         assert torch.equal(z.low, y.low)
 
@@ -337,3 +343,23 @@ def test_equal_orders_of_channels_have_equal_parts():
     assert join_pieces([(3, 2), (0, 1)]) == ((3, 3),)
     assert join_pieces([(3, 2), (1, 0), (1, 1)]) == ((3, 2), (2, 1))
     assert join_pieces([(0, 0), (1, 1)]) == ((1, 1),)
+
+
+def test_full_backward_hooks_keep_the_order_of_channels():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        OctConv2d(4, 16, 1, alpha=0.5), OctConv2d(16, 16, 1, groups=4, alpha=0.5), OctConv2d(16, 4, 1, alpha=0)
+    )
+    x = torch.randn(1, 4, 4, 4)
+    wanted = network(x)
+    seen = []
+    network[1].register_full_backward_hook(lambda module, inputs, outputs: seen.append(len(outputs)))
+    y = network(x)
+    assert torch.equal(y, wanted)
+    y.sum().backward()
+    assert seen == [2]
+
+
+def test_octaves_unpack_into_two_maps(x):
+    high, low = torch.cat((x, x), 1)
+    assert (high.shape[1], low.shape[1]) == (12, 4)

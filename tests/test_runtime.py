@@ -1,0 +1,257 @@
+"""What PyTorch does to a network works on an octave one: compile, export, ONNX, checkpoints, precision, processes."""
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from networks import settle
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from octvideo import Octaves, OctConv3d, create_model
+
+NAMES = ["i3d_r50", "slowfast_r50"]
+WITH_X3D = [*NAMES, "x3d_s"]
+SIZES = {"even": (48, 64), "odd": (40, 56)}  # maps of 10 x 14, 5 x 7, 3 x 4, 2 x 2
+
+
+def network_and_clip(name, size=SIZES["odd"], batch=2):
+    torch.manual_seed(0)
+    network = settle(create_model(name, alpha=0.25, width=16, num_classes=5, dropout=0))
+    return network, torch.randn(batch, 3, 4, *size)
+
+
+def gradients(network, loss):
+    network.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+@pytest.mark.parametrize(("name", "size"), [("i3d_r50", "odd"), ("slowfast_r50", "odd"), ("x3d_s", "even")])
+def test_compiles_without_graph_breaks_in_evaluation(name, size):
+    network, clip = network_and_clip(name, SIZES[size])
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(clip), network(clip))
+
+
+@pytest.mark.parametrize("name", WITH_X3D)
+def test_compiles_without_graph_breaks_in_training(name):
+    network, clip = network_and_clip(name, SIZES["even"])
+    network.train()
+    other = copy.deepcopy(network)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    wanted = gradients(network, network(clip).square().sum())
+    for parameter_name, gradient in gradients(other, compiled(clip).square().sum()).items():
+        torch.testing.assert_close(gradient, wanted[parameter_name], rtol=1e-3, atol=1e-3)
+    for buffer, wanted_buffer in zip(other.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(buffer, wanted_buffer)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "strict"),
+    [
+        ("i3d_r50", "even", False),
+        ("i3d_r50", "odd", True),  # dynamo's trace: minutes for SlowFast
+        ("slowfast_r50", "even", False),
+        ("slowfast_r50", "odd", False),
+    ],
+)
+def test_exports_for_any_batch(name, size, strict):
+    network, clip = network_and_clip(name, SIZES[size])
+    dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.export.export(network, (clip,), dynamic_shapes=dynamic, strict=strict)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer).module()
+    for batch in (1, 2, 5):
+        clips = torch.randn(batch, *clip.shape[1:])
+        torch.testing.assert_close(loaded(clips), network(clips))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("i3d_r50", "odd"), ("slowfast_r50", "even"), ("x3d_s", "even"), ("x3d_s", "odd")]
+)
+def test_runs_in_onnxruntime_for_any_batch(name, size, tmp_path):
+    network, clip = network_and_clip(name, SIZES[size])
+    dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.onnx.export(network, (clip,), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    program.save(tmp_path / "network.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    for batch in (1, 3):
+        clips = torch.randn(batch, *clip.shape[1:])
+        (logits,) = session.run(None, {session.get_inputs()[0].name: clips.numpy()})
+        np.testing.assert_allclose(logits, network(clips).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traces(name):
+    network, clip = network_and_clip(name)
+    with torch.no_grad():
+        traced = torch.jit.trace(network, clip)
+        other = torch.randn_like(clip)
+        torch.testing.assert_close(traced(other), network(other))
+
+
+class Checkpointed(nn.Module):
+    """A network whose blocks are computed again in the backward pass."""
+
+    def __init__(self, network, use_reentrant):
+        super().__init__()
+        self.network = network
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        if hasattr(self.network, "frame_ratio"):
+            x = [x[:, :, :: self.network.frame_ratio].clone(), x.clone()]
+        for block in self.network.blocks:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_gives_the_same_gradients(name):
+    network, clip = network_and_clip(name)
+    if hasattr(network, "frame_ratio"):
+        pathways = [clip[:, :, ::4].clone(), clip.clone()]
+        for block in network.blocks:
+            pathways = block(pathways)
+        logits = pathways
+    else:
+        logits = network(clip)
+    wanted = gradients(network, logits.square().sum())
+    found = gradients(network, Checkpointed(network, use_reentrant=False)(clip).square().sum())
+    for parameter_name in wanted:
+        torch.testing.assert_close(found[parameter_name], wanted[parameter_name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reentrant_checkpointing_is_refused(name):
+    network, clip = network_and_clip(name)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        Checkpointed(network, use_reentrant=True)(clip.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name, dtype):
+    network, clip = network_and_clip(name)
+    wanted = network(clip)
+    kinds = set()
+    for module in network.modules():
+        if isinstance(module, OctConv3d):
+            module.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
+    with torch.autocast("cpu", dtype):
+        logits = network(clip)
+    assert kinds == {dtype}
+    scale = wanted.abs().max()
+    torch.testing.assert_close(logits.float() / scale, wanted / scale, rtol=0, atol=0.05)
+    for name_, gradient in gradients(network, logits.float().square().sum()).items():
+        assert gradient.isfinite().all(), name_
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_channels_last_goes_through_the_whole_network(name):
+    network, clip = network_and_clip(name)
+    wanted = network(clip)
+    network = network.to(memory_format=torch.channels_last_3d)
+    lost = []
+
+    def look(module, args, output):
+        for map_ in output if isinstance(output, tuple | list) else [output]:
+            for x in map_ if isinstance(map_, Octaves) else [map_]:
+                several_cells = x.dim() == 5 and x.shape[2:].numel() > 1
+                if several_cells and not x.is_contiguous(memory_format=torch.channels_last_3d):
+                    lost.append(type(module).__name__)
+
+    for module in network.modules():
+        module.register_forward_hook(look)
+    logits = network(clip.contiguous(memory_format=torch.channels_last_3d))
+    assert not lost
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_and_pickles_are_equal(name):
+    network, clip = network_and_clip(name)
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(other(clip), network(clip))
+        assert str(other.octave_report) == str(network.octave_report)
+
+
+def in_two_processes(function, *args, tmp_path):
+    """Runs function(rank, *args) in two gloo processes; an exception in one is raised here."""
+    mp.spawn(_process, (function, str(tmp_path / "store"), *args), nprocs=2)
+
+
+def _process(rank, function, store, *args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        function(rank, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def compare_data_parallel(rank, name):
+    """Without batch statistics, two halves of a batch give the gradients of the whole."""
+    network, clip = network_and_clip(name, batch=4)
+    wanted = gradients(network, network(clip).square().mean())
+    parallel = DistributedDataParallel(network)
+    network.zero_grad()
+    parallel(clip[2 * rank : 2 * rank + 2]).square().mean().backward()
+    for parameter_name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[parameter_name], rtol=1e-4, atol=1e-5)
+
+
+def compare_sync_batch_norm(rank, name):
+    """With SyncBatchNorm in float64: logits, gradients and running statistics of the whole batch."""
+    network, clip = network_and_clip(name, batch=4)
+    network, clip = network.double().train(), clip.double()
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(network))
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in synced.modules()) > 40
+    here = slice(2 * rank, 2 * rank + 2)
+    logits = network(clip)
+    wanted = gradients(network, logits.square().mean())
+    found = synced(clip[here])
+    torch.testing.assert_close(found, logits[here], rtol=1e-6, atol=1e-8)
+    found.square().mean().backward()
+    for (parameter_name, gradient), parameter in zip(wanted.items(), synced.parameters(), strict=True):
+        dist.all_reduce(parameter.grad)  # as DistributedDataParallel does, which refuses SyncBatchNorm on CPUs
+        torch.testing.assert_close(parameter.grad / 2, gradient, rtol=1e-6, atol=1e-6, msg=parameter_name)
+    for (buffer_name, buffer), synced_buffer in zip(network.named_buffers(), synced.buffers(), strict=True):
+        torch.testing.assert_close(synced_buffer, buffer, rtol=1e-6, atol=1e-8, msg=buffer_name)
+
+
+def compare_fully_sharded(rank, name):
+    """FSDP2 on every block: logits and gradients of the whole network."""
+    network, clip = network_and_clip(name, batch=4)
+    wanted_logits = network(clip)
+    wanted = gradients(network, wanted_logits.square().mean())
+    sharded = copy.deepcopy(network)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    here = slice(2 * rank, 2 * rank + 2)
+    logits = sharded(clip[here])
+    torch.testing.assert_close(logits, wanted_logits[here])
+    logits.square().mean().backward()
+    for parameter_name, parameter in sharded.named_parameters():
+        gradient = parameter.grad.full_tensor()
+        torch.testing.assert_close(gradient, wanted[parameter_name], rtol=1e-4, atol=1e-5, msg=parameter_name)
+
+
+@pytest.mark.parametrize("compare", [compare_data_parallel, compare_sync_batch_norm, compare_fully_sharded])
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_equal_one_on_the_whole_batch(name, compare, tmp_path):
+    in_two_processes(compare, name, tmp_path=tmp_path)
