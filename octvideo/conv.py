@@ -57,6 +57,23 @@ def check_groups(convolution: nn.modules.conv._ConvNd, alpha: float) -> None:
         )
 
 
+def misalignment(convolution: nn.modules.conv._ConvNd, temporal: bool) -> str:
+    """Why a convolution would move the high and the low map apart; empty if it does not."""
+    dimensions = len(convolution.kernel_size)
+    if any(stride not in (1, 2) for stride in convolution.stride[-2:]):
+        return f"take a spatial stride of 1 or 2, got stride {convolution.stride}"
+    halved = range(0 if temporal else dimensions - 2, dimensions)
+    reach = [convolution.dilation[axis] * (convolution.kernel_size[axis] - 1) for axis in halved]
+    padding = [0 if isinstance(convolution.padding, str) else convolution.padding[axis] for axis in halved]
+    if convolution.padding != "same" and any(2 * p != r for p, r in zip(padding, reach, strict=True)):
+        return (
+            f"need a padding that keeps the size: kernel {convolution.kernel_size} with dilation "
+            f"{convolution.dilation} wants {[r / 2 for r in reach]} in its last {len(reach)} dimensions, "
+            f"got {convolution.padding}"
+        )
+    return ""
+
+
 def is_depthwise(convolution: nn.modules.conv._ConvNd) -> bool:
     """Whether each filter reads one channel of several."""
     return convolution.groups == convolution.in_channels > 1
@@ -170,6 +187,8 @@ class _OctConv(nn.modules.conv._ConvNd):
             output = super().forward(input)  # type: ignore[misc]
             return output if input.is_contiguous() else keep_layout(output, input)
         x = self._octaves(input, low_out > 0)
+        if low_out == 0 and x.low.shape[1] and misalignment(self, self.temporal):  # no resolution to keep apart
+            return super().forward(x.merge())  # type: ignore[no-any-return, misc]
         if is_depthwise(self):
             return self._depthwise(x, low_out > 0)
 
@@ -301,28 +320,14 @@ class _OctConv(nn.modules.conv._ConvNd):
         if len(self.kernel_size) == 2 or self.padding == "same":
             return (*x.shape[2:-2], *space)
         padding = 0 if isinstance(self.padding, str) else self.padding[0]
-        return (-(-(x.shape[2] + 2 * padding - self._reach(0)) // self.stride[0]), *space)
-
-    def _reach(self, axis: int) -> int:
-        """How much a convolution without padding shrinks this dimension."""
-        return self.dilation[axis] * (self.kernel_size[axis] - 1)
+        return (-(-(x.shape[2] + 2 * padding - self.dilation[0] * (self.kernel_size[0] - 1)) // self.stride[0]), *space)
 
     def _pooled_stride(self) -> tuple[int, ...]:
         """The factors to pool by in place of the spatial stride; refuses what would move the two maps apart."""
-        spatial = self.stride[-2:]
-        if any(stride not in (1, 2) for stride in spatial):
-            raise ValueError(f"octave features take a spatial stride of 1 or 2, got stride {self.stride}")
-        dimensions = len(self.kernel_size)
-        halved = range(0 if self.temporal else dimensions - 2, dimensions)
-        reach = [self._reach(axis) for axis in halved]
-        padding = [0 if isinstance(self.padding, str) else self.padding[axis] for axis in halved]
-        if self.padding != "same" and any(2 * p != r for p, r in zip(padding, reach, strict=True)):
-            raise ValueError(
-                f"octave features need a padding that keeps the size: kernel {self.kernel_size} with dilation "
-                f"{self.dilation} wants {[r / 2 for r in reach]} in its last {len(reach)} dimensions, "
-                f"got {self.padding}"
-            )
-        return (*(1,) * (dimensions - 2), *spatial)
+        problem = misalignment(self, self.temporal)
+        if problem:
+            raise ValueError(f"octave features {problem}")
+        return (*(1,) * (len(self.kernel_size) - 2), *self.stride[-2:])
 
     def extra_repr(self) -> str:
         """The arguments of nn.Conv3d, and the octave options."""
@@ -375,8 +380,8 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
         Output: Octaves of (B, C_out, T', H', W'), or a Tensor if alpha is 0.
 
     Raises:
-        ValueError: alpha outside [0, 1], groups that do not divide the low output channels; in forward, with octaves
-            on either side: a spatial stride above 2, a padding that does not keep the size, an input of other
-            channels, a low map of the other kind.
+        ValueError: alpha outside [0, 1], groups that do not divide the low output channels; in forward: with low output
+            channels, a spatial stride above 2 or a padding that does not keep the size (at alpha 0 such a layer
+            convolves the merged input); an input of other channels, a low map of the other kind.
         RuntimeError: called inside a reentrant checkpoint, which would lose gradients.
     """

@@ -322,6 +322,11 @@ class Octaves(_Maps):
 
     __hash__ = _Maps.__hash__
 
+    def __bool__(self) -> bool:
+        raise TypeError(
+            f"octave features of shape {tuple(self.shape)} are neither true nor false, as a Tensor is neither"
+        )
+
 
 @functools.cache
 def _class_of_parts(parts: Parts) -> type[Octaves]:
@@ -336,10 +341,15 @@ def _class_of_parts(parts: Parts) -> type[Octaves]:
 
 def _register(kind: type[Octaves]) -> None:
     """Callers that walk nested values (checkpointing, export) must see two tensors, and keep the parts."""
+
+    def unflatten(maps: Iterable[Tensor], parts: Parts) -> Octaves:
+        high, low = maps
+        return Octaves(high, low, parts)
+
     torch.utils._pytree.register_pytree_node(
         kind,
         lambda x: ([x.high, x.low], x.parts),
-        lambda maps, parts: Octaves(*tuple(maps)[:2], parts=parts),
+        unflatten,
         serialized_type_name=f"octvideo.Octaves{kind._own_parts or ''}",
         to_dumpable_context=lambda parts: [list(part) for part in parts],
         from_dumpable_context=lambda parts: tuple((high, low) for high, low in parts),

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from octvideo.conv import OctConv2d, OctConv3d, check_groups, split_channels
+from octvideo.conv import OctConv2d, OctConv3d, check_groups, misalignment, split_channels
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -72,9 +72,10 @@ def octavize(
 
     Args:
         model: any network of ordinary modules.
-        alpha: share of low channels: a number for every convolution except those that read the network's input and
-            those inside attention layers, or {regex: number}, of which a convolution takes the first whose regex is
-            found in its name (re.search on the name of `named_modules`), else 0.
+        alpha: share of low channels: a number for every convolution except those that read the network's input, those
+            inside attention layers and those whose stride or padding would move the two maps apart; or {regex: number},
+            of which a convolution takes the first whose regex is found in its name (re.search on the name of
+            `named_modules`), else 0.
         temporal: halve time as well as height and width (3-D convolutions).
         skip: regexes of names that keep alpha 0 whatever `alpha` says.
         downsample: "pool" makes every convolution that `alpha` names, at alpha 0 too, average-pool for a spatial stride
@@ -85,8 +86,9 @@ def octavize(
         why: `print(model.octave_report)`. A vanilla network has none.
 
     Raises:
-        ValueError: an alpha outside [0, 1], groups that cannot be split, a regex that no convolution matches, or no
-            convolution that could become octave, as in a transformer.
+        ValueError: an alpha outside [0, 1], groups that cannot be split, a regex that no convolution matches or that
+            gives an alpha to one whose stride or padding moves the maps apart, or no convolution that could become
+            octave, as in a transformer.
     """
     convolutions: dict[str, Any] = {name: module for name, module in model.named_modules() if _octave_class(module)}
     if not convolutions:
@@ -97,7 +99,7 @@ def octavize(
     for pattern in (*(alpha if isinstance(alpha, Mapping) else ()), *skip):
         if not any(re.search(pattern, name) for name in convolutions):
             raise ValueError(f"no convolution of {type(model).__name__} has a name that matches {pattern!r}")
-    reasons = _reasons(model, convolutions, alpha, skip)
+    reasons = _reasons(model, convolutions, alpha, skip, temporal)
     alphas = {
         name: 0.0
         if name in reasons
@@ -113,7 +115,10 @@ def octavize(
         try:
             check_groups(module, alphas[name])
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{name}: {error}; skip it, or choose another alpha for it") from error
+        problem = misalignment(module, temporal and isinstance(module, nn.Conv3d))
+        if alphas[name] and problem:
+            raise ValueError(f"{name}: octave features {problem}; skip it")
 
     vanilla = not any(alphas.values()) and downsample == "conv"
     for name, module in convolutions.items():
@@ -121,7 +126,7 @@ def octavize(
         octave: Any = _octave_class(module)
         if not vanilla:
             _swap_class(module, octave)
-            pooled = "conv" if name in reasons else downsample
+            pooled = "conv" if name in reasons or misalignment(module, False) else downsample
             module.set_alpha(alphas[name], temporal and octave is OctConv3d, pooled)
         elif isinstance(module, (OctConv2d, OctConv3d)):
             _swap_class(module, getattr(module, "_vanilla_class", nn.Conv2d if octave is OctConv2d else nn.Conv3d))
@@ -152,7 +157,11 @@ def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
 
 
 def _reasons(
-    model: nn.Module, convolutions: Mapping[str, Any], alpha: float | Mapping[str, float], skip: tuple[str, ...]
+    model: nn.Module,
+    convolutions: Mapping[str, Any],
+    alpha: float | Mapping[str, float],
+    skip: tuple[str, ...],
+    temporal: bool,
 ) -> dict[str, str]:
     """Why convolutions stay at alpha 0, of those that the arguments leave there."""
     reasons: dict[str, str] = {}
@@ -165,8 +174,11 @@ def _reasons(
         # since SlowFast has two such stems. A network whose input has more than 4 channels is taken to have one.
         first, stem = next(iter(convolutions.items()))
         for name, module in convolutions.items():
+            problem = misalignment(module, temporal and isinstance(module, nn.Conv3d))
             if name == first or module.in_channels == stem.in_channels <= 4:
                 reasons[name] = "left: it reads the network's input"
+            elif problem:
+                reasons[name] = f"left: octave features {problem}"
         for layer, module in model.named_modules():
             if _is_attention(module):
                 for name in convolutions:

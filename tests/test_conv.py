@@ -21,7 +21,7 @@ PAD = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular
 def reference_convolution(x, weight, stride, padding, dilation, padding_mode="zeros"):
     """A dense convolution of (C, T, H, W) by loops over the kernel, in numpy."""
     kernel = weight.shape[2:]
-    x = np.pad(x, [(0, 0)] + [(p, p) for p in padding], mode=PAD[padding_mode])
+    x = np.pad(x, [(0, 0)] + [(p, p) if isinstance(p, int) else p for p in padding], mode=PAD[padding_mode])
     sizes = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[1:], kernel, stride, dilation, strict=True)]
     out = np.zeros((weight.shape[0], *sizes))
     for offset in itertools.product(*map(range, kernel)):
@@ -225,9 +225,13 @@ def reference_layer(layer, high, low, low_inputs):
     if weight.ndim == 4:
         weight, high, low = weight[:, :, None], high[:, None], low[:, None]
     spatial = len(layer.kernel_size) == 2
+    padding = layer.padding
+    if padding == "same":  # of an odd sum the larger half comes behind
+        sums = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        padding = [(both // 2, both - both // 2) for both in sums]
     stride, padding, dilation = (
         (filler, *value) if spatial else value
-        for filler, value in ((1, layer.stride), (0, layer.padding), (1, layer.dilation))
+        for filler, value in ((1, layer.stride), (0, padding), (1, layer.dilation))
     )
     low_rows = low_outputs(layer, low_inputs)
     bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.detach().numpy()
@@ -271,11 +275,14 @@ def layers(draw):
         groups = channels = draw(st.integers(2, 64))
         filters = channels * draw(st.integers(1, 2))
         assume(split_channels(filters, alpha)[1] % (filters // channels) == 0)
-    kernel = tuple(draw(st.sampled_from([1, 3, 5] if axis else [1, 3])) for axis in range(dimensions))
+    same = draw(st.booleans())
+    kernel = tuple(draw(st.sampled_from([1, 2, 3, 4] if same else [1, 3, 5])) for _ in range(dimensions))
     dilation = tuple(draw(st.integers(1, 2)) for _ in range(dimensions))
     stride = tuple(draw(st.integers(1, 3 if dimensions == 3 and axis == 0 else 2)) for axis in range(dimensions))
     size = tuple(draw(st.integers(1, 7)) for _ in range(dimensions))
     padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    if same:
+        stride, padding = (1,) * dimensions, "same"
     layer = (OctConv3d if dimensions == 3 else OctConv2d)(
         channels,
         filters,

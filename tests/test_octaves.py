@@ -274,6 +274,11 @@ def test_a_slice_or_numbers_choose_clips_of_the_batch(x):
             x[index]
 
 
+def test_features_are_neither_true_nor_false(x):
+    with pytest.raises(TypeError, match="neither true nor false"):
+        bool(x)
+
+
 def test_unknown_attributes_name_the_way_out(x):
     assert not hasattr(x, "no_such_thing")
     with pytest.raises(AttributeError, match=r"no attribute 'data'.*\.merge\(\)"):

@@ -204,6 +204,23 @@ def test_groups_that_cannot_be_split_name_the_layer():
     assert type(network[1]) is nn.Conv3d
 
 
+def test_a_convolution_that_would_part_the_maps_is_left_and_takes_the_merged_features():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 8, 3, 4)
+    ).eval()
+    image = torch.randn(1, 3, 1, 1).expand(1, 3, 16, 16)
+    network[1].padding_mode = "circular"
+    wanted = network(image)
+    octavize(network, 0.5)
+    assert [layer.alpha for layer in network] == [0, 0.5, 0, 0]
+    assert "need a padding that keeps the size: kernel (2, 2)" in network.octave_report.assignments[2].reason
+    assert "take a spatial stride of 1 or 2, got stride (4, 4)" in network.octave_report.assignments[3].reason
+    torch.testing.assert_close(network(image), wanted)
+    with pytest.raises(ValueError, match=r"2: octave features need a padding that keeps the size.*; skip it"):
+        octavize(network, {"[12]": 0.5})
+
+
 def test_an_unknown_way_to_downsample_is_refused():
     with pytest.raises(ValueError, match=r'downsample must be "conv" or "pool", got \'avg\''):
         octavize(small_network(), 0.5, downsample="avg")
