@@ -1,10 +1,12 @@
 # make train    environment, a small made data set, training of an Oct-I3D, test
 # make test     environment, every test
 # make lint     ruff and mypy
+# TEST_JOBS     processes that run tests, 2 by default
 # PIP_FLAGS     options for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+TEST_JOBS ?= 2
 RUN = runs/quickstart
 INSTALLED = .venv/.installed
 
@@ -24,7 +26,7 @@ train: $(INSTALLED)
 	.venv/bin/python tools/test_net.py --cfg configs/quickstart.yaml --ckpt $(RUN)/checkpoints/last.ckpt --output $(RUN)/test
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check

@@ -35,6 +35,12 @@ def gradients(network, loss):
     return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
 
 
+@pytest.fixture(autouse=True)
+def every_test_compiles_anew():
+    """Else another size would be compiled for any size, which takes minutes."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(("name", "size"), [("i3d_r50", "odd"), ("slowfast_r50", "odd"), ("x3d_s", "even")])
 def test_compiles_without_graph_breaks_in_evaluation(name, size):
     network, clip = network_and_clip(name, SIZES[size])
@@ -78,9 +84,7 @@ def test_exports_for_any_batch(name, size, strict):
         torch.testing.assert_close(loaded(clips), network(clips))
 
 
-@pytest.mark.parametrize(
-    ("name", "size"), [("i3d_r50", "odd"), ("slowfast_r50", "even"), ("x3d_s", "even"), ("x3d_s", "odd")]
-)
+@pytest.mark.parametrize(("name", "size"), [("i3d_r50", "odd"), ("slowfast_r50", "even"), ("x3d_s", "odd")])
 def test_runs_in_onnxruntime_for_any_batch(name, size, tmp_path):
     network, clip = network_and_clip(name, SIZES[size])
     dynamic = {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
@@ -97,7 +101,7 @@ def test_runs_in_onnxruntime_for_any_batch(name, size, tmp_path):
 def test_traces(name):
     network, clip = network_and_clip(name)
     with torch.no_grad():
-        traced = torch.jit.trace(network, clip)
+        traced = torch.jit.trace(network, clip, check_trace=False)
         other = torch.randn_like(clip)
         torch.testing.assert_close(traced(other), network(other))
 
