@@ -256,72 +256,6 @@ class Octaves(_Maps):
             "chooses clips of the batch; for others take .high or .low, or call .merge() for the vanilla tensor"
         )
 
-    # Operators: a tuple's own + and * would concatenate and repeat, and == would compare the two maps as values.
-    def __add__(self, other: Any) -> Octaves:  # type: ignore[override]
-        return _elementwise(torch.add, (self, other), {})
-
-    def __radd__(self, other: Any) -> Octaves:
-        return _elementwise(torch.add, (other, self), {})
-
-    def __iadd__(self, other: Any) -> Octaves:  # type: ignore[misc]
-        return _elementwise(Tensor.add_, (self, other), {})
-
-    def __sub__(self, other: Any) -> Octaves:
-        return _elementwise(torch.sub, (self, other), {})
-
-    def __rsub__(self, other: Any) -> Octaves:
-        return _elementwise(torch.rsub, (self, other), {})
-
-    def __isub__(self, other: Any) -> Octaves:  # type: ignore[misc]
-        return _elementwise(Tensor.sub_, (self, other), {})
-
-    def __mul__(self, other: Any) -> Octaves:  # type: ignore[override]
-        return _elementwise(torch.mul, (self, other), {})
-
-    def __rmul__(self, other: Any) -> Octaves:  # type: ignore[override]
-        return _elementwise(torch.mul, (other, self), {})
-
-    def __imul__(self, other: Any) -> Octaves:  # type: ignore[misc]
-        return _elementwise(Tensor.mul_, (self, other), {})
-
-    def __truediv__(self, other: Any) -> Octaves:
-        return _elementwise(torch.div, (self, other), {})
-
-    def __rtruediv__(self, other: Any) -> Octaves:
-        return _elementwise(torch.reciprocal, (self,), {}) * other
-
-    def __itruediv__(self, other: Any) -> Octaves:  # type: ignore[misc]
-        return _elementwise(Tensor.div_, (self, other), {})
-
-    def __pow__(self, other: Any) -> Octaves:
-        return _elementwise(torch.pow, (self, other), {})
-
-    def __neg__(self) -> Octaves:
-        return _elementwise(torch.neg, (self,), {})
-
-    def __abs__(self) -> Octaves:
-        return _elementwise(torch.abs, (self,), {})
-
-    def __eq__(self, other: Any) -> Octaves:  # type: ignore[override]
-        return _elementwise(torch.eq, (self, other), {})
-
-    def __ne__(self, other: Any) -> Octaves:  # type: ignore[override]
-        return _elementwise(torch.ne, (self, other), {})
-
-    def __lt__(self, other: Any) -> Octaves:  # type: ignore[override]
-        return _elementwise(torch.lt, (self, other), {})
-
-    def __le__(self, other: Any) -> Octaves:  # type: ignore[override]
-        return _elementwise(torch.le, (self, other), {})
-
-    def __gt__(self, other: Any) -> Octaves:  # type: ignore[override]
-        return _elementwise(torch.gt, (self, other), {})
-
-    def __ge__(self, other: Any) -> Octaves:  # type: ignore[override]
-        return _elementwise(torch.ge, (self, other), {})
-
-    __hash__ = _Maps.__hash__
-
     def __bool__(self) -> bool:
         raise TypeError(
             f"octave features of shape {tuple(self.shape)} are neither true nor false, as a Tensor is neither"
@@ -617,6 +551,43 @@ def _named(names: str) -> set[Callable[..., Any]]:
     homes = (torch, torch.special, Tensor, F, torch._C._nn)
     return {getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)}
 
+
+# A tuple's own + and * would concatenate and repeat, and its == would compare the two maps as values.
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "__add__": torch.add,
+    "__radd__": torch.add,
+    "__iadd__": Tensor.add_,
+    "__sub__": torch.sub,
+    "__rsub__": torch.rsub,
+    "__isub__": Tensor.sub_,
+    "__mul__": torch.mul,
+    "__rmul__": torch.mul,
+    "__imul__": Tensor.mul_,
+    "__truediv__": torch.div,
+    "__rtruediv__": lambda x, other: other / x,
+    "__itruediv__": Tensor.div_,
+    "__pow__": torch.pow,
+    "__rpow__": lambda x, other: other**x,
+    "__neg__": torch.neg,
+    "__abs__": torch.abs,
+    "__eq__": torch.eq,
+    "__ne__": torch.ne,
+    "__lt__": torch.lt,
+    "__le__": torch.le,
+    "__gt__": torch.gt,
+    "__ge__": torch.ge,
+}
+
+
+def _operator(func: Callable[..., Any]) -> Callable[..., Octaves]:
+    def operate(self: Octaves, *others: Any) -> Octaves:
+        return _elementwise(func, (self, *others), {})
+
+    return operate
+
+
+for _name, _function in _OPERATORS.items():
+    setattr(Octaves, _name, _operator(_function))
 
 _AUGMENTED: dict[Any, Callable[..., Any]] = {
     Tensor.__iadd__: torch.add,

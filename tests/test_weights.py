@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from networks import settle
 from pytorchvideo.models.resnet import create_resnet
 from pytorchvideo.models.slowfast import create_slowfast
 from pytorchvideo.models.x3d import create_x3d
@@ -15,17 +16,6 @@ from octvideo.weights import load_weights
 
 WIDTH = 16
 CROP = 64  # maps of 2 x 2 before the classifier
-
-
-def settle(network):
-    """Random batch norms, as a trained network has: in a fresh one half of the values are 0 or 1."""
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return network.eval()
 
 
 def floating(network):
