@@ -349,11 +349,20 @@ def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
     return high, average_pool(low, [1 if size == 1 else factor for size, factor in sizes])
 
 
-def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Octaves:
+def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Applies a function of single cells to each map."""
-    octaves = [value for value in (*args, *kwargs.values()) if isinstance(value, Octaves)]
+    values = (*args, *kwargs.values())
+    octaves = [value for value in values if isinstance(value, Octaves)]
     x = next((value for value in octaves if set(value.factors) != {1}), octaves[0])  # the others may be gates
     first = args[0] if args else kwargs["input"]
+    if set(x.factors) == {1} and any(
+        isinstance(value, Tensor) and value.dim() == x.dim() and value.shape[2:].numel() > x.shape[2:].numel()
+        for value in values
+    ):  # gates of one cell that meet a plain Tensor: what comes out is plain
+        return func(
+            *(value.merge() if isinstance(value, Octaves) else value for value in args),
+            **{key: value.merge() if isinstance(value, Octaves) else value for key, value in kwargs.items()},
+        )
     if func in _IN_PLACE and not isinstance(first, Octaves):
         raise TypeError(f"{func.__name__} cannot write octave features of shape {tuple(x.shape)} into a Tensor")
     pairs = [_maps_beside(value, x) for value in args]
@@ -362,6 +371,14 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         func(*(pair[map_] for pair in pairs), **{key: pair[map_] for key, pair in named.items()}) for map_ in (0, 1)
     )
     return Octaves(high, low, x.parts)
+
+
+def _expand_as(func: Callable[..., Any], gate: Tensor | Octaves, other: Tensor | Octaves) -> Octaves | Tensor:
+    """A gate spread over all cells, as squeeze-and-excitation blocks do before they multiply."""
+    if not isinstance(other, Octaves):
+        return gate.merge().expand_as(other)  # type: ignore[union-attr]
+    high, low = _maps_beside(gate, other)
+    return Octaves(high.expand_as(other.high), low.expand_as(other.low), other.parts)
 
 
 def _augmented(func: Callable[..., Any], first: Any, other: Any) -> Octaves:
@@ -624,6 +641,7 @@ _SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     ),
     **dict.fromkeys(_named("interpolate upsample"), _interpolate),
     **dict.fromkeys(_named("prelu"), _prelu),
+    Tensor.expand_as: _expand_as,
     **dict.fromkeys(_named("new_empty new_zeros new_ones new_full new_tensor"), _new_tensor),
 }
 

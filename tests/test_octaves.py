@@ -310,6 +310,19 @@ def test_gates_broadcast_in_batch_space_and_pieces(x):
     torch.testing.assert_close((x * row).low, x.low * average_pool(row[:, 6:], (1, 2, 1)))
 
 
+def test_a_gate_of_octaves_on_a_plain_tensor_gives_a_plain_tensor():
+    gate = Octaves(torch.rand(2, 6, 1, 1, 1), torch.rand(2, 2, 1, 1, 1))
+    full = torch.randn(2, 8, 4, 8, 7)
+    for y in (full * gate, gate * full, full * gate.expand_as(full)):
+        assert torch.equal(y, full * gate.merge())
+
+
+def test_a_gate_expands_to_octaves(x):
+    gate = torch.rand(2, 8, 1, 1, 1)
+    for y in (gate, Octaves(gate[:, :6], gate[:, 6:])):
+        torch.testing.assert_close((x * y.expand_as(x)).merge(), x.merge() * gate)
+
+
 def test_prelu_splits_its_slopes(x):
     module = nn.PReLU(8)
     nn.init.uniform_(module.weight)
