@@ -164,9 +164,12 @@ class _OctConv(nn.modules.conv._ConvNd):
                 averages first, as it does wherever octaves are on either side (the fair control at alpha 0).
 
         Raises:
-            ValueError: alpha outside [0, 1], groups that do not divide a path's channels, or temporal in 2-D.
+            ValueError: alpha outside [0, 1], groups that do not divide the low channels, temporal in 2-D, or an unknown
+                downsample.
         """
         check_groups(self, alpha)
+        if downsample not in ("conv", "pool"):
+            raise ValueError(f'downsample must be "conv" or "pool", got {downsample!r}')
         if temporal and len(self.kernel_size) == 2:
             raise ValueError("temporal=True needs a 3-D convolution, got a 2-D one")
         self.alpha = alpha

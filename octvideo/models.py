@@ -354,7 +354,7 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
-    alphas = (alpha, alpha, alpha, 0.0) if isinstance(alpha, (int, float)) else tuple(alpha)
+    alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha, alpha, 0.0)
     if len(alphas) != 4:
         raise ValueError(f"alpha must be one number or four (res2, res3, res4, res5), got {len(alphas)}: {alphas}")
     if any(not 0 <= value <= 1 for value in alphas):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
 import types
@@ -17,6 +16,10 @@ from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.utils.checkpoint import CheckpointFunction
 
 Parts = tuple[tuple[int, int], ...]
+WAY_OUT = (
+    "call .merge() on them first for the vanilla tensor; in a network that octavize changed, keep the convolutions "
+    "that lead there at alpha 0, by skip=... or {regex: 0}"
+)
 
 
 def fold_time(x: Tensor) -> Tensor:
@@ -152,6 +155,7 @@ class Octaves(_Maps):
 
     parts: Parts
     _own_parts: Parts | None = None  # of a subclass for features of these pieces
+    __array_ufunc__ = None  # numpy numbers leave `number * features` to __rmul__
     _make = None  # type: ignore[assignment]  # pytree rebuilds what has a namedtuple's _make from its two fields alone
 
     def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None) -> Octaves:  # noqa: D102
@@ -234,8 +238,7 @@ class Octaves(_Maps):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         raise TypeError(
-            f"{name} is not defined on octave features of shape {[tuple(x.shape) for x in octaves]}: "
-            "call .merge() on them first for the vanilla tensor"
+            f"{name} is not defined on octave features of shape {[tuple(x.shape) for x in octaves]}: {WAY_OUT}"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -253,7 +256,7 @@ class Octaves(_Maps):
             return Octaves(self.high[index], self.low[index], self.parts)
         raise TypeError(
             f"octave features of shape {tuple(self.shape)} cannot be indexed by {index!r}: a slice or list of numbers "
-            "chooses clips of the batch; for others take .high or .low, or call .merge() for the vanilla tensor"
+            f"chooses clips of the batch; for others take .high or .low, or {WAY_OUT}"
         )
 
     def __bool__(self) -> bool:
@@ -335,18 +338,22 @@ def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
                 f"factors {value.factors}: give both layers the same alpha, groups and temporal, or call .merge()"
             )
         value = value.merge()
-    if not isinstance(value, Tensor) or value.numel() == 1:
+    if not isinstance(value, Tensor) or (value.numel() == 1 and value.dim() <= x.dim()):
         return value, value
     channels, extent = x.shape[1], tuple(x.shape[2:])
     while value.dim() < x.dim():
         value = value[None]
-    if value.shape[1] not in (1, channels) or any(
-        have not in (1, want) for have, want in zip(value.shape[2:], extent, strict=True)
+    if (
+        value.dim() > x.dim()
+        or value.shape[1] not in (1, channels)
+        or any(have not in (1, want) for have, want in zip(value.shape[2:], extent, strict=True))
     ):
         raise ValueError(f"a Tensor of shape {tuple(value.shape)} meets octave features of shape {tuple(x.shape)}")
     high, low = (value, value) if value.shape[1] == 1 else split_by_parts(value, x.parts, 1)
-    sizes = zip(value.shape[2:], x.factors, strict=True)
-    return high, average_pool(low, [1 if size == 1 else factor for size, factor in sizes])
+    factors = [1 if size == 1 else factor for size, factor in zip(value.shape[2:], x.factors, strict=True)]
+    if max(factors) > 1 and not value.is_floating_point():
+        raise TypeError(f"a full-size Tensor of {value.dtype} has no means to meet octave features with; {WAY_OUT}")
+    return high, average_pool(low, factors)
 
 
 def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -398,35 +405,56 @@ def _prelu(func: Callable[..., Any], input: Octaves, weight: Tensor) -> Octaves:
     return Octaves(high, low, input.parts)
 
 
-def _per_map(input: Octaves, apply: Callable[[Tensor, bool], Tensor], ceil_mode: bool = False) -> Octaves:
-    """Pools each map; where the sizes part by rounding, the low map's is rounded up to match the high one's.
+def _with_channels(apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Applies a pool also to a map without channels, which torch's pools refuse."""
+    return apply(x) if x.shape[1] else apply(x.new_zeros((x.shape[0], 1, *x.shape[2:])))[:, :0]
+
+
+def _sizes(value: Any, count: int) -> tuple[int, ...]:
+    return (value,) * count if isinstance(value, int) else tuple(value)
+
+
+def _per_map(
+    input: Octaves,
+    apply: Callable[[Tensor, bool], Tensor],
+    ceil_mode: bool,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any = 1,
+) -> Octaves:
+    """Pools each map; where the low one would come out smaller than it has to, its last cell is repeated at the border.
+
+    14 cells become 7 by a pool of 2, so 7 low ones have to become 4: the last window is the last cell.
 
     Args:
         input: the features.
         apply: the pool, of a map and whether sizes are rounded up.
         ceil_mode: whether the vanilla pool rounds sizes up.
+        kernel_size: the pool's, as its stride, padding and dilation.
     """
+    high = _with_channels(lambda x: apply(x, ceil_mode), input.high)
+    axes = input.dim() - 2
+    kernels, paddings, dilations = (_sizes(value, axes) for value in (kernel_size, padding, dilation))
+    strides = kernels if stride is None else _sizes(stride, axes)
+    missing = []
+    for axis, factor in enumerate(input.factors):
+        have, want = input.low.shape[axis + 2], -(-high.shape[axis + 2] // factor)
+        reach = dilations[axis] * (kernels[axis] - 1) + 1 - 2 * paddings[axis]
+        needed = (want - 1) * strides[axis] + reach
+        starts_inside = (want - 1) * strides[axis] - paddings[axis] < have
+        if (needed > have and (strides[axis] == 1 or not starts_inside)) or needed + strides[axis] <= have:
+            raise ValueError(
+                f"this window takes the high map of {tuple(input.high.shape[2:])} cells to {tuple(high.shape[2:])}, "
+                f"which the low map of {tuple(input.low.shape[2:])} cells cannot match; {WAY_OUT}"
+            )
+        missing.append(max(0, needed - have))
 
-    def pool(x: Tensor, up: bool) -> Tensor:
-        if x.shape[1] == 0:  # torch pools refuse a map without channels
-            return apply(x.new_zeros((x.shape[0], 1, *x.shape[2:])), up)[:, :0]
-        return apply(x, up)
+    def pool_low(x: Tensor) -> Tensor:
+        border = [amount for cells in reversed(missing) for amount in (0, cells)]
+        return apply(F.pad(x, border, mode="replicate") if any(missing) else x, False)
 
-    high = pool(input.high, ceil_mode)
-    wanted = tuple(-(-size // factor) for size, factor in zip(high.shape[2:], input.factors, strict=True))
-    for up in (ceil_mode, True):
-        with contextlib.suppress(RuntimeError):  # a window larger than the low map
-            low = pool(input.low, up)
-            if tuple(low.shape[2:]) == wanted:
-                return Octaves(high, low, input.parts)
-    raise _window_error(input, high.shape[2:])
-
-
-def _window_error(input: Octaves, size: Sequence[int]) -> ValueError:
-    return ValueError(
-        f"this window takes the high map of {tuple(input.high.shape[2:])} cells to {tuple(size)}, which the low map of "
-        f"{tuple(input.low.shape[2:])} cells cannot match: call .merge() first"
-    )
+    return Octaves(high, _with_channels(pool_low, input.low), input.parts)
 
 
 def _max_window(
@@ -440,7 +468,11 @@ def _max_window(
     return_indices: bool = False,
 ) -> Octaves:
     """A max pool of each map; torch calls another function for `return_indices` True."""
-    return _per_map(input, lambda x, up: func(x, kernel_size, stride, padding, dilation, up), ceil_mode)
+
+    def pool(x: Tensor, up: bool) -> Tensor:
+        return func(x, kernel_size, stride, padding, dilation, up)  # type: ignore[no-any-return]
+
+    return _per_map(input, pool, ceil_mode, kernel_size, stride, padding, dilation)
 
 
 def _average_window(
@@ -450,23 +482,29 @@ def _average_window(
     stride: Any = None,
     padding: Any = 0,
     ceil_mode: bool = False,
-    *args: Any,
-    **kwargs: Any,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
 ) -> Octaves | Tensor:
     """An average pool of each map; a window over all that was halved is a global pool."""
     extent = tuple(input.shape[2:])
-    window = (kernel_size,) * len(extent) if isinstance(kernel_size, int) else tuple(kernel_size)
-    unpadded = set((padding,) if isinstance(padding, int) else padding) == {0}
+    window = _sizes(kernel_size, len(extent))
+    strides = window if stride is None else _sizes(stride, len(extent))
     halved = [axis for axis, factor in enumerate(input.factors) if factor == 2]
-    if unpadded and halved and all(window[axis] == extent[axis] for axis in halved):
-        strides = window if stride is None else (stride,) * len(extent) if isinstance(stride, int) else tuple(stride)
+    whole = halved and all(window[axis] == extent[axis] for axis in halved)
+    if whole and set(_sizes(padding, len(extent))) == {0}:
+        if divisor_override is not None:
+            raise TypeError(f"{func.__name__} with a divisor of its own over all of octave features; {WAY_OUT}")
 
         def average(x: Tensor) -> Tensor:
-            whole = [x.shape[axis + 2] if axis in halved else window[axis] for axis in range(len(window))]
-            return func(x, whole, strides, 0, ceil_mode, *args, **kwargs)  # type: ignore[no-any-return]
+            sizes = [x.shape[axis + 2] if axis in halved else window[axis] for axis in range(len(window))]
+            return func(x, sizes, strides, 0, ceil_mode)  # type: ignore[no-any-return]
 
-        return join_by_parts(average(input.high), average(input.low), input.parts, 1)
-    return _per_map(input, lambda x, up: func(x, kernel_size, stride, padding, up, *args, **kwargs), ceil_mode)
+        return join_by_parts(_with_channels(average, input.high), _with_channels(average, input.low), input.parts, 1)
+
+    def pool(x: Tensor, up: bool) -> Tensor:
+        return func(x, kernel_size, stride, padding, up, count_include_pad, divisor_override)  # type: ignore[no-any-return]
+
+    return _per_map(input, pool, ceil_mode, kernel_size, stride, padding)
 
 
 def _adaptive(func: Callable[..., Any], input: Octaves, output_size: Any, return_indices: bool = False) -> Tensor:
@@ -478,22 +516,28 @@ def _adaptive(func: Callable[..., Any], input: Octaves, output_size: Any, return
     if any(size != 1 for size, factor in zip(sizes, input.factors, strict=True) if factor == 2):
         raise TypeError(
             f"{func.__name__} of octave features of shape {tuple(input.shape)} to {output_size}: "
-            "only 1 cell is defined, call .merge() first for other sizes"
+            f"only 1 cell is defined; {WAY_OUT}"
         )
-    return join_by_parts(func(input.high, sizes), func(input.low, sizes), input.parts, 1)
+    high, low = (_with_channels(lambda x: func(x, sizes), map_) for map_ in input)
+    return join_by_parts(high, low, input.parts, 1)
 
 
 def _interpolate(
     func: Callable[..., Any], input: Octaves, size: Any = None, scale_factor: Any = None, **kwargs: Any
-) -> Octaves:
+) -> Octaves | Tensor:
     """Resizes each map: to a size (the low one to half of it, rounded up), or by a factor."""
-    high = func(input.high, size, scale_factor, **kwargs)
+    if set(input.factors) == {1}:  # one cell: nothing says which dimensions of the result would be halved
+        return func(input.merge(), size, scale_factor, **kwargs)  # type: ignore[no-any-return]
+    high = _with_channels(lambda x: func(x, size, scale_factor, **kwargs), input.high)
     half = [-(-cells // factor) for cells, factor in zip(high.shape[2:], input.factors, strict=True)]
     if size is not None:
-        return Octaves(high, func(input.low, half, None, **kwargs), input.parts)
-    low = func(input.low, None, scale_factor, **kwargs)
+        return Octaves(high, _with_channels(lambda x: func(x, half, None, **kwargs), input.low), input.parts)
+    low = _with_channels(lambda x: func(x, None, scale_factor, **kwargs), input.low)
     if any(have < want for have, want in zip(low.shape[2:], half, strict=True)):
-        raise _window_error(input, high.shape[2:])
+        raise ValueError(
+            f"scale factor {scale_factor} takes the high map of {tuple(input.high.shape[2:])} cells to "
+            f"{tuple(high.shape[2:])}, which the low map of {tuple(input.low.shape[2:])} cells cannot match; {WAY_OUT}"
+        )
     for dim, cells in enumerate(half, 2):  # 4 cells for 7 become 8 for 14, of which 7 are needed
         low = low.narrow(dim, 0, cells)
     return Octaves(high, low, input.parts)
@@ -512,7 +556,7 @@ def _reduce(
     if not dims >= halved or 1 in dims or not dims:
         raise TypeError(
             f"{func.__name__} over dimensions {dim} of octave features of shape {tuple(input.shape)} is not defined: "
-            f"it must take in all of {sorted(halved)} and not the channels; call .merge() first for others"
+            f"it must take in all of {sorted(halved)} and not the channels; {WAY_OUT}"
         )
     high, low = (func(x, sorted(dims), keepdim, **kwargs) for x in input)
     return join_by_parts(high, low, input.parts, 1 if keepdim or 0 not in dims else 0)

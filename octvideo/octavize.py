@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from octvideo.conv import OctConv2d, OctConv3d, check_groups, misalignment, split_channels
@@ -63,7 +64,7 @@ def octavize(
     alpha: float | Mapping[str, float] = 0.25,
     *,
     temporal: bool = False,
-    skip: Iterable[str] = (),
+    skip: str | Iterable[str] = (),
     downsample: Literal["conv", "pool"] = "conv",
 ) -> Network:
     """Gives every nn.Conv2d and nn.Conv3d of a network an alpha, in place; the weights stay untouched.
@@ -77,7 +78,7 @@ def octavize(
             of which a convolution takes the first whose regex is found in its name (re.search on the name of
             `named_modules`), else 0.
         temporal: halve time as well as height and width (3-D convolutions).
-        skip: regexes of names that keep alpha 0 whatever `alpha` says.
+        skip: a regex, or several, of names that keep alpha 0 whatever `alpha` says.
         downsample: "pool" makes every convolution that `alpha` names, at alpha 0 too, average-pool for a spatial stride
             of 2, as octave convolutions do: the fair control for an octave network.
 
@@ -95,7 +96,7 @@ def octavize(
         raise ValueError(f"{_describe(model)} has no nn.Conv2d or nn.Conv3d that could become octave")
     if downsample not in ("conv", "pool"):
         raise ValueError(f'downsample must be "conv" or "pool", got {downsample!r}')
-    skip = tuple(skip)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
     for pattern in (*(alpha if isinstance(alpha, Mapping) else ()), *skip):
         if not any(re.search(pattern, name) for name in convolutions):
             raise ValueError(f"no convolution of {type(model).__name__} has a name that matches {pattern!r}")
@@ -142,7 +143,7 @@ def octavize(
 def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
     """The class that a convolution may take; a subclass of nn.Conv2d or nn.Conv3d must convolve as its base does."""
     kind: Any = type(module)
-    if is_parametrized(module):  # its class holds the parametrization, such as weight norm's
+    if is_parametrized(module) or isinstance(module, LazyModuleMixin):  # their classes have other work
         return None
     for vanilla, octave in ((nn.Conv2d, OctConv2d), (nn.Conv3d, OctConv3d)):
         if kind is octave:
@@ -172,7 +173,9 @@ def _reasons(
     else:
         # The convolutions that read the network's input: the first one, and others that read as few channels (RGB),
         # since SlowFast has two such stems. A network whose input has more than 4 channels is taken to have one.
-        first, stem = next(iter(convolutions.items()))
+        first, stem = next(
+            (name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)
+        )
         for name, module in convolutions.items():
             problem = misalignment(module, temporal and isinstance(module, nn.Conv3d))
             if name == first or module.in_channels == stem.in_channels <= 4:

@@ -180,7 +180,7 @@ def read_labels(path: str | Path) -> list[str] | None:
     Raises:
         ValueError: no such file, or none that torch.load(weights_only=True) reads.
     """
-    labels: list[str] | None = _read(path).get("VideoData", {}).get("labels")
+    labels: list[str] | None = (_read(path).get("VideoData") or {}).get("labels")
     return labels
 
 
@@ -195,8 +195,8 @@ def read_preprocessing(path: str | Path) -> dict[str, Any]:
         ValueError: no such file, or none that torch.load(weights_only=True) reads.
     """
     checkpoint = _read(path)
-    model = checkpoint.get("hyper_parameters", {})
-    return checkpoint.get("VideoData", {}).get("preprocessing", {}) | {
+    model = checkpoint.get("hyper_parameters") or {}
+    return (checkpoint.get("VideoData") or {}).get("preprocessing", {}) | {
         key: model[key] for key in ("mean", "std") if key in model
     }
 

@@ -431,6 +431,7 @@ def test_split_is_not_fooled_by_float_rounding():
         (lambda: split_channels(8, 1.5), r"alpha must lie in \[0, 1\], got 1.5"),
         (lambda: split_channels(0, 0.5), "channels must be at least 1, got 0"),
         (lambda: OctConv3d(8, 8, 1, groups=4, alpha=0.25), "alpha 0.25 splits 8 output channels into 6 high and 2 low"),
+        (lambda: OctConv2d(8, 8, 1, downsample="avg"), r"downsample must be \"conv\" or \"pool\", got 'avg'"),
         (lambda: OctConv2d(8, 8, 1, temporal=True), "temporal=True needs a 3-D convolution"),
         (
             lambda: OctConv3d(8, 8, 3, stride=3, padding=1)(torch.zeros(1, 8, 4, 9, 9)),

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,41 @@ def test_pools_round_the_low_map_as_the_high_one_needs(size, pool):
     assert y.merge().shape == y.shape == pool(torch.zeros(x.shape)).shape
     rounded_up = type(pool)(pool.kernel_size, pool.stride, pool.padding, ceil_mode=True)
     low = pool(x.low) if pool(x.low).shape == y.low.shape else rounded_up(x.low)
-    assert torch.equal(y.low, low)
+    torch.testing.assert_close(y.low, low)
+
+
+def test_a_pool_that_rounds_up_repeats_the_low_maps_last_cell():
+    """30 -> 15 by windows of 3, the last one of cells 28 and 29, which are low cell 14."""
+    x = Octaves(torch.randn(1, 2, 30, 30), torch.randn(1, 2, 15, 15))
+    y = nn.MaxPool2d(3, 2, ceil_mode=True)(x)
+    assert torch.equal(y.high, F.max_pool2d(x.high, 3, 2, ceil_mode=True))
+    assert torch.equal(y.low[..., :7, :7], F.max_pool2d(x.low, 3, 2))
+    assert torch.equal(y.low[..., 7, 7], x.low[..., 14, 14])
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.AvgPool3d((4, 8, 7)),
+        nn.AvgPool3d((1, 2, 2)),
+        nn.AdaptiveAvgPool3d((None, 1, 1)),
+        nn.AdaptiveMaxPool3d(1),
+        nn.MaxPool3d(2),
+        nn.Upsample(scale_factor=2),
+        nn.Upsample((4, 5, 5)),
+    ],
+    ids=str,
+)
+def test_pools_of_a_map_without_channels(module):
+    """At alpha 1 no channel is high, and at alpha 0 beside octaves none is low."""
+    for high, low in ((0, 3), (3, 0)):
+        y = module(Octaves(torch.randn(2, high, 4, 8, 7), torch.randn(2, low, 4, 4, 4)))
+        assert y.shape == module(torch.zeros(2, 3, 4, 8, 7)).shape
+
+
+def test_resizing_one_cell_gives_a_plain_tensor():
+    x = Octaves(torch.randn(1, 3, 1, 1), torch.randn(1, 1, 1, 1))
+    assert torch.equal(F.interpolate(x, (4, 5)), x.merge().expand(1, 4, 4, 5))
 
 
 def test_windows_that_part_the_maps_are_refused(x):
@@ -202,6 +237,14 @@ def test_an_undefined_function_says_its_name_and_the_way_out(x, call):
         (lambda x: torch.cat((x, Octaves(x.high, torch.zeros(2, 2, 2, 4, 4))), 1), ValueError, "different factors"),
         (lambda x: nn.AdaptiveAvgPool3d(2)(x), TypeError, "only 1 cell is defined"),
         (lambda x: x.mean(1), TypeError, "mean over dimensions 1"),
+        (lambda x: F.avg_pool3d(x, (4, 8, 7), divisor_override=3), TypeError, "a divisor of its own"),
+        (lambda x: x + torch.zeros(1, 2, 8, 4, 8, 7), ValueError, r"Tensor of shape \(1, 2, 8, 4, 8, 7\) meets"),
+        (lambda x: x + torch.zeros(1, 1, 1, 1, 1, 1), ValueError, r"Tensor of shape \(1, 1, 1, 1, 1, 1\) meets"),
+        (
+            lambda x: x.masked_fill(torch.zeros(2, 8, 4, 8, 7, dtype=torch.bool), 0),
+            TypeError,
+            "full-size .* torch.bool",
+        ),
         (lambda x: x.mean(2), TypeError, "mean over dimensions 2"),
         (lambda x: upsample(x.low, (4, 20, 20)), ValueError, "not half of"),
     ],
@@ -235,6 +278,7 @@ def test_methods_and_operators_are_the_tensors_own(x):
         (x + 1, lambda z: z + 1),
         (x**2, lambda z: z**2),
         (1 / x, lambda z: 1 / z),
+        (np.float32(2) * x, lambda z: 2 * z),
         (2**x, lambda z: 2**z),
         (3 - x, lambda z: 3 - z),
         (-x, lambda z: -z),

@@ -221,6 +221,26 @@ def test_a_convolution_that_would_part_the_maps_is_left_and_takes_the_merged_fea
         octavize(network, {"[12]": 0.5})
 
 
+def test_a_convolution_of_its_own_kind_may_be_the_one_that_reads_the_input():
+    network = octavize(timm.create_model("tf_efficientnet_b0"), 0.25, skip="conv_dw")
+    reasons = {assignment.name: assignment.reason for assignment in network.octave_report.assignments}
+    assert "Conv2dSame is no nn.Conv2d" in reasons["conv_stem"]
+    assert reasons["blocks.0.0.conv_pw"] == ""
+    assert reasons["blocks.0.0.conv_dw"] == "left: skip matches its name"
+
+
+def test_a_layer_that_octaves_cannot_pass_is_told_how_to_be_skipped():
+    network = octavize(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.PixelShuffle(2)), 0.5)
+    with pytest.raises(TypeError, match=r"pixel_shuffle is not defined.*at alpha 0, by skip=\.\.\. or \{regex: 0\}"):
+        network(torch.zeros(1, 3, 4, 4))
+
+
+def test_lazy_convolutions_are_left_alone():
+    network = octavize(nn.Sequential(nn.Conv2d(3, 8, 1), nn.LazyConv2d(8, 1), nn.Conv2d(8, 8, 1)), 0.5)
+    assert network[2].alpha == 0.5
+    assert type(network[1]) is nn.LazyConv2d
+
+
 def test_an_unknown_way_to_downsample_is_refused():
     with pytest.raises(ValueError, match=r'downsample must be "conv" or "pool", got \'avg\''):
         octavize(small_network(), 0.5, downsample="avg")
