@@ -588,17 +588,17 @@ def _normalize(func: Callable[..., Any], input: Octaves, *args: Any, **kwargs: A
     copied = len(input.parts) > 1  # else the shares are views, updated in place
     if copied:
         shares |= {key: tuple(share.clone() for share in shares[key]) for key in statistics}
-    high, low = (
-        func(
-            x,
-            *(shares[key][map_] if key in shares else None for key in names),
-            *args[len(names) :],
-            **rest,
-        )
-        if x.shape[1]
-        else x
-        for map_, x in enumerate(input)
-    )
+    maps = []
+    for map_, x in enumerate(input):
+        arguments = (shares[key][map_] if key in shares else None for key in names)
+        try:
+            maps.append(func(x, *arguments, *args[len(names) :], **rest) if x.shape[1] else x)
+        except ValueError as error:  # of one value a channel, which a small low map has in training before others do
+            raise ValueError(
+                f"octave features of {tuple(input.high.shape[2:])} and {tuple(input.low.shape[2:])} cells: {error}; take "
+                "larger batches or crops, or alpha 0 here"
+            ) from error
+    high, low = maps
     if copied:
         with torch.no_grad():
             for key in statistics:

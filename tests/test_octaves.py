@@ -69,6 +69,12 @@ def test_batch_norm_after_cat_keeps_the_vanilla_order_of_statistics(x):
     torch.testing.assert_close(norm.running_var, torch.cat((single.running_var, triple.running_var)))
 
 
+def test_a_low_map_too_small_for_batch_norm_is_named():
+    x = Octaves(torch.randn(1, 6, 2, 2), torch.randn(1, 2, 1, 1))
+    with pytest.raises(ValueError, match=r"\(2, 2\) and \(1, 1\) cells: Expected more than 1 value.*alpha 0 here"):
+        nn.BatchNorm2d(8)(x)
+
+
 def test_instance_norm_and_dropout_apply_to_each_map(x):
     y = nn.InstanceNorm3d(8, affine=True)(x)
     torch.testing.assert_close(y.low, F.instance_norm(x.low))
