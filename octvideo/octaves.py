@@ -595,8 +595,8 @@ def _normalize(func: Callable[..., Any], input: Octaves, *args: Any, **kwargs: A
             maps.append(func(x, *arguments, *args[len(names) :], **rest) if x.shape[1] else x)
         except ValueError as error:  # of one value a channel, which a small low map has in training before others do
             raise ValueError(
-                f"octave features of {tuple(input.high.shape[2:])} and {tuple(input.low.shape[2:])} cells: {error}; take "
-                "larger batches or crops, or alpha 0 here"
+                f"octave features of {tuple(input.high.shape[2:])} and {tuple(input.low.shape[2:])} cells: {error}; "
+                "take larger batches or crops, or alpha 0 here"
             ) from error
     high, low = maps
     if copied:

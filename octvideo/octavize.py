@@ -91,44 +91,40 @@ def octavize(
             gives an alpha to one whose stride or padding moves the maps apart, or no convolution that could become
             octave, as in a transformer.
     """
-    convolutions: dict[str, Any] = {name: module for name, module in model.named_modules() if _octave_class(module)}
-    if not convolutions:
-        raise ValueError(f"{_describe(model)} has no nn.Conv2d or nn.Conv3d that could become octave")
     if downsample not in ("conv", "pool"):
         raise ValueError(f'downsample must be "conv" or "pool", got {downsample!r}')
+    convolutions = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)
+    }
+    possible = {name: octave for name, module in convolutions.items() if (octave := _octave_class(module))}
+    if not possible:
+        raise ValueError(f"{_describe(model)} has no nn.Conv2d or nn.Conv3d that could become octave")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     for pattern in (*(alpha if isinstance(alpha, Mapping) else ()), *skip):
-        if not any(re.search(pattern, name) for name in convolutions):
+        if not any(re.search(pattern, name) for name in possible):
             raise ValueError(f"no convolution of {type(model).__name__} has a name that matches {pattern!r}")
     reasons = _reasons(model, convolutions, alpha, skip, temporal)
-    alphas = {
-        name: 0.0
-        if name in reasons
-        else next(value for pattern, value in alpha.items() if re.search(pattern, name))
-        if isinstance(alpha, Mapping)
-        else alpha
-        for name in convolutions
-    }
-    if len(reasons) == len(convolutions) and not isinstance(alpha, Mapping) and alpha > 0:
+    alphas = {name: 0.0 if name in reasons else _alpha_of(name, alpha) for name in convolutions}
+    if not isinstance(alpha, Mapping) and alpha > 0 and len(reasons) == len(convolutions):
         lines = "; ".join(f"{name} is {reason}" for name, reason in list(reasons.items())[:3])
         raise ValueError(f"{_describe(model)} has no convolution that could become octave: {lines}")
-    for name, module in convolutions.items():  # before anything changes
+    for name in possible:  # before anything changes
         try:
-            check_groups(module, alphas[name])
+            check_groups(convolutions[name], alphas[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}; skip it, or choose another alpha for it") from error
-        problem = misalignment(module, temporal and isinstance(module, nn.Conv3d))
+        problem = _misalignment(convolutions[name], temporal)
         if alphas[name] and problem:
-            raise ValueError(f"{name}: octave features {problem}; skip it")
+            raise ValueError(f"{name}: {problem}; skip it")
 
     vanilla = not any(alphas.values()) and downsample == "conv"
-    for name, module in convolutions.items():
+    for name, octave in possible.items():
+        module: Any = convolutions[name]
         _plain_ints(module)
-        octave: Any = _octave_class(module)
         if not vanilla:
             _swap_class(module, octave)
-            pooled = "conv" if name in reasons or misalignment(module, False) else downsample
-            module.set_alpha(alphas[name], temporal and octave is OctConv3d, pooled)
+            pools = name not in reasons and not _misalignment(module, temporal)
+            module.set_alpha(alphas[name], temporal and octave is OctConv3d, downsample if pools else "conv")
         elif isinstance(module, (OctConv2d, OctConv3d)):
             _swap_class(module, getattr(module, "_vanilla_class", nn.Conv2d if octave is OctConv2d else nn.Conv3d))
             for attribute in ("alpha", "temporal", "downsample", "_vanilla_class"):
@@ -136,7 +132,11 @@ def octavize(
     exchanged = _exchange_swish(model, vanilla)
     model.__dict__.pop("octave_report", None)
     if not vanilla:
-        model.octave_report = Report(type(model).__name__, _assignments(model, alphas, reasons), exchanged)  # type: ignore[assignment]
+        assignments = tuple(
+            Assignment(name, module.out_channels, alphas[name], reasons.get(name) or _too_few(module, alphas[name]))
+            for name, module in convolutions.items()
+        )
+        model.octave_report = Report(type(model).__name__, assignments, exchanged)  # type: ignore[assignment]
     return model
 
 
@@ -157,6 +157,13 @@ def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
     return None
 
 
+def _alpha_of(name: str, alpha: float | Mapping[str, float]) -> float:
+    """The alpha that the argument gives to a convolution that it names."""
+    if isinstance(alpha, Mapping):
+        return next(value for pattern, value in alpha.items() if re.search(pattern, name))
+    return alpha
+
+
 def _reasons(
     model: nn.Module,
     convolutions: Mapping[str, Any],
@@ -164,33 +171,43 @@ def _reasons(
     skip: tuple[str, ...],
     temporal: bool,
 ) -> dict[str, str]:
-    """Why convolutions stay at alpha 0, of those that the arguments leave there."""
+    """Why convolutions are left at alpha 0, of those that cannot be octave or that the arguments leave there."""
+    attention = {layer: type(module).__name__ for layer, module in model.named_modules() if _is_attention(module)}
+    # The convolutions that read the network's input: the first one, and others that read as few channels (RGB), since
+    # SlowFast has two such stems. A network whose input has more than 4 channels is taken to have one.
+    first, stem = next(iter(convolutions.items()))
     reasons: dict[str, str] = {}
-    if isinstance(alpha, Mapping):
-        for name in convolutions:
+    for name, module in convolutions.items():
+        around = next((kind for layer, kind in attention.items() if name.startswith(f"{layer}.")), None)
+        if is_parametrized(module):
+            reasons[name] = "left: its weight is parametrized"
+        elif not _octave_class(module):
+            kind = type(module).__name__
+            reasons[name] = f"left: {kind} is no nn.Conv2d or nn.Conv3d, or convolves in its own way"
+        elif any(re.search(pattern, name) for pattern in skip):
+            reasons[name] = "left: skip matches its name"
+        elif isinstance(alpha, Mapping):
             if not any(re.search(pattern, name) for pattern in alpha):
                 reasons[name] = "left: no regex of alpha matches its name"
-    else:
-        # The convolutions that read the network's input: the first one, and others that read as few channels (RGB),
-        # since SlowFast has two such stems. A network whose input has more than 4 channels is taken to have one.
-        first, stem = next(
-            (name, module) for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)
-        )
-        for name, module in convolutions.items():
-            problem = misalignment(module, temporal and isinstance(module, nn.Conv3d))
-            if name == first or module.in_channels == stem.in_channels <= 4:
-                reasons[name] = "left: it reads the network's input"
-            elif problem:
-                reasons[name] = f"left: octave features {problem}"
-        for layer, module in model.named_modules():
-            if _is_attention(module):
-                for name in convolutions:
-                    if name.startswith(f"{layer}."):
-                        reasons[name] = f"left: it is inside an attention layer, {type(module).__name__}"
-    for name in convolutions:
-        if any(re.search(pattern, name) for pattern in skip):
-            reasons[name] = "left: skip matches its name"
+        elif name == first or module.in_channels == stem.in_channels <= 4:
+            reasons[name] = "left: it reads the network's input"
+        elif around:
+            reasons[name] = f"left: it is inside an attention layer, {around}"
+        elif problem := _misalignment(module, temporal):
+            reasons[name] = f"left: {problem}"
     return reasons
+
+
+def _misalignment(module: Any, temporal: bool) -> str:
+    problem = misalignment(module, temporal and isinstance(module, nn.Conv3d))
+    return f"octave features {problem}" if problem else ""
+
+
+def _too_few(module: Any, alpha: float) -> str:
+    """Why a convolution that got an alpha has no low channel; empty if it has."""
+    if alpha and split_channels(module.out_channels, alpha)[1]:
+        return ""
+    return f"left: {module.out_channels} channels have no low one at alpha {alpha:g}" if alpha else "left: alpha 0"
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -209,25 +226,6 @@ def _describe(model: nn.Module) -> str:
         f", a transformer ({layers} attention layers; octaves are for convolutional networks)," if layers else ""
     )
     return f"{type(model).__name__}{transformer}"
-
-
-def _assignments(model: nn.Module, alphas: Mapping[str, float], reasons: Mapping[str, str]) -> tuple[Assignment, ...]:
-    """The report's lines, of those convolutions too that no class of ours can take the place of."""
-    assignments = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.modules.conv._ConvNd):
-            continue
-        reason = reasons.get(name, "")
-        if is_parametrized(module):
-            reason = "left: its weight is parametrized"
-        elif name not in alphas:
-            reason = f"left: {type(module).__name__} is no nn.Conv2d or nn.Conv3d, or convolves in its own way"
-        elif not reason and alphas[name] == 0:
-            reason = "left: alpha 0"
-        elif not reason and split_channels(module.out_channels, alphas[name])[1] == 0:
-            reason = f"left: {module.out_channels} channels have no low one at alpha {alphas[name]:g}"
-        assignments.append(Assignment(name, module.out_channels, alphas.get(name, 0.0), reason))
-    return tuple(assignments)
 
 
 def _swap_class(module: nn.Module, kind: type[nn.Module]) -> None:
