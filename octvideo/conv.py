@@ -57,17 +57,28 @@ def check_groups(convolution: nn.modules.conv._ConvNd, alpha: float) -> None:
         )
 
 
+def check_downsample(downsample: str) -> None:
+    """Raises ValueError for a way to downsample that there is not."""
+    if downsample not in ("conv", "pool"):
+        raise ValueError(f'downsample must be "conv" or "pool", got {downsample!r}')
+
+
 def misalignment(convolution: nn.modules.conv._ConvNd, temporal: bool) -> str:
-    """Why a convolution would move the high and the low map apart; empty if it does not."""
+    """Why a convolution would move the high and the low map apart; empty if it does not.
+
+    Args:
+        convolution: the layer.
+        temporal: whether low maps have half the frames; a 2-D layer has none.
+    """
     dimensions = len(convolution.kernel_size)
     if any(stride not in (1, 2) for stride in convolution.stride[-2:]):
-        return f"take a spatial stride of 1 or 2, got stride {convolution.stride}"
+        return f"octave features take a spatial stride of 1 or 2, got stride {convolution.stride}"
     halved = range(0 if temporal else dimensions - 2, dimensions)
     reach = [convolution.dilation[axis] * (convolution.kernel_size[axis] - 1) for axis in halved]
     padding = [0 if isinstance(convolution.padding, str) else convolution.padding[axis] for axis in halved]
     if convolution.padding != "same" and any(2 * p != r for p, r in zip(padding, reach, strict=True)):
         return (
-            f"need a padding that keeps the size: kernel {convolution.kernel_size} with dilation "
+            f"octave features need a padding that keeps the size: kernel {convolution.kernel_size} with dilation "
             f"{convolution.dilation} wants {[r / 2 for r in reach]} in its last {len(reach)} dimensions, "
             f"got {convolution.padding}"
         )
@@ -168,8 +179,7 @@ class _OctConv(nn.modules.conv._ConvNd):
                 downsample.
         """
         check_groups(self, alpha)
-        if downsample not in ("conv", "pool"):
-            raise ValueError(f'downsample must be "conv" or "pool", got {downsample!r}')
+        check_downsample(downsample)
         if temporal and len(self.kernel_size) == 2:
             raise ValueError("temporal=True needs a 3-D convolution, got a 2-D one")
         self.alpha = alpha
@@ -329,7 +339,7 @@ class _OctConv(nn.modules.conv._ConvNd):
         """The factors to pool by in place of the spatial stride; refuses what would move the two maps apart."""
         problem = misalignment(self, self.temporal)
         if problem:
-            raise ValueError(f"octave features {problem}")
+            raise ValueError(problem)
         return (*(1,) * (len(self.kernel_size) - 2), *self.stride[-2:])
 
     def extra_repr(self) -> str:

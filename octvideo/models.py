@@ -368,9 +368,10 @@ def create_model(
     if frame_ratio < 1 or channel_ratio < 1:
         raise ValueError(f"frame_ratio and channel_ratio must be at least 1, got {frame_ratio} and {channel_ratio}")
     multiple = channel_ratio if "channel_ratio" in published else 8 if name.startswith("x3d") else 1
-    if width is not None and (width < 1 or width % multiple):
+    stem = published["width"].default if width is None else width
+    if stem < 1 or stem % multiple:
         kind = f"a multiple of {multiple} for {name}" if multiple > 1 else "at least 1"
-        raise ValueError(f"width must be {kind}, got {width}")
+        raise ValueError(f"width must be {kind}, got {stem}")
     options: dict[str, Any] = {
         "width": width,
         "depth": depth,

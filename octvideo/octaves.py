@@ -230,12 +230,7 @@ class Octaves(_Maps):
             return _elementwise(func, args, kwargs)
         octaves = _octaves_among((args, kwargs))
         if all(set(x.factors) == {1} for x in octaves):  # maps of one cell: the vanilla tensor without any upsampling
-            args, kwargs = torch.utils._pytree.tree_map(
-                lambda value: value.merge() if isinstance(value, Octaves) else value,
-                (args, kwargs),
-                is_leaf=lambda value: isinstance(value, Octaves),
-            )
-            return func(*args, **kwargs)
+            return _on_merged(func, args, kwargs)
         name = getattr(func, "__name__", str(func))
         raise TypeError(
             f"{name} is not defined on octave features of shape {[tuple(x.shape) for x in octaves]}: {WAY_OUT}"
@@ -323,6 +318,16 @@ def _octaves_among(values: Any) -> list[Octaves]:
     return [value for value in leaves if isinstance(value, Octaves)]
 
 
+def _on_merged(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Applies a function to the vanilla tensors of all Octaves in its arguments."""
+    args, kwargs = torch.utils._pytree.tree_map(
+        lambda value: value.merge() if isinstance(value, Octaves) else value,
+        (args, kwargs),
+        is_leaf=lambda value: isinstance(value, Octaves),
+    )
+    return func(*args, **kwargs)
+
+
 def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
     """What the high and the low map of `x` each meet when `x` meets `value` in an elementwise function.
 
@@ -366,10 +371,7 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         isinstance(value, Tensor) and value.dim() == x.dim() and value.shape[2:].numel() > x.shape[2:].numel()
         for value in values
     ):  # gates of one cell that meet a plain Tensor: what comes out is plain
-        return func(
-            *(value.merge() if isinstance(value, Octaves) else value for value in args),
-            **{key: value.merge() if isinstance(value, Octaves) else value for key, value in kwargs.items()},
-        )
+        return _on_merged(func, args, kwargs)
     if func in _IN_PLACE and not isinstance(first, Octaves):
         raise TypeError(f"{func.__name__} cannot write octave features of shape {tuple(x.shape)} into a Tensor")
     pairs = [_maps_beside(value, x) for value in args]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
-from octvideo.conv import OctConv2d, OctConv3d, check_groups, misalignment, split_channels
+from octvideo.conv import OctConv2d, OctConv3d, check_downsample, check_groups, misalignment, split_channels
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -91,8 +91,7 @@ def octavize(
             gives an alpha to one whose stride or padding moves the maps apart, or no convolution that could become
             octave, as in a transformer.
     """
-    if downsample not in ("conv", "pool"):
-        raise ValueError(f'downsample must be "conv" or "pool", got {downsample!r}')
+    check_downsample(downsample)
     convolutions = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)
     }
@@ -113,7 +112,7 @@ def octavize(
             check_groups(convolutions[name], alphas[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}; skip it, or choose another alpha for it") from error
-        problem = _misalignment(convolutions[name], temporal)
+        problem = misalignment(convolutions[name], temporal)
         if alphas[name] and problem:
             raise ValueError(f"{name}: {problem}; skip it")
 
@@ -123,7 +122,7 @@ def octavize(
         _plain_ints(module)
         if not vanilla:
             _swap_class(module, octave)
-            pools = name not in reasons and not _misalignment(module, temporal)
+            pools = name not in reasons and not misalignment(module, temporal)
             module.set_alpha(alphas[name], temporal and octave is OctConv3d, downsample if pools else "conv")
         elif isinstance(module, (OctConv2d, OctConv3d)):
             _swap_class(module, getattr(module, "_vanilla_class", nn.Conv2d if octave is OctConv2d else nn.Conv3d))
@@ -193,14 +192,9 @@ def _reasons(
             reasons[name] = "left: it reads the network's input"
         elif around:
             reasons[name] = f"left: it is inside an attention layer, {around}"
-        elif problem := _misalignment(module, temporal):
+        elif problem := misalignment(module, temporal):
             reasons[name] = f"left: {problem}"
     return reasons
-
-
-def _misalignment(module: Any, temporal: bool) -> str:
-    problem = misalignment(module, temporal and isinstance(module, nn.Conv3d))
-    return f"octave features {problem}" if problem else ""
 
 
 def _too_few(module: Any, alpha: float) -> str:

@@ -108,6 +108,9 @@ def test_a_non_local_block_is_pytorchvideos():
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 16, 3, 6, 5)
     torch.testing.assert_close(ours(x), theirs(x))
+    line = torch.randn(2, 16, 3, 1, 5)  # too small to be pooled by 2
+    theirs.pool = None
+    torch.testing.assert_close(ours(line), theirs(line))
 
 
 def test_non_local_blocks_stand_where_the_paper_has_them_and_start_as_the_identity():
@@ -199,6 +202,7 @@ def test_head_pool_takes_any_size():
         ({"name": "x3d_s", "depth": 50}, "depth must be left out for x3d_s, got 50"),
         ({"name": "x3d_s", "width": 20}, "multiple of 8 for x3d_s, got 20"),
         ({"name": "i3d_r50", "downsample": "avg"}, 'downsample must be "conv" or "pool", got \'avg\''),
+        ({"name": "slowfast_r50", "channel_ratio": 7}, "multiple of 7 for slowfast_r50, got 64"),
         ({"name": "slowfast_r50", "width": 12}, "multiple of 8 for slowfast_r50, got 12"),
     ],
 )

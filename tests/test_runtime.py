@@ -236,6 +236,21 @@ def compare_sync_batch_norm(rank, name):
         torch.testing.assert_close(synced_buffer, buffer, rtol=1e-6, atol=1e-8, msg=buffer_name)
 
 
+def compare_sync_batch_norm_options(rank, name):
+    """Cumulative statistics, none, no scale, and half precision, on octave features of two pieces."""
+    torch.manual_seed(0)
+    x = Octaves(torch.randn(4, 12, 4, 6), torch.randn(4, 4, 2, 3), ((6, 2), (6, 2)))
+    here = slice(2 * rank, 2 * rank + 2)
+    for options in ({"momentum": None}, {"track_running_stats": False}, {"affine": False}):
+        norm, synced = nn.BatchNorm2d(16, **options), nn.SyncBatchNorm(16, **options)
+        for _ in range(2):
+            torch.testing.assert_close(synced(x[here]).merge(), norm(x)[here].merge())
+        torch.testing.assert_close(synced.state_dict(), norm.state_dict())
+    half = nn.SyncBatchNorm(16)(x.bfloat16()[here])
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.merge().float(), nn.BatchNorm2d(16)(x)[here].merge(), rtol=0.02, atol=0.02)
+
+
 def compare_fully_sharded(rank, name):
     """FSDP2 on every block: logits and gradients of the whole network."""
     network, clip = network_and_clip(name, batch=4)
@@ -253,6 +268,10 @@ def compare_fully_sharded(rank, name):
     for parameter_name, parameter in sharded.named_parameters():
         gradient = parameter.grad.full_tensor()
         torch.testing.assert_close(gradient, wanted[parameter_name], rtol=1e-4, atol=1e-5, msg=parameter_name)
+
+
+def test_sync_batch_norm_takes_the_options_of_batch_norm(tmp_path):
+    in_two_processes(compare_sync_batch_norm_options, "", tmp_path=tmp_path)
 
 
 @pytest.mark.parametrize("compare", [compare_data_parallel, compare_sync_batch_norm, compare_fully_sharded])
