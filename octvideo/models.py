@@ -48,7 +48,9 @@ class HeadPool(nn.AvgPool3d):
     def forward(self, input: Tensor | Octaves) -> Tensor:
         frames, *extent = input.shape[2:]
         window = extent if isinstance(input, Octaves) else [min(self.window, size) for size in extent]
-        return F.avg_pool3d(input, (frames, *window), 1)  # type: ignore[arg-type]
+        # In 32 bits at least: torch's avg_pool3d has no 16 bits on CPUs.
+        precise = input if input.dtype in (torch.float32, torch.float64) else input.float()
+        return F.avg_pool3d(precise, (frames, *window), 1).to(input.dtype)  # type: ignore[arg-type]
 
 
 class NonLocalBlock(nn.Module):
@@ -324,6 +326,7 @@ def create_model(
     frame_ratio: int = 4,
     channel_ratio: int = 8,
     downsample: Literal["conv", "pool"] = "conv",
+    channels_last: bool | None = None,
     weights: str | Path | None = None,
 ) -> nn.Module:
     """Builds a network of the zoo, with octave convolutions where alpha is above 0.
@@ -344,6 +347,8 @@ def create_model(
         channel_ratio: SlowFast only; channels of the slow pathway for each one of the fast pathway.
         downsample: "pool" makes res2 to res5 average-pool for a spatial stride at alpha 0 too, as octave networks do:
             the fair control for them; "conv" strides there as published.
+        channels_last: lay channels last in memory and run factorised convolutions as 2-D ones: the fast form of any of
+            these networks. Default: where an alpha is above 0; else it is bit for bit the published network.
         weights: checkpoint to start from, of any kind that `octvideo.weights.load_weights` reads.
 
     Returns:
@@ -388,7 +393,8 @@ def create_model(
     if weights is not None:
         load_weights(network, weights)
     patterns = {f"^blocks\\.{block}\\.": alpha for block, alpha in zip(_stages(network), alphas, strict=True)}
-    return octavize(network, patterns, downsample=downsample)
+    fast = any(alphas) if channels_last is None else channels_last
+    return octavize(network, patterns, downsample=downsample, channels_last=fast)
 
 
 def _stages(network: Net) -> list[int]:

@@ -16,10 +16,30 @@ from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.utils.checkpoint import CheckpointFunction
 
 Parts = tuple[tuple[int, int], ...]
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 WAY_OUT = (
     "call .merge() on them first for the vanilla tensor; in a network that octavize changed, keep the convolutions "
     "that lead there at alpha 0, by skip=... or {regex: 0}"
 )
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether clips lie in memory as (B, T, H, W, C), or images as (B, H, W, C)."""
+    return x.dim() in _LAST and x.is_contiguous(memory_format=_LAST[x.dim()])
+
+
+def lay_channels_last(x: Tensor) -> Tensor:
+    """Gives clips or images channels last in memory; the same Tensor if they are.
+
+    Octave layers do so with their maps: there a clip is a batch of images without a copy, and on a CPU pooling is up to
+    37 times faster than avg_pool3d, which loses this layout too, and adding an upsampled map up to 13 times.
+    """
+    return x.contiguous(memory_format=_LAST[x.dim()])
+
+
+def keep_layout(y: Tensor, x: Tensor) -> Tensor:
+    """Gives `y` channels last if `x` has them so: torch's convolutions of small inputs on a CPU lose that layout."""
+    return lay_channels_last(y) if channels_last(x) else y
 
 
 def fold_time(x: Tensor) -> Tensor:
@@ -38,17 +58,7 @@ def unfold_time(images: Tensor, clips: Tensor) -> Tensor:
     return images.unflatten(1, (clips.shape[1], clips.shape[2]))
 
 
-def channels_last(x: Tensor) -> bool:
-    """Whether clips lie in memory as (B, T, H, W, C)."""
-    return x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
-
-
-def keep_layout(y: Tensor, x: Tensor) -> Tensor:
-    """Gives `y` channels last if `x` has them so: torch's convolutions of small inputs on a CPU lose that layout."""
-    return y.contiguous(memory_format=torch.channels_last_3d) if channels_last(x) else y
-
-
-def average_pool(x: Tensor, factors: Sequence[int]) -> Tensor:
+def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Tensor:
     """Averages windows of `factors` cells; a window cut by the border averages the cells it has.
 
     Rounding the size up (7 -> 4) keeps cell i of the result over cells 2i and 2i + 1 of the input at every size.
@@ -57,6 +67,7 @@ def average_pool(x: Tensor, factors: Sequence[int]) -> Tensor:
     Args:
         x: (B, C, T, H, W) or (B, C, H, W).
         factors: 1 or 2 for each dimension after the channels.
+        sums: add up the cells of a window instead.
 
     Returns:
         A Tensor of ceil(size / factor) cells in each of those dimensions.
@@ -68,10 +79,11 @@ def average_pool(x: Tensor, factors: Sequence[int]) -> Tensor:
             (*x.shape[:2], *(-(-size // factor) for size, factor in zip(x.shape[2:], factors, strict=True)))
         )
     if len(factors) == 2:
-        return F.avg_pool2d(x, tuple(factors), ceil_mode=True, count_include_pad=False)
-    x = unfold_time(average_pool(fold_time(x), factors[1:]), x)
+        divisor = 1 if sums else None
+        return F.avg_pool2d(x, tuple(factors), ceil_mode=True, count_include_pad=False, divisor_override=divisor)
+    x = unfold_time(average_pool(fold_time(x), factors[1:], sums=sums), x)
     # All windows of two frames have as many cells in the one as in the other, so the mean of two means is the mean.
-    return average_pool(x.flatten(3), (factors[0], 1)).unflatten(3, x.shape[3:])
+    return average_pool(x.flatten(3), (factors[0], 1), sums=sums).unflatten(3, x.shape[3:])
 
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -95,6 +107,39 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     for dim, want in enumerate(size, 2):
         x = x.narrow(dim, 0, want)
     return x
+
+
+def add_upsampled(high: Tensor, low: Tensor) -> Tensor:
+    """`high + upsample(low)`, written into `high` where no gradient or compiler follows.
+
+    Adds each low cell to the cells that it covers, without an upsampled map: 2 to 13 times faster on a CPU.
+
+    Args:
+        high: (B, C, T, H, W) or (B, C, H, W), a result that nothing else reads.
+        low: the same with the dimensions after the channels halved, rounded up, or not.
+    """
+    wants_gradient = torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)
+    if wants_gradient or not runs_as_called():
+        return high + upsample(low, high.shape[2:])
+    factors = [1 if have == want else 2 for have, want in zip(low.shape[2:], high.shape[2:], strict=True)]
+    if not channels_last(high) or any(size % factor for size, factor in zip(high.shape[2:], factors, strict=True)):
+        return high.add_(upsample(low, high.shape[2:]))
+    cells, sums = low.movedim(1, -1), high.movedim(1, -1)  # (B, T, H, W, C), the order in memory
+    for axis in range(len(factors), 0, -1):
+        if factors[axis - 1] == 2:  # to (..., H / 2, 1, ...) and (..., H / 2, 2, ...)
+            cells, sums = cells.unsqueeze(axis + 1), sums.unflatten(axis, (-1, 2))
+    sums.add_(cells)
+    return high
+
+
+def runs_as_called() -> bool:
+    """Whether operations run one by one on plain values: no compiler, tracer or torch.func transform takes them up."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def split_by_parts(x: Tensor, parts: Parts, dim: int) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,25 @@
-"""Who may import whom: octaves <- conv <- octavize <- models <- recognizer; data and the network side never meet."""
+"""Who may import whom.
+
+octaves <- paths <- conv <- octavize <- models <- recognizer; data and the network side never meet.
+"""
 
 import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "octvideo"
-NETWORK = ["octaves", "conv", "octavize", "models", "recognizer"]
+NETWORK = ["octaves", "paths", "conv", "octavize", "models", "recognizer"]
 ALLOWED = {
     "octaves": set(),
-    "conv": {"octaves"},
+    "paths": {"octaves"},
+    "conv": {"octaves", "paths"},
     "octavize": {"octaves", "conv"},
     "models": {"octaves", "conv", "octavize", "weights"},
     "recognizer": {"octaves", "conv", "octavize", "models", "cost"},
+    "fuse": set(),
     "cost": set(),
     "weights": set(),
     "callbacks": set(),
-    "__init__": set(NETWORK),
+    "__init__": {*NETWORK, "fuse"},
 }
 
 

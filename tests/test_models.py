@@ -14,6 +14,7 @@ from torch import nn
 from octvideo import MODELS, Octaves, OctConv3d, create_model, octavize
 from octvideo.cost import count_macs, count_parameters
 from octvideo.models import HeadPool, NonLocalBlock
+from octvideo.octaves import channels_last
 
 PAPERS = ("c2d_r50", "i3d_r50", "slow_r50", "slowfast_r50")
 PARAMETERS = {"c2d_r50": 24_327_632, "i3d_r50": 28_043_472, "slow_r50": 32_454_096, "slowfast_r50": 34_566_488}
@@ -162,6 +163,41 @@ def test_a_clip_constant_in_space_has_the_same_logits_at_every_alpha(name, size)
         for alpha in (0.125, 0.25, 0.5):
             stages = {r"^blocks\.[1-5]\.": alpha}
             torch.testing.assert_close(octavize(network, stages)(clip), wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["i3d_r50", "slowfast_r50", "x3d_xs", "r2plus1d_r50"])
+def test_channels_last_is_the_fast_form_of_the_published_network(name):
+    torch.manual_seed(0)
+    published = settle(create_model(name, num_classes=5, width=16))
+    fast = create_model(name, num_classes=5, width=16, channels_last=True).eval()
+    fast.load_state_dict(published.state_dict())
+    lost = []
+
+    def look(module, _, y):
+        if not channels_last(y):
+            lost.append(module)
+
+    for module in fast.modules():
+        if isinstance(module, nn.Conv3d):
+            assert isinstance(module, OctConv3d)
+            module.register_forward_hook(look)
+    clip = torch.randn(2, 3, 8, 64, 64)
+    torch.testing.assert_close(fast(clip), published(clip), rtol=1e-3, atol=1e-4)
+    assert not lost
+
+
+def test_octave_networks_are_channels_last_everywhere_by_default_and_vanilla_ones_nowhere():
+    convolutions = [
+        module for module in create_model("i3d_r50", alpha=0.25, width=8).modules() if _is_convolution(module)
+    ]
+    assert all(module.channels_last for module in convolutions)
+    assert not any(type(module) is OctConv3d for module in create_model("i3d_r50", width=8).modules())
+    plain = create_model("i3d_r50", alpha=0.25, width=8, channels_last=False)
+    assert not any(module.channels_last for module in plain.modules() if _is_convolution(module))
+
+
+def _is_convolution(module):
+    return isinstance(module, nn.Conv3d)
 
 
 def test_octave_features_flow_through_the_octave_stages_only():

@@ -193,8 +193,26 @@ def test_pooled_downsampling_is_the_control_at_alpha_zero():
     control = network(image)
     assert not torch.equal(control, wanted)
     layer = network.layer2[0].conv1
-    assert torch.equal(layer(image.new_ones(1, 64, 8, 8)), F.conv2d(torch.ones(1, 64, 4, 4), layer.weight, padding=1))
+    pooled = F.conv2d(torch.ones(1, 64, 4, 4), layer.weight, padding=1)
+    torch.testing.assert_close(layer(image.new_ones(1, 64, 8, 8)), pooled)
     assert torch.equal(octavize(network, 0)(image), wanted)
+
+
+def test_channels_last_is_the_fast_form_at_alpha_zero_and_is_restored():
+    torch.manual_seed(0)
+    network = small_network().eval()
+    clip = torch.randn(1, 3, 2, 8, 8)
+    wanted = network(clip)
+    octavize(network, 0, channels_last=True)
+    assert isinstance(network[0], OctConv3d)
+    assert "channels_last=True" in str(network[0])
+    assert network[0](clip).is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(network(clip), wanted)
+    torch.testing.assert_close(network[0](clip[0]), network[0](clip)[0])  # a clip without a batch
+    octavize(network, 0)
+    assert type(network[0]) is nn.Conv3d
+    assert "channels_last" not in network[0].__dict__
+    assert torch.equal(network(clip), wanted)
 
 
 def test_groups_that_cannot_be_split_name_the_layer():
