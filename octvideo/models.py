@@ -327,6 +327,7 @@ def create_model(
     channel_ratio: int = 8,
     downsample: Literal["conv", "pool"] = "conv",
     channels_last: bool | None = None,
+    round_to: int = 1,
     weights: str | Path | None = None,
 ) -> nn.Module:
     """Builds a network of the zoo, with octave convolutions where alpha is above 0.
@@ -349,6 +350,8 @@ def create_model(
             the fair control for them; "conv" strides there as published.
         channels_last: lay channels last in memory and run factorised convolutions as 2-D ones: the fast form of any of
             these networks. Default: where an alpha is above 0; else it is bit for bit the published network.
+        round_to: rounds the number of low channels of each convolution to a multiple; 16 is faster at alphas such as
+            .1, but changes how much is low. See `octvideo.conv.split_channels`.
         weights: checkpoint to start from, of any kind that `octvideo.weights.load_weights` reads.
 
     Returns:
@@ -394,7 +397,7 @@ def create_model(
         load_weights(network, weights)
     patterns = {f"^blocks\\.{block}\\.": alpha for block, alpha in zip(_stages(network), alphas, strict=True)}
     fast = any(alphas) if channels_last is None else channels_last
-    return octavize(network, patterns, downsample=downsample, channels_last=fast)
+    return octavize(network, patterns, downsample=downsample, channels_last=fast, round_to=round_to)
 
 
 def _stages(network: Net) -> list[int]:

@@ -24,12 +24,14 @@ class Assignment:
         name: its name among the network's modules.
         channels: its output channels.
         alpha: the share of them that is low.
+        low: how many of them are low.
         reason: why it was left at alpha 0; empty for an octave convolution.
     """
 
     name: str
     channels: int
     alpha: float
+    low: int
     reason: str = ""
 
 
@@ -52,7 +54,7 @@ class Report:
         lines = [f"{self.network}: {len(octave)} of {len(self.assignments)} convolutions are octave"]
         width = max((len(assignment.name) for assignment in self.assignments), default=0)
         for assignment in self.assignments:
-            high, low = split_channels(assignment.channels, assignment.alpha)
+            high, low = assignment.channels - assignment.low, assignment.low
             what = assignment.reason or f"alpha {assignment.alpha:g}: {high} high + {low} low channels"
             lines.append(f"  {assignment.name:{width}}  {what}")
         lines += [f"  {name:{width}}  exchanged for nn.SiLU, the same function" for name in self.exchanged]
@@ -67,6 +69,7 @@ def octavize(
     skip: str | Iterable[str] = (),
     downsample: Literal["conv", "pool"] = "conv",
     channels_last: bool = False,
+    round_to: int = 1,
 ) -> Network:
     """Gives every nn.Conv2d and nn.Conv3d of a network an alpha, in place; the weights stay untouched.
 
@@ -84,6 +87,8 @@ def octavize(
             of 2, as octave convolutions do: the fair control for an octave network.
         channels_last: every convolution, at alpha 0 too, lays channels last in memory and runs as a 2-D one where it is
             factorised (1 x k x k, k x 1 x 1), as octave convolutions always do: faster, and equal up to rounding.
+        round_to: rounds the number of low channels of each convolution to a multiple; 16 is faster at alphas such as
+            .1, but changes how much is low. See `octvideo.conv.split_channels`.
 
     Returns:
         The same model. Its attribute `octave_report` says which convolution got which alpha and which were left and
@@ -112,7 +117,7 @@ def octavize(
         raise ValueError(f"{_describe(model)} has no convolution that could become octave: {lines}")
     for name in possible:  # before anything changes
         try:
-            check_groups(convolutions[name], alphas[name])
+            check_groups(convolutions[name], alphas[name], round_to)
         except ValueError as error:
             raise ValueError(f"{name}: {error}; skip it, or choose another alpha for it") from error
         problem = misalignment(convolutions[name], temporal)
@@ -127,18 +132,21 @@ def octavize(
             _swap_class(module, octave)
             pools = name not in reasons and not misalignment(module, temporal)
             module.set_alpha(
-                alphas[name], temporal and octave is OctConv3d, downsample if pools else "conv", channels_last
+                alphas[name],
+                temporal=temporal and octave is OctConv3d,
+                downsample=downsample if pools else "conv",
+                channels_last=channels_last,
+                round_to=round_to,
             )
         elif isinstance(module, (OctConv2d, OctConv3d)):
             _swap_class(module, getattr(module, "_vanilla_class", nn.Conv2d if octave is OctConv2d else nn.Conv3d))
-            for attribute in ("alpha", "temporal", "downsample", "channels_last", "_vanilla_class"):
+            for attribute in ("alpha", "temporal", "downsample", "channels_last", "round_to", "_vanilla_class"):
                 module.__dict__.pop(attribute, None)
     exchanged = _exchange_swish(model, vanilla)
     model.__dict__.pop("octave_report", None)
     if not vanilla:
         assignments = tuple(
-            Assignment(name, module.out_channels, alphas[name], reasons.get(name) or _too_few(module, alphas[name]))
-            for name, module in convolutions.items()
+            _assignment(name, module, alphas[name], reasons, round_to) for name, module in convolutions.items()
         )
         model.octave_report = Report(type(model).__name__, assignments, exchanged)  # type: ignore[assignment]
     return model
@@ -202,11 +210,11 @@ def _reasons(
     return reasons
 
 
-def _too_few(module: Any, alpha: float) -> str:
-    """Why a convolution that got an alpha has no low channel; empty if it has."""
-    if alpha and split_channels(module.out_channels, alpha)[1]:
-        return ""
-    return f"left: {module.out_channels} channels have no low one at alpha {alpha:g}" if alpha else "left: alpha 0"
+def _assignment(name: str, module: Any, alpha: float, reasons: Mapping[str, str], round_to: int) -> Assignment:
+    """What became of a convolution; one whose channels are too few for a low one stays vanilla too."""
+    low = split_channels(module.out_channels, alpha, round_to)[1]
+    too_few = f"left: {module.out_channels} channels have no low one at alpha {alpha:g}" if alpha else "left: alpha 0"
+    return Assignment(name, module.out_channels, alpha, low, reasons.get(name, "" if low else too_few))
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,8 +37,17 @@ class _Flat(NamedTuple):
     kept: slice  # of stride, padding and dilation
 
 
+def _fold_space(x: Tensor) -> Tensor:
+    """Views clips that lie channels last as images of T x (H W) cells.
+
+    By way of the order in memory: the stride of a batch of one is arbitrary, and torch's convolutions take images whose
+    stride is another than they would give it for channels-first ones, and copy them.
+    """
+    return x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
+
+
 _FRAME_BY_FRAME = _Flat(fold_time, unfold_time, 2, slice(1, 3))
-_CELL_BY_CELL = _Flat(lambda x: x.flatten(3), lambda y, x: y.unflatten(3, x.shape[3:]), 4, slice(0, 2))  # T x (H W)
+_CELL_BY_CELL = _Flat(_fold_space, lambda y, x: y.unflatten(3, x.shape[3:]), 4, slice(0, 2))
 
 
 @dataclass(frozen=True)
@@ -246,20 +256,23 @@ class Paths:
             to_both, to_rows_low, to_bias_low = self.kernel.backward(grad_low, both, rows_low, wanted)
             if wanted[0]:
                 to_both_high, to_both_low = split_by_parts(to_both, self.parts, 1)
-                to_pooled = add_upsampled(to_pooled, _shares(to_both_high, pooled, self.factors))
-                to_low = add_upsampled(to_low, _shares(to_both_low, low, self.pool)) if low.shape[1] else to_low
+                to_pooled = add_upsampled(to_pooled, *_shares(to_both_high, pooled, self.factors))
+                to_low = add_upsampled(to_low, *_shares(to_both_low, low, self.pool)) if low.shape[1] else to_low
             to_rows = torch.cat((to_rows, to_rows_low)) if wanted[1] else to_rows
             to_bias = torch.cat((to_bias, to_bias_low)) if wanted[2] else to_bias
         if wanted[0] and max(self.pool) > 1:
-            to_pooled = upsample(_shares(to_pooled, high, self.pool), high.shape[2:])
+            shares, scale = _shares(to_pooled, high, self.pool)
+            to_pooled = upsample(shares * scale, high.shape[2:])
         gradients = (to_pooled, to_low, to_rows, to_bias)
         return tuple(x if want else None for x, want in zip(gradients, (wanted[0], *wanted), strict=True))  # type: ignore[return-value]
 
 
-def _shares(gradient: Tensor, averaged: Tensor, factors: Sequence[int]) -> Tensor:
-    """What each cell of the windows that were averaged gets of their gradient; the border's have fewer cells."""
-    ones = gradient.new_ones((1, 1, *averaged.shape[2:]))
-    return gradient / average_pool(ones, factors, sums=True)
+def _shares(gradient: Tensor, averaged: Tensor, factors: Sequence[int]) -> tuple[Tensor, float]:
+    """What each cell of the windows that were averaged gets of their gradient: the product of the two."""
+    if not any(size % factor for size, factor in zip(averaged.shape[2:], factors, strict=True)):
+        return gradient, 1 / math.prod(factors)
+    ones = gradient.new_ones((1, 1, *averaged.shape[2:]))  # the border's windows have fewer cells
+    return gradient / average_pool(ones, factors, sums=True), 1.0
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:

@@ -82,6 +82,8 @@ class Recognizer(LightningModule):
         channel_ratio: SlowFast only: channels of the slow pathway for each one of the fast pathway.
         downsample: "pool" makes res2 to res5 average-pool for a spatial stride at alpha 0 too, as octave networks do:
             the fair control for them; "conv" strides there as published.
+        round_to: rounds the numbers of low channels to a multiple; 16 is faster at alphas such as .1, but changes how
+            much is low.
         weights: checkpoint to start from: ours, pytorchvideo's, PySlowFast's, or a 2-D ImageNet ResNet's, which is
             inflated. A classifier of another number of classes starts fresh.
         learning_rate: peak of the half-cosine schedule.
@@ -108,6 +110,7 @@ class Recognizer(LightningModule):
         frame_ratio: int = 4,
         channel_ratio: int = 8,
         downsample: Literal["conv", "pool"] = "conv",
+        round_to: int = 1,
         weights: str | None = None,
         learning_rate: float = 0.1,
         warmup_start: float = 0.01,
@@ -137,6 +140,7 @@ class Recognizer(LightningModule):
             channel_ratio=channel_ratio,
             downsample=downsample,
             channels_last=True,  # faster at every alpha
+            round_to=round_to,
             weights=weights,
         )
         self.num_classes = num_classes

@@ -160,10 +160,11 @@ def test_weights_of_another_network_end_training_with_one_line(motions, trained,
     assert_one_line(finished, "last.ckpt (octvideo) has values for 0 of 267 tensors", "does not fit")
 
 
-def test_a_checkpoint_without_labels_or_downsampling_is_still_tested_and_gone_on_from(motions, trained, tmp_path):
+def test_a_checkpoint_without_labels_or_later_options_is_still_tested_and_gone_on_from(motions, trained, tmp_path):
     checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     del checkpoint["VideoData"]
-    checkpoint["hyper_parameters"].pop("downsample", None)
+    for option in ("downsample", "round_to"):
+        del checkpoint["hyper_parameters"][option]
     torch.save(checkpoint, tmp_path / "old.ckpt")
     assert read_labels(tmp_path / "old.ckpt") is None
     assert read_preprocessing(tmp_path / "old.ckpt") == {"mean": 0.45, "std": 0.225}

@@ -425,11 +425,33 @@ def test_split_is_not_fooled_by_float_rounding():
     assert split_channels(15, 0.2) == (12, 3)
 
 
+def test_low_channels_can_be_rounded_to_a_multiple_that_leaves_some_of_either_kind():
+    assert [split_channels(channels, 0.1, 16)[1] for channels in (64, 128, 256, 512, 1024)] == [16, 16, 32, 48, 96]
+    assert split_channels(64, 0.375, 16) == (32, 32)  # 24 lies between: up
+    assert split_channels(64, 0.95, 16) == (16, 48)
+    assert split_channels(31, 0.5, 16) == (16, 15)  # no two multiples: as without
+    assert split_channels(64, 0, 16) == (64, 0)
+    assert split_channels(60, 1, 16) == (0, 60)
+    for channels, alpha in itertools.product(range(1, 130), (0.1, 0.25, 0.5, 0.9)):
+        assert split_channels(channels, alpha, 1) == split_channels(channels, alpha)
+
+
+def test_rounded_layers_follow_each_other():
+    torch.manual_seed(0)
+    first = OctConv3d(3, 64, 1, alpha=0.1, round_to=16)
+    depthwise = OctConv3d(64, 64, 3, padding=1, groups=64, alpha=0.1, round_to=16)
+    last = OctConv3d(64, 32, 1, groups=2, alpha=0.3, round_to=16)
+    x = last(depthwise(first(torch.randn(1, 3, 2, 8, 8))))
+    assert (x.high.shape[1], x.low.shape[1]) == (16, 16)
+    assert "round_to=16" in str(first)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: split_channels(8, 1.5), r"alpha must lie in \[0, 1\], got 1.5"),
-        (lambda: split_channels(0, 0.5), "channels must be at least 1, got 0"),
+        (lambda: split_channels(0, 0.5), "channels and round_to must be at least 1, got 0 and 1"),
+        (lambda: split_channels(8, 0.5, 0), "channels and round_to must be at least 1, got 8 and 0"),
         (lambda: OctConv3d(8, 8, 1, groups=4, alpha=0.25), "alpha 0.25 splits 8 output channels into 6 high and 2 low"),
         (lambda: OctConv2d(8, 8, 1, downsample="avg"), r"downsample must be \"conv\" or \"pool\", got 'avg'"),
         (lambda: OctConv2d(8, 8, 1, temporal=True), "temporal=True needs a 3-D convolution"),

@@ -215,6 +215,15 @@ def test_channels_last_is_the_fast_form_at_alpha_zero_and_is_restored():
     assert torch.equal(network(clip), wanted)
 
 
+def test_rounding_reaches_every_layer_and_the_report():
+    network = octavize(resnet18().eval(), {"layer": 0.1}, round_to=16)
+    assert "48 high + 16 low channels" in str(network.octave_report)
+    assert [assignment.low for assignment in network.octave_report.assignments][:3] == [0, 16, 16]
+    assert network(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+    octavize(network, 0)
+    assert "round_to" not in network.layer1[0].conv1.__dict__
+
+
 def test_groups_that_cannot_be_split_name_the_layer():
     network = nn.Sequential(nn.Conv3d(3, 8, 1), nn.Conv3d(8, 8, 1, groups=4))
     with pytest.raises(ValueError, match=r"1: alpha 0\.25 splits 8 output channels into 6 high and 2 low"):

@@ -34,7 +34,7 @@ from octvideo.recognizer import Recognizer  # noqa: E402
 # What makes a network what it is, besides its weights.
 NETWORK_OPTIONS = (
     *("name", "alpha", "num_classes", "width", "depth"),
-    *("frame_ratio", "channel_ratio", "downsample", "mean", "std"),
+    *("frame_ratio", "channel_ratio", "downsample", "round_to", "mean", "std"),
 )
 
 Cli = TypeVar("Cli", bound="CommandLine")
@@ -98,8 +98,9 @@ class CommandLine(LightningCLI):
         """
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            # Checkpoints from before there was a choice of downsampling do not name it.
-            trained = {key: ({"downsample": "conv"} | checkpoint["hyper_parameters"])[key] for key in NETWORK_OPTIONS}
+            # Older checkpoints do not name what there was no choice of.
+            known = {"downsample": "conv", "round_to": 1} | checkpoint["hyper_parameters"]
+            trained = {key: known[key] for key in NETWORK_OPTIONS}
         except FileNotFoundError as error:
             raise ValueError(f"{option} {path}: no such file") from error
         except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, OSError) as error:
