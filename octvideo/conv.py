@@ -42,8 +42,8 @@ def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int,
     if channels < 1 or round_to < 1:
         raise ValueError(f"channels and round_to must be at least 1, got {channels} and {round_to}")
     if round_to > 1 and 0 < alpha < 1 and channels >= 2 * round_to:
-        nearest = round_to * int(alpha * channels / round_to + 0.5)
-        low = min(max(nearest, round_to), channels - round_to)
+        nearest, most = int(alpha * channels / round_to + 0.5), channels // round_to - 1
+        low = round_to * max(1, min(nearest, most))
     else:
         low = int(alpha * channels + 1e-6)  # 0.2 * 15 is just below 3
     return channels - low, low
@@ -54,7 +54,7 @@ def check_groups(convolution: nn.modules.conv._ConvNd, alpha: float, round_to: i
     high, low = split_channels(convolution.out_channels, alpha, round_to)
     if is_depthwise(convolution):
         multiplier = convolution.out_channels // convolution.in_channels
-        if low % multiplier:
+        if low != multiplier * split_channels(convolution.in_channels, alpha, round_to)[1]:
             raise ValueError(
                 f"alpha {alpha} gives {high} high output channels, not a multiple of the {multiplier} "
                 "outputs that each depthwise filter has"
@@ -293,9 +293,10 @@ class _OctConv(nn.modules.conv._ConvNd):
                 f"got {low_size}"
             )
         low = input.low.shape[1]
+        wanted = split_channels(self.in_channels, self.alpha, self.round_to)
         rounding = len(input.parts) * self.round_to  # of each part
-        if depthwise and keeps_low and abs(low - self.alpha * self.in_channels) >= rounding:
-            wanted = split_channels(self.in_channels, self.alpha, self.round_to)
+        differs = low != wanted[1] if len(input.parts) == 1 else abs(low - wanted[1]) >= rounding
+        if depthwise and keeps_low and differs:
             raise ValueError(
                 f"a depthwise convolution of alpha {self.alpha} wants {wanted} (high, low) input "
                 f"channels, got {input.parts}: give it the alpha of the layer before"

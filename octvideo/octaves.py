@@ -24,8 +24,8 @@ WAY_OUT = (
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether clips lie in memory as (B, T, H, W, C), or images as (B, H, W, C)."""
-    return x.dim() in _LAST and x.is_contiguous(memory_format=_LAST[x.dim()])
+    """Whether clips lie in memory as (B, T, H, W, C), or images as (B, H, W, C); inside torch.func nobody can say."""
+    return x.dim() in _LAST and not _transformed(x) and x.is_contiguous(memory_format=_LAST[x.dim()])
 
 
 def lay_channels_last(x: Tensor) -> Tensor:
@@ -34,7 +34,14 @@ def lay_channels_last(x: Tensor) -> Tensor:
     Octave layers do so with their maps: there a clip is a batch of images without a copy, and on a CPU pooling is up to
     37 times faster than avg_pool3d, which loses this layout too, and adding an upsampled map up to 13 times.
     """
-    return x.contiguous(memory_format=_LAST[x.dim()])
+    return x if _transformed(x) else x.contiguous(memory_format=_LAST[x.dim()])
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether torch.func transforms, such as vmap, are at work on a Tensor, or batched gradients: it has no layout."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def keep_layout(y: Tensor, x: Tensor) -> Tensor:
@@ -126,7 +133,7 @@ def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
     """
     size = high.shape[2:]
     wants_gradient = torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)
-    if wants_gradient or not runs_as_called():
+    if wants_gradient or _transformed(low) or not runs_as_called():
         return torch.add(high, upsample(low, size), alpha=scale)
     factors = [1 if have == want else 2 for have, want in zip(low.shape[2:], size, strict=True)]
     if not channels_last(high) or any(cells % factor for cells, factor in zip(size, factors, strict=True)):
@@ -140,11 +147,16 @@ def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
 
 
 def runs_as_called() -> bool:
-    """Whether operations run one by one on plain values: no compiler, tracer or torch.func transform takes them up."""
+    """Whether operations run one by one on plain values.
+
+    No compiler, tracer, torch.func transform or dispatch mode takes them up; selective checkpointing, a dispatch mode,
+    keeps results that must not be written to.
+    """
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
     )
 

@@ -73,7 +73,8 @@ def octavize(
 ) -> Network:
     """Gives every nn.Conv2d and nn.Conv3d of a network an alpha, in place; the weights stay untouched.
 
-    Calling it again with another alpha re-assigns. Alpha 0 everywhere restores the vanilla network.
+    Calling it again re-assigns every option, those that are left out too. Alpha 0 everywhere, with the other options
+    left out, restores the vanilla network.
 
     Args:
         model: any network of ordinary modules.

@@ -98,7 +98,7 @@ class Kernel:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of `convolve` (one group, zero padding) for x, weight and bias; undefined where not wanted."""
         gradient = lay_channels_last(gradient)
-        flat = _flat(x, weight, self.stride, self.padding)
+        flat = _flat(x, weight, self.stride, self.padding) if channels_last(gradient) else None
         images, numbers = x, [self.stride, self.padding, self.dilation]
         if flat is not None:
             gradient, images, weight = flat.fold(gradient), flat.fold(x), weight.squeeze(flat.axis)
@@ -185,8 +185,8 @@ class Paths:
         kind = high.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)  # here, so that the gradient of the casts is autograd's
-            high, low, weight = high.to(dtype), low.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+            high, low, weight = _lower(high, dtype), _lower(low, dtype), _lower(weight, dtype)
+            bias = None if bias is None else _lower(bias, dtype)
         with _without_autocast(kind):
             return _OwnGradient.apply(self, high, low, weight, bias)  # type: ignore[no-any-return]
 
@@ -275,6 +275,21 @@ def _shares(gradient: Tensor, averaged: Tensor, factors: Sequence[int]) -> tuple
     return gradient / average_pool(ones, factors, sums=True), 1.0
 
 
+def _batched_gradients(ctx: Any, *gradients: Tensor) -> list[Tensor | None]:
+    """Autograd's gradients for several output gradients at once (is_grads_batched), which few operations know."""
+    bias = ctx.saved_tensors[2].new_zeros(sum(ctx.paths.rows))
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (*ctx.saved_tensors, bias)]
+        outputs = ctx.paths.convolve(*inputs)
+    found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+    return [gradient if wanted else None for gradient, wanted in zip(found, ctx.needs_input_grad[1:], strict=True)]
+
+
+def _lower(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast's cast, which leaves float64 alone."""
+    return x if x.dtype == torch.float64 else x.to(dtype)
+
+
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast off, on devices that have it."""
     return (
@@ -295,11 +310,15 @@ class _OwnGradient(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(high, low, weight)
         ctx.paths = paths
-        return paths.convolve(high, low, weight, bias)
+        # Convolutions in 2-D give views, which nobody could change in place when they come from here.
+        out_high, out_low = (torch.ops.aten._unsafe_view(y, y.shape) for y in paths.convolve(high, low, weight, bias))
+        return out_high, out_low
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         high, low, weight = ctx.saved_tensors
+        if any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients):
+            return None, *_batched_gradients(ctx, *gradients)
         _, wants_high, wants_low, *others = ctx.needs_input_grad
         with _without_autocast(high.device.type):
             return None, *ctx.paths.backward(*gradients, high, low, weight, (wants_high or wants_low, *others))

@@ -157,6 +157,7 @@ def test_layers_are_compared_with_their_vanilla_counterparts(finished):
         (["--json=nowhere/rows.json"], ["--json nowhere/rows.json: No such file or directory"]),
         (["--plot=tests"], ["--plot tests: this is a folder"]),
         (["--layers-json=rows.json"], ["--layers-json needs --layers"]),
+        (["--compile-mode=max-autotune"], ["--compile-mode needs --compile"]),
         (["--layers", "--alphas=0"], ["--layers needs an alpha above 0"]),
         (["--fuse", "--mode=inference,train"], ["--fuse folds batch norm in, which training cannot"]),
         (["--size=1x32x32"], ["i3d_r50 does not take clips of 1x32x32"]),

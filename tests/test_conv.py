@@ -429,6 +429,7 @@ def test_low_channels_can_be_rounded_to_a_multiple_that_leaves_some_of_either_ki
     assert [split_channels(channels, 0.1, 16)[1] for channels in (64, 128, 256, 512, 1024)] == [16, 16, 32, 48, 96]
     assert split_channels(64, 0.375, 16) == (32, 32)  # 24 lies between: up
     assert split_channels(64, 0.95, 16) == (16, 48)
+    assert split_channels(40, 0.9, 16) == (24, 16)  # low in multiples, whatever is left
     assert split_channels(31, 0.5, 16) == (16, 15)  # no two multiples: as without
     assert split_channels(64, 0, 16) == (64, 0)
     assert split_channels(60, 1, 16) == (0, 60)

@@ -1,6 +1,9 @@
 """The form for inference: batch norm folded into the convolutions before it."""
 
+from dataclasses import dataclass
+
 import pytest
+import timm
 import torch
 from networks import settle
 from torch import nn
@@ -82,6 +85,54 @@ def test_what_cannot_be_folded_is_an_error_and_nothing_changes():
         fuse(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"does not take an example of shape \(1, 3, 64, 64\); give fuse one"):
         fuse(vit_b_16())
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+class Answers(Branches):
+    """A network whose output nobody can look into."""
+
+    def forward(self, x):
+        return Answer(super().forward(x))
+
+
+class Keyword(Branches):
+    """A batch norm that is called by keyword, and an output of class numbers too."""
+
+    def forward(self, x):
+        x = self.norm(input=self.conv(x))
+        return x, x.flatten(1).argmax(1)
+
+
+def test_a_wrong_fold_shows_in_16_bits_too_and_an_output_without_tensors_is_refused():
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match="used elsewhere than in the batch norm behind it"):
+            fuse(settle(Branches()).to(dtype))
+    with pytest.raises(ValueError, match="Answers gives no floating-point Tensor"):
+        fuse(settle(Answers()))
+    assert not norms(fuse(settle(Keyword())))
+
+
+def test_batch_norms_with_a_forward_pass_of_their_own_stay():
+    torch.manual_seed(0)
+    network = settle(timm.create_model("efficientnet_b0"))
+    fused = fuse(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), network).eval())
+    assert len(norms(fused)) == len(norms(network))
+
+
+def test_other_random_numbers_stay_as_they_were():
+    torch.manual_seed(0)
+    wanted = torch.rand(1)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    torch.set_rng_state(state)
+    fuse(network)
+    assert torch.equal(torch.rand(1), wanted)
 
 
 def test_an_example_can_be_given():

@@ -1,11 +1,14 @@
 """The fast paths of an octave convolution against plain ones, and the gradient of their own."""
 
+import copy
+import functools
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from octvideo import Octaves, OctConv2d, OctConv3d
 from octvideo.cost import count_saved_bytes
@@ -88,13 +91,63 @@ def test_a_single_gradient_can_be_wanted(wanted):
     torch.testing.assert_close(values[wanted].grad, everything[wanted].grad)
 
 
-def test_gradients_of_one_map_alone_are_enough():
+@pytest.mark.parametrize("map_", ["high", "low"])
+def test_gradients_of_one_output_map_alone_are_enough(map_, monkeypatch):
     layer = LAYERS["1 x 3 x 3"]
     high, low = features(layer, ((6, 2),))
+    inputs = (high, low, layer.weight)
+    found = torch.autograd.grad(getattr(layer(Octaves(high, low)), map_).square().sum(), inputs)
+    monkeypatch.setattr(Paths, "_has_own_gradient", lambda *_: False)
+    plain = getattr(layer(Octaves(high, low)), map_).square().sum()
+    for gradient, wanted in zip(found, torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_can_be_changed_in_place(name):
+    layer = LAYERS[name]
+    high, low = features(layer, ((6, 2),))
+    nn.Sequential(layer, nn.ReLU(inplace=True))(Octaves(high, low))
     y = layer(Octaves(high, low))
-    found = torch.autograd.grad(y.low.sum(), (high, low), retain_graph=True)
-    assert all(gradient.abs().sum() > 0 for gradient in found)
-    torch.autograd.grad(y.high.sum(), (high, low))
+    y += y
+    sum(z.sum() for z in (y if isinstance(y, Octaves) else (y,))).backward()
+    assert high.grad.isfinite().all()
+
+
+def test_gradients_can_be_batched():
+    layer = LAYERS["1 x 3 x 3"]
+    high, low = features(layer, ((6, 2),))
+    y = layer(Octaves(high, low)).low
+    several = torch.randn(3, *y.shape, **DOUBLE)
+    (found,) = torch.autograd.grad(y, high, several, is_grads_batched=True, retain_graph=True)
+    for gradient, direction in zip(found, several, strict=True):
+        torch.testing.assert_close(gradient, torch.autograd.grad(y, high, direction, retain_graph=True)[0])
+
+    def loss(clip):
+        return layer(clip[None]).high.square().sum()
+
+    clips = torch.randn(3, 8, 3, 4, 6, **DOUBLE)
+    each = torch.vmap(torch.func.grad(loss))(clips)
+    for gradient, clip in zip(each, clips, strict=True):
+        torch.testing.assert_close(gradient, torch.func.grad(loss)(clip))
+
+
+def test_selective_checkpointing_may_keep_the_convolutions():
+    layer = LAYERS["1 x 3 x 3"]
+    high, low = features(layer, ((6, 2),))
+    keep = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    gradients = []
+    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False, context_fn=keep)):
+        y = run(Octaves(high, low))
+        gradients.append(torch.autograd.grad(y.high.square().sum() + y.low.sum(), (high, low, layer.weight)))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_leaves_float64_alone():
+    layer = LAYERS["1 x 3 x 3"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(Octaves(*features(layer, ((6, 2),)))).dtype == torch.float64
 
 
 def test_torch_func_and_forward_mode_gradients_work():
@@ -115,14 +168,14 @@ def test_torch_func_and_forward_mode_gradients_work():
 
 @pytest.mark.parametrize("name", ["1 x 3 x 3", "3 x 1 x 1", "3 x 3 x 3", "3 x 3"])
 def test_autocast_keeps_bfloat16_maps_for_the_gradient(name):
-    layer = LAYERS[name].to(torch.float32)
+    layer = copy.deepcopy(LAYERS[name]).to(torch.float32)
     high, low = (x.detach().float().requires_grad_() for x in features(layer, ((6, 2),)))
     saved = []
-    with (
-        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.dtype) or x, lambda x: x),
-        torch.autocast("cpu", torch.bfloat16),
-    ):
-        y = layer(Octaves(high, low))
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.dtype) or x, lambda x: x):
+            y = layer(Octaves(high, low))
+        inside = torch.autograd.grad(y.high.sum() + y.low.sum(), (high, layer.weight), retain_graph=True)
+    assert all(gradient.isfinite().all() for gradient in inside)
     assert y.dtype == torch.bfloat16
     assert set(saved) == {torch.bfloat16}
     wanted = layer(Octaves(high, low))
@@ -132,7 +185,6 @@ def test_autocast_keeps_bfloat16_maps_for_the_gradient(name):
     for gradient, right in zip(*gradients, strict=True):
         assert gradient.dtype == torch.float32
         torch.testing.assert_close(gradient, right, rtol=0.05, atol=0.05 * float(right.abs().max()))
-    layer.to(torch.float64)
 
 
 def test_a_layer_keeps_only_its_input_maps_for_the_gradient():

@@ -14,9 +14,9 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 ROWS = re.findall(r"^\| `(\w+)` \| (\d+) x (\d+) x (\d+) \| ([\d,]+) \| (.*) \|$", README, re.MULTILINE)
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_snippet_runs(number, tmp_path, monkeypatch):
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 4
     monkeypatch.chdir(tmp_path)
     exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {})
 

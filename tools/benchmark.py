@@ -143,6 +143,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--dtype", type=several(one_of(tuple(DTYPES), "dtype")), default=("fp32",), metavar="fp32,bf16")
     add("--mode", type=several(one_of(MODES, "mode")), default=("inference",), metavar="inference,train")
     add("--compile", action="store_true", help="compiled networks; in inference with batch norm folded in and frozen")
+    add(
+        "--compile-mode",
+        choices=("default", "reduce-overhead", "max-autotune"),
+        default="default",
+        help="torch.compile's mode; reduce-overhead uses CUDA graphs",
+    )
     add("--fuse", action="store_true", help="inference with batch norm folded in (the octvideo form only)")
     add("--forms", type=several(one_of(tuple(FORMS), "form")), default=tuple(FORMS), metavar="A,B", help="default: all")
     add("--width", type=number, metavar="N", help="channels of the stem; default: as published")
@@ -164,6 +170,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch sees no GPU")
+    if options.compile_mode != "default" and not options.compile:
+        fail("--compile-mode needs --compile")
     if options.fuse and "train" in options.mode:
         fail("--fuse folds batch norm in, which training cannot: give --mode inference")
     if options.layers_json and not options.layers:
@@ -532,7 +540,9 @@ def prepare(group: Group, variant: Variant, options: argparse.Namespace) -> nn.M
         network.eval()
         network = octvideo.fuse(network) if is_fused(group, variant, options) else network
         network.to(DTYPES[group.dtype])
-    return torch.compile(network, dynamic=False) if options.compile else network  # type: ignore[return-value]
+    if not options.compile:
+        return network
+    return torch.compile(network, dynamic=False, mode=options.compile_mode)  # type: ignore[return-value]
 
 
 def is_fused(group: Group, variant: Variant, options: argparse.Namespace) -> bool:
