@@ -31,7 +31,7 @@ def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int,
         channels: in all.
         alpha: share of low channels, in [0, 1].
         round_to: takes the nearest multiple of this in place of the floor, at least one and leaving at least one, where
-            there are two. 16, the numbers that a vector of a CPU holds, made I3D at alphas such as .1, .2 and .3 up to
+            there are two. 16, the floats that a vector of AVX-512 holds, made I3D at alphas such as .1, .2 and .3 up to
             17 % faster for the same arithmetic, and 1 to 5 % at .125. It changes how much is low.
 
     Raises:
@@ -54,10 +54,16 @@ def check_groups(convolution: nn.modules.conv._ConvNd, alpha: float, round_to: i
     high, low = split_channels(convolution.out_channels, alpha, round_to)
     if is_depthwise(convolution):
         multiplier = convolution.out_channels // convolution.in_channels
-        if low != multiplier * split_channels(convolution.in_channels, alpha, round_to)[1]:
+        if low % multiplier:
             raise ValueError(
                 f"alpha {alpha} gives {high} high output channels, not a multiple of the {multiplier} "
                 "outputs that each depthwise filter has"
+            )
+        low_in = split_channels(convolution.in_channels, alpha, round_to)[1]
+        if low != multiplier * low_in:
+            raise ValueError(
+                f"alpha {alpha} with round_to {round_to} gives {low} low output channels, but {low_in} low input "
+                f"channels of a depthwise convolution with {multiplier} outputs for each"
             )
     elif low % convolution.groups:
         raise ValueError(

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
 
-def fuse(model: nn.Module, example: Any = None) -> nn.Module:
+def fuse(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     """Folds every batch norm that follows a convolution into its weight and bias, for inference.
 
     An octave convolution has one weight in the vanilla order of channels, and so has its batch norm: the folded weight
@@ -45,9 +45,14 @@ def fuse(model: nn.Module, example: Any = None) -> nn.Module:
     if not pairs:
         raise ValueError(f"{type(model).__name__} has no batch norm with statistics that follows a convolution")
     for norm, convolution in pairs.items():
-        bias = convolution.bias
         convolution.weight, convolution.bias = fuse_conv_bn_weights(
-            convolution.weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            convolution.weight,
+            convolution.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
         )
     for module in fused.modules():
         for name, child in module.named_children():

@@ -437,6 +437,14 @@ def test_low_channels_can_be_rounded_to_a_multiple_that_leaves_some_of_either_ki
         assert split_channels(channels, alpha, 1) == split_channels(channels, alpha)
 
 
+def test_a_depthwise_layer_takes_no_other_rounding_than_its_own():
+    layer = OctConv3d(64, 64, 3, padding=1, groups=64, alpha=0.5, round_to=16)
+    with pytest.raises(ValueError, match=r"wants \(32, 32\) \(high, low\) input channels, got \(\(44, 20\),\)"):
+        layer(Octaves(torch.zeros(1, 44, 2, 4, 4), torch.zeros(1, 20, 2, 2, 2)))
+    with pytest.raises(ValueError, match="round_to 16 gives 16 low output channels, but 4 low input channels"):
+        OctConv3d(16, 32, 3, padding=1, groups=16, alpha=0.25, round_to=16)
+
+
 def test_rounded_layers_follow_each_other():
     torch.manual_seed(0)
     first = OctConv3d(3, 64, 1, alpha=0.1, round_to=16)

@@ -264,6 +264,15 @@ def test_factorised_convolutions_run_in_2d_and_equal_conv3d(kernel, stride, padd
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
 
 
+def test_a_single_clip_keeps_its_layout_in_convolutions_over_time():
+    clip = torch.randn(1, 4, 3, 5, 6).contiguous(memory_format=torch.channels_last_3d)
+    odd = clip.as_strided(clip.shape, (4, *clip.stride()[1:]))  # as elementwise functions leave a batch of one
+    kernel = Kernel((1, 1, 1), (1, 0, 0), (1, 1, 1), "zeros", ())
+    with mock.patch.object(F, "conv2d", wraps=F.conv2d) as images:
+        kernel.convolve(odd, torch.randn(8, 4, 3, 1, 1), None)
+    assert images.call_args.args[0].stride() == (3 * 30 * 4, 1, 30 * 4, 4)
+
+
 def test_octave_maps_come_out_channels_last_whatever_the_input_is():
     for layer, size, last in (
         (OctConv3d(4, 8, 3, padding=1, alpha=0.5), (2, 4, 6), torch.channels_last_3d),
