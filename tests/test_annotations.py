@@ -17,14 +17,14 @@ def write(tmp_path):
 
 def test_paths_with_spaces_blank_lines_and_windows_line_ends(write):
     videos = read_list(write("a b/c d.mp4 3\r\n\r\nx.mp4 0\r\n"), root="/videos")
-    assert videos.paths.tolist() == ["/videos/a b/c d.mp4", "/videos/x.mp4"]
+    assert list(videos.paths) == ["/videos/a b/c d.mp4", "/videos/x.mp4"]
     assert videos.labels.tolist() == [3, 0]
 
 
 def test_separator_header_and_absolute_paths(write):
     path = write("path,label\n/elsewhere/a,b.mp4,1\n", encoding="utf-8-sig")
     videos = read_list(path, root="/videos", separator=",", header=True)
-    assert videos.paths.tolist() == ["/elsewhere/a,b.mp4"]
+    assert list(videos.paths) == ["/elsewhere/a,b.mp4"]
     assert videos.labels.tolist() == [1]
 
 

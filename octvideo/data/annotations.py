@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 MOST_CLASSES = 2**31  # more is no class number
 
 
+class Paths(Sequence[str]):
+    """File paths, kept as bytes in shared memory.
+
+    Worker processes copy a list of strings one by one as they count references to them, until each holds all of it.
+
+    Args:
+        paths: the file paths.
+    """
+
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self._bytes = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()).share_memory_()
+        self._ends = torch.from_numpy(ends).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        start = int(self._ends[place - 1]) if place > 0 else 0
+        return os.fsdecode(self._bytes[start : int(self._ends[place])].numpy().tobytes())
+
+
 class VideoList(NamedTuple):
     """Videos and their classes.
-
-    Arrays, not Python lists: worker processes share an array's memory, and would each copy a list of strings.
 
     Args:
         paths: N file paths.
         labels: N class numbers from 0.
     """
 
-    paths: NDArray[np.str_]
+    paths: Sequence[str]
     labels: NDArray[np.int64]
 
 
@@ -66,7 +96,7 @@ def read_list(
         labels.append(int(label))
     if not paths:
         raise ListError(f"{path}: no video in it; expected lines of 'path{separator}class number'")
-    return VideoList(np.array(paths), np.array(labels, dtype=np.int64))
+    return VideoList(Paths(paths), np.array(labels, dtype=np.int64))
 
 
 def read_class_names(path: str | os.PathLike[str], num_classes: int | None = None) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from octvideo.data.annotations import VideoList
-from octvideo.data.sampling import clip_times, even_crops, even_starts, latest_start, random_crop
-from octvideo.data.video import DecodeError, Video
+from octvideo.data.sampling import Sampling, even_crops, random_crop
+from octvideo.data.video import Backend, DecodeError, Video
+from octvideo.data.watchdog import HungError, Watchdog
 
 NO_VIDEO = -1
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 class Draw(NamedTuple):
@@ -46,6 +50,7 @@ class Sample(NamedTuple):
     label: int
     path: str
     bad: list[BadVideo]
+    draw: Draw
 
 
 class Batch(NamedTuple):
@@ -56,12 +61,14 @@ class Batch(NamedTuple):
         labels: (B,) class numbers.
         paths: B files.
         bad: videos that could not be decoded while this batch was made.
+        turns: (B, 2) epoch and position of the videos' draws, which all that is random about them derives from.
     """
 
     clips: Tensor
     labels: Tensor
     paths: list[str]
     bad: list[BadVideo]
+    turns: Tensor
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -73,6 +80,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         torch.tensor([sample.label for sample in good], dtype=torch.int64),
         [sample.path for sample in good],
         [bad for sample in samples for bad in sample.bad],
+        torch.tensor([sample.draw[:2] for sample in good], dtype=torch.int64).reshape(-1, 2),
     )
 
 
@@ -115,88 +123,142 @@ class EpochSampler(Sampler[Draw]):
             yield Draw(self.epoch, position, int(order[position]) if position < self.num_videos else NO_VIDEO)
 
 
+class Decoding(NamedTuple):
+    """How the videos of a list become frames.
+
+    Args:
+        videos: the list.
+        sampling: which frames of a video become clips.
+        backend: what decodes: auto, pyav, torchcodec or decord.
+        timeout_seconds: a video whose decoding takes longer is bad, and the process that decodes it is killed; None
+            decodes without a limit, in the process that asks.
+    """
+
+    videos: VideoList
+    sampling: Sampling
+    backend: Backend = "auto"
+    timeout_seconds: float | None = None
+
+    def open(self, index: int) -> Video:
+        """Opens a video of the list."""
+        return Video(self.videos.paths[index], self.backend)
+
+    def watched(self, read: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
+        """The function, called where it cannot hang."""
+        return read if self.timeout_seconds is None else Watchdog(read, self.timeout_seconds)
+
+
+def clips_of(video: Video, frame_numbers: NDArray[np.int64], short_side: int) -> NDArray[np.uint8]:
+    """The frames of clips, from one pass of decoding.
+
+    Args:
+        video: the open video.
+        frame_numbers: (V, T), at its average frame rate; each stands for the middle of the time that it is shown.
+        short_side: pixels that the shorter side is scaled to.
+
+    Returns:
+        (V, T, H, W, 3).
+
+    Raises:
+        DecodeError: as `Video.frames_at`.
+    """
+    times = (frame_numbers.ravel() + np.float64(0.5)) / video.fps
+    frames = video.frames_at(times, short_side)
+    return frames.reshape(*frame_numbers.shape, *frames.shape[1:])
+
+
 class TrainingClips(Dataset[Sample]):
     """Random clips: a random moment, short side and crop, mirrored half of the time.
 
     A video that cannot be decoded is named in the sample, and another one takes its place.
 
     Args:
-        videos: the list.
-        clip_frames: frames in a clip.
-        frame_stride: take every n-th frame of the video.
+        decoding: which videos, and how they become frames.
         crop_size: height and width of a clip, in pixels.
-        short_side: (least, most) pixels that the shorter side of a frame is scaled to before the crop.
+        short_side: (least, most) pixels that the shorter side of a frame is scaled to before the crop; the same for all
+            clips of a video.
         mirror: flip half of the clips left to right.
         seed: of all random choices.
+        num_clips: clips of each video, from one pass of decoding (repeated augmentation, Hoffer et al., CVPR 2020).
     """
 
     REPLACEMENTS = 10
 
     def __init__(
         self,
-        videos: VideoList,
+        decoding: Decoding,
         *,
-        clip_frames: int,
-        frame_stride: int,
         crop_size: int,
         short_side: tuple[int, int],
         mirror: bool,
         seed: int,
+        num_clips: int = 1,
     ) -> None:
-        self.videos = videos
-        self.clip_frames = clip_frames
-        self.frame_stride = frame_stride
+        self.decoding = decoding
         self.crop_size = crop_size
         self.short_side = short_side
         self.mirror = mirror
         self.seed = seed
+        self.num_clips = num_clips
+        self._read_clips = decoding.watched(self._clips)
 
     def __len__(self) -> int:
-        return len(self.videos.paths)
+        return len(self.decoding.videos.paths)
 
     def __getitem__(self, draw: Draw) -> Sample:
-        """One clip (1, C, T, H, W).
+        """Clips (num_clips, C, T, H, W).
 
         Raises:
             DecodeError: REPLACEMENTS videos in a row cannot be decoded.
         """
-        rng = np.random.default_rng((self.seed, draw.epoch, draw.position))
+        videos = self.decoding.videos
+        turn = (self.seed, draw.epoch, draw.position)
         bad: list[BadVideo] = []
         video = draw.video
-        for _ in range(self.REPLACEMENTS):
-            path = str(self.videos.paths[video])
+        for attempt in range(self.REPLACEMENTS):
+            path = videos.paths[video]
             try:
-                return Sample(self._clip(path, rng)[None], int(self.videos.labels[video]), path, bad)
-            except DecodeError as error:
-                bad.append(BadVideo(path, error.reason))
-                video = int(rng.integers(len(self)))
+                clips = torch.from_numpy(self._read_clips((video, (*turn, attempt))))
+                return Sample(clips, int(videos.labels[video]), path, bad, draw)
+            except (DecodeError, HungError) as error:
+                bad.append(bad_video(path, error))
+                video = int(np.random.default_rng((*turn, attempt)).integers(len(self)))
         raise DecodeError(
             bad[-1].path,
             f"{bad[-1].reason} (and the {self.REPLACEMENTS - 1} videos tried before it cannot be decoded either)",
         )
 
-    def _clip(self, path: str, rng: np.random.Generator) -> Tensor:
-        with Video(path) as video:
-            latest = latest_start(video.duration_seconds, self.clip_frames, self.frame_stride, video.fps)
-            times = clip_times(rng.uniform(0, latest), self.clip_frames, self.frame_stride, video.fps)
-            least, most = self.short_side
-            frames = video.frames_at(times, int(rng.integers(least, most + 1)))
-        crop = random_crop(frames.shape[1], frames.shape[2], self.crop_size, rng)
-        return _cut(frames, crop, self.crop_size, mirror=self.mirror and rng.random() < 0.5)
+    def _clips(self, job: tuple[int, tuple[int, ...]]) -> NDArray[np.uint8]:
+        index, seed = job
+        rng = np.random.default_rng(seed)
+        least, most = self.short_side
+        with self.decoding.open(index) as video:
+            numbers = self.decoding.sampling.train_clips(video.num_frames, video.fps, self.num_clips, rng)
+            clips = clips_of(video, numbers, int(rng.integers(least, most + 1)))
+        height, width = clips.shape[2:4]
+        return np.stack(
+            [
+                cut(
+                    clip,
+                    random_crop(height, width, self.crop_size, rng),
+                    self.crop_size,
+                    mirror=self.mirror and rng.random() < 0.5,
+                )
+                for clip in clips
+            ]
+        )
 
 
 class TestViews(Dataset[Sample]):
-    """All views of each video: clips spread evenly in time, times crops spread evenly along the longer side.
+    """All views of each video: the protocol's test clips, times crops spread evenly along the longer side.
 
     The views of a video come from one pass of decoding. A video that cannot be decoded is named, never replaced.
 
     Args:
-        videos: the list.
-        clip_frames: frames in a clip.
-        frame_stride: take every n-th frame of the video.
+        decoding: which videos, and how they become frames.
         crop_size: height and width of a clip, in pixels.
         short_side: pixels that the shorter side of a frame is scaled to before the crops.
-        num_clips: moments a video.
+        num_clips: moments a video; a single one is the clip in the centre.
         num_crops: crops a moment.
         shuffle_frames: put the frames of each clip in random order: a control that tells whether a network uses time.
         seed: of that order.
@@ -206,10 +268,8 @@ class TestViews(Dataset[Sample]):
 
     def __init__(
         self,
-        videos: VideoList,
+        decoding: Decoding,
         *,
-        clip_frames: int,
-        frame_stride: int,
         crop_size: int,
         short_side: int,
         num_clips: int,
@@ -217,46 +277,54 @@ class TestViews(Dataset[Sample]):
         shuffle_frames: bool = False,
         seed: int = 0,
     ) -> None:
-        self.videos = videos
-        self.clip_frames = clip_frames
-        self.frame_stride = frame_stride
+        self.decoding = decoding
         self.crop_size = crop_size
         self.short_side = short_side
         self.num_clips = num_clips
         self.num_crops = num_crops
         self.shuffle_frames = shuffle_frames
         self.seed = seed
+        self._read_clips = decoding.watched(self._clips)
 
     def __len__(self) -> int:
-        return len(self.videos.paths)
+        return len(self.decoding.videos.paths)
 
     def __getitem__(self, draw: Draw) -> Sample:
         """All clips (num_clips * num_crops, C, T, H, W) of a video, or None and the reason."""
         if draw.video == NO_VIDEO:
-            return Sample(None, 0, "", [])
-        path, label = str(self.videos.paths[draw.video]), int(self.videos.labels[draw.video])
+            return Sample(None, 0, "", [], draw)
+        path, label = self.decoding.videos.paths[draw.video], int(self.decoding.videos.labels[draw.video])
         try:
-            return Sample(self._views(path, draw.video), label, path, [])
-        except DecodeError as error:
-            return Sample(None, label, path, [BadVideo(path, error.reason)])
+            clips = self._read_clips(draw.video)
+        except (DecodeError, HungError) as error:
+            return Sample(None, label, path, [bad_video(path, error)], draw)
+        height, width = clips.shape[2:4]
+        crops = even_crops(height, width, self.crop_size, self.num_crops)
+        views = [cut(clip, crop, self.crop_size) for clip in clips for crop in crops]
+        return Sample(torch.from_numpy(np.stack(views)), label, path, [], draw)
 
-    def _views(self, path: str, index: int) -> Tensor:
-        with Video(path) as video:
-            latest = latest_start(video.duration_seconds, self.clip_frames, self.frame_stride, video.fps)
-            starts = even_starts(latest, self.num_clips)
-            times = np.stack([clip_times(start, self.clip_frames, self.frame_stride, video.fps) for start in starts])
-            frames = video.frames_at(times.ravel(), self.short_side)
-        clips = frames.reshape(self.num_clips, self.clip_frames, *frames.shape[1:])
-        if self.shuffle_frames:
-            rng = np.random.default_rng((self.seed, index))
-            clips = np.stack([clip[rng.permutation(self.clip_frames)] for clip in clips])
-        crops = even_crops(frames.shape[1], frames.shape[2], self.crop_size, self.num_crops)
-        return torch.stack([_cut(clip, crop, self.crop_size) for clip in clips for crop in crops])
+    def _clips(self, index: int) -> NDArray[np.uint8]:
+        """The clips (num_clips, T, H, W, C) of a video, not yet cropped."""
+        sampling = self.decoding.sampling
+        with self.decoding.open(index) as video:
+            if self.num_clips == 1:
+                numbers = sampling.centre_clip(video.num_frames, video.fps)
+            else:
+                numbers = sampling.dense_clips(video.num_frames, video.fps, self.num_clips)
+            if self.shuffle_frames:
+                rng = np.random.default_rng((self.seed, index))
+                numbers = np.stack([rng.permutation(clip) for clip in numbers])
+            return clips_of(video, numbers, self.short_side)
 
 
-def _cut(frames: NDArray[np.uint8], crop: tuple[int, int], size: int, mirror: bool = False) -> Tensor:
+def bad_video(path: str, error: DecodeError | HungError) -> BadVideo:
+    """What an error says of a video."""
+    return BadVideo(path, error.reason if isinstance(error, DecodeError) else str(error))
+
+
+def cut(frames: NDArray[np.uint8], crop: tuple[int, int], size: int, mirror: bool = False) -> NDArray[np.uint8]:
     """Cuts a square out of frames (T, H, W, C) and gives it the layout of a clip, (C, T, H, W)."""
     top, left = crop
-    cut = frames[:, top : top + size, left : left + size]
-    cut = cut[:, :, ::-1] if mirror else cut
-    return torch.from_numpy(np.ascontiguousarray(cut.transpose(3, 0, 1, 2)))
+    square = frames[:, top : top + size, left : left + size]
+    square = square[:, :, ::-1] if mirror else square
+    return square.transpose(3, 0, 1, 2)

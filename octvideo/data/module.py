@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from octvideo.data.annotations import ListError, VideoList, read_class_names, read_list
-from octvideo.data.dataset import EpochSampler, Sample, TestViews, TrainingClips, collate
+from octvideo.data.dataset import Decoding, EpochSampler, Sample, TestViews, TrainingClips, collate
+from octvideo.data.sampling import Sampling, ShortVideos
+from octvideo.data.video import READERS, Backend
 
 EVALUATED_TOGETHER = 30  # clips in a batch of validation or testing
 # What has to be the same wherever a trained network sees a video; with the labels it travels in the checkpoint.
-PREPROCESSING = ("clip_frames", "frame_stride", "crop_size", "short_side", "mirror", "test_crop_size")
+PREPROCESSING = (
+    *("clip_frames", "frame_stride", "sampling", "target_fps", "short_videos"),
+    *("crop_size", "short_side", "mirror", "test_crop_size"),
+)
 
 
 class VideoData(LightningDataModule):
     """Training clips, and validation and test views, of the videos in list files.
 
     A list file has a line for each video: its path and its class number. The defaults are the SlowFast project's recipe
-    for Kinetics: 8 frames, every 8th; crops of 224 from a short side of 256 to 320; tests of 10 x 3 views of 256.
+    for Kinetics: 8 frames out of 64 at 30 a second; crops of 224 from a short side of 256 to 320; tests of 10 x 3 views
+    of 256.
 
     Class names and preprocessing become part of the checkpoints: `octvideo.weights.read_labels` and
     `read_preprocessing` read them there.
@@ -38,7 +44,13 @@ class VideoData(LightningDataModule):
             if there is one.
         num_classes: class numbers must be below it (set by model.num_classes).
         clip_frames: frames in a clip.
-        frame_stride: take every n-th frame of a video.
+        frame_stride: length of a clip's window in frames, for each frame taken; about every n-th one is.
+        sampling: protocol that says where clips start and which frames they take: slowfast, pytorchvideo, mmaction, or
+            uniform (over the whole video); `octvideo.data.sampling.Sampling` has their rules.
+        target_fps: rate that frames are counted at, so that clips last equally long in all videos; null: each video's
+            own.
+        short_videos: what clips take of a video that ends before they do: hold (the last frame), loop, spread; default:
+            as the protocol's project.
         crop_size: height and width of a training clip, in pixels.
         short_side: least and most pixels that the shorter side is scaled to before a training crop.
         mirror: flip half of the training clips left to right; turn it off where left and right are classes.
@@ -46,8 +58,13 @@ class VideoData(LightningDataModule):
         test_clips: moments of a test video, spread evenly.
         test_crops: crops a moment, spread evenly along the longer side.
         shuffle_test_frames: test on frames in random order: a control that tells whether a network uses time.
-        batch_size: training clips a step, in each process.
+        clips_per_video: training clips from one pass of decoding a video (repeated augmentation): decoding costs less,
+            and an epoch has that many clips of each video.
+        batch_size: training clips a step, in each process; a multiple of clips_per_video.
         num_workers: processes that decode, for each training process; 0 decodes in the training process itself.
+        prefetch_batches: batches that each of them makes ahead.
+        backend: what decodes: pyav, torchcodec, decord, or auto: PyAV, and another one where that gives no frame.
+        decode_timeout_seconds: a video whose decoding takes longer is bad; null waits forever.
         seed: of all random choices (set by seed_everything).
 
     Raises:
@@ -69,6 +86,9 @@ class VideoData(LightningDataModule):
         num_classes: int | None = None,
         clip_frames: int = 8,
         frame_stride: int = 8,
+        sampling: Literal["slowfast", "pytorchvideo", "mmaction", "uniform"] = "slowfast",
+        target_fps: float | None = 30,
+        short_videos: ShortVideos | None = None,
         crop_size: int = 224,
         short_side: tuple[int, int] = (256, 320),
         mirror: bool = True,
@@ -76,8 +96,12 @@ class VideoData(LightningDataModule):
         test_clips: int = 10,
         test_crops: int = 3,
         shuffle_test_frames: bool = False,
+        clips_per_video: int = 1,
         batch_size: int = 8,
         num_workers: int = 4,
+        prefetch_batches: int = 2,
+        backend: Backend = "auto",
+        decode_timeout_seconds: float | None = 60,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -88,13 +112,24 @@ class VideoData(LightningDataModule):
             "test_crop_size": test_crop_size,
             "test_clips": test_clips,
             "test_crops": test_crops,
+            "clips_per_video": clips_per_video,
             "batch_size": batch_size,
+            "prefetch_batches": prefetch_batches,
         }
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {value}")
         if num_workers < 0:
             raise ValueError(f"data.num_workers must be at least 0, got {num_workers}")
+        if batch_size % clips_per_video:
+            raise ValueError(
+                f"data.batch_size must be a multiple of clips_per_video {clips_per_video}, got {batch_size}"
+            )
+        if decode_timeout_seconds is not None and decode_timeout_seconds <= 0:
+            raise ValueError(f"data.decode_timeout_seconds must be positive or null, got {decode_timeout_seconds}")
+        if backend != "auto" and backend not in READERS:
+            raise ValueError(f"data.backend must be auto, {', '.join(READERS)}, got {backend}")
+        Sampling(clip_frames, frame_stride, sampling, target_fps, short_videos)  # refuses what it cannot take
         if not crop_size <= short_side[0] <= short_side[1]:
             raise ValueError(
                 f"data.short_side must be two sizes from crop_size {crop_size} upwards, the smaller first, "
@@ -109,6 +144,9 @@ class VideoData(LightningDataModule):
         self.num_classes = num_classes
         self.clip_frames = clip_frames
         self.frame_stride = frame_stride
+        self.sampling = sampling
+        self.target_fps = target_fps
+        self.short_videos = short_videos
         self.crop_size = crop_size
         self.short_side = short_side
         self.mirror = mirror
@@ -116,8 +154,12 @@ class VideoData(LightningDataModule):
         self.test_clips = test_clips
         self.test_crops = test_crops
         self.shuffle_test_frames = shuffle_test_frames
+        self.clips_per_video = clips_per_video
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.prefetch_batches = prefetch_batches
+        self.backend = backend
+        self.decode_timeout_seconds = decode_timeout_seconds
         self.seed = seed
         self._videos: dict[str, VideoList] = {}
         self.labels_named = labels is not None
@@ -164,21 +206,21 @@ class VideoData(LightningDataModule):
         """
         videos = self.read("train_list")
         dataset = TrainingClips(
-            videos,
-            clip_frames=self.clip_frames,
-            frame_stride=self.frame_stride,
+            self._decoding(videos),
             crop_size=self.crop_size,
             short_side=self.short_side,
             mirror=self.mirror,
             seed=self.seed,
+            num_clips=self.clips_per_video,
         )
         sampler = self._sampler(videos, shuffle=True)
-        if len(sampler) < self.batch_size:
+        together = self.batch_size // self.clips_per_video
+        if len(sampler) < together:
             raise ListError(
                 f"{self.lists['train_list']}: {len(videos.paths)} videos for {sampler.world_size} processes are fewer "
-                f"than one batch of {self.batch_size} each: lower --data.batch_size"
+                f"than one batch of {together} each: lower --data.batch_size"
             )
-        return self._loader(dataset, sampler, self.batch_size, drop_last=True)
+        return self._loader(dataset, sampler, together, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
         """The centre view of every validation video; nothing without a validation list."""
@@ -191,9 +233,7 @@ class VideoData(LightningDataModule):
     def _views(self, name: str, num_clips: int, num_crops: int, shuffle_frames: bool = False) -> DataLoader[Sample]:
         videos = self.read(name)
         dataset = TestViews(
-            videos,
-            clip_frames=self.clip_frames,
-            frame_stride=self.frame_stride,
+            self._decoding(videos),
             crop_size=self.test_crop_size,
             short_side=self.test_crop_size,
             num_clips=num_clips,
@@ -203,6 +243,10 @@ class VideoData(LightningDataModule):
         )
         together = max(1, EVALUATED_TOGETHER // (num_clips * num_crops))
         return self._loader(dataset, self._sampler(videos, shuffle=False), together, drop_last=False)
+
+    def _decoding(self, videos: VideoList) -> Decoding:
+        sampling = Sampling(self.clip_frames, self.frame_stride, self.sampling, self.target_fps, self.short_videos)
+        return Decoding(videos, sampling, self.backend, self.decode_timeout_seconds)
 
     def _sampler(self, videos: VideoList, shuffle: bool) -> EpochSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -219,5 +263,6 @@ class VideoData(LightningDataModule):
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            prefetch_factor=self.prefetch_batches if self.num_workers > 0 else None,
             pin_memory=torch.cuda.is_available(),
         )

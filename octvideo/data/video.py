@@ -1,11 +1,16 @@
-"""Decoding: the frames of a video file that are shown at given moments."""
+"""Decoding: the frames of a video file that are shown at given moments, through PyAV, decord or torchcodec."""
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import errno
 import math
 import os
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
+from typing import Literal, NamedTuple, TypeAlias
 
 import av
 import numpy as np
@@ -13,8 +18,16 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+Image = NDArray[np.uint8]  # (H, W, 3), RGB
+Packet: TypeAlias = "av.Packet[av.VideoStream]"
+Backend = Literal["auto", "pyav", "decord", "torchcodec"]
+
 ROUNDING_SECONDS = 0.001  # Matroska rounds timestamps to milliseconds; a frame may be that early for k / fps
 EARLY_END_SECONDS = 1.0  # headers are off by some frames in many good files
+SEEK_SECONDS = 10.0  # over a longer gap between two moments it is worth to seek: files with key frames rarer are few
+BUFFERED_BYTES = 64 * 2**20  # of packets that are read ahead of decoding
+# Codecs whose frames that no other frame refers to can be left out without a trace in the others.
+SKIPPING_CODECS = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 
 
 class DecodeError(ValueError):
@@ -35,29 +48,112 @@ class DecodeError(ValueError):
         return type(self), (self.path, self.reason)
 
 
-class Video:
-    """An open video file, read through PyAV. Use it in a `with` statement.
+class UnreadableError(DecodeError):
+    """A video of which a backend gives no frame at all; another backend may."""
 
-    Frames are found by their timestamps: the frame count in a header is often wrong, and frame number times frame
-    rate is wrong for a variable rate. Decoding runs in one thread, because a data loader already has a process a core.
+
+class KnownVideo(NamedTuple):
+    """What an index knows of a video, so that it need not be read from the file.
+
+    Args:
+        fps: average frame rate, in frames per second.
+        duration_seconds: from the first frame to the end of the last.
+        keyframe_seconds: moments of the key frames from the first frame on, in order.
+    """
+
+    fps: float
+    duration_seconds: float
+    keyframe_seconds: NDArray[np.float64]
+
+
+class Reader(ABC):
+    """A video file, open in one backend.
 
     Args:
         path: the file.
+        known: what is known of it.
 
     Attributes:
         fps: average frame rate, in frames per second.
         duration_seconds: how long the file says that the video runs.
+        frames_decoded: frames that the decoder has given so far; None where a backend does not tell.
 
     Raises:
-        DecodeError: the file is missing, no video, or broken.
+        DecodeError: the file is missing or broken.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+    fps: float
+    duration_seconds: float
+    frames_decoded: int | None = None
+
+    def __init__(self, path: str, known: KnownVideo | None) -> None:
+        self.path = path
+        self.known = known
         self._scaler = VideoReformatter()  # one for all frames: setting it up takes longer than scaling a small frame
+
+    @abstractmethod
+    def read(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
+        """The frame shown at each of the moments, which are in order; upright and scaled."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        return None
+
+    def _scaled_size(self, width: int, height: int, short_side: int | None) -> tuple[int, int]:
+        """(width, height) that all frames get, even if the picture's size changes on the way."""
+        if min(width, height) < 1:
+            raise DecodeError(self.path, f"frames of {width} x {height} pixels")
+        scale = 1.0 if short_side is None else short_side / min(width, height)
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+    def _to_rgb(self, frame: av.VideoFrame, size: tuple[int, int]) -> Image:
+        """An upright image of a frame; the same as torchcodec's where the size is the frame's."""
+        width, height = size
+        same_size = size == (frame.width, frame.height)
+        try:
+            rgb = self._scaler.reformat(
+                frame, width, height, "rgb24", interpolation="BICUBIC" if same_size else "BILINEAR"
+            )
+            image = rgb.to_ndarray().astype(np.uint8, copy=False)
+        except (av.error.FFmpegError, OSError) as error:
+            raise self._broken(error) from error
+        # The angle is counter-clockwise; a matrix that is no rotation reads as some nonsense angle.
+        return np.rot90(image, frame.rotation // 90) if frame.rotation in (-180, -90, 90, 180) else image
+
+    def _scaled(self, images: NDArray[np.uint8], short_side: int | None) -> Sequence[Image]:
+        """Images (T, H, W, 3) at the wanted size."""
+        height, width = images.shape[1:3]
+        size = self._scaled_size(width, height, short_side)
+        if size == (width, height):
+            return images  # type: ignore[return-value]
+        return [self._to_rgb(av.VideoFrame.from_ndarray(image, "rgb24"), size) for image in images]
+
+    def _broken(self, error: Exception) -> DecodeError:
+        return DecodeError(self.path, _reason(error))
+
+    def _check_end(self, end_seconds: float, wanted_seconds: float) -> None:
+        """Refuses to hold the last frame of a file that ends long before its header says, one cut off in the middle."""
+        if end_seconds + EARLY_END_SECONDS < min(wanted_seconds, self.duration_seconds):
+            raise DecodeError(
+                self.path, f"ends after {end_seconds:.2f} s, and its header says {self.duration_seconds:.2f} s"
+            )
+
+
+class PyAvReader(Reader):
+    """Reads through PyAV, which brings FFmpeg with it.
+
+    Decoding runs in one thread, because a data loader already has a process a core. From the key frame before the first
+    moment, packets are read without decoding until it is known which of them hold the frames that are wanted. Then only
+    those are decoded, and what they are predicted from: not the frames that no other one refers to, not the time from a
+    moment to the next key frame.
+    """
+
+    def __init__(self, path: str, known: KnownVideo | None) -> None:
+        super().__init__(path, known)
+        self.frames_decoded: int = 0
         self._open()
         try:
-            self.fps, self.duration_seconds = self._measure()
+            self.fps, self.duration_seconds = known[:2] if known is not None else self._measure()
         except DecodeError:
             self.close()
             raise
@@ -66,7 +162,7 @@ class Video:
         try:
             self._container = av.open(self.path, metadata_errors="ignore")
         except (av.error.FFmpegError, OSError) as error:
-            raise self._broken(error) from error
+            raise UnreadableError(self.path, _reason(error)) from error
         stream = self._container.streams.best("video")  # not a cover picture, nor the smaller of two
         picture = stream is not None and stream.disposition & Disposition.attached_pic  # the cover of a sound file
         if not isinstance(stream, av.VideoStream) or stream.time_base is None or picture:
@@ -75,8 +171,10 @@ class Video:
         stream.thread_type = "SLICE"
         stream.codec_context.thread_count = 1
         self._stream = stream
-        self._time_base = stream.time_base
+        self._time_base = float(stream.time_base)
         self._start_seconds = float((stream.start_time or 0) * stream.time_base)
+        # AVI has no timestamps of display: those of frames that are stored out of order are guessed, and wrong.
+        self._counted = self._container.format.name == "avi" and stream.codec_context.has_b_frames
 
     def _measure(self) -> tuple[float, float]:
         """Frames per second and seconds, from the stream's header if it has them."""
@@ -84,7 +182,7 @@ class Video:
         if not rate:
             raise DecodeError(self.path, "the video stream has no frame rate")
         if self._stream.duration is not None:
-            return float(rate), float(self._stream.duration * self._time_base)
+            return float(rate), self._stream.duration * self._time_base
         # The container's duration counts its sound too and, in Matroska, the time before the first frame: read the
         # timestamps from the last key frame on, or all of them, without decoding.
         end = (self._container.duration or 0) / av.time_base
@@ -93,50 +191,143 @@ class Video:
             self._seek(end)
             for packet in self._container.demux(self._stream):
                 if packet.pts is not None:
-                    last = max(last, float(packet.pts * self._time_base) - self._start_seconds)
+                    last = max(last, self._seconds(packet.pts))
         except (av.error.FFmpegError, OSError) as error:
             raise self._broken(error) from error
         return float(rate), last + 1 / float(rate)
 
-    def frames_at(
-        self, times_seconds: Sequence[float] | NDArray[np.float64], short_side: int | None = None
-    ) -> NDArray[np.uint8]:
-        """The frames that a player would show at the given moments.
+    def _seconds(self, timestamp: int) -> float:
+        return timestamp * self._time_base - self._start_seconds
 
-        Seeks to the key frame before the first moment and decodes up to the last one, in one pass. A moment before
-        the first or after the last frame gives that frame, so a clip from a video that is too short holds its last
-        frame. Rotation in the metadata is applied.
+    def read(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
+        """The frame shown at each of the moments."""
+        images: list[Image] = []
+        first = 0
+        for place in range(1, len(times_seconds) + 1):
+            if place == len(times_seconds) or times_seconds[place] > times_seconds[place - 1] + SEEK_SECONDS:
+                images += self._read_span(times_seconds[first:place], short_side)
+                first = place
+        return images
 
-        Args:
-            times_seconds: T moments, from the start of the video, in any order.
-            short_side: scale the frames so that the shorter side has this many pixels; by default they keep their size.
+    def _read_span(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
+        if not self._counted:
+            try:
+                images = self._read_selected(times_seconds, short_side)
+            except (av.error.FFmpegError, OSError) as error:
+                raise self._broken(error) from error
+            if images is not None:
+                return images
+        try:
+            return self._read_in_order(times_seconds, short_side)
+        except _UnorderedError:
+            self._counted = True
+            return self._read_in_order(times_seconds, short_side)
 
-        Returns:
-            RGB frames (T, H, W, 3).
+    def _read_selected(self, times_seconds: list[float], short_side: int | None) -> list[Image] | None:
+        """Decodes what the wanted frames need, by the packets' timestamps; None where these do not lead to them."""
+        self._seek(times_seconds[0])
+        found = self._packets_until(times_seconds[-1] + ROUNDING_SECONDS)
+        if found is None:
+            return None
+        packets, timestamps, ended = found
+        order = np.argsort(timestamps, kind="stable")
+        seconds = timestamps[order] * self._time_base - self._start_seconds
+        shown = np.searchsorted(seconds, np.array(times_seconds) + ROUNDING_SECONDS, "right") - 1
+        wanted = order[shown]
+        # Of frames shown before the key frame, which may follow it in the file, some cannot be decoded.
+        if shown[0] < 0 or timestamps[wanted[0]] < timestamps[0] or (np.diff(timestamps[order]) == 0).any():
+            return None
+        if ended and shown[-1] == len(order) - 1:
+            end = seconds[-1] + max(1 / self.fps, (packets[order[-1]].duration or 0) * self._time_base)
+            self._check_end(float(end), times_seconds[-1])
+        images = self._decode_selected(packets, timestamps, set(wanted.tolist()), short_side)
+        if any(int(timestamps[place]) not in images for place in wanted):
+            return None
+        return [images[int(timestamps[place])] for place in wanted]
 
-        Raises:
-            DecodeError: no frame, invalid data before the last moment, or an end more than a second too early.
+    def _packets_until(self, seconds: float) -> tuple[list[Packet], NDArray[np.int64], bool] | None:
+        """Packets from the place in the file to the last that may be shown by then, and whether the file ends there.
+
+        None if the first is no key frame, if one has no timestamp, or if they are too many to be kept.
         """
-        order = np.argsort(times_seconds, kind="stable")
-        frames = self._frames_from(float(times_seconds[order[0]]))
-        seconds, current = next(frames)
+        packets: list[Packet] = []
+        size = 0
+        ended = True
+        for packet in self._container.demux(self._stream):
+            if packet.size == 0:
+                continue
+            # Packets come in the order of decoding; no frame is shown before it is decoded.
+            if packet.dts is not None and self._seconds(packet.dts) > seconds:
+                ended = False
+                break
+            size += packet.size
+            if packet.pts is None or size > BUFFERED_BYTES:
+                return None
+            packets.append(packet)
+        if not packets or not packets[0].is_keyframe:
+            return None
+        return packets, np.array([packet.pts for packet in packets]), ended
+
+    def _decode_selected(
+        self, packets: list[Packet], timestamps: NDArray[np.int64], wanted: set[int], short_side: int | None
+    ) -> dict[int, Image]:
+        """Images of the wanted packets, by their timestamps."""
+        keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
+        needed: set[int] = set()
+        for place in wanted:
+            start = bisect.bisect_right(keys, place) - 1
+            while timestamps[keys[start]] > timestamps[place]:  # it is shown before that key frame
+                start -= 1
+            needed.update(range(keys[start], place + 1))
+        context = self._stream.codec_context
+        skips = context.codec.name in SKIPPING_CODECS
+        moments = {int(timestamps[place]) for place in wanted}
+        images: dict[int, Image] = {}
+        size: tuple[int, int] | None = None
+
+        def decode(packet: Packet | None) -> None:
+            nonlocal size
+            for frame in context.decode(packet):
+                self.frames_decoded += 1
+                if frame.pts in moments and frame.pts not in images:
+                    size = size or self._scaled_size(frame.width, frame.height, short_side)
+                    images[frame.pts] = self._to_rgb(frame, size)
+
+        previous = -1
+        for place in sorted(needed):
+            if place != previous + 1 and previous >= 0:
+                decode(None)
+                context.flush_buffers()
+            if skips:
+                context.skip_frame = "DEFAULT" if place in wanted else "NONREF"
+            decode(packets[place])
+            previous = place
+        decode(None)
+        context.flush_buffers()
+        context.skip_frame = "DEFAULT"
+        return images
+
+    def _read_in_order(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
+        """Decodes every frame from the key frame before the first moment to the last moment."""
+        frames = self.frames_from(times_seconds[0])
+        shown_seconds, current = next(frames)
         upcoming = next(frames, None)
-        size = self._scaled_size(current, short_side)
-        images: list[NDArray[np.uint8]] = [np.empty(0, np.uint8)] * len(order)
+        size = self._scaled_size(current.width, current.height, short_side)
+        images: list[Image] = []
         image = None
-        for place in order:
-            reach = times_seconds[place] + ROUNDING_SECONDS
-            while upcoming is not None and upcoming[0] <= reach:
-                (seconds, current), image = upcoming, None
+        for seconds in times_seconds:
+            while upcoming is not None and upcoming[0] <= seconds + ROUNDING_SECONDS:
+                (shown_seconds, current), image = upcoming, None
                 upcoming = next(frames, None)
             if upcoming is None:
-                self._check_end(seconds, current, float(times_seconds[place]))
+                end = shown_seconds + max(1 / self.fps, (current.duration or 0) * self._time_base)
+                self._check_end(end, seconds)
             if image is None:
                 image = self._to_rgb(current, size)
-            images[place] = image
-        return np.stack(images)
+            images.append(image)
+        return images
 
-    def _frames_from(self, seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    def frames_from(self, seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
         """Decodes (seconds, frame) from the last key frame that is not after the given moment; at least one frame."""
         decoded = self._decode(seconds)
         first = next(decoded, None)
@@ -145,22 +336,25 @@ class Video:
             decoded = self._decode(0)
             first = next(decoded, None)
         if first is None:
-            raise DecodeError(self.path, "no frame could be decoded")
+            raise UnreadableError(self.path, "no frame could be decoded")
         yield first
         yield from decoded
 
     def _decode(self, seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
         try:
-            self._seek(seconds)
+            self._seek(0 if self._counted else seconds)
             # Frames without timestamps can be counted from the start, but not after a jump.
-            shown_seconds = 0.0 if seconds <= 0 else math.inf
+            shown_seconds = 0.0 if seconds <= 0 or self._counted else math.inf
             previous_seconds = None
             for frame in self._container.decode(self._stream):
                 assert isinstance(frame, av.VideoFrame)
-                if frame.time is not None:
-                    shown_seconds = frame.time - self._start_seconds
+                self.frames_decoded += 1
+                if frame.pts is not None and not self._counted:
+                    shown_seconds = self._seconds(frame.pts)
                 elif previous_seconds is not None:
                     shown_seconds = previous_seconds + 1 / float(self._stream.guessed_rate or 25)
+                if previous_seconds is not None and shown_seconds <= previous_seconds < math.inf:
+                    raise _UnorderedError
                 previous_seconds = shown_seconds
                 yield shown_seconds, frame
         except (av.error.FFmpegError, OSError) as error:
@@ -168,41 +362,211 @@ class Video:
 
     def _seek(self, seconds: float) -> None:
         """Goes to the last key frame that is not after the moment, or to the start of a file that cannot seek."""
+        if self.known is not None and len(self.known.keyframe_seconds) > 0:
+            place = int(np.searchsorted(self.known.keyframe_seconds, seconds + ROUNDING_SECONDS, "right")) - 1
+            seconds = float(self.known.keyframe_seconds[max(0, place)])
         try:
-            self._container.seek(int((seconds + self._start_seconds) / self._time_base), stream=self._stream)
+            self._container.seek(round((seconds + self._start_seconds) / self._time_base), stream=self._stream)
         except av.error.FFmpegError:
             self.close()
             self._open()
 
-    def _check_end(self, last_seconds: float, last: av.VideoFrame, wanted_seconds: float) -> None:
-        """Refuses to hold the last frame of a file that ends long before its header says, one cut off in the middle."""
-        end = last_seconds + max(1 / self.fps, float((last.duration or 0) * self._time_base))
-        if end + EARLY_END_SECONDS < min(wanted_seconds, self.duration_seconds):
-            raise DecodeError(self.path, f"ends after {end:.2f} s, and its header says {self.duration_seconds:.2f} s")
-
-    def _scaled_size(self, frame: av.VideoFrame, short_side: int | None) -> tuple[int, int]:
-        """(width, height) that all frames get, even if the picture's size changes on the way."""
-        if min(frame.width, frame.height) < 1:
-            raise DecodeError(self.path, f"frames of {frame.width} x {frame.height} pixels")
-        scale = 1.0 if short_side is None else short_side / min(frame.width, frame.height)
-        return max(1, round(frame.width * scale)), max(1, round(frame.height * scale))
-
-    def _to_rgb(self, frame: av.VideoFrame, size: tuple[int, int]) -> NDArray[np.uint8]:
-        width, height = size
-        try:
-            rgb = self._scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR")
-            image = rgb.to_ndarray().astype(np.uint8, copy=False)
-        except (av.error.FFmpegError, OSError) as error:
-            raise self._broken(error) from error
-        # The angle is counter-clockwise; a matrix that is no rotation reads as some nonsense angle.
-        return np.rot90(image, frame.rotation // 90) if frame.rotation in (-180, -90, 90, 180) else image
-
-    def _broken(self, error: Exception) -> DecodeError:
-        return DecodeError(self.path, getattr(error, "strerror", None) or str(error) or type(error).__name__)
-
     def close(self) -> None:
         """Closes the file."""
         self._container.close()
+
+
+class _UnorderedError(Exception):
+    """Frames whose timestamps do not rise in the order in which they are shown."""
+
+
+class DecordReader(Reader):
+    """Reads through decord, if it is installed."""
+
+    def __init__(self, path: str, known: KnownVideo | None) -> None:
+        super().__init__(path, known)
+        try:
+            import decord
+        except ImportError as error:
+            raise ValueError(f"the backend decord is not installed: {error}") from error
+        decord.logging.set_level(decord.logging.QUIET)
+        self._errors = (decord.DECORDError, RuntimeError, IndexError)
+        try:
+            self._reader = decord.VideoReader(path, num_threads=1)
+            starts = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0].astype(np.float64)
+            self.fps = float(self._reader.get_avg_fps())
+        except self._errors as error:
+            raise UnreadableError(path, _reason(error)) from error
+        if self.fps <= 0 or len(starts) == 0:
+            raise UnreadableError(path, "no frame could be decoded")
+        if (np.diff(starts) <= 0).any():  # it has none for AVI
+            starts = np.arange(len(starts)) / self.fps
+        self._starts = starts - starts[0]
+        self.duration_seconds = known.duration_seconds if known is not None else float(self._starts[-1]) + 1 / self.fps
+
+    def read(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
+        """The frame shown at each of the moments."""
+        places = np.searchsorted(self._starts, np.array(times_seconds) + ROUNDING_SECONDS, "right") - 1
+        if places[-1] == len(self._starts) - 1:
+            self._check_end(float(self._starts[-1]) + 1 / self.fps, times_seconds[-1])
+        unique, where = np.unique(places.clip(0), return_inverse=True)
+        try:
+            images = self._reader.get_batch(unique.tolist()).asnumpy()
+        except self._errors as error:
+            raise self._broken(error) from error
+        images = self._scaled(images, short_side)
+        return [images[place] for place in where]
+
+
+class TorchcodecReader(Reader):
+    """Reads through torchcodec, if it is installed and finds FFmpeg's libraries."""
+
+    def __init__(self, path: str, known: KnownVideo | None) -> None:
+        super().__init__(path, known)
+        try:
+            from torchcodec.decoders import VideoDecoder
+        except (ImportError, RuntimeError, OSError) as error:
+            reason = f"it needs FFmpeg's libraries, such as apt-get install ffmpeg gives: {_reason(error)}"
+            raise ValueError(f"the backend torchcodec is not installed, or {reason}") from error
+        try:
+            self._decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+        except (RuntimeError, ValueError) as error:
+            raise UnreadableError(path, _reason(error)) from error
+        metadata = self._decoder.metadata
+        start, end, fps = metadata.begin_stream_seconds, metadata.end_stream_seconds, metadata.average_fps
+        if start is None or end is None or not fps:
+            raise UnreadableError(path, "no frame could be decoded")
+        self._start_seconds, self._end_seconds, self.fps = start, end, fps
+        self.duration_seconds = max(end - start, metadata.duration_seconds_from_header or 0)
+        if known is not None:
+            self.duration_seconds = known.duration_seconds
+
+    def read(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
+        """The frame shown at each of the moments."""
+        start, end = self._start_seconds, self._end_seconds
+        if times_seconds[-1] + start >= end:
+            self._check_end(end - start, times_seconds[-1])
+        moments = np.clip(np.array(times_seconds) + start + ROUNDING_SECONDS, start, np.nextafter(end, start))
+        unique, where = np.unique(moments, return_inverse=True)
+        try:
+            images = self._decoder.get_frames_played_at(unique.tolist()).data.numpy()
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise self._broken(error) from error
+        scaled = self._scaled(images, short_side)
+        return [scaled[place] for place in where]
+
+
+READERS: dict[str, Callable[[str, KnownVideo | None], Reader]] = {
+    "pyav": PyAvReader,
+    "torchcodec": TorchcodecReader,
+    "decord": DecordReader,
+}
+
+
+class Video:
+    """An open video file. Use it in a `with` statement.
+
+    Frames are found by their timestamps: the frame count in a header is often wrong, and frame number times frame rate
+    is wrong for a variable rate.
+
+    Args:
+        path: the file.
+        backend: pyav, torchcodec or decord; auto is PyAV, and another one that is installed for a file of which PyAV
+            gives no frame.
+        known: what an index knows of the video; it must be true of the file.
+
+    Attributes:
+        backend: the one that reads.
+
+    Raises:
+        DecodeError: the file is missing, no video, or broken.
+        ValueError: an unknown backend, or one that is not installed.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], backend: Backend = "auto", *, known: KnownVideo | None = None
+    ) -> None:
+        if backend != "auto" and backend not in READERS:
+            raise ValueError(f"backend must be auto, {', '.join(READERS)}, got {backend!r}")
+        self.path = os.fspath(path)
+        self._known = known
+        self._others = [name for name in READERS if name != "pyav"] if backend == "auto" else []
+        self.backend: str = "pyav" if backend == "auto" else backend
+        self._first_error: DecodeError | None = None
+        if not os.path.exists(self.path):
+            raise DecodeError(self.path, os.strerror(errno.ENOENT))
+        try:
+            self._reader = READERS[self.backend](self.path, known)
+        except UnreadableError as error:
+            self._reader = self._another(error)
+
+    def _another(self, error: DecodeError) -> Reader:
+        """The next backend that can open the file; what the first one said, if none can."""
+        self._first_error = self._first_error or error
+        while self._others:
+            self.backend = self._others.pop(0)
+            with contextlib.suppress(DecodeError, ValueError):  # not installed is one way of not being able to
+                return READERS[self.backend](self.path, self._known)
+        raise self._first_error
+
+    @property
+    def fps(self) -> float:
+        """Average frame rate, in frames per second."""
+        return self._reader.fps
+
+    @property
+    def duration_seconds(self) -> float:
+        """How long the file says that the video runs."""
+        return self._reader.duration_seconds
+
+    @property
+    def num_frames(self) -> int:
+        """How many frames that are at the average frame rate; the file may hold others."""
+        return max(1, round(self.duration_seconds * self.fps))
+
+    @property
+    def frames_decoded(self) -> int | None:
+        """How many frames have been decoded so far; None where the backend does not tell."""
+        return self._reader.frames_decoded
+
+    def frames_at(
+        self, times_seconds: Sequence[float] | NDArray[np.float64], short_side: int | None = None
+    ) -> NDArray[np.uint8]:
+        """The frames that a player would show at the given moments.
+
+        Goes to the key frame before the first moment and on to the last one, in one pass. A moment before the first or
+        after the last frame gives that frame, so a clip from a video that is too short holds its last frame. Rotation
+        in the metadata is applied.
+
+        Args:
+            times_seconds: T moments, from the start of the video, in any order.
+            short_side: scale the frames so that the shorter side has this many pixels; by default they keep their size.
+
+        Returns:
+            RGB frames (T, H, W, 3). PyAV and torchcodec give the same ones, bit for bit, for 8-bit video at its own
+            size; scaled, PyAV scales what is stored and the others its RGB form, which differs by rounding.
+
+        Raises:
+            DecodeError: no frame, invalid data before the last moment, or an end more than a second too early.
+        """
+        times = np.maximum(np.asarray(times_seconds, dtype=np.float64), 0)
+        order = np.argsort(times, kind="stable")
+        while True:
+            try:
+                images = self._reader.read(times[order].tolist(), short_side)
+                break
+            except DecodeError as error:
+                if self._first_error is None and not isinstance(error, UnreadableError):
+                    raise
+                self._reader.close()
+                self._reader = self._another(self._first_error or error)
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        return np.stack([images[place] for place in places])
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._reader.close()
 
     def __enter__(self) -> Video:
         return self
@@ -211,3 +575,9 @@ class Video:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    message = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(message).split("\n")[0].split())

@@ -1,0 +1,213 @@
+"""A process of its own for decoding, which can be killed where native code hangs or crashes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, Generic, TypeVar
+
+BEAT_SECONDS = 0.5  # between two signs of life
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
+_BEAT, _RESULT, _ERROR = b"beat", b"result", b"error"
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+_beat: Callable[[], None] | None = None  # in a watched process: how it shows that it is alive
+_starting = threading.Lock()  # a process must not inherit the other end of a pipe that another thread makes
+
+
+class HungError(RuntimeError):
+    """A watched call that took too long, or whose process died; the message says which, in one line."""
+
+
+def still_alive() -> None:
+    """A sign of life of long work in a watched process, which starts its time anew; elsewhere it does nothing."""
+    if _beat is not None:
+        _beat()
+
+
+class Watchdog(Generic[Argument, Result]):
+    """Calls a function in another process, and kills that process where a call takes too long.
+
+    A decoder that hangs in native code holds the interpreter, so neither a signal's handler nor a thread gets a turn:
+    only another process can end it. The process is a fork, so it shares the function's data with its parent, starts in
+    milliseconds, and stays for the next call. A fork holds no threads: the function must not use locks that other
+    threads may hold, nor PyTorch operators that run in several threads.
+
+    An object of this class starts its process at the first call, in whichever process that is, so data loaders can send
+    it to their workers. Where the platform cannot fork, the function is called directly, unwatched.
+
+    Args:
+        function: what to call; its results and errors travel by pickle, arrays in them through shared memory.
+        timeout_seconds: how long a call may take, or may go on without `still_alive()`.
+    """
+
+    def __init__(self, function: Callable[[Argument], Result], timeout_seconds: float) -> None:
+        self.function = function
+        self.timeout_seconds = timeout_seconds
+        self._forget()
+
+    def _forget(self) -> None:
+        self._owner: int | None = None  # the process that may talk with the watched one
+        self._pid = 0
+        self._connection: Connection | None = None
+        self._memory: _SharedMemory | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"function": self.function, "timeout_seconds": self.timeout_seconds}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __call__(self, argument: Argument) -> Result:
+        """The function's result.
+
+        Raises:
+            HungError: no result and no sign of life in time, or the process died.
+            Exception: what the function raised.
+        """
+        if not hasattr(os, "fork"):
+            return self.function(argument)
+        if self._owner != os.getpid():
+            self._start()
+        connection, memory = self._connection, self._memory
+        assert connection is not None
+        assert memory is not None
+        try:
+            connection.send(argument)
+            while True:
+                if not connection.poll(self.timeout_seconds):
+                    self.close()
+                    raise HungError(f"no result within {self.timeout_seconds:g} s: the decoder was killed")
+                kind = connection.recv_bytes()
+                if kind != _BEAT:
+                    break
+            value = memory.load(*connection.recv())
+        except (EOFError, ConnectionError) as error:
+            raise HungError(f"the decoder's process died ({self._end()})") from error
+        except BaseException:  # interrupted in the middle of a message
+            self.close()
+            raise
+        if kind == _ERROR:
+            raise value
+        return value  # type: ignore[no-any-return]
+
+    def _start(self) -> None:
+        memory, parent = _SharedMemory(), os.getpid()
+        with _starting:
+            here, there = Pipe()
+            pid = os.fork()
+            if pid == 0:
+                here.close()
+                try:
+                    _serve(self.function, there, memory, parent)
+                finally:
+                    os._exit(1)
+            there.close()
+        self._owner, self._pid, self._connection, self._memory = parent, pid, here, memory
+
+    def _end(self) -> str:
+        """Takes leave of a dead process; says how it ended."""
+        assert self._connection is not None
+        self._connection.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, signal.SIGKILL)  # closed its end of the pipe, and lives
+        try:
+            code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        except ChildProcessError:
+            code = 0
+        self._forget()
+        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+    def close(self) -> None:
+        """Ends the process; the next call starts another one."""
+        if self._owner == os.getpid():
+            self._end()
+        self._forget()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter may be half gone
+            self.close()
+
+
+class _SharedMemory:
+    """A file in memory that two processes map; it grows to the largest result."""
+
+    def __init__(self) -> None:
+        # Not in /dev/shm, which containers keep small.
+        named = hasattr(os, "memfd_create")
+        self._file = os.fdopen(os.memfd_create("octvideo"), "w+b") if named else tempfile.TemporaryFile()  # noqa: SIM115
+        self._map: mmap.mmap | None = None
+
+    def _view(self, size: int) -> memoryview:
+        if self._map is None or len(self._map) < size:
+            if os.fstat(self._file.fileno()).st_size < size:
+                os.posix_fallocate(self._file.fileno(), 0, size)  # full memory is an error here, and a crash later
+            self._map = mmap.mmap(self._file.fileno(), 0)
+        return memoryview(self._map)
+
+    def store(self, value: Any) -> tuple[bytes, list[int]]:
+        """Puts the arrays of a value into the memory; returns its pickle, and the arrays' sizes in bytes."""
+        buffers: list[pickle.PickleBuffer] = []
+        message = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        sizes = [buffer.raw().nbytes for buffer in buffers]
+        if sizes:
+            view, start = self._view(sum(sizes)), 0
+            for buffer, size in zip(buffers, sizes, strict=True):
+                view[start : start + size] = buffer.raw()
+                start += size
+        return message, sizes
+
+    def load(self, message: bytes, sizes: list[int]) -> Any:
+        """The value, its arrays copied."""
+        buffers, start = [], 0
+        for size in sizes:
+            buffers.append(bytearray(self._view(start + size)[start : start + size]))
+            start += size
+        return pickle.loads(message, buffers=buffers)
+
+
+def _serve(function: Callable[[Any], Any], connection: Connection, memory: _SharedMemory, parent: int) -> None:
+    """The watched process: answers calls until its parent closes the pipe or dies."""
+    global _beat, _starting
+    _starting = threading.Lock()  # the parent's is held
+    if sys.platform == "linux":  # a call that hangs would never see the pipe closed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    last_beat = 0.0
+
+    def beat() -> None:
+        nonlocal last_beat
+        if time.monotonic() >= last_beat + BEAT_SECONDS:
+            connection.send_bytes(_BEAT)
+            last_beat = time.monotonic()
+
+    _beat = beat
+    while True:
+        try:
+            argument = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            kind, answer = _RESULT, memory.store(function(argument))
+        except Exception as error:  # it is raised again in the parent
+            error.add_note("".join(traceback.format_exception(error)))
+            kind, answer = _ERROR, memory.store(error)
+        connection.send_bytes(kind)
+        connection.send(answer)

@@ -1,0 +1,142 @@
+"""Watched calls: results and errors come through, hangs and crashes end, and nothing is left behind."""
+
+import ctypes
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from octvideo.data.video import DecodeError
+from octvideo.data.watchdog import HungError, Watchdog, still_alive
+
+
+def hold_the_interpreter(_):
+    """Hangs in native code that does not let other threads of Python run."""
+    ctypes.PyDLL(None).pause()
+
+
+def test_results_come_through_with_their_arrays_and_can_be_changed():
+    watchdog = Watchdog(lambda size: {"a": np.arange(size), "b": [np.ones((2, 3), np.uint8), "text"]}, 30)
+    for size in (10, 100_000, 5):
+        result = watchdog(size)
+        assert np.array_equal(result["a"], np.arange(size))
+        assert np.array_equal(result["b"][0], np.ones((2, 3), np.uint8))
+        result["a"] += 1
+    first = watchdog(4)
+    watchdog(7)
+    assert first["a"].tolist() == [0, 1, 2, 3]
+
+
+def test_errors_come_through_as_they_are():
+    def fail(message):
+        raise DecodeError("a.mp4", message)
+
+    watchdog = Watchdog(fail, 30)
+    for message in ("broken", "empty"):
+        with pytest.raises(DecodeError, match=f"a.mp4: {message}"):
+            watchdog(message)
+
+
+def test_one_process_serves_many_calls_and_a_new_one_follows_a_hang():
+    def work(seconds):
+        if seconds:
+            hold_the_interpreter(None)
+        return os.getpid()
+
+    watchdog = Watchdog(work, 0.5)
+    first = watchdog(0)
+    assert first not in (os.getpid(), None)
+    assert watchdog(0) == first
+    with pytest.raises(HungError, match=r"no result within 0.5 s: the decoder was killed"):
+        watchdog(1)
+    assert watchdog(0) != first
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+
+
+def test_a_crash_is_named():
+    watchdog = Watchdog(lambda number: os.kill(os.getpid(), number), 30)
+    with pytest.raises(HungError, match=r"process died \(SIGKILL\)"):
+        watchdog(signal.SIGKILL)
+    with pytest.raises(HungError, match=r"process died \(exit status 3\)"):
+        Watchdog(os._exit, 30)(3)
+
+
+def test_signs_of_life_give_more_time():
+    def slow(beats):
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            if beats:
+                still_alive()
+        return "done"
+
+    assert Watchdog(slow, 1.0)(True) == "done"
+    with pytest.raises(HungError):
+        Watchdog(slow, 1.0)(False)
+    still_alive()  # of no effect where nobody watches
+
+
+def test_threads_watch_each_their_own_process():
+    watchdogs = [Watchdog(lambda number: (number, os.getpid()), 30) for _ in range(4)]
+    results = [[] for _ in watchdogs]
+
+    def call(place):
+        results[place] = [watchdogs[place](number) for number in range(50)]
+
+    threads = [threading.Thread(target=call, args=(place,)) for place in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all([number for number, _ in result] == list(range(50)) for result in results)
+    assert len({process for result in results for _, process in result}) == 4
+
+
+def test_a_copy_in_another_process_starts_a_process_of_its_own():
+    watchdog = Watchdog(len, 30)
+    assert watchdog("four") == 4
+    copy = pickle.loads(pickle.dumps(watchdog))
+    assert copy("three") == 5
+    assert copy._pid != watchdog._pid
+    inherited = Watchdog(lambda _: watchdog("in the child"), 30)
+    assert inherited(None) == 12
+    assert watchdog("again") == 5
+
+
+def test_closing_ends_the_process_and_leaves_no_open_files():
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        watchdog = Watchdog(lambda _: os.getpid(), 30)
+        process = watchdog(None)
+        watchdog.close()
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+        dropped = Watchdog(lambda _: np.zeros(1000), 30)
+        dropped(None)
+        del dropped
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_a_process_that_hangs_dies_with_its_parent():
+    program = (
+        "import os, sys, signal; from octvideo.data.watchdog import Watchdog\n"
+        "import ctypes\n"
+        "def hang(_):\n    print(os.getpid(), flush=True)\n    ctypes.PyDLL(None).pause()\n"
+        "Watchdog(hang, 100)(None)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT, text=True) as parent:
+        assert int(parent.stdout.readline()) != parent.pid
+        parent.kill()
+        parent.wait()
+        assert parent.stdout.read() == ""  # the other end is open as long as the watched process lives
+
+
+def test_without_fork_the_function_is_called_directly(monkeypatch):
+    monkeypatch.delattr(os, "fork")
+    assert Watchdog(lambda _: os.getpid(), 1)(None) == os.getpid()
