@@ -25,7 +25,7 @@ class Batch(Protocol):
 
     Attributes:
         clips: (B, V, C, T, H, W) uint8, V clips of each of B videos; B may be 0.
-        labels: (B,) class numbers.
+        labels: (B,) class numbers; in training also (B, num_classes) shares of the classes.
         paths: B files.
         bad: (path, reason) of videos that could not be decoded.
     """
@@ -178,12 +178,12 @@ class Recognizer(LightningModule):
         return self.network(x)  # type: ignore[no-any-return]
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Cross-entropy of one batch."""
+        """Cross-entropy of one batch; of mixed clips, accuracy counts the class of the larger share."""
         videos, views = batch.clips.shape[:2]
         logits = self(batch.clips.flatten(0, 1)).float()
-        labels = batch.labels.repeat_interleave(views)
+        labels = batch.labels.repeat_interleave(views, 0)
         loss = F.cross_entropy(logits, labels)
-        self.train_top1(logits, labels)
+        self.train_top1(logits, labels.argmax(1) if labels.dim() > 1 else labels)
         self.log("train/loss", loss, on_epoch=True, prog_bar=True, batch_size=videos)
         self.log("train/top1", self.train_top1, on_step=False, on_epoch=True, prog_bar=True, batch_size=videos)
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]

@@ -139,7 +139,7 @@ def test_the_views_of_one_pass_are_those_of_separate_passes(numbered_video, back
     numbers = SAMPLING.dense_clips(60, 30, 6)
     for view, clip in enumerate(together):
         with Video(numbered_video, backend) as video:
-            frames = clips_of(video, numbers[view // 3][None], 40)[0]
+            (frames,) = clips_of(video, numbers[view // 3][None], 40)
         crop = even_crops(40, 53, 32, 3)[view % 3]
         assert np.array_equal(clip.numpy(), cut(frames, crop, 32))
 
@@ -174,14 +174,14 @@ def test_a_bad_test_video_is_reported_and_not_replaced(numbered_video, tmp_path)
     assert batch.clips.shape == (1, 18, 3, 4, 32, 32)
     assert batch.labels.tolist() == [1]
     assert batch.paths == [str(numbered_video)]
-    assert batch.turns.tolist() == [[0, 1]]
+    assert batch.turns == [(0, 1)]
     assert [bad.path for bad in batch.bad] == [str(tmp_path / "bad.mp4")]
 
 
 def test_a_batch_without_a_good_video_is_empty():
     batch = collate([Sample(None, 0, "a", [BadVideo("a", "broken")], Draw(0, 0, 0))])
     assert len(batch.clips) == 0
-    assert batch.turns.shape == (0, 2)
+    assert batch.turns == []
     assert batch.bad == [BadVideo("a", "broken")]
 
 

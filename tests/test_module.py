@@ -1,10 +1,14 @@
 """The data module: what it refuses, and what its loaders give."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from octvideo.data.annotations import ListError
 from octvideo.data.module import VideoData
+from octvideo.data.sampling import Sampling
+from octvideo.data.transforms import BatchAugmentation
 
 
 @pytest.fixture
@@ -43,6 +47,41 @@ def test_clips_do_not_depend_on_the_number_of_workers(lists):
     assert torch.equal(first.clips, second.clips)
 
 
+def test_clips_of_one_decode_fill_batches_of_as_many_clips(lists):
+    data = VideoData(**lists, **{**SMALL, "batch_size": 4}, num_workers=0, clips_per_video=2)
+    batches = list(data.train_dataloader())
+    assert [batch.clips.shape for batch in batches] == [(2, 2, 3, 4, 32, 32)] * 2
+    assert len({tuple(turn) for batch in batches for turn in batch.turns}) == 4
+
+
+def test_training_batches_are_augmented_and_others_are_not(lists):
+    options = {"mirror_probability": 1.0, "mixup_alpha": 1.0}
+    data = VideoData(**lists, **SMALL, num_workers=0, num_classes=3, augmentation=BatchAugmentation(**options))
+    batch = next(iter(data.train_dataloader()))
+    assert data.on_after_batch_transfer(batch, 0) is batch  # no trainer
+    data.trainer = SimpleNamespace(training=True)
+    augmented = data.on_after_batch_transfer(batch, 0)
+    seeds = [(0, *turn) for turn in batch.turns]
+    clips, labels = BatchAugmentation(**options, num_classes=3)(batch.clips, batch.labels, seeds)
+    assert torch.equal(augmented.clips, clips)
+    assert torch.equal(augmented.labels, labels)
+    assert labels.shape == (2, 3)
+    assert not torch.equal(clips, batch.clips)
+    data.trainer.training = False
+    assert data.on_after_batch_transfer(batch, 0) is batch
+    plain = VideoData(**lists)
+    plain.trainer = SimpleNamespace(training=True)
+    assert plain.on_after_batch_transfer(batch, 0) is batch
+
+
+def test_sampling_options_reach_the_clips(lists):
+    data = VideoData(**lists, **SMALL, num_workers=0, sampling="uniform", target_fps=None)
+    decoding = data.test_dataloader().dataset.decoding
+    assert decoding.sampling == Sampling(4, 2, "uniform", None)
+    assert decoding.timeout_seconds == 60
+    assert data.state_dict()["preprocessing"]["sampling"] == "uniform"
+
+
 def test_without_a_validation_list_there_is_no_validation(lists):
     assert VideoData(lists["train_list"]).val_dataloader() == []
 
@@ -55,6 +94,12 @@ def test_without_a_validation_list_there_is_no_validation(lists):
         ({"short_side": (200, 256)}, r"two sizes from crop_size 224 upwards.*got \(200, 256\)"),
         ({"short_side": (256, 240)}, r"got \(256, 240\)"),
         ({"separator": ""}, "data.separator"),
+        ({"clips_per_video": 0}, "data.clips_per_video must be at least 1, got 0"),
+        ({"prefetch_batches": 0}, "data.prefetch_batches must be at least 1, got 0"),
+        ({"batch_size": 6, "clips_per_video": 4}, "batch_size must be a multiple of clips_per_video 4, got 6"),
+        ({"decode_timeout_seconds": 0}, "data.decode_timeout_seconds must be positive or null, got 0"),
+        ({"backend": "opencv"}, "data.backend must be auto, pyav, torchcodec, decord, got opencv"),
+        ({"target_fps": -1}, "target_fps must be positive"),
     ],
 )
 def test_wrong_numbers_are_refused(options, message):

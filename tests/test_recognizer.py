@@ -72,11 +72,11 @@ def test_views_are_averaged_after_softmax_and_accuracies_counted():
     logits = torch.tensor([[[9, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]], [[0, 0, 5, 0], [0, 0, 5, 0], [0, 0, 0, 5]]])
     clips = torch.zeros(2, 3, 3, 1, 1, 4, dtype=torch.uint8)
     clips[:, :, 0, 0, 0] = logits.to(torch.uint8)
-    batch = Batch(clips, torch.tensor([0, 3]), ["a", "b"], [BadVideo("c", "broken")])
+    batch = Batch(clips, torch.tensor([0, 3]), ["a", "b"], [BadVideo("c", "broken")], [(0, 0), (0, 1)])
     recognizer._trainer = type("Trainer", (), {"world_size": 1})()
     recognizer.on_test_epoch_start()
     recognizer.test_step(batch, 0)
-    recognizer.test_step(Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [], [BadVideo("d", "gone")]), 1)
+    recognizer.test_step(Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [], [BadVideo("d", "gone")], []), 1)
     recognizer.on_test_epoch_end()
     results = recognizer.results
     assert [video["path"] for video in results["videos"]] == ["a", "b"]
@@ -134,3 +134,24 @@ def test_a_schedule_without_an_end_is_refused():
 def test_wrong_numbers_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)
+
+
+def test_mixed_labels_give_the_shared_cross_entropy_and_count_the_larger_share():
+    recognizer = small().train()
+    logged = {}
+    recognizer.log = lambda name, value, **options: logged.update({name: value})
+    recognizer.optimizers = lambda: type("Optimizer", (), {"param_groups": [{"lr": 0.1}]})()
+    logits = torch.tensor([[2.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 3, 0], [0, 0, 1, 0]])
+    recognizer.network = nn.Sequential(nn.Flatten(), nn.Identity())
+    recognizer.forward = lambda clips: logits
+    clips = torch.zeros(2, 2, 3, 1, 1, 1, dtype=torch.uint8)  # two views of two videos
+    shares = torch.tensor([[0.7, 0.3, 0, 0], [0, 0, 0.4, 0.6]])
+    batch = Batch(clips, shares, ["a", "b"], [], [(0, 0), (0, 1)])
+    loss = recognizer.training_step(batch, 0)
+    by_hand = -(shares.repeat_interleave(2, 0) * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss, by_hand)
+    assert recognizer.train_top1.compute().item() == pytest.approx(0.25)
+    recognizer.train_top1.reset()
+    whole = recognizer.training_step(batch._replace(labels=torch.tensor([0, 2])), 0)
+    torch.testing.assert_close(whole, nn.functional.cross_entropy(logits, torch.tensor([0, 0, 2, 2])))
+    assert recognizer.train_top1.compute().item() == pytest.approx(0.75)

@@ -1,5 +1,6 @@
 """Which frames and crops: tables worked out by hand, and what the projects themselves compute."""
 
+import math
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -159,6 +160,12 @@ def test_a_clip_that_starts_between_frames_by_hand():
     assert Sampling(8, 8, "pytorchvideo").dense_clips(250, 25, 10)[1].tolist() == [19, 28, 37, 46, 55, 64, 73, 82]
 
 
+def test_a_single_clip_of_mmaction_starts_at_a_whole_frame_at_any_rate():
+    """At 196 2/3 // 2; from 98 1/3, which is slowfast's start, the third frame would be 113."""
+    assert Sampling(8, 8, "mmaction", 30).centre_clip(250, 25).tolist() == [[98, 105, 112, 120, 127, 135, 142, 150]]
+    assert Sampling(8, 8, "slowfast", 30).centre_clip(250, 25).tolist() == [[98, 105, 113, 120, 128, 135, 143, 150]]
+
+
 def test_the_centre_clip_of_uniform_has_the_middle_of_every_part():
     assert Sampling(8, 8, "uniform").centre_clip(300, 30).tolist() == [[18, 56, 93, 131, 168, 206, 243, 281]]
     assert Sampling(8, 8, "uniform").centre_clip(3, 30).tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]]
@@ -184,7 +191,7 @@ def pytorchvideo_frames(start, end, num_frames, fps, clip_frames):
 
 @pytest.mark.parametrize("target_fps", [None, 30])
 @pytest.mark.parametrize(("clip_frames", "frame_stride"), [(8, 8), (32, 2), (13, 6)])
-@pytest.mark.parametrize(("num_frames", "fps"), [*VIDEOS, (299, 24), (123, 60), (54, 25)])
+@pytest.mark.parametrize(("num_frames", "fps"), [*VIDEOS, (299, 24), (123, 60), (54, 25), (310, 25), (63, 10)])
 def test_pytorchvideos_own_samplers_agree(num_frames, fps, clip_frames, frame_stride, target_fps):
     duration = Fraction(num_frames, fps)
     sampler = ConstantClipsPerVideoSampler(Fraction(clip_frames * frame_stride, target_fps or fps), 10)
@@ -220,6 +227,17 @@ def test_random_starts_of_slowfast_lie_between_frames():
     np.testing.assert_allclose(np.bincount(clips[:, 0]) / 6000, 1 / 6, atol=0.02)
 
 
+@pytest.mark.parametrize(("num_frames", "fps"), [(80, 25), (150, 25), (108, 50), (250, 25)])
+def test_what_is_a_whole_frame_in_fractions_is_not_rounded_down(num_frames, fps):
+    """The last of ten clips in 150 frames starts at 87; in 64 bits, d * 9 / 10 need not be whole."""
+    window = Fraction(64 * fps, 30)
+    room = max(num_frames - window, 0)
+    wanted = [
+        [min(math.floor(room * i / 10 + (window - 1) * k / 7), num_frames - 1) for k in range(8)] for i in range(10)
+    ]
+    assert Sampling(8, 8, "slowfast", 30).dense_clips(num_frames, fps, 10).tolist() == wanted
+
+
 def test_mmaction_trains_on_one_clip_in_each_equal_part():
     clips = Sampling(8, 8, "mmaction").train_clips(300, 30, 4, np.random.default_rng(2))
     assert (clips[:, 0] // 59).tolist() == [0, 1, 2, 3]  # 237 starts, 59 in each of four parts
@@ -236,11 +254,19 @@ def test_mmaction_trains_on_one_clip_in_each_equal_part():
         (64, 4, [0, 0, 0, 1]),  # one start for four clips: round(i / 4), and 0.5 is rounded to even
         (50, 3, [0, 0, 0]),  # shorter than the window
         (63, 2, [0, 0]),
+        (66, 3, [0, 1, 2]),  # as many starts as clips
     ],
 )
 def test_mmactions_training_starts_where_there_is_hardly_room(num_frames, num_clips, starts):
-    clips = Sampling(8, 8, "mmaction", short_videos="hold").train_clips(num_frames, 30, num_clips, None)
+    clips = Sampling(8, 8, "mmaction", short_videos="hold").train_clips(
+        num_frames, 30, num_clips, np.random.default_rng(0)
+    )
     assert clips[:, 0].tolist() == starts
+
+
+def test_mmaction_spreads_clips_of_one_frame_over_fewer_frames():
+    clips = Sampling(1, 1, "mmaction").train_clips(3, 30, 5, np.random.default_rng(0))
+    assert clips.ravel().tolist() == [0, 1, 1, 2, 2]  # round(i * 3 / 5)
 
 
 def test_mmaction_repeats_starts_where_there_are_fewer_than_clips():
@@ -357,7 +383,7 @@ def test_wrong_videos_are_refused(arguments, message):
 
 
 def test_a_window_of_less_than_a_frame_is_one_frame():
-    assert Sampling(1, 1, "slowfast", 60).dense_clips(10, 15, 2).tolist() == [[0], [4]]
+    assert Sampling(1, 1, "slowfast", 60).dense_clips(10, 15, 4).ravel().tolist() == [0, 2, 4, 6]  # 9 i / 4
 
 
 @pytest.mark.parametrize(

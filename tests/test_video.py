@@ -1,7 +1,11 @@
 """Decoding: the right frames, from good, odd and broken files."""
 
+import json
 import os
 import pickle
+import re
+import subprocess
+import sys
 from fractions import Fraction
 
 import av
@@ -10,7 +14,7 @@ import pytest
 from av.stream import Disposition
 from conftest import frame_numbers
 
-from octvideo.data.video import DecodeError, PyAvReader, Video
+from octvideo.data.video import DecodeError, KnownVideo, PyAvReader, UnreadableError, Video
 
 
 def test_frames_are_the_ones_shown_at_the_moments_in_any_order(numbered_video):
@@ -189,6 +193,166 @@ def test_files_are_closed_even_when_they_are_broken(tmp_path, numbered_video):
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+def backend_or_skip(name):
+    """Skips a test whose backend is not installed: this file is no video, and an installed one says so."""
+    try:
+        Video(__file__, name)
+    except DecodeError:
+        return
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+BACKENDS = ["pyav", "torchcodec", "decord"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_finds_frames_by_moments(numbered_video, backend):
+    backend_or_skip(backend)
+    with Video(numbered_video, backend) as video:
+        assert video.backend == backend
+        assert video.fps == pytest.approx(30)
+        assert video.duration_seconds == pytest.approx(2)
+        assert video.num_frames == 60
+        assert frame_numbers(video.frames_at(np.array([40, 3, 4, 41, 3]) / 30)) == [40, 3, 4, 41, 3]
+        assert frame_numbers(video.frames_at([-1.0, 1.9, 5.0])) == [0, 57, 59]
+        assert video.frames_at([0.0], 24).shape == (1, 24, 32, 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_reads_a_variable_rate_and_b_frames(tmp_path, backend):
+    backend_or_skip(backend)
+    moments = [0, 33, 67, 100, 1000, 1033, 2000, 2033, 2067, 2100]
+    write_at(tmp_path / "v.mp4", moments, "libx264", bf="3")
+    with Video(tmp_path / "v.mp4", backend) as video:
+        assert frame_numbers(video.frames_at([0.067, 0.5, 1.0, 1.5, 2.07])) == [2, 3, 4, 5, 8]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_refuses_broken_files_with_a_reason(tmp_path, backend):
+    backend_or_skip(backend)
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(DecodeError, match=r"empty.mp4: \S+"):
+        Video(tmp_path / "empty.mp4", backend)
+    with pytest.raises(DecodeError, match="No such file"):
+        Video(tmp_path / "nothing.mp4", backend)
+
+
+def test_an_unknown_backend_is_refused_and_one_that_is_missing_says_so(numbered_video, monkeypatch):
+    with pytest.raises(ValueError, match="backend must be auto, pyav, torchcodec, decord, got 'opencv'"):
+        Video(numbered_video, "opencv")
+    for name, module in (("decord", "decord"), ("torchcodec", "torchcodec.decoders")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match=f"the backend {name} is not installed"):
+            Video(numbered_video, name)
+
+
+def test_auto_takes_another_backend_where_pyav_gives_no_frame(numbered_video, monkeypatch):
+    monkeypatch.setattr(PyAvReader, "_open", refuse)
+    backend_or_skip("decord")
+    with Video(numbered_video) as video:
+        assert video.backend in ("torchcodec", "decord")
+        assert frame_numbers(video.frames_at([0.5, 1.0])) == [15, 30]
+    with pytest.raises(DecodeError, match="cannot be opened"):
+        Video(numbered_video, "pyav")
+
+
+def test_auto_takes_another_backend_where_pyav_opens_and_decodes_nothing(numbered_video, monkeypatch):
+    backend_or_skip("decord")
+    with Video(numbered_video) as video:
+        monkeypatch.setattr(PyAvReader, "read", refuse)
+        assert frame_numbers(video.frames_at([0.5, 1.0])) == [15, 30]
+        assert video.backend in ("torchcodec", "decord")
+
+
+def test_auto_says_what_pyav_said_if_no_other_backend_can_either(tmp_path):
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 20)
+    with pytest.raises(DecodeError, match="Invalid data found when processing input"):
+        Video(tmp_path / "noise.mp4")
+
+
+def refuse(reader, *arguments):
+    raise UnreadableError(reader.path, "cannot be opened")
+
+
+def test_frames_of_avi_files_with_b_frames_are_counted_because_their_timestamps_are_wrong(tmp_path):
+    with av.open(str(tmp_path / "b.avi"), "w") as container:
+        encode(container, range(60), "mpeg4", bf="2", g="12")
+    with av.open(str(tmp_path / "b.avi")) as container:
+        assert next(container.decode(video=0)).pts == 1  # of frame 0
+    with Video(tmp_path / "b.avi") as video:
+        for first in (0, 7, 30, 50):
+            times = (first + np.arange(8) + 0.5) / 30
+            assert frame_numbers(video.frames_at(times)) == list(range(first, first + 8))
+
+
+def test_frames_out_of_order_are_counted_even_where_the_file_does_not_tell(real_videos):
+    path = real_videos / "clips" / "TrumanShow_wave_f_nm_np1_fr_med_26.avi"
+    images = [frame.to_ndarray(format="rgb24") for _, frame in whole(path)]
+    reader = PyAvReader(str(path), None)
+    assert reader._counted
+    reader._counted = False
+    frames = reader.read([(number + 0.5) / reader.fps for number in range(20, 28)], None)
+    assert all(np.array_equal(frame, image) for frame, image in zip(frames, images[20:28], strict=True))
+    assert reader._counted
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx264", {"bf": "2", "g": "40", "b_strategy": "0", "x264-params": "b-pyramid=none"}),
+        ("mpeg4", {"bf": "2", "g": "40"}),
+    ],
+)
+def test_frames_that_nothing_refers_to_are_left_out_without_a_trace(tmp_path, codec, options):
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    with av.open(str(tmp_path / "b.mp4"), "w") as container:
+        stream = container.add_stream(codec, rate=30, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        for number in range(60):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, number, 1), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    images = [frame.to_ndarray(format="rgb24") for _, frame in whole(tmp_path / "b.mp4")]
+    chosen = [3, 12, 21, 30, 39, 48]
+    with Video(tmp_path / "b.mp4", "pyav") as video:
+        frames = video.frames_at((np.array(chosen) + 0.5) / 30)
+        assert video.frames_decoded < 35  # of the 49 up to the last one
+        assert all(np.array_equal(frame, images[number]) for frame, number in zip(frames, chosen, strict=True))
+
+
+def test_time_between_moments_is_left_out_where_key_frames_lie_in_it(numbered_video):
+    with Video(numbered_video) as video:
+        assert frame_numbers(video.frames_at(np.array([1, 50]) / 30)) == [1, 50]
+        assert video.frames_decoded <= 5  # frames 0, 1, and 48 to 50
+    with Video(numbered_video) as video:
+        video.frames_at(np.array([1, 1 + 30 * 20]) / 30)  # so far apart that it seeks
+        assert video.frames_decoded <= 14
+
+
+def test_without_packets_that_lead_to_frames_all_are_decoded(numbered_video, monkeypatch):
+    monkeypatch.setattr("octvideo.data.video.BUFFERED_BYTES", 100)
+    with Video(numbered_video, "pyav") as video:
+        assert frame_numbers(video.frames_at(np.array([3, 25, 26, 59]) / 30)) == [3, 25, 26, 59]
+        assert video.frames_decoded >= 57
+
+
+def test_what_an_index_knows_is_not_read_again(numbered_video, monkeypatch):
+    monkeypatch.setattr(PyAvReader, "_measure", None)
+    known = KnownVideo(30.0, 2.0, np.arange(5) * 12 / 30)
+    with Video(numbered_video, known=known) as video:
+        assert (video.fps, video.duration_seconds) == (30, 2)
+        for first in (0, 11, 12, 40):
+            assert frame_numbers(video.frames_at(np.arange(first, first + 5) / 30)) == list(range(first, first + 5))
+    for backend in ("torchcodec", "decord"):
+        backend_or_skip(backend)
+        with Video(numbered_video, backend, known=known._replace(duration_seconds=1.9)) as video:
+            assert video.duration_seconds == 1.9
+
+
 GOOD = {  # name: (frames, height, width)
     "cartwheel_metadata_not_utf8.avi": (83, 240, 320),
     "nasa_13013.mp4": (390, 270, 480),
@@ -249,3 +413,55 @@ def test_seeking_gives_the_frames_of_a_sequential_pass(real_videos, name):
             frames = video.frames_at([seconds for seconds, _ in chosen])
             for frame, (_, image) in zip(frames, chosen, strict=True):
                 assert np.array_equal(frame, image)
+
+
+ALIKE = [  # 8-bit video in codecs that are exact to the bit
+    *("clips/R6llTwEh07w.mp4", "clips/flipping_a_pancake.mkv", "fight/fight/fi001.mp4", "odd/nasa_13013.mp4"),
+    *("odd/av1_video.mkv", "odd/h265_video.mp4", "odd/bbb_480p_vp9_opus_1second.webm", "odd/mov-basic.mov"),
+    *("odd/video_90.mov", "odd/gif-transparent.gif", "odd/unordered.mov", "odd/metadata.mp4"),
+]
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_pyav_and_torchcodec_give_the_same_bits(real_videos, name):
+    backend_or_skip("torchcodec")
+    with Video(real_videos / name, "pyav") as ours, Video(real_videos / name, "torchcodec") as theirs:
+        times = np.linspace(0, ours.duration_seconds, 16)
+        assert np.array_equal(ours.frames_at(times), theirs.frames_at(times))
+        size = max(1, min(ours.frames_at([0])[0].shape[:2]) * 2 // 3)
+        difference = np.abs(ours.frames_at(times, size).astype(int) - theirs.frames_at(times, size))
+        assert difference.mean() < 1.5  # scaling before or after the change to RGB
+
+
+def test_mpeg4_differs_by_the_rounding_of_its_transform_alone(real_videos):
+    backend_or_skip("torchcodec")
+    path = real_videos / "clips" / "v_SoccerJuggling_g23_c01.avi"
+    with Video(path, "pyav") as ours, Video(path, "torchcodec") as theirs:
+        times = np.linspace(0, ours.duration_seconds, 50)
+        assert np.abs(ours.frames_at(times).astype(int) - theirs.frames_at(times)).max() <= 3
+
+
+@pytest.mark.parametrize("backend", ["torchcodec", "decord", "auto"])
+def test_every_backend_ends_in_frames_or_a_reason(real_videos, backend):
+    """In watched processes, which show a crash and a hang; docs/data.md has the table."""
+    if backend != "auto":
+        backend_or_skip(backend)
+    program = (
+        "import json, sys, numpy; from octvideo.data.video import Video, DecodeError\n"
+        "from octvideo.data.watchdog import Watchdog\n"
+        "def read(path):\n    with Video(path, sys.argv[1]) as video:\n"
+        "        return video.frames_at(numpy.linspace(0, video.duration_seconds, 10)).shape\n"
+        "watched, outcomes = Watchdog(read, 60), []\n"
+        "for path in sys.argv[2:]:\n    try:\n        outcomes.append(watched(path))\n"
+        "    except (RuntimeError, DecodeError) as error:\n        outcomes.append(str(error))\n"
+        "print(json.dumps(outcomes))"
+    )
+    paths = [str(real_videos / "odd" / name) for name in (*GOOD, *BAD)]
+    answer = subprocess.run([sys.executable, "-c", program, backend, *paths], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    too_old_for = ("av1_video.mkv", "tiny_av1.mp4", "gif-transparent.gif") if backend == "decord" else ()
+    for path, name, outcome in zip(paths, (*GOOD, *BAD), json.loads(answer.stdout.splitlines()[-1]), strict=True):
+        if name in BAD or name in too_old_for:
+            assert re.fullmatch(rf"{re.escape(path)}: \S.*", outcome)
+        else:
+            assert outcome == [10, *GOOD[name][1:], 3]

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 from octvideo.data.video import DecodeError
@@ -140,3 +141,11 @@ def test_a_process_that_hangs_dies_with_its_parent():
 def test_without_fork_the_function_is_called_directly(monkeypatch):
     monkeypatch.delattr(os, "fork")
     assert Watchdog(lambda _: os.getpid(), 1)(None) == os.getpid()
+
+
+def test_pytorch_works_in_a_watched_process_after_its_threads_ran_in_the_parent():
+    def total(count):
+        return torch.ones(count).cumsum(0).mul(2).sum().item()
+
+    assert Watchdog(total, 60)(2_000_000) == total(2_000_000)
+    assert Watchdog(lambda _: torch.get_num_threads(), 60)(None) == 1

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from octvideo.callbacks import EpochLines
+from octvideo.callbacks import EpochLines, Throughput
 
 
 class Training(CommandLine):
@@ -53,6 +53,7 @@ class Training(CommandLine):
         folder = self.run_folder
         if self.config["trainer"]["logger"] in (None, True):
             kwargs["logger"] = [TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv")]
+        self.trainer_defaults["callbacks"].append(Throughput())
         if not sys.stdout.isatty():
             self.trainer_defaults["callbacks"].append(EpochLines())
         if self.config["trainer"]["enable_checkpointing"] is not False:

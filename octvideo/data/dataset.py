@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from octvideo.data.annotations import VideoList
 from octvideo.data.sampling import Sampling, even_crops, random_crop
-from octvideo.data.video import Backend, DecodeError, Video
+from octvideo.data.video import Backend, DecodeError, Image, Video
 from octvideo.data.watchdog import HungError, Watchdog
 
 NO_VIDEO = -1
@@ -58,17 +58,17 @@ class Batch(NamedTuple):
 
     Args:
         clips: (B, V, C, T, H, W) uint8, V clips of each of B videos; B is 0 if all are bad.
-        labels: (B,) class numbers.
+        labels: (B,) class numbers; after mixing, (B, num_classes) shares of the classes.
         paths: B files.
         bad: videos that could not be decoded while this batch was made.
-        turns: (B, 2) epoch and position of the videos' draws, which all that is random about them derives from.
+        turns: (epoch, position) of the B videos' draws, which all that is random about them derives from.
     """
 
     clips: Tensor
     labels: Tensor
     paths: list[str]
     bad: list[BadVideo]
-    turns: Tensor
+    turns: list[tuple[int, int]]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -80,7 +80,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         torch.tensor([sample.label for sample in good], dtype=torch.int64),
         [sample.path for sample in good],
         [bad for sample in samples for bad in sample.bad],
-        torch.tensor([sample.draw[:2] for sample in good], dtype=torch.int64).reshape(-1, 2),
+        [(sample.draw.epoch, sample.draw.position) for sample in good],
     )
 
 
@@ -148,7 +148,7 @@ class Decoding(NamedTuple):
         return read if self.timeout_seconds is None else Watchdog(read, self.timeout_seconds)
 
 
-def clips_of(video: Video, frame_numbers: NDArray[np.int64], short_side: int) -> NDArray[np.uint8]:
+def clips_of(video: Video, frame_numbers: NDArray[np.int64], short_side: int) -> list[list[Image]]:
     """The frames of clips, from one pass of decoding.
 
     Args:
@@ -157,14 +157,15 @@ def clips_of(video: Video, frame_numbers: NDArray[np.int64], short_side: int) ->
         short_side: pixels that the shorter side is scaled to.
 
     Returns:
-        (V, T, H, W, 3).
+        V times T images (H, W, 3).
 
     Raises:
         DecodeError: as `Video.frames_at`.
     """
+    clips, clip_frames = frame_numbers.shape
     times = (frame_numbers.ravel() + np.float64(0.5)) / video.fps
-    frames = video.frames_at(times, short_side)
-    return frames.reshape(*frame_numbers.shape, *frames.shape[1:])
+    images = video.images_at(times, short_side)
+    return [images[clip * clip_frames : (clip + 1) * clip_frames] for clip in range(clips)]
 
 
 class TrainingClips(Dataset[Sample]):
@@ -235,18 +236,12 @@ class TrainingClips(Dataset[Sample]):
         with self.decoding.open(index) as video:
             numbers = self.decoding.sampling.train_clips(video.num_frames, video.fps, self.num_clips, rng)
             clips = clips_of(video, numbers, int(rng.integers(least, most + 1)))
-        height, width = clips.shape[2:4]
-        return np.stack(
-            [
-                cut(
-                    clip,
-                    random_crop(height, width, self.crop_size, rng),
-                    self.crop_size,
-                    mirror=self.mirror and rng.random() < 0.5,
-                )
-                for clip in clips
-            ]
-        )
+        height, width = clips[0][0].shape[:2]
+        cuts = []
+        for clip in clips:
+            crop = random_crop(height, width, self.crop_size, rng)
+            cuts.append(cut(clip, crop, self.crop_size, mirror=self.mirror and rng.random() < 0.5))
+        return np.stack(cuts)
 
 
 class TestViews(Dataset[Sample]):
@@ -314,7 +309,7 @@ class TestViews(Dataset[Sample]):
             if self.shuffle_frames:
                 rng = np.random.default_rng((self.seed, index))
                 numbers = np.stack([rng.permutation(clip) for clip in numbers])
-            return clips_of(video, numbers, self.short_side)
+            return np.stack([np.stack(clip) for clip in clips_of(video, numbers, self.short_side)])
 
 
 def bad_video(path: str, error: DecodeError | HungError) -> BadVideo:
@@ -322,9 +317,11 @@ def bad_video(path: str, error: DecodeError | HungError) -> BadVideo:
     return BadVideo(path, error.reason if isinstance(error, DecodeError) else str(error))
 
 
-def cut(frames: NDArray[np.uint8], crop: tuple[int, int], size: int, mirror: bool = False) -> NDArray[np.uint8]:
-    """Cuts a square out of frames (T, H, W, C) and gives it the layout of a clip, (C, T, H, W)."""
+def cut(
+    frames: Sequence[Image] | NDArray[np.uint8], crop: tuple[int, int], size: int, mirror: bool = False
+) -> NDArray[np.uint8]:
+    """Cuts a square out of T frames (H, W, C) and gives it the layout of a clip, (C, T, H, W)."""
     top, left = crop
-    square = frames[:, top : top + size, left : left + size]
-    square = square[:, :, ::-1] if mirror else square
-    return square.transpose(3, 0, 1, 2)
+    squares = np.stack([frame[top : top + size, left : left + size] for frame in frames])
+    squares = squares[:, :, ::-1] if mirror else squares
+    return squares.transpose(3, 0, 1, 2)

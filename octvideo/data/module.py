@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from octvideo.data.annotations import ListError, VideoList, read_class_names, read_list
-from octvideo.data.dataset import Decoding, EpochSampler, Sample, TestViews, TrainingClips, collate
+from octvideo.data.dataset import Batch, Decoding, EpochSampler, Sample, TestViews, TrainingClips, collate
 from octvideo.data.sampling import Sampling, ShortVideos
+from octvideo.data.transforms import BatchAugmentation
 from octvideo.data.video import READERS, Backend
 
 EVALUATED_TOGETHER = 30  # clips in a batch of validation or testing
@@ -57,6 +59,8 @@ class VideoData(LightningDataModule):
         test_crop_size: height and width of a validation or test view, in pixels; the shorter side is scaled to it.
         test_clips: moments of a test video, spread evenly.
         test_crops: crops a moment, spread evenly along the longer side.
+        augmentation: random changes of whole training batches, on the device: resized crops, RandAugment, erasing,
+            mixup, cutmix; a mirror of its own. Default: none.
         shuffle_test_frames: test on frames in random order: a control that tells whether a network uses time.
         clips_per_video: training clips from one pass of decoding a video (repeated augmentation): decoding costs less,
             and an epoch has that many clips of each video.
@@ -95,6 +99,7 @@ class VideoData(LightningDataModule):
         test_crop_size: int = 256,
         test_clips: int = 10,
         test_crops: int = 3,
+        augmentation: BatchAugmentation | None = None,
         shuffle_test_frames: bool = False,
         clips_per_video: int = 1,
         batch_size: int = 8,
@@ -153,6 +158,7 @@ class VideoData(LightningDataModule):
         self.test_crop_size = test_crop_size
         self.test_clips = test_clips
         self.test_crops = test_crops
+        self.augmentation = augmentation and dataclasses.replace(augmentation, num_classes=num_classes)
         self.shuffle_test_frames = shuffle_test_frames
         self.clips_per_video = clips_per_video
         self.batch_size = batch_size
@@ -221,6 +227,14 @@ class VideoData(LightningDataModule):
                 f"than one batch of {together} each: lower --data.batch_size"
             )
         return self._loader(dataset, sampler, together, drop_last=True)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augments training batches, on the device."""
+        if self.augmentation is None or self.trainer is None or not self.trainer.training:
+            return batch
+        seeds = [(self.seed, *turn) for turn in batch.turns]
+        clips, labels = self.augmentation(batch.clips, batch.labels, seeds)
+        return batch._replace(clips=clips, labels=labels)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
         """The centre view of every validation video; nothing without a validation list."""

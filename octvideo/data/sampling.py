@@ -229,7 +229,7 @@ def _mmaction_centre(window: Window) -> NDArray[np.float64]:
 
 def _mmaction_positions(window: Window, starts: NDArray[np.float64]) -> NDArray[np.float64]:
     if window.frame_stride is None:
-        return starts[:, None] + _floor(np.linspace(0, window.span - 1, window.clip_frames))
+        return _slowfast_positions(window, starts)
     return starts[:, None] + np.arange(window.clip_frames) * window.frame_stride
 
 

@@ -18,7 +18,8 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-Image = NDArray[np.uint8]  # (H, W, 3), RGB
+Image: TypeAlias = NDArray[np.uint8]  # (H, W, 3), RGB
+Moments: TypeAlias = Sequence[float] | NDArray[np.float64]
 Packet: TypeAlias = "av.Packet[av.VideoStream]"
 Backend = Literal["auto", "pyav", "decord", "torchcodec"]
 
@@ -411,10 +412,12 @@ class DecordReader(Reader):
             self._check_end(float(self._starts[-1]) + 1 / self.fps, times_seconds[-1])
         unique, where = np.unique(places.clip(0), return_inverse=True)
         try:
-            images = self._reader.get_batch(unique.tolist()).asnumpy()
+            batch = self._reader.get_batch(unique.tolist())
         except self._errors as error:
             raise self._broken(error) from error
-        images = self._scaled(images, short_side)
+        # Another library in the process, such as pytorchvideo, may have made decord give tensors of PyTorch.
+        frames = batch.asnumpy() if hasattr(batch, "asnumpy") else batch.numpy()
+        images = self._scaled(frames, short_side)
         return [images[place] for place in where]
 
 
@@ -529,9 +532,7 @@ class Video:
         """How many frames have been decoded so far; None where the backend does not tell."""
         return self._reader.frames_decoded
 
-    def frames_at(
-        self, times_seconds: Sequence[float] | NDArray[np.float64], short_side: int | None = None
-    ) -> NDArray[np.uint8]:
+    def frames_at(self, times_seconds: Moments, short_side: int | None = None) -> NDArray[np.uint8]:
         """The frames that a player would show at the given moments.
 
         Goes to the key frame before the first moment and on to the last one, in one pass. A moment before the first or
@@ -549,6 +550,10 @@ class Video:
         Raises:
             DecodeError: no frame, invalid data before the last moment, or an end more than a second too early.
         """
+        return np.stack(self.images_at(times_seconds, short_side))
+
+    def images_at(self, times_seconds: Moments, short_side: int | None = None) -> list[Image]:
+        """As `frames_at`, T arrays (H, W, 3); one and the same array where several moments show one frame."""
         times = np.maximum(np.asarray(times_seconds, dtype=np.float64), 0)
         order = np.argsort(times, kind="stable")
         while True:
@@ -562,7 +567,7 @@ class Video:
                 self._reader = self._another(self._first_error or error)
         places = np.empty_like(order)
         places[order] = np.arange(len(order))
-        return np.stack([images[place] for place in places])
+        return [images[place] for place in places]
 
     def close(self) -> None:
         """Closes the file."""

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any, Generic, TypeVar
 
+import torch
+
 BEAT_SECONDS = 0.5  # between two signs of life
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 _BEAT, _RESULT, _ERROR = b"beat", b"result", b"error"
@@ -44,7 +46,7 @@ class Watchdog(Generic[Argument, Result]):
     A decoder that hangs in native code holds the interpreter, so neither a signal's handler nor a thread gets a turn:
     only another process can end it. The process is a fork, so it shares the function's data with its parent, starts in
     milliseconds, and stays for the next call. A fork holds no threads: the function must not use locks that other
-    threads may hold, nor PyTorch operators that run in several threads.
+    threads may hold, nor a library that has started threads in the parent, as decord does when it is first used.
 
     An object of this class starts its process at the first call, in whichever process that is, so data loaders can send
     it to their workers. Where the platform cannot fork, the function is called directly, unwatched.
@@ -184,6 +186,7 @@ def _serve(function: Callable[[Any], Any], connection: Connection, memory: _Shar
     """The watched process: answers calls until its parent closes the pipe or dies."""
     global _beat, _starting
     _starting = threading.Lock()  # the parent's is held
+    torch.set_num_threads(1)  # the parent's threads are not here, and PyTorch would wait for them
     if sys.platform == "linux":  # a call that hangs would never see the pipe closed
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
