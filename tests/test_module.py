@@ -2,10 +2,12 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from octvideo.data.annotations import ListError
+from octvideo.data.index import IndexedVideo, IndexFileError, write_index
 from octvideo.data.module import VideoData
 from octvideo.data.sampling import Sampling
 from octvideo.data.transforms import BatchAugmentation
@@ -80,6 +82,26 @@ def test_sampling_options_reach_the_clips(lists):
     assert decoding.sampling == Sampling(4, 2, "uniform", None)
     assert decoding.timeout_seconds == 60
     assert data.state_dict()["preprocessing"]["sampling"] == "uniform"
+
+
+def test_an_index_beside_the_list_tells_what_is_known_of_unchanged_files(numbered_video, tmp_path):
+    (tmp_path / "list.csv").write_text(f"{numbered_video.name} 1\nother.mp4 0\n")
+    size = numbered_video.stat().st_size
+    lists = {"train_list": str(tmp_path / "list.csv"), "val_list": str(tmp_path / "list.csv")}
+
+    def duration(num_bytes):
+        known = IndexedVideo(30, 30.0, 1.0, np.array([0.0, 0.4, 0.8]), num_bytes)  # in truth 2 s
+        write_index(tmp_path, {numbered_video.name: known})
+        decoding = VideoData(**lists, root=str(numbered_video.parent)).val_dataloader().dataset.decoding
+        assert decoding.rows.tolist() == [0, -1]
+        with decoding.open(0) as video:
+            return video.duration_seconds
+
+    assert duration(size) == 1
+    assert duration(size + 1) == 2
+    (tmp_path / "index.bin").write_bytes(b"cut off")
+    with pytest.raises(IndexFileError, match="no whole index"):
+        VideoData(**lists).read("train_list")
 
 
 def test_without_a_validation_list_there_is_no_validation(lists):

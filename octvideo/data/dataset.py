@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -9,11 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from octvideo.data.annotations import VideoList
+from octvideo.data.index import VideoIndex
 from octvideo.data.sampling import Sampling, even_crops, random_crop
-from octvideo.data.video import Backend, DecodeError, Image, Video
+from octvideo.data.video import Backend, DecodeError, Image, KnownVideo, Video
 from octvideo.data.watchdog import HungError, Watchdog
 
 NO_VIDEO = -1
@@ -74,7 +76,8 @@ class Batch(NamedTuple):
 def collate(samples: Sequence[Sample]) -> Batch:
     """Joins the good samples; the bad ones are named in `bad`."""
     good = [sample for sample in samples if sample.clips is not None]
-    clips = torch.stack([sample.clips for sample in good if sample.clips is not None]) if good else torch.empty(0)
+    # PyTorch's own function stacks straight into shared memory in a worker.
+    clips = default_collate([sample.clips for sample in good]) if good else torch.empty(0)
     return Batch(
         clips,
         torch.tensor([sample.label for sample in good], dtype=torch.int64),
@@ -132,16 +135,30 @@ class Decoding(NamedTuple):
         backend: what decodes: auto, pyav, torchcodec or decord.
         timeout_seconds: a video whose decoding takes longer is bad, and the process that decodes it is killed; None
             decodes without a limit, in the process that asks.
+        known: what is known of videos beforehand.
+        rows: the N rows of the list's videos in it; -1 where it does not have them.
     """
 
     videos: VideoList
     sampling: Sampling
     backend: Backend = "auto"
     timeout_seconds: float | None = None
+    known: VideoIndex | None = None
+    rows: NDArray[np.int64] | None = None
 
-    def open(self, index: int) -> Video:
+    def open(self, place: int) -> Video:
         """Opens a video of the list."""
-        return Video(self.videos.paths[index], self.backend)
+        path = self.videos.paths[place]
+        return Video(path, self.backend, known=self._known(path, place))
+
+    def _known(self, path: str, place: int) -> KnownVideo | None:
+        """What the index knows, unless the file has changed since."""
+        if self.known is None or self.rows is None or self.rows[place] < 0:
+            return None
+        video = self.known[int(self.rows[place])]
+        if not os.path.exists(path) or os.path.getsize(path) != video.bytes:
+            return None
+        return KnownVideo(video.fps, video.duration_seconds, video.keyframe_seconds)
 
     def watched(self, read: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
         """The function, called where it cannot hang."""

@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from octvideo.data.annotations import ListError, VideoList, read_class_names, read_list
+from octvideo.data.annotations import ListError, Paths, VideoList, read_class_names, read_list
 from octvideo.data.dataset import Batch, Decoding, EpochSampler, Sample, TestViews, TrainingClips, collate
+from octvideo.data.index import FILE, VideoIndex
 from octvideo.data.sampling import Sampling, ShortVideos
 from octvideo.data.transforms import BatchAugmentation
 from octvideo.data.video import READERS, Backend
@@ -28,9 +31,10 @@ PREPROCESSING = (
 class VideoData(LightningDataModule):
     """Training clips, and validation and test views, of the videos in list files.
 
-    A list file has a line for each video: its path and its class number. The defaults are the SlowFast project's recipe
-    for Kinetics: 8 frames out of 64 at 30 a second; crops of 224 from a short side of 256 to 320; tests of 10 x 3 views
-    of 256.
+    A list file has a line for each video: its path and its class number. With a file index.bin beside it, which
+    tools/prepare_data.py writes, videos are not measured again when they are opened. The defaults are the SlowFast
+    project's recipe for Kinetics: 8 frames out of 64 at 30 a second; crops of 224 from a short side of 256 to 320;
+    tests of 10 x 3 views of 256.
 
     Class names and preprocessing become part of the checkpoints: `octvideo.weights.read_labels` and
     `read_preprocessing` read them there.
@@ -168,6 +172,7 @@ class VideoData(LightningDataModule):
         self.decode_timeout_seconds = decode_timeout_seconds
         self.seed = seed
         self._videos: dict[str, VideoList] = {}
+        self._known: dict[str, tuple[VideoIndex, NDArray[np.int64]]] = {}
         self.labels_named = labels is not None
         if labels is None and train_list is not None and (beside := Path(train_list).parent / "labels.txt").is_file():
             labels = str(beside)
@@ -199,9 +204,13 @@ class VideoData(LightningDataModule):
                 raise ListError(f"no {name.removesuffix('_list')} videos are named: expected {looks}")
             if not os.path.isfile(path):
                 raise ListError(f"{path} does not exist: expected {looks} (its paths start from --data.root DIR)")
-            self._videos[name] = read_list(
-                path, root=self.root, separator=self.separator, header=self.header, num_classes=self.num_classes
-            )
+            listed = read_list(path, separator=self.separator, header=self.header, num_classes=self.num_classes)
+            index = Path(path).parent / FILE
+            if index.is_file():
+                known = VideoIndex(index)
+                self._known[name] = known, known.rows(listed.paths)
+            paths = Paths(os.path.join(self.root or "", video) for video in listed.paths)
+            self._videos[name] = VideoList(paths, listed.labels)
         return self._videos[name]
 
     def train_dataloader(self) -> DataLoader[Sample]:
@@ -212,7 +221,7 @@ class VideoData(LightningDataModule):
         """
         videos = self.read("train_list")
         dataset = TrainingClips(
-            self._decoding(videos),
+            self._decoding("train_list"),
             crop_size=self.crop_size,
             short_side=self.short_side,
             mirror=self.mirror,
@@ -247,7 +256,7 @@ class VideoData(LightningDataModule):
     def _views(self, name: str, num_clips: int, num_crops: int, shuffle_frames: bool = False) -> DataLoader[Sample]:
         videos = self.read(name)
         dataset = TestViews(
-            self._decoding(videos),
+            self._decoding(name),
             crop_size=self.test_crop_size,
             short_side=self.test_crop_size,
             num_clips=num_clips,
@@ -258,9 +267,10 @@ class VideoData(LightningDataModule):
         together = max(1, EVALUATED_TOGETHER // (num_clips * num_crops))
         return self._loader(dataset, self._sampler(videos, shuffle=False), together, drop_last=False)
 
-    def _decoding(self, videos: VideoList) -> Decoding:
+    def _decoding(self, name: str) -> Decoding:
         sampling = Sampling(self.clip_frames, self.frame_stride, self.sampling, self.target_fps, self.short_videos)
-        return Decoding(videos, sampling, self.backend, self.decode_timeout_seconds)
+        videos, (index, rows) = self.read(name), self._known.get(name, (None, None))
+        return Decoding(videos, sampling, self.backend, self.decode_timeout_seconds, index, rows)
 
     def _sampler(self, videos: VideoList, shuffle: bool) -> EpochSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -1,0 +1,241 @@
+"""Sources: folders, lists and annotations give the right files, labels and splits, or an error that says where."""
+
+import csv
+import json
+
+import pytest
+
+from octvideo.data.annotations import ListError
+from octvideo.data.sources import Entry, read_sources
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, text=""):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def read(*sources, videos, **options):
+    entries, names = read_sources(sources, videos, **options)
+    return [tuple(entry[:3]) for entry in entries], names
+
+
+def test_a_folder_per_class_numbers_the_classes_in_alphabetical_order(tmp_path, write):
+    for name in ("yoga/b.mp4", "yoga/a b.avi", "archery/deep/c.mkv", ".hidden/d.mp4", "yoga/.e.mp4", "yoga/notes.txt"):
+        write(name)
+    write("LICENSE")
+    write("stray.webm")
+    (tmp_path / "archery" / "round").symlink_to(tmp_path, target_is_directory=True)  # must not be walked for ever
+    assert read(tmp_path, videos=tmp_path) == (
+        [
+            ("archery/deep/c.mkv", 0, "train"),
+            ("stray.webm", None, "train"),
+            ("yoga/a b.avi", 1, "train"),
+            ("yoga/b.mp4", 1, "train"),
+        ],
+        ["archery", "yoga"],
+    )
+
+
+def test_folders_named_as_splits_hold_the_class_folders(tmp_path, write):
+    for name in ("train/yoga/a.mp4", "validate/archery/b.mp4", "test/c.mp4"):
+        write(name)
+    write("loose.mp4")
+    entries, names = read(tmp_path, videos=tmp_path)
+    assert entries == [
+        ("loose.mp4", None, "train"),
+        ("test/c.mp4", None, "test"),
+        ("train/yoga/a.mp4", 1, "train"),
+        ("validate/archery/b.mp4", 0, "val"),
+    ]
+    assert names == ["archery", "yoga"]
+
+
+def test_a_class_may_be_called_as_a_split(tmp_path, write):
+    write("test/a.mp4")
+    write("yoga/b.mp4")
+    assert read(tmp_path, videos=tmp_path) == (
+        [("test/a.mp4", 0, "train"), ("yoga/b.mp4", 1, "train")],
+        ["test", "yoga"],
+    )
+
+
+def test_the_output_is_no_source_even_inside_the_videos(tmp_path, write):
+    write("yoga/a.mp4")
+    write("prepared/videos/yoga/a.mp4")
+    assert read(tmp_path, videos=tmp_path, output=tmp_path / "prepared")[0] == [("yoga/a.mp4", 0, "train")]
+    assert len(read(tmp_path, videos=tmp_path, output=tmp_path / "elsewhere")[0]) == 2
+
+
+def test_lists_keep_their_numbers_and_take_the_names_beside_them(tmp_path, write):
+    train = write("lists/train.csv", "a b/c.mp4 1\n\n./d.mp4 0\n")
+    val = write("lists/kinetics_val.csv", f"{tmp_path}/e.mp4 1\n/elsewhere/f.mp4 1\r\n")
+    write("lists/labels.txt", "yoga\narchery\n")
+    expected = [
+        ("a b/c.mp4", 1, "train"),
+        ("d.mp4", 0, "train"),
+        ("e.mp4", 1, "val"),
+        ("/elsewhere/f.mp4", 1, "val"),
+    ]
+    assert read(train, val, videos=tmp_path) == (expected, ["yoga", "archery"])
+    assert read(tmp_path / "lists", videos=tmp_path) == (expected[:2], ["yoga", "archery"])  # train.csv is in it
+
+
+def test_numbered_lists_without_names_name_the_classes_by_their_numbers(tmp_path, write):
+    assert read(write("l.txt", "a.mp4 2\nb.mp4 0\n"), videos=tmp_path)[1] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "label"),
+    [
+        ("a,b.mp4,playing cello\n", "a,b.mp4", "playing cello"),
+        ("a,b.mp4 yoga\n", "a,b.mp4", "yoga"),
+        ("a,b/c yoga\n", "a,b/c", "yoga"),
+        ("path,label\na b.mp4,yoga\n", "a b.mp4", "yoga"),
+        ("\ufeffvideo label\na b.mp4 yoga\n", "a b.mp4", "yoga"),
+    ],
+)
+def test_the_last_comma_or_space_of_a_line_counts(tmp_path, write, text, path, label):
+    assert read(write("test.csv", text), videos=tmp_path) == ([(path, 0, "test")], [label])
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("testlist01.txt", "test"), ("my_validation.csv", "val"), ("latest.csv", "train"), ("training.csv", "train")],
+)
+def test_the_split_is_in_the_name_of_a_list(tmp_path, write, name, split):
+    assert read(write(name, "a.mp4 0\n"), videos=tmp_path)[0] == [("a.mp4", 0, split)]
+
+
+def test_a_file_of_labels_fixes_the_numbers(tmp_path, write):
+    labels = write("order.txt", "yoga\nspare\narchery\n")
+    source = write("l.csv", "a.mp4 archery\nb.mp4 yoga\n")
+    assert read(source, videos=tmp_path, labels=labels) == (
+        [("a.mp4", 2, "train"), ("b.mp4", 0, "train")],
+        ["yoga", "spare", "archery"],
+    )
+
+
+def test_named_sources_join_numbered_ones_that_have_names(tmp_path, write):
+    numbered = write("numbered/val.csv", "a.mp4 0\n")
+    write("numbered/labels.txt", "yoga\narchery\n")
+    named = write("named.csv", "b.mp4 archery\n")
+    assert read(numbered, named, videos=tmp_path)[0] == [("a.mp4", 0, "val"), ("b.mp4", 1, "train")]
+
+
+def test_kinetics_files_are_found_by_id_and_seconds_anywhere_below_the_folder(tmp_path, write):
+    for name in ("yoga/A_1-x_000004_000014.mkv", "b_000100_000110.part", "b_000100_000110.mp4", "c_000000_000010.jpg"):
+        write(f"videos/{name}")
+    source = write(
+        "kinetics_val.csv",
+        "label,youtube_id,time_start,time_end,split,is_cc\n"
+        'yoga,A_1-x,4,14,val,0\n"archery, crossbow",b,100.0,110.0,validate,0\nyoga,c,0,10,train,1\n,d,5,15,test,0\n',
+    )
+    assert read(source, videos=tmp_path / "videos") == (
+        [
+            ("yoga/A_1-x_000004_000014.mkv", 1, "val"),
+            ("b_000100_000110.mp4", 0, "val"),
+            ("c_000000_000010", 1, "train"),
+            ("d_000005_000015", None, "test"),
+        ],
+        ["archery, crossbow", "yoga"],
+    )
+    unlabelled = write("kinetics_test.csv", "youtube_id,time_start,time_end\nA_1-x,4,14\n")
+    assert read(unlabelled, videos=tmp_path / "videos") == ([("yoga/A_1-x_000004_000014.mkv", None, "test")], [])
+
+
+def test_activitynet_takes_whole_videos_and_says_where_labels_differ(tmp_path, write):
+    for name in ("v_a.mp4", "b.mkv"):
+        write(f"videos/{name}")
+    segments = [{"label": "yoga", "segment": [0, 5]}, {"label": "archery", "segment": [5, 9]}]
+    content = {
+        "a": {"subset": "training", "annotations": [segments[0], segments[0]]},
+        "b": {"subset": "validation", "annotations": segments},
+        "c": {"subset": "testing", "annotations": []},
+    }
+    source = write("activity_net.json", json.dumps({"version": "1.3", "database": content}))
+    entries, names = read_sources([source], tmp_path / "videos")
+    assert names == ["yoga"]  # the label that is listed
+    assert entries == [
+        Entry("v_a.mp4", 0, "train"),
+        Entry("b.mkv", 0, "val", "its labels are 'yoga', 'archery': listed with the first"),
+        Entry("v_c", None, "test"),
+    ]
+
+
+def test_kinetics_json_names_clips(tmp_path, write):
+    write("videos/x_000003_000013.mp4")
+    video = {"annotations": {"label": "yoga", "segment": [3.0, 13.0]}, "duration": 10.0, "subset": "validate"}
+    source = write("kinetics.json", json.dumps({"x": video, "y": {"subset": "test"}}))
+    assert read(source, videos=tmp_path / "videos") == (
+        [("x_000003_000013.mp4", 0, "val"), ("v_y", None, "test")],
+        ["yoga"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("nothing.csv", None, r"nothing.csv: No such file"),
+        ("l.csv", "", r"l.csv: no video in it"),
+        ("l.csv", "a.mp4 0\nb.mp4\n", r"l.csv:2: expected 'path label', got 'b.mp4'"),
+        ("l.csv", "a.mp4,0\nb.mp4 1\n", r"l.csv:2: expected 'path,label', got 'b.mp4 1'"),
+        ("l.csv", "a.mp4 0\nb.mp4 yoga\n", r"l.csv:2: expected a class number, as on the lines before, got 'yoga'"),
+        ("l.csv", "a.mp4 0\nb.mp4 99999999999\n", r"l.csv:2: expected a class number"),
+        ("k.csv", "youtube_id,time_start,time_end\na,4,soon\n", r"k.csv:2: expected seconds .* got '4', 'soon'"),
+        ("k.csv", "youtube_id,time_start,time_end,split\na,4,5,dev\n", r"k.csv:2: expected a split of .* got 'dev'"),
+        ("a.json", '{"database": {\n', r"a.json:2: no JSON"),
+        ("b.json", None, r"b.json: No such file"),
+        ("a.json", "[]", r"a.json: expected an object of videos"),
+        ("a.json", '{"x": {"annotations": []}}', r"a.json: video 'x': expected 'subset'"),
+        ("a.json", '{"x": {"subset": "val", "annotations": {"segment": [1]}}}', r"a.json: video 'x': expected"),
+        ("a.json", '{"x": {"subset": "dev", "annotations": []}}', r"a.json: video 'x': expected a split"),
+    ],
+)
+def test_what_cannot_be_read_is_an_error_with_file_and_line(tmp_path, write, name, text, message):
+    source = tmp_path / name if text is None else write(name, text)
+    with pytest.raises(ListError, match=message):
+        read_sources([source], tmp_path)
+
+
+def test_binary_files_and_missing_folders_are_errors(tmp_path, write):
+    for name in ("binary.csv", "binary.json"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00\x81")
+        with pytest.raises(ListError, match=f"{name}: not a text file in UTF-8"):
+            read_sources([tmp_path / name], tmp_path)
+    source = write("k.csv", "youtube_id,time_start,time_end\na,4,5\n")
+    with pytest.raises(ListError, match="nothing: No such file"):
+        read_sources([source], tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ListError, match="empty: no video in it"):
+        read_sources([tmp_path / "empty"], tmp_path)
+
+
+def test_labels_without_a_number_are_errors(tmp_path, write):
+    with pytest.raises(ListError, match=r"l.csv:2: label 'yoga' is none of the 1 classes of .*order.txt"):
+        read_sources([write("l.csv", "a 0.mp4 dance\nb.mp4 yoga\n")], tmp_path, labels=write("order.txt", "dance\n"))
+    write("one/labels.txt", "dance\n")
+    with pytest.raises(ListError, match=r"train.csv:1: label '3' is none of the 1 classes of labels.txt"):
+        read_sources([write("one/train.csv", "a.mp4 3\n")], tmp_path)
+    write("one/train.csv", "a.mp4 0\n")
+    write("two/labels.txt", "yoga\n")
+    with pytest.raises(ListError, match="the sources number their classes differently"):
+        read_sources([tmp_path / "one", write("two/val.csv", "b.mp4 0\n")], tmp_path)
+
+
+@pytest.mark.parametrize("version", [400, 600])
+def test_official_kinetics_lists_give_the_official_numbers(real_videos, tmp_path, version):
+    source = real_videos / "kinetics" / f"kinetics-{version}_val.csv"
+    official = (real_videos / "kinetics" / f"label_map_k{version}.txt").read_text().splitlines()
+    with open(source) as file:
+        rows = list(csv.DictReader(file))
+    entries, names = read_sources([source], tmp_path)
+    assert names == official
+    assert len(entries) == len(rows)
+    assert [official[entry.label] for entry in entries] == [row["label"] for row in rows]
+    assert entries[0].path == f"{rows[0]['youtube_id']}_{int(rows[0]['time_start']):06d}_{int(rows[0]['time_end']):06d}"
