@@ -14,7 +14,7 @@ from test_video import BAD, GOOD
 
 from octvideo.data import reencoding
 from octvideo.data.reencoding import measure, reencode
-from octvideo.data.video import DecodeError
+from octvideo.data.video import DecodeError, frame_rate
 
 
 def write_frames(path, images, moments_ms, codec="libx264", format="rgb24", **options):
@@ -89,11 +89,12 @@ def test_a_matroska_file_cut_in_the_middle_is_bad(cut_video):
 def test_a_file_without_frame_rate_or_size_is_bad(numbered_video, monkeypatch):
     class Stopped:
         width = height = 0
+        average_rate = guessed_rate = None
 
     reader = reencoding._Reader(str(numbered_video))
     with pytest.raises(DecodeError, match="frames of 0 x 0 pixels"), reader:
         reader._measure(0, Stopped())
-    monkeypatch.setattr(reencoding, "_rate", lambda stream: None)
+    monkeypatch.setattr(reencoding, "frame_rate", lambda stream, path: frame_rate(Stopped(), path))
     with pytest.raises(DecodeError, match="the video stream has no frame rate"):
         measure(numbered_video)
 

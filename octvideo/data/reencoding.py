@@ -12,11 +12,17 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from octvideo.data.files import appearing
-from octvideo.data.video import EARLY_END_SECONDS, DecodeError
+from octvideo.data.video import (
+    EARLY_END_SECONDS,
+    DecodeError,
+    frame_rate,
+    has_guessed_times,
+    open_stream,
+    upright_turns,
+)
 from octvideo.data.watchdog import still_alive
 
 # What is wrong with the machine, not with a video: tried again by the next run.
@@ -76,19 +82,14 @@ class _Reader:
 
     def __enter__(self) -> _Reader:
         with self._named_errors():
-            self._container = av.open(self.path, metadata_errors="ignore")
-        stream = self._container.streams.best("video")  # not a cover picture, nor the smaller of two
-        picture = stream is not None and stream.disposition & Disposition.attached_pic  # the cover of a sound file
-        if not isinstance(stream, av.VideoStream) or stream.time_base is None or picture:
+            self._container, stream = open_stream(self.path)
+        assert stream.time_base is not None
+        try:
+            self.rate = frame_rate(stream, self.path)
+        except DecodeError:
             self._container.close()
-            raise DecodeError(self.path, "no video stream")
-        rate = _rate(stream)
-        if not rate:
-            self._container.close()
-            raise DecodeError(self.path, "the video stream has no frame rate")
-        stream.thread_type = "SLICE"
-        stream.codec_context.thread_count = 1
-        self.stream, self.rate, self.time_base = stream, rate, stream.time_base
+            raise
+        self.stream, self.time_base = stream, stream.time_base
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,8 +103,7 @@ class _Reader:
             OSError: the file could not be read.
         """
         start, step = self.stream.start_time or 0, max(1, round(1 / (self.rate * self.time_base)))
-        # AVI has no timestamps of display: those of frames that are stored out of order are guessed, and wrong.
-        counted = self._container.format.name == "avi" and self.stream.codec_context.has_b_frames
+        counted = has_guessed_times(self._container, self.stream)
         moment = -step
         with self._named_errors():
             for packet in self._container.demux():
@@ -123,8 +123,7 @@ class _Reader:
         if min(frame.width, frame.height) < 1:
             raise DecodeError(self.path, f"frames of {frame.width} x {frame.height} pixels")
         if not self.frames:
-            upright = frame.rotation in (-90, 90)
-            self._size = (frame.height, frame.width) if upright else (frame.width, frame.height)
+            self._size = (frame.height, frame.width) if upright_turns(frame) % 2 else (frame.width, frame.height)
         self.frames += 1
         self._damaged += frame.is_corrupt
         if frame.key_frame:
@@ -161,10 +160,6 @@ class _Reader:
                 raise reason from error
             after = f" (after {self.frames} frames)" if self.frames else ""
             raise DecodeError(self.path, f"{error.strerror or type(error).__name__}{after}") from error
-
-
-def _rate(stream: av.VideoStream) -> Fraction | None:
-    return stream.average_rate or stream.guessed_rate
 
 
 def machine_error(error: av.error.FFmpegError | OSError) -> OSError | None:
@@ -225,7 +220,7 @@ def reencode(path: str | os.PathLike[str], output: Path, short_side: int) -> tup
 def _encode(reader: _Reader, container: av.container.OutputContainer, short_side: int) -> None:
     scaler, stream, size, first, previous = VideoReformatter(), None, (0, 0), 0, -1
     for moment, frame in reader.decode():
-        turn = frame.rotation // 90 if frame.rotation in (-180, -90, 90, 180) else 0
+        turn = upright_turns(frame)
         if stream is None:
             size = _even_size(frame, short_side)
             stream = container.add_stream("libx264", rate=Fraction(reader.rate), options=ENCODER)

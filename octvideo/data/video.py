@@ -9,6 +9,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from types import TracebackType
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -67,6 +68,49 @@ class KnownVideo(NamedTuple):
     keyframe_seconds: NDArray[np.float64]
 
 
+def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
+    """Opens a file in PyAV, and the video stream in it that is meant, to be decoded in one thread.
+
+    Raises:
+        DecodeError: there is no video stream.
+        av.error.FFmpegError: the file cannot be opened; an OSError if it cannot be read.
+    """
+    container = av.open(path, metadata_errors="ignore")
+    stream = container.streams.best("video")  # not a cover picture, nor the smaller of two
+    picture = stream is not None and stream.disposition & Disposition.attached_pic  # the cover of a sound file
+    if not isinstance(stream, av.VideoStream) or stream.time_base is None or picture:
+        container.close()
+        raise DecodeError(path, "no video stream")
+    stream.thread_type = "SLICE"
+    stream.codec_context.thread_count = 1
+    return container, stream
+
+
+def frame_rate(stream: av.VideoStream, path: str) -> Fraction:
+    """Average frames per second of a stream.
+
+    Raises:
+        DecodeError: it has none.
+    """
+    rate = stream.average_rate or stream.guessed_rate
+    if not rate:
+        raise DecodeError(path, "the video stream has no frame rate")
+    return rate
+
+
+def has_guessed_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
+    """Whether the frames' timestamps are wrong, and frames must be counted.
+
+    AVI has no timestamps of display: those of frames that are stored out of order are guessed.
+    """
+    return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
+
+
+def upright_turns(frame: av.VideoFrame) -> int:
+    """Quarters counter-clockwise that make a frame upright; a matrix that is no rotation reads as a nonsense angle."""
+    return frame.rotation // 90 if frame.rotation in (-180, -90, 90, 180) else 0
+
+
 class Reader(ABC):
     """A video file, open in one backend.
 
@@ -113,13 +157,13 @@ class Reader(ABC):
         same_size = size == (frame.width, frame.height)
         try:
             rgb = self._scaler.reformat(
-                frame, width, height, "rgb24", interpolation="BICUBIC" if same_size else "BILINEAR"
+                frame, width, height, "rgb24", interpolation="BICUBIC" if same_size else "BILINEAR", threads=1
             )
             image = rgb.to_ndarray().astype(np.uint8, copy=False)
         except (av.error.FFmpegError, OSError) as error:
             raise self._broken(error) from error
-        # The angle is counter-clockwise; a matrix that is no rotation reads as some nonsense angle.
-        return np.rot90(image, frame.rotation // 90) if frame.rotation in (-180, -90, 90, 180) else image
+        turns = upright_turns(frame)
+        return np.rot90(image, turns) if turns else image
 
     def _scaled(self, images: NDArray[np.uint8], short_side: int | None) -> Sequence[Image]:
         """Images (T, H, W, 3) at the wanted size."""
@@ -161,27 +205,18 @@ class PyAvReader(Reader):
 
     def _open(self) -> None:
         try:
-            self._container = av.open(self.path, metadata_errors="ignore")
+            self._container, stream = open_stream(self.path)
         except (av.error.FFmpegError, OSError) as error:
             raise UnreadableError(self.path, _reason(error)) from error
-        stream = self._container.streams.best("video")  # not a cover picture, nor the smaller of two
-        picture = stream is not None and stream.disposition & Disposition.attached_pic  # the cover of a sound file
-        if not isinstance(stream, av.VideoStream) or stream.time_base is None or picture:
-            self.close()
-            raise DecodeError(self.path, "no video stream")
-        stream.thread_type = "SLICE"
-        stream.codec_context.thread_count = 1
         self._stream = stream
+        assert stream.time_base is not None
         self._time_base = float(stream.time_base)
         self._start_seconds = float((stream.start_time or 0) * stream.time_base)
-        # AVI has no timestamps of display: those of frames that are stored out of order are guessed, and wrong.
-        self._counted = self._container.format.name == "avi" and stream.codec_context.has_b_frames
+        self._counted = has_guessed_times(self._container, stream)
 
     def _measure(self) -> tuple[float, float]:
         """Frames per second and seconds, from the stream's header if it has them."""
-        rate = self._stream.average_rate or self._stream.guessed_rate
-        if not rate:
-            raise DecodeError(self.path, "the video stream has no frame rate")
+        rate = frame_rate(self._stream, self.path)
         if self._stream.duration is not None:
             return float(rate), self._stream.duration * self._time_base
         # The container's duration counts its sound too and, in Matroska, the time before the first frame: read the
