@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 BEAT_SECONDS = 0.5  # between two signs of life
-CALLS_A_TRIM = 100  # glibc keeps what is free between used pieces, some 40 MB after 20,000 clips, unless it is told
+CALLS_A_TRIM = 20  # glibc keeps what is free between used pieces, some 40 MB after 20,000 clips, unless it is told
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 _BEAT, _RESULT, _ERROR = b"beat", b"result", b"error"
 
