@@ -1,5 +1,8 @@
 """The data module: what it refuses, and what its loaders give."""
 
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 import torch
 
 from octvideo.data.annotations import ListError
+from octvideo.data.dataset import BadVideo
 from octvideo.data.index import IndexedVideo, IndexFileError, write_index
 from octvideo.data.module import VideoData
 from octvideo.data.sampling import Sampling
@@ -44,9 +48,66 @@ def test_loaders_give_uint8_batches(lists, num_workers):
     assert test.clips.shape == (5, 6, 3, 4, 40, 40)
 
 
-def test_clips_do_not_depend_on_the_number_of_workers(lists):
-    first, second = (next(iter(VideoData(**lists, **SMALL, num_workers=n).train_dataloader())) for n in (0, 2))
-    assert torch.equal(first.clips, second.clips)
+def test_clips_do_not_depend_on_the_number_of_workers(lists, numbered_video, tmp_path):
+    (tmp_path / "list.csv").write_text("".join(f"{numbered_video} {label}\n" for label in range(9)))
+    (tmp_path / "empty.mp4").touch()
+    with open(tmp_path / "list.csv", "a") as list_file:
+        list_file.write(f"{tmp_path / 'empty.mp4'} 9\n")
+
+    def epoch(num_workers):
+        return list(VideoData(**lists, **SMALL, num_workers=num_workers).train_dataloader())
+
+    for alone, shared in zip(epoch(0), epoch(2), strict=True):
+        assert torch.equal(alone.clips, shared.clips)
+        assert alone.labels.tolist() == shared.labels.tolist()
+        assert alone[2:] == shared[2:]
+
+
+def test_a_worker_goes_on_after_a_video_that_hangs(lists, numbered_video, tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")  # opening it for reading waits for somebody to write
+    (tmp_path / "list.csv").write_text(f"{numbered_video} 1\n{tmp_path / 'pipe.mp4'} 0\n{numbered_video} 2\n")
+    data = VideoData(**lists, **SMALL, num_workers=1, decode_timeout_seconds=1)
+    (batch,) = data.val_dataloader()
+    assert batch.labels.tolist() == [1, 2]
+    assert batch.bad == [BadVideo(str(tmp_path / "pipe.mp4"), "no result within 1 s: the decoder was killed")]
+
+
+def processes_below(parent):
+    """All processes that descend from one."""
+    pairs = [(int(entry.name), int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])) for entry in running()]
+    below = [process for process, above in pairs if above == parent]
+    return below + [process for child in below for process in processes_below(child)]
+
+
+def running():
+    return [entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and (entry / "stat").exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_and_open_files_of_workers_and_decoders_stay_constant(lists, numbered_video, tmp_path):
+    (tmp_path / "list.csv").write_text(f"{numbered_video} 1\n" * 1500)
+    data = VideoData(**lists, **SMALL, num_workers=2)
+    loader = data.train_dataloader()
+    used = []
+    for epoch in range(4):
+        loader.sampler.set_epoch(epoch)
+        for _ in loader:
+            pass
+        # Resident megabytes, and open files.
+        used.append(
+            {
+                process: (
+                    int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20,
+                    len(os.listdir(f"/proc/{process}/fd")),
+                )
+                for process in processes_below(os.getpid())
+            }
+        )
+    assert len(used[0]) >= 4  # two workers, and the decoder of each
+    for process, (megabytes, files) in used[-1].items():
+        assert megabytes < used[0][process][0] + 20
+        assert files <= used[0][process][1] + 3  # some are open while a clip is on its way
 
 
 def test_clips_of_one_decode_fill_batches_of_as_many_clips(lists):

@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -238,6 +240,121 @@ def test_every_backend_refuses_broken_files_with_a_reason(tmp_path, backend):
         Video(tmp_path / "nothing.mp4", backend)
 
 
+MOMENTS = [round(n * 1000 / 30) for n in range(90)]
+
+
+@pytest.mark.parametrize("name", ["f.ts", "f.mpg", "f.flv", "f.mkv", "f.mp4", "f.h264"])
+def test_every_clip_of_a_container_is_the_one_that_plain_decoding_gives(tmp_path, name):
+    codec = "mpeg2video" if name == "f.mpg" else "libx264"
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=30, options={"bf": "2", "g": "30"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
+        for number in range(60):
+            grey = np.full((48, 64, 3), 4 * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with Video(tmp_path / name) as video:
+        assert abs(video.num_frames - 60) <= 2
+        for first in range(0, 50, 3):
+            times = (first + np.arange(0, 10, 3) + 0.5) / video.fps
+            assert frame_numbers(video.frames_at(times)) == list(range(first, first + 10, 3))
+
+
+def cut_at_half_a_second(source, target):
+    """As ffmpeg -ss 0.5 -c copy: packets from the key frame before on, and those before the cut are not shown."""
+    with av.open(str(source)) as whole_file, av.open(str(target), "w") as container:
+        stream = container.add_stream_from_template(whole_file.streams.video[0])
+        for packet in whole_file.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                packet.pts -= round(0.5 / packet.time_base)
+                packet.dts -= round(0.5 / packet.time_base)
+                container.mux(packet)
+
+
+def test_moments_before_the_first_key_frame_that_is_shown_are_found_with_an_index_too(tmp_path):
+    write_at(tmp_path / "whole.mp4", MOMENTS[:60], "libx264", g="30")
+    cut_at_half_a_second(tmp_path / "whole.mp4", tmp_path / "cut.mp4")
+    shown = [
+        (seconds, frame_numbers(frame.to_ndarray(format="rgb24")[None])[0])
+        for seconds, frame in whole(tmp_path / "cut.mp4")
+    ]
+    shown = [(seconds, number) for seconds, number in shown if seconds >= 0]
+    assert shown[0][1] == 15
+    known = KnownVideo(30.0, 1.5, np.array([0.5]))  # frame 0, a key frame, is not shown
+    for chosen in (None, known):
+        with Video(tmp_path / "cut.mp4", known=chosen) as video:
+            for start in (0, 5, 12, 20):
+                times = [seconds + 0.01 for seconds, _ in shown[start : start + 4]]
+                assert frame_numbers(video.frames_at(times)) == [number for _, number in shown[start : start + 4]]
+
+
+def test_two_frames_of_one_moment_leave_the_others_where_they_are(tmp_path):
+    moments = [0, 40, 80, 80, 160, 200, 240, 1200, 1240, 1280, 2500, 2540, 2580, 2620]
+    with av.open(str(tmp_path / "d.mkv"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number, moment in enumerate(moments):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            for packet in stream.encode(frame):
+                packet.pts = packet.dts = moment
+                packet.time_base = Fraction(1, 1000)
+                container.mux(packet)
+    for buffered in (64 * 2**20, 0):  # by packets, and by decoding all
+        with pytest.MonkeyPatch.context() as patch, Video(tmp_path / "d.mkv") as video:
+            patch.setattr("octvideo.data.video.BUFFERED_BYTES", buffered)
+            assert frame_numbers(video.frames_at([0.045, 0.09, 0.17, 0.9, 1.25, 2.0, 2.6])) == [1, 3, 4, 6, 8, 9, 12]
+
+
+def test_a_stream_that_nothing_can_decode_is_named_and_tried_with_another_backend(numbered_video, tmp_path):
+    unknown = numbered_video.read_bytes().replace(b"avc1", b"xvc9")
+    (tmp_path / "unknown.mp4").write_bytes(unknown)
+    with pytest.raises(UnreadableError, match="no decoder for its codec"):
+        Video(tmp_path / "unknown.mp4", "pyav")
+    with pytest.raises(DecodeError, match="no decoder for its codec"):
+        Video(tmp_path / "unknown.mp4")
+
+
+def test_a_stream_that_appears_in_the_middle_of_a_file_is_an_error_of_the_file(numbered_video, monkeypatch):
+    reader = PyAvReader(str(numbered_video), None)
+
+    def demux(stream):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(reader, "_container", SimpleNamespace(demux=demux, seek=lambda *a, **k: None))
+    with pytest.raises(DecodeError, match="list index out of range"):
+        reader.read([0.5], None)
+    monkeypatch.setattr(reader, "_stream", SimpleNamespace(average_rate=30, duration=None))
+    monkeypatch.setattr(reader._container, "duration", None, raising=False)
+    monkeypatch.setattr(reader._container, "format", SimpleNamespace(name="mpegts"), raising=False)
+    with pytest.raises(DecodeError, match="list index out of range"):
+        reader._measure()
+
+
+def test_a_relative_path_with_a_colon_is_no_address(numbered_video, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(numbered_video, "cam1:0001.mp4")
+    for backend in BACKENDS:
+        backend_or_skip(backend)
+        with Video("cam1:0001.mp4", backend) as video:
+            assert frame_numbers(video.frames_at([0.5])) == [15]
+
+
+def test_all_frames_of_a_video_have_one_size_whatever_moments_they_are_from(tmp_path):
+    parts = []
+    for number, size in enumerate(((64, 48), (32, 48))):
+        with av.open(str(tmp_path / f"{number}.ts"), "w") as container:
+            encode(container, MOMENTS if number == 0 else [3000 + m for m in MOMENTS], "libx264", size=size)
+        parts.append((tmp_path / f"{number}.ts").read_bytes())
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    with Video(tmp_path / "both.ts") as video:
+        assert video.frames_at([0.5], 24).shape == (1, 24, 32, 3)
+        assert video.frames_at([4.5, 0.5, 5.0], 24).shape == (3, 24, 32, 3)
+
+
 def test_an_unknown_backend_is_refused_and_one_that_is_missing_says_so(numbered_video, monkeypatch):
     with pytest.raises(ValueError, match="backend must be auto, pyav, torchcodec, decord, got 'opencv'"):
         Video(numbered_video, "opencv")
@@ -391,7 +508,16 @@ def test_odd_but_good_files_are_read_whole(real_videos, name):
     with Video(real_videos / "odd" / name) as video:
         times = np.linspace(0, video.duration_seconds, 20)
         assert video.frames_at(times).shape == (20, height, width, 3)
-    assert sum(1 for _ in whole(real_videos / "odd" / name)) == frames
+    shown = [
+        (seconds, frame.to_ndarray(format="rgb24", interpolation="BICUBIC"))
+        for seconds, frame in whole(real_videos / "odd" / name)
+    ]
+    assert len(shown) == frames
+    turns = {"video_90.mov": 3, "video_rotation_90.mp4": 3}.get(name, 0)
+    with Video(real_videos / "odd" / name) as video:
+        for number in {0, frames // 3, frames - 1}:
+            seconds, image = shown[number]
+            assert np.array_equal(video.frames_at([max(seconds, 0)])[0], np.rot90(image, turns))
 
 
 @pytest.mark.parametrize("name", BAD)

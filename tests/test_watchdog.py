@@ -70,6 +70,60 @@ def test_a_crash_is_named():
         Watchdog(os._exit, 30)(3)
 
 
+def test_a_process_that_died_between_two_calls_is_no_fault_of_the_next_one():
+    watchdog = Watchdog(lambda _: os.getpid(), 30)
+    first = watchdog(None)
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    assert watchdog(None) not in (first, os.getpid())
+
+
+class TwoArgumentsError(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} {second}")
+
+
+def test_errors_that_cannot_travel_are_told_and_are_no_hang():
+    class LocalError(Exception):
+        pass
+
+    def fail(error):
+        raise LocalError("of a kind that is not found") if error is None else TwoArgumentsError("one", "two")
+
+    watchdog = Watchdog(fail, 30)
+    for argument, message in ((None, "LocalError: of a kind that is not found"), (1, "TwoArgumentsError: one two")):
+        with pytest.raises(RuntimeError, match=message) as caught:
+            watchdog(argument)
+        assert not isinstance(caught.value, HungError)
+        assert "test_watchdog.py" in str(caught.value)
+
+
+def test_errors_that_travel_say_where_they_came_from():
+    def divide(number):
+        return 1 / number
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        Watchdog(divide, 30)(0)
+    assert "return 1 / number" in caught.value.__notes__[0]
+
+
+def test_a_process_that_cannot_be_killed_is_given_up(monkeypatch):
+    monkeypatch.setattr("octvideo.data.watchdog.KILL_SECONDS", 0.05)
+    watchdog = Watchdog(lambda _: os.getpid(), 30)
+    process = watchdog(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda pid, number: None)
+        patch.setattr(os, "waitpid", lambda pid, options: (0, 0))
+        assert watchdog._end() == "it cannot be killed"
+    assert watchdog(None) != process
+
+
+def test_without_a_file_in_memory_an_ordinary_one_serves(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.delattr(os, "posix_fallocate")
+    assert np.array_equal(Watchdog(np.arange, 30)(1000), np.arange(1000))
+
+
 def test_signs_of_life_give_more_time():
     def slow(beats):
         end = time.monotonic() + 1.5

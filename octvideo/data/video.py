@@ -28,6 +28,8 @@ ROUNDING_SECONDS = 0.001  # Matroska rounds timestamps to milliseconds; a frame 
 EARLY_END_SECONDS = 1.0  # headers are off by some frames in many good files
 SEEK_SECONDS = 10.0  # over a longer gap between two moments it is worth to seek: files with key frames rarer are few
 BUFFERED_BYTES = 64 * 2**20  # of packets that are read ahead of decoding
+# PyAV's demuxing raises an IndexError where a stream appears in the middle of a file.
+READING_ERRORS = (av.error.FFmpegError, OSError, IndexError)
 # Codecs whose frames that no other frame refers to can be left out without a trace in the others.
 SKIPPING_CODECS = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 
@@ -72,15 +74,18 @@ def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]
     """Opens a file in PyAV, and the video stream in it that is meant, to be decoded in one thread.
 
     Raises:
-        DecodeError: there is no video stream.
+        DecodeError: there is no video stream; an UnreadableError if there is no decoder for it.
         av.error.FFmpegError: the file cannot be opened; an OSError if it cannot be read.
     """
-    container = av.open(path, metadata_errors="ignore")
+    container = av.open(os.path.abspath(path), metadata_errors="ignore")  # a relative path with a colon is an address
     stream = container.streams.best("video")  # not a cover picture, nor the smaller of two
     picture = stream is not None and stream.disposition & Disposition.attached_pic  # the cover of a sound file
     if not isinstance(stream, av.VideoStream) or stream.time_base is None or picture:
         container.close()
         raise DecodeError(path, "no video stream")
+    if stream.codec_context is None:
+        container.close()
+        raise UnreadableError(path, "no decoder for its codec")
     stream.thread_type = "SLICE"
     stream.codec_context.thread_count = 1
     return container, stream
@@ -101,9 +106,10 @@ def frame_rate(stream: av.VideoStream, path: str) -> Fraction:
 def has_guessed_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
     """Whether the frames' timestamps are wrong, and frames must be counted.
 
-    AVI has no timestamps of display: those of frames that are stored out of order are guessed.
+    AVI has no timestamps of display, and MPEG program streams have them for some frames only: those of frames that are
+    stored out of order are guessed.
     """
-    return container.format.name == "avi" and bool(stream.codec_context.has_b_frames)
+    return container.format.name in ("avi", "mpeg") and bool(stream.codec_context.has_b_frames)
 
 
 def upright_turns(frame: av.VideoFrame) -> int:
@@ -135,6 +141,7 @@ class Reader(ABC):
         self.path = path
         self.known = known
         self._scaler = VideoReformatter()  # one for all frames: setting it up takes longer than scaling a small frame
+        self._first_size: tuple[int, int] | None = None
 
     @abstractmethod
     def read(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
@@ -145,9 +152,10 @@ class Reader(ABC):
         return None
 
     def _scaled_size(self, width: int, height: int, short_side: int | None) -> tuple[int, int]:
-        """(width, height) that all frames get, even if the picture's size changes on the way."""
+        """(width, height) that all frames get, even if the picture's size changes on the way: the first one's."""
         if min(width, height) < 1:
             raise DecodeError(self.path, f"frames of {width} x {height} pixels")
+        self._first_size = width, height = self._first_size or (width, height)
         scale = 1.0 if short_side is None else short_side / min(width, height)
         return max(1, round(width * scale)), max(1, round(height * scale))
 
@@ -196,6 +204,7 @@ class PyAvReader(Reader):
     def __init__(self, path: str, known: KnownVideo | None) -> None:
         super().__init__(path, known)
         self.frames_decoded: int = 0
+        self._counted = False
         self._open()
         try:
             self.fps, self.duration_seconds = known[:2] if known is not None else self._measure()
@@ -212,25 +221,40 @@ class PyAvReader(Reader):
         assert stream.time_base is not None
         self._time_base = float(stream.time_base)
         self._start_seconds = float((stream.start_time or 0) * stream.time_base)
-        self._counted = has_guessed_times(self._container, stream)
+        self._counted = self._counted or has_guessed_times(self._container, stream)
 
     def _measure(self) -> tuple[float, float]:
         """Frames per second and seconds, from the stream's header if it has them."""
         rate = frame_rate(self._stream, self.path)
-        if self._stream.duration is not None:
+        guessed = self._container.format.name == "mpeg"  # a program stream has no header that says how long it is
+        if self._stream.duration is not None and not guessed:
             return float(rate), self._stream.duration * self._time_base
         # The container's duration counts its sound too and, in Matroska, the time before the first frame: read the
         # timestamps from the last key frame on, or all of them, without decoding.
-        end = (self._container.duration or 0) / av.time_base
-        last = 0.0
         try:
-            self._seek(end)
-            for packet in self._container.demux(self._stream):
-                if packet.pts is not None:
-                    last = max(last, self._seconds(packet.pts))
-        except (av.error.FFmpegError, OSError) as error:
+            self._seek((self._container.duration or 0) / av.time_base)
+            last, count = self._read_timestamps()
+            if last <= 0 or guessed:  # nothing comes after a jump to the end, or there are no true timestamps
+                self._restart()
+                last, count = self._read_timestamps()
+        except READING_ERRORS as error:
             raise self._broken(error) from error
-        return float(rate), last + 1 / float(rate)
+        known = last > 0 and not guessed
+        return float(rate), last + 1 / float(rate) if known else max(1, count) / float(rate)
+
+    def _read_timestamps(self) -> tuple[float, int]:
+        """The last timestamp from here to the end, in seconds, or 0 if there is none; and the number of packets."""
+        last, count = 0.0, 0
+        for packet in self._container.demux(self._stream):
+            count += packet.size > 0
+            if packet.pts is not None:
+                last = max(last, self._seconds(packet.pts))
+        return last, count
+
+    def _restart(self) -> None:
+        """Goes to the start of the file, where a seek to the first moment need not lead."""
+        self.close()
+        self._open()
 
     def _seconds(self, timestamp: int) -> float:
         return timestamp * self._time_base - self._start_seconds
@@ -249,7 +273,7 @@ class PyAvReader(Reader):
         if not self._counted:
             try:
                 images = self._read_selected(times_seconds, short_side)
-            except (av.error.FFmpegError, OSError) as error:
+            except READING_ERRORS as error:
                 raise self._broken(error) from error
             if images is not None:
                 return images
@@ -271,13 +295,15 @@ class PyAvReader(Reader):
         shown = np.searchsorted(seconds, np.array(times_seconds) + ROUNDING_SECONDS, "right") - 1
         wanted = order[shown]
         # Of frames shown before the key frame, which may follow it in the file, some cannot be decoded.
-        if shown[0] < 0 or timestamps[wanted[0]] < timestamps[0] or (np.diff(timestamps[order]) == 0).any():
+        if shown[0] < 0 or timestamps[wanted[0]] < timestamps[0]:
             return None
+        if any(np.count_nonzero(timestamps == timestamps[place]) > 1 for place in set(wanted.tolist())):
+            return None  # two frames of one moment
         if ended and shown[-1] == len(order) - 1:
             end = seconds[-1] + max(1 / self.fps, (packets[order[-1]].duration or 0) * self._time_base)
             self._check_end(float(end), times_seconds[-1])
         images = self._decode_selected(packets, timestamps, set(wanted.tolist()), short_side)
-        if any(int(timestamps[place]) not in images for place in wanted):
+        if images is None or any(int(timestamps[place]) not in images for place in wanted):
             return None
         return [images[int(timestamps[place])] for place in wanted]
 
@@ -306,8 +332,8 @@ class PyAvReader(Reader):
 
     def _decode_selected(
         self, packets: list[Packet], timestamps: NDArray[np.int64], wanted: set[int], short_side: int | None
-    ) -> dict[int, Image]:
-        """Images of the wanted packets, by their timestamps."""
+    ) -> dict[int, Image] | None:
+        """Images of the wanted packets, by their timestamps; None if frames are not shown in the timestamps' order."""
         keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
         needed: set[int] = set()
         for place in wanted:
@@ -319,14 +345,14 @@ class PyAvReader(Reader):
         skips = context.codec.name in SKIPPING_CODECS
         moments = {int(timestamps[place]) for place in wanted}
         images: dict[int, Image] = {}
-        size: tuple[int, int] | None = None
+        shown: list[int] = []
 
         def decode(packet: Packet | None) -> None:
-            nonlocal size
             for frame in context.decode(packet):
                 self.frames_decoded += 1
+                shown.append(-1 if frame.pts is None else frame.pts)
                 if frame.pts in moments and frame.pts not in images:
-                    size = size or self._scaled_size(frame.width, frame.height, short_side)
+                    size = self._scaled_size(frame.width, frame.height, short_side)
                     images[frame.pts] = self._to_rgb(frame, size)
 
         previous = -1
@@ -341,7 +367,7 @@ class PyAvReader(Reader):
         decode(None)
         context.flush_buffers()
         context.skip_frame = "DEFAULT"
-        return images
+        return images if shown == sorted(shown) else None
 
     def _read_in_order(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
         """Decodes every frame from the key frame before the first moment to the last moment."""
@@ -365,22 +391,26 @@ class PyAvReader(Reader):
 
     def frames_from(self, seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
         """Decodes (seconds, frame) from the last key frame that is not after the given moment; at least one frame."""
-        decoded = self._decode(seconds)
+        decoded = self._decode(None if self._counted else seconds)
         first = next(decoded, None)
         # An index may lead too far, or past the last key frame; frames without timestamps have no place after a jump.
         if first is None or first[0] > seconds + ROUNDING_SECONDS:
-            decoded = self._decode(0)
+            decoded = self._decode(None)
             first = next(decoded, None)
         if first is None:
             raise UnreadableError(self.path, "no frame could be decoded")
         yield first
         yield from decoded
 
-    def _decode(self, seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    def _decode(self, seconds: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
+        """Decodes from a key frame before a moment, or from the start of the file."""
         try:
-            self._seek(0 if self._counted else seconds)
+            if seconds is None:
+                self._restart()
+            else:
+                self._seek(seconds)
             # Frames without timestamps can be counted from the start, but not after a jump.
-            shown_seconds = 0.0 if seconds <= 0 or self._counted else math.inf
+            shown_seconds = 0.0 if seconds is None else math.inf
             previous_seconds = None
             for frame in self._container.decode(self._stream):
                 assert isinstance(frame, av.VideoFrame)
@@ -388,24 +418,24 @@ class PyAvReader(Reader):
                 if frame.pts is not None and not self._counted:
                     shown_seconds = self._seconds(frame.pts)
                 elif previous_seconds is not None:
-                    shown_seconds = previous_seconds + 1 / float(self._stream.guessed_rate or 25)
-                if previous_seconds is not None and shown_seconds <= previous_seconds < math.inf:
+                    shown_seconds = previous_seconds + 1 / self.fps
+                if previous_seconds is not None and shown_seconds < previous_seconds < math.inf:
                     raise _UnorderedError
                 previous_seconds = shown_seconds
                 yield shown_seconds, frame
-        except (av.error.FFmpegError, OSError) as error:
+        except READING_ERRORS as error:
             raise self._broken(error) from error
 
     def _seek(self, seconds: float) -> None:
         """Goes to the last key frame that is not after the moment, or to the start of a file that cannot seek."""
         if self.known is not None and len(self.known.keyframe_seconds) > 0:
             place = int(np.searchsorted(self.known.keyframe_seconds, seconds + ROUNDING_SECONDS, "right")) - 1
-            seconds = float(self.known.keyframe_seconds[max(0, place)])
+            # Before the first one lies, in files that were cut, a key frame that is not shown.
+            seconds = float(self.known.keyframe_seconds[place]) if place >= 0 else seconds
         try:
             self._container.seek(round((seconds + self._start_seconds) / self._time_base), stream=self._stream)
         except av.error.FFmpegError:
-            self.close()
-            self._open()
+            self._restart()
 
     def close(self) -> None:
         """Closes the file."""
@@ -428,14 +458,14 @@ class DecordReader(Reader):
         decord.logging.set_level(decord.logging.QUIET)
         self._errors = (decord.DECORDError, RuntimeError, IndexError)
         try:
-            self._reader = decord.VideoReader(path, num_threads=1)
+            self._reader = decord.VideoReader(os.path.abspath(path), num_threads=1)
             starts = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0].astype(np.float64)
             self.fps = float(self._reader.get_avg_fps())
         except self._errors as error:
             raise UnreadableError(path, _reason(error)) from error
         if self.fps <= 0 or len(starts) == 0:
             raise UnreadableError(path, "no frame could be decoded")
-        if (np.diff(starts) <= 0).any():  # it has none for AVI
+        if (np.diff(starts) < 0).any() or starts[-1] <= starts[0]:  # it has none for AVI
             starts = np.arange(len(starts)) / self.fps
         self._starts = starts - starts[0]
         self.duration_seconds = known.duration_seconds if known is not None else float(self._starts[-1]) + 1 / self.fps
@@ -467,7 +497,7 @@ class TorchcodecReader(Reader):
             reason = f"it needs FFmpeg's libraries, such as apt-get install ffmpeg gives: {_reason(error)}"
             raise ValueError(f"the backend torchcodec is not installed, or {reason}") from error
         try:
-            self._decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1)
+            self._decoder = VideoDecoder(os.path.abspath(path), dimension_order="NHWC", num_ffmpeg_threads=1)
         except (RuntimeError, ValueError) as error:
             raise UnreadableError(path, _reason(error)) from error
         metadata = self._decoder.metadata

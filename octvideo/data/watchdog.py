@@ -22,6 +22,7 @@ import torch
 
 BEAT_SECONDS = 0.5  # between two signs of life
 CALLS_A_TRIM = 20  # glibc keeps what is free between used pieces, some 40 MB after 20,000 clips, unless it is told
+KILL_SECONDS = 5.0  # until a killed process is given up
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 _BEAT, _RESULT, _ERROR = b"beat", b"result", b"error"
 
@@ -87,11 +88,16 @@ class Watchdog(Generic[Argument, Result]):
             return self.function(argument)
         if self._owner != os.getpid():
             self._start()
+        try:
+            self._send(argument)
+        except ConnectionError:  # it has died since the last call, of which this one knows nothing
+            self._end()
+            self._start()
+            self._send(argument)
         connection, memory = self._connection, self._memory
         assert connection is not None
         assert memory is not None
         try:
-            connection.send(argument)
             while True:
                 if not connection.poll(self.timeout_seconds):
                     self.close()
@@ -108,6 +114,10 @@ class Watchdog(Generic[Argument, Result]):
         if kind == _ERROR:
             raise value
         return value  # type: ignore[no-any-return]
+
+    def _send(self, argument: Argument) -> None:
+        assert self._connection is not None
+        self._connection.send(argument)
 
     def _start(self) -> None:
         memory, parent = _SharedMemory(), os.getpid()
@@ -129,11 +139,10 @@ class Watchdog(Generic[Argument, Result]):
         self._connection.close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)  # closed its end of the pipe, and lives
-        try:
-            code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        except ChildProcessError:
-            code = 0
+        code = _wait(self._pid)
         self._forget()
+        if code is None:
+            return "it cannot be killed"
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
 
     def close(self) -> None:
@@ -145,6 +154,20 @@ class Watchdog(Generic[Argument, Result]):
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the interpreter may be half gone
             self.close()
+
+
+def _wait(process: int) -> int | None:
+    """How a killed process ended; None if it waits for a device that does not answer, and lives on."""
+    deadline = time.monotonic() + KILL_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            found, status = os.waitpid(process, os.WNOHANG)
+        except ChildProcessError:
+            return 0
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return None
 
 
 class _SharedMemory:
@@ -159,7 +182,10 @@ class _SharedMemory:
     def _view(self, size: int) -> memoryview:
         if self._map is None or len(self._map) < size:
             if os.fstat(self._file.fileno()).st_size < size:
-                os.posix_fallocate(self._file.fileno(), 0, size)  # full memory is an error here, and a crash later
+                if hasattr(os, "posix_fallocate"):  # full memory is an error here, and a crash later
+                    os.posix_fallocate(self._file.fileno(), 0, size)
+                else:
+                    self._file.truncate(size)
             self._map = mmap.mmap(self._file.fileno(), 0)
         return memoryview(self._map)
 
@@ -215,7 +241,17 @@ def _serve(function: Callable[[Any], Any], connection: Connection, memory: _Shar
         try:
             kind, answer = _RESULT, memory.store(function(argument))
         except Exception as error:  # it is raised again in the parent
-            error.add_note("".join(traceback.format_exception(error)))
-            kind, answer = _ERROR, memory.store(error)
+            kind, answer = _ERROR, memory.store(_portable(error))
         connection.send_bytes(kind)
         connection.send(answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one that says the same, which survives the way to another process."""
+    trace = "".join(traceback.format_exception(error))
+    error.add_note(trace)
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}\n{trace}")
+    return error
