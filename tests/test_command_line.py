@@ -1,6 +1,9 @@
 """The tools as a user runs them: errors of one line, training, killing, resuming, testing."""
 
+import csv
 import json
+import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,6 +81,8 @@ def assert_one_line(finished, *parts):
         (["--cfg=nothing.yaml"], ["nothing.yaml"]),
         (["--model.weights=nothing.pth"], ["nothing.pth: no such file"]),
         (["--model.weights=README.md"], ["README.md: no checkpoint that torch.load(weights_only=True) reads"]),
+        (["--data.augmentation.mixup_alpha=-1"], ["mixup_alpha and cutmix_alpha must be at least 0, got -1"]),
+        (["--data.target_fps=0"], ["target_fps must be positive"]),
         (["--data.labels=nothing.txt"], ["nothing.txt: No such file"]),
     ],
     ids=str,
@@ -119,6 +124,9 @@ def test_checkpoints_hold_labels_and_preprocessing(trained):
     assert preprocessing.pop("short_side") in ((32, 36), [32, 36])
     assert preprocessing == {
         "clip_frames": 4,
+        "sampling": "mmaction",
+        "target_fps": None,
+        "short_videos": None,
         "frame_stride": 2,
         "crop_size": 32,
         "mirror": False,
@@ -357,6 +365,33 @@ def test_two_processes_test_every_video_once(motions, trained, tmp_path):
     assert {key: one[key] for key in ("top1", "top5", "clip_top1")} == {
         key: two[key] for key in ("top1", "top5", "clip_top1")
     }
+
+
+@pytest.mark.slow
+def test_prepared_videos_train_with_all_augmentation_on(motions, tmp_path):
+    prepared = run_tool("prepare_data.py", motions, "--output", tmp_path / "prepared", "--reencode", 64)
+    assert prepared.returncode == 0, prepared.stderr
+    (options,) = [line.removeprefix("train with") for line in prepared.stdout.splitlines() if "train with" in line]
+    finished = run_tool(
+        "train_net.py",
+        *small(motions, tmp_path / "run"),
+        *shlex.split(options),
+        "--data.num_workers=2",
+        "--data.clips_per_video=2",
+        "--data.backend=pyav",
+        *("--data.augmentation.crop_size=28", "--data.augmentation.rand_augment_layers=1"),
+        *("--data.augmentation.erase_probability=0.3", "--data.augmentation.mirror_probability=0.5"),
+        *("--data.augmentation.mixup_alpha=0.4", "--data.augmentation.cutmix_alpha=1.0"),
+        "--trainer.max_epochs=2",
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "-bound: " in finished.stdout
+    last = list(csv.DictReader((tmp_path / "run" / "csv" / "version_0" / "metrics.csv").open()))
+    figures = {key: float(value) for row in last for key, value in row.items() if value}
+    assert figures["train/data_seconds"] >= 0
+    assert figures["train/step_seconds"] > 0
+    assert figures["train/clips_per_second"] > 0
+    assert math.isfinite(figures["train/loss_epoch"])
 
 
 @pytest.mark.parametrize("tool", ["train_net.py", "test_net.py"])

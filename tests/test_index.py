@@ -11,7 +11,7 @@ from octvideo.data.index import IndexedVideo, IndexFileError, VideoIndex, write_
 
 def video(number):
     """A video that differs from all others in all it has, with 0 to 4 key frames."""
-    return IndexedVideo(number, number + 0.5, number / 7, np.arange(number % 5) * 1.1, 1000 + number)
+    return IndexedVideo(number, number + 0.5, number / 7, np.arange(number % 5) * 1.1, 1000 + number, 2**60 + number)
 
 
 @pytest.fixture
@@ -28,6 +28,7 @@ def test_every_video_is_found_by_its_path(index):
         assert found[:3] == expected[:3]
         assert np.array_equal(found.keyframe_seconds, expected.keyframe_seconds)
         assert found.bytes == expected.bytes
+        assert found.mtime_ns == expected.mtime_ns
     assert index.find("class 0/1.mp4") is None
 
 
@@ -70,7 +71,7 @@ def test_rows_outside_are_refused(index):
 
 def test_missing_cut_and_foreign_files_are_refused(index, tmp_path):
     whole = index.path.read_bytes()
-    for content in (whole[:-8], whole[:20], b"octvideo index 0" + whole[16:], whole + bytes(8)):
+    for content in (whole[:-8], whole[:20], b"octvideo index 1" + whole[16:], whole + bytes(8)):
         (tmp_path / "index.bin").write_bytes(content)
         with pytest.raises(IndexFileError, match=r"index.bin: no whole index of this version"):
             VideoIndex.open(tmp_path)

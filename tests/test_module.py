@@ -150,8 +150,8 @@ def test_an_index_beside_the_list_tells_what_is_known_of_unchanged_files(numbere
     size = numbered_video.stat().st_size
     lists = {"train_list": str(tmp_path / "list.csv"), "val_list": str(tmp_path / "list.csv")}
 
-    def duration(num_bytes):
-        known = IndexedVideo(30, 30.0, 1.0, np.array([0.0, 0.4, 0.8]), num_bytes)  # in truth 2 s
+    def duration(num_bytes, mtime_ns=0):
+        known = IndexedVideo(30, 30.0, 1.0, np.array([0.0, 0.4, 0.8]), num_bytes, mtime_ns)  # in truth 2 s
         write_index(tmp_path, {numbered_video.name: known})
         decoding = VideoData(**lists, root=str(numbered_video.parent)).val_dataloader().dataset.decoding
         assert decoding.rows.tolist() == [0, -1]
@@ -160,6 +160,8 @@ def test_an_index_beside_the_list_tells_what_is_known_of_unchanged_files(numbere
 
     assert duration(size) == 1
     assert duration(size + 1) == 2
+    assert duration(size, numbered_video.stat().st_mtime_ns) == 1
+    assert duration(size, numbered_video.stat().st_mtime_ns + 1) == 2
     (tmp_path / "index.bin").write_bytes(b"cut off")
     with pytest.raises(IndexFileError, match="no whole index"):
         VideoData(**lists).read("train_list")

@@ -14,7 +14,7 @@ from test_video import BAD, GOOD
 
 from octvideo.data import reencoding
 from octvideo.data.reencoding import measure, reencode
-from octvideo.data.video import DecodeError, frame_rate
+from octvideo.data.video import DecodeError, frame_rate, open_stream
 
 
 def write_frames(path, images, moments_ms, codec="libx264", format="rgb24", **options):
@@ -195,12 +195,72 @@ def test_a_full_disk_is_an_error_of_the_machine(tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_a_file_that_may_not_be_read_is_an_error_of_the_machine(numbered_video, monkeypatch):
-    def refuse(*_, **__):
-        raise av.error.PermissionError(errno.EACCES, "Permission denied")
+def test_a_codec_that_ffmpeg_does_not_know_makes_a_file_bad(numbered_video, tmp_path):
+    (tmp_path / "new.mp4").write_bytes(numbered_video.read_bytes().replace(b"avc1", b"new1"))
+    with pytest.raises(DecodeError, match="no decoder for its codec"):
+        measure(tmp_path / "new.mp4")
 
-    monkeypatch.setattr(av, "open", refuse)
-    with pytest.raises(PermissionError, match="Permission denied"):
+
+@pytest.fixture
+def trouble(tmp_path):
+    """A file of whose content FFmpeg says that it is an input/output error."""
+    write_frames(tmp_path / "trouble.mkv", grey(20), range(0, 800, 40))
+    os.truncate(tmp_path / "trouble.mkv", 300)
+    return tmp_path / "trouble.mkv"
+
+
+def test_broken_content_that_ffmpeg_takes_for_trouble_of_the_machine_is_bad(trouble):
+    with pytest.raises(DecodeError, match=r"Input/output error, though its bytes can be read"):
+        measure(trouble)
+    with pytest.raises(DecodeError, match=r"Input/output error, though its bytes can be read"):
+        reencode(trouble, trouble.with_name("o.mp4"), 256)
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_an_error_of_the_machine(trouble, monkeypatch):
+    def broken_disk(path):
+        yield path.encode()
+        raise OSError(errno.EIO, "Input/output error")
+
+    shown = []
+    monkeypatch.setattr(reencoding, "blocks", broken_disk)
+    monkeypatch.setattr(reencoding, "still_alive", lambda: shown.append(1))
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        measure(trouble)
+    assert raised.value.errno == errno.EIO
+    assert shown == [1]  # reading a large file takes longer than a decoder may hang
+
+
+def test_streams_that_appear_on_the_way_do_not_spoil_a_file(numbered_video, monkeypatch):
+    demux = av.container.InputContainer.demux
+
+    class Late:
+        """As PyAV at the end of such a file, where its memory happens to be so."""
+
+        def __init__(self, container):
+            self.container = container
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+        def demux(self):
+            yield from demux(self.container)
+            raise IndexError("list index out of range")
+
+    def open_late(path):
+        container, stream = open_stream(path)
+        return Late(container), stream
+
+    expected = measure(numbered_video)
+    monkeypatch.setattr(reencoding, "open_stream", open_late)
+    assert measure(numbered_video) == expected
+
+
+def test_an_index_error_of_a_decoder_is_not_taken_for_the_end(numbered_video, monkeypatch):
+    def fail(*_):
+        raise IndexError("ours")
+
+    monkeypatch.setattr(reencoding._Reader, "_measure", fail)
+    with pytest.raises(IndexError, match="ours"):
         measure(numbered_video)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 
@@ -96,6 +97,7 @@ def test_numbered_lists_without_names_name_the_classes_by_their_numbers(tmp_path
         ("a,b.mp4,playing cello\n", "a,b.mp4", "playing cello"),
         ("a,b.mp4 yoga\n", "a,b.mp4", "yoga"),
         ("a,b/c yoga\n", "a,b/c", "yoga"),
+        ("a.avi b.mp4 yoga\n", "a.avi b.mp4", "yoga"),
         ("path,label\na b.mp4,yoga\n", "a b.mp4", "yoga"),
         ("\ufeffvideo label\na b.mp4 yoga\n", "a b.mp4", "yoga"),
     ],
@@ -106,10 +108,61 @@ def test_the_last_comma_or_space_of_a_line_counts(tmp_path, write, text, path, l
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("testlist01.txt", "test"), ("my_validation.csv", "val"), ("latest.csv", "train"), ("training.csv", "train")],
+    [
+        ("testlist01.txt", "test"),
+        ("my_validation.csv", "val"),
+        ("training.csv", "train"),
+        ("kinetics400_val_list_videos.txt", "val"),
+        ("ucf101_val_split_1_videos.txt", "val"),
+        ("test_videofolder.txt", "test"),
+        ("K400-Validate-340x256.csv", "val"),
+        ("256val2.csv", "val"),
+        ("my_test_testlist.csv", "test"),
+        ("latest.csv", "train"),
+        ("trainval.csv", "train"),
+        ("évaluation_interval.csv", "train"),
+    ],
 )
-def test_the_split_is_in_the_name_of_a_list(tmp_path, write, name, split):
+def test_the_split_is_a_word_in_the_name_of_a_list(tmp_path, write, name, split):
     assert read(write(name, "a.mp4 0\n"), videos=tmp_path)[0] == [("a.mp4", 0, split)]
+
+
+def test_a_list_with_two_splits_in_its_name_is_refused_unless_its_lines_have_splits(tmp_path, write):
+    with pytest.raises(ListError, match=r"train_val.csv: which split is it of, train or val"):
+        read_sources([write("train_val.csv", "a.mp4 0\n")], tmp_path)
+    lines = "youtube_id,time_start,time_end,split\na,4,14,test\n"
+    assert read(write("train_val.csv", lines), videos=tmp_path)[0] == [("a_000004_000014", None, "test")]
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "label"),
+    [
+        ("a.mp4 arm wrestling", "a.mp4", 2),
+        ("a b.mp4  arm wrestling", "a b.mp4", 2),
+        ("a.mp4,archery, crossbow", "a.mp4", 1),
+        ("arm wrestling/a.mp4 wrestling", "arm wrestling/a.mp4", 0),
+    ],
+)
+def test_known_labels_may_have_several_words_and_the_longest_counts(tmp_path, write, line, path, label):
+    labels = write("order.txt", "wrestling\narchery, crossbow\narm wrestling\n")
+    assert read(write("l.csv", line), videos=tmp_path, labels=labels)[0] == [(path, label, "train")]
+    write("lists/labels.txt", labels.read_text())
+    entries, names = read_sources([write("lists/l.csv", line)], tmp_path)
+    assert [(entry.path, names[entry.label]) for entry in entries] == [(path, labels.read_text().split("\n")[label])]
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ("a.mp4 arm wrestling", "separate them by a comma, or give class numbers"),
+        ("a b.mp4 120 5", "separate them by a comma, or give class numbers"),
+        ('a.mp4,"archery, crossbow"', "give class numbers, or a file of all labels"),
+    ],
+)
+def test_a_label_is_not_guessed_where_a_line_can_be_read_in_two_ways(tmp_path, write, line, advice):
+    message = re.escape(f"l.csv:1: cannot tell where the path ends and the label starts in {line!r}: {advice}")
+    with pytest.raises(ListError, match=message):
+        read_sources([write("l.csv", line)], tmp_path)
 
 
 def test_a_file_of_labels_fixes_the_numbers(tmp_path, write):
@@ -145,6 +198,10 @@ def test_kinetics_files_are_found_by_id_and_seconds_anywhere_below_the_folder(tm
         ],
         ["archery, crossbow", "yoga"],
     )
+    quoted = write(
+        "quoted.csv", '"label", "youtube_id","time_start","time_end","split"\n"yoga","A_1-x","4","14","val"\n'
+    )
+    assert read(quoted, videos=tmp_path / "videos") == ([("yoga/A_1-x_000004_000014.mkv", 0, "val")], ["yoga"])
     unlabelled = write("kinetics_test.csv", "youtube_id,time_start,time_end\nA_1-x,4,14\n")
     assert read(unlabelled, videos=tmp_path / "videos") == ([("yoga/A_1-x_000004_000014.mkv", None, "test")], [])
 
@@ -188,6 +245,9 @@ def test_kinetics_json_names_clips(tmp_path, write):
         ("l.csv", "a.mp4 0\nb.mp4 yoga\n", r"l.csv:2: expected a class number, as on the lines before, got 'yoga'"),
         ("l.csv", "a.mp4 0\nb.mp4 99999999999\n", r"l.csv:2: expected a class number"),
         ("k.csv", "youtube_id,time_start,time_end\na,4,soon\n", r"k.csv:2: expected seconds .* got '4', 'soon'"),
+        ("k.csv", "youtube_id,time_start,time_end\na,inf,5\n", r"k.csv:2: expected seconds .* got 'inf', '5'"),
+        ("k.csv", "youtube_id,time_start,time_end\na,4,nan\n", r"k.csv:2: expected seconds .* got '4', 'nan'"),
+        ("k.csv", 'youtube_id,time_start,time_end\n"' + 200_000 * "a", r"k.csv: no CSV: field larger than"),
         ("k.csv", "youtube_id,time_start,time_end,split\na,4,5,dev\n", r"k.csv:2: expected a split of .* got 'dev'"),
         ("a.json", '{"database": {\n', r"a.json:2: no JSON"),
         ("b.json", None, r"b.json: No such file"),

@@ -318,20 +318,29 @@ def test_a_stream_that_nothing_can_decode_is_named_and_tried_with_another_backen
         Video(tmp_path / "unknown.mp4")
 
 
-def test_a_stream_that_appears_in_the_middle_of_a_file_is_an_error_of_the_file(numbered_video, monkeypatch):
+def test_the_index_error_of_pyav_after_the_last_packet_is_the_end_of_the_file(numbered_video, monkeypatch):
+    """It comes by chance, where a stream appears in the middle of a file."""
     reader = PyAvReader(str(numbered_video), None)
+    original = reader._container
 
-    def demux(stream):
-        raise IndexError("list index out of range")
+    def then_fails(read):
+        def call(stream):
+            yield from read(stream)
+            raise IndexError("list index out of range")
 
-    monkeypatch.setattr(reader, "_container", SimpleNamespace(demux=demux, seek=lambda *a, **k: None))
-    with pytest.raises(DecodeError, match="list index out of range"):
-        reader.read([0.5], None)
-    monkeypatch.setattr(reader, "_stream", SimpleNamespace(average_rate=30, duration=None))
-    monkeypatch.setattr(reader._container, "duration", None, raising=False)
-    monkeypatch.setattr(reader._container, "format", SimpleNamespace(name="mpegts"), raising=False)
-    with pytest.raises(DecodeError, match="list index out of range"):
-        reader._measure()
+        return call
+
+    failing = SimpleNamespace(
+        demux=then_fails(original.demux), decode=then_fails(original.decode), seek=original.seek, close=lambda: None
+    )
+    monkeypatch.setattr(reader, "_container", failing)
+    assert frame_numbers(np.stack(reader.read([1.0, 1.99], None))) == [30, 59]
+    monkeypatch.setattr(reader, "_open", lambda: None)
+    monkeypatch.setattr("octvideo.data.video.BUFFERED_BYTES", 0)
+    assert frame_numbers(np.stack(reader.read([1.0, 1.99], None))) == [30, 59]
+    reader._seek(0)
+    last, count = reader._read_timestamps()
+    assert (round(30 * last), count) == (59, 60)
 
 
 def test_a_relative_path_with_a_colon_is_no_address(numbered_video, tmp_path, monkeypatch):

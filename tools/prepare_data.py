@@ -6,7 +6,8 @@ python tools/prepare_data.py SOURCE [SOURCE ...] --videos DIR --output DIR [--re
 A SOURCE is one of
   a folder per class       DIR/<class>/<video>, or DIR/{train,val,test}/<class>/<video>
   a list file              lines of 'path label' or 'path,label', the label a number (names in labels.txt beside it) or
-                           a name; kinetics_val.csv is of the split val; or a folder with train.csv, val.csv, test.csv
+                           a name; kinetics_val_list.txt is of the split val, by a word in its name, and one without
+                           such a word of train; or a folder with train.csv, val.csv, test.csv
   Kinetics' annotations    CSV or JSON; the videos are <id>_<start, 6 digits>_<end, 6 digits>.* anywhere below --videos
   ActivityNet's JSON       the videos are v_<id>.* or <id>.* anywhere below --videos
 
@@ -14,8 +15,9 @@ OUTPUT gets train.csv, val.csv, test.csv and labels.txt to train with, index.bin
 of the sources (its status is ok, bad, missing or duplicate; its numbers are those of the source file), and, with
 --reencode, videos/.
 
-Exit status: 0 if all files were worked on, whatever came out; 1 if the machine failed on some (disk full, permission
-denied ...), which the next run tries again, or cannot write the results; 2 for a mistake in the command; 130 on Ctrl-C.
+Exit status: 0 if all files were worked on, whatever came out; 1 if the machine or this program failed on some (disk
+full, permission denied, an unexpected error), which the next run tries again, or cannot write the results; 2 for a
+mistake in the command; 130 on Ctrl-C.
 """
 
 from __future__ import annotations

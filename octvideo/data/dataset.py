@@ -156,7 +156,11 @@ class Decoding(NamedTuple):
         if self.known is None or self.rows is None or self.rows[place] < 0:
             return None
         video = self.known[int(self.rows[place])]
-        if not os.path.exists(path) or os.path.getsize(path) != video.bytes:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        if status.st_size != video.bytes or video.mtime_ns not in (0, status.st_mtime_ns):
             return None
         return KnownVideo(video.fps, video.duration_seconds, video.keyframe_seconds)
 

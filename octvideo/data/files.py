@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, however a program ends."""
+"""Files: read block by block, and written so that they appear whole or not at all, however a program ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+BLOCK_BYTES = 2**20
 PARTIAL = ".partial"  # ends the names of files that are being written
+
+
+def blocks(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """The content of a file, a megabyte at a time.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
 
 
 @contextlib.contextmanager

@@ -15,13 +15,14 @@ from octvideo.data.files import appearing
 
 FILE = "index.bin"
 # A file is these bytes, the numbers N of videos and K of key frames, and the columns; eight bytes a number.
-MAGIC = b"octvideo index 1"
+MAGIC = b"octvideo index 2"
 COLUMNS = {
     "names": "<u8",  # N hashes of paths, in ascending order
     "frames": "<i8",
     "fps": "<f8",
     "durations": "<f8",
     "sizes": "<i8",
+    "mtimes": "<i8",
     "ends": "<i8",  # where the videos' parts of the last column end
     "keyframes": "<f8",  # K
 }
@@ -40,6 +41,8 @@ class IndexedVideo(NamedTuple):
         duration_seconds: from the start of the first frame to the end of the last one.
         keyframe_seconds: when its K key frames are shown, in seconds from the first frame, ascending.
         bytes: size of the file; another size tells that it is not the file that was indexed.
+        mtime_ns: time of the file's last change, in nanoseconds as os.stat has it, which tells the same; 0 of a file
+            that preparing has written, whose time is no part of what it is.
     """
 
     frames: int
@@ -47,6 +50,7 @@ class IndexedVideo(NamedTuple):
     duration_seconds: float
     keyframe_seconds: NDArray[np.float64]
     bytes: int
+    mtime_ns: int = 0
 
 
 def write_index(folder: str | os.PathLike[str], videos: Mapping[str, IndexedVideo]) -> None:
@@ -68,6 +72,7 @@ def write_index(folder: str | os.PathLike[str], videos: Mapping[str, IndexedVide
         [video.fps for video in known],
         [video.duration_seconds for video in known],
         [video.bytes for video in known],
+        [video.mtime_ns for video in known],
         np.cumsum(lengths),
         np.concatenate([np.empty(0), *(video.keyframe_seconds for video in known)]),
     )
@@ -144,6 +149,7 @@ class VideoIndex:
             float(columns["durations"][row]),
             columns["keyframes"][start : int(columns["ends"][row])],
             int(columns["sizes"][row]),
+            int(columns["mtimes"][row]),
         )
 
 

@@ -44,7 +44,8 @@ class Journal:
                 "give the same ones, or another folder"
             )
         for record in records[1:]:
-            self._learn(record)
+            if _is_of_a_file(record):
+                self._learn(record)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
         if not records:
             self._append(options)
@@ -86,9 +87,15 @@ class Journal:
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
+        record = json.loads(line)
     except ValueError:  # a torn line, or an empty one
         return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_of_a_file(record: dict[str, Any]) -> bool:
+    kinds = {"path": str, "bytes": int, "mtime_ns": int}
+    return all(isinstance(record.get(key), kind) for key, kind in kinds.items())
 
 
 def _file_of(record: dict[str, Any]) -> tuple[str, int, int]:

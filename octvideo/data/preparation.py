@@ -17,14 +17,14 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octvideo.data.files import PARTIAL, appearing, remove_partial
+from octvideo.data.files import PARTIAL, appearing, blocks, remove_partial
 from octvideo.data.index import IndexedVideo, write_index
 from octvideo.data.journal import Journal, PreparationError
 from octvideo.data.reencoding import machine_error, measure, reencode
@@ -47,8 +47,9 @@ class Outcome(NamedTuple):
         status: ok, bad, missing or duplicate.
         reason: why; or what is odd about a good one.
         measured: frames, fps, width, height, codec and seconds of the source file, where it could be decoded.
-        listed: path, bytes, frames, fps, seconds and keyframes of the file that the lists name, if it is good.
-        failed: the machine is to blame, not the video; the next run tries again.
+        listed: path, bytes, mtime_ns, frames, fps, seconds and keyframes of the file that the lists name, if it is
+            good; mtime_ns is 0 if this program has written the file.
+        failed: the machine is to blame, or an error of this program, not the video; the next run tries again.
     """
 
     entry: Entry
@@ -137,6 +138,8 @@ def _clean(output: Path, reencode: bool) -> None:
 
 def _reserve(output: Path, num_videos: int) -> None:
     """Keeps room for the results on a disk that the videos fill, if there is room and the file system can."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
     with open(output / f".reserve{PARTIAL}", "wb") as file, contextlib.suppress(OSError):
         os.posix_fallocate(file.fileno(), 0, (1 << 16) + 1000 * num_videos)
 
@@ -251,9 +254,8 @@ class _Run:
             elif isinstance(found, HungError) and "SIGKILL" not in str(found):
                 facts = {"status": "bad", "reason": str(found), "timeout": self.timeout_seconds}
                 self.journal.add(job.path, status, facts)
-            else:  # killed from outside, perhaps for memory, among others
-                reason = getattr(found, "strerror", None) or f"{type(found).__name__}: {found}"
-                self.refused[job.path] = _Refusal("bad", reason, failed=True)
+            else:
+                self.refused[job.path] = _Refusal("bad", _trouble(found), failed=True)
             done += 1
             state = "bad" if job.path in self.refused else self.journal.known(job.path, status)["status"]
             self.progress("checking", done, len(originals), state)
@@ -285,7 +287,16 @@ class _Run:
             return Outcome(entry, "duplicate", _sameness(entry, listed[original]), measured)
         listed[original] = entry
         reasons = [known["reason"], entry.note, "" if entry.label is not None else "no label: in no list"]
-        return Outcome(entry, "ok", "; ".join(filter(None, reasons)), measured, known["listed"])
+        mtime_ns = self.there[original].st_mtime_ns if self.short_side is None else 0
+        listed_file = {**known["listed"], "mtime_ns": mtime_ns}
+        return Outcome(entry, "ok", "; ".join(filter(None, reasons)), measured, listed_file)
+
+
+def _trouble(error: Exception) -> str:
+    """What kept a file from being worked on, and is not its fault."""
+    if isinstance(error, HungError):  # killed from outside, perhaps for memory
+        return str(error)
+    return getattr(error, "strerror", None) or f"unexpected {type(error).__name__}: {error}"
 
 
 def _sameness(entry: Entry, former: Entry) -> str:
@@ -300,10 +311,9 @@ def _sameness(entry: Entry, former: Entry) -> str:
 
 def _fingerprint(work: _Work) -> Facts:
     digest = hashlib.sha256()
-    with open(work.source, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            still_alive()
+    for block in blocks(work.source):
+        digest.update(block)
+        still_alive()
     return {"sha256": digest.hexdigest()}
 
 
@@ -332,10 +342,13 @@ def _check_one(work: _Work) -> Facts:
 
 
 def _output_names(paths: Iterable[str]) -> dict[str, str]:
-    """For each file the path of its re-encoded one; an mp4 file keeps its own, and no two are the same."""
+    """For each file the path of its re-encoded one; an mp4 file keeps its own, and no two are the same.
+
+    None is the folder of another one, as x.mp4 for x.avi beside a folder x.mp4 would be.
+    """
     safe = {path: "/".join(part for part in path.split("/") if part not in ("", ".", "..")) for path in paths}
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    taken = {str(folder) for path in safe.values() for folder in PurePosixPath(path).parents}
     for path in sorted(safe, key=lambda path: not path.endswith(".mp4")):
         stem = os.path.splitext(safe[path])[0]
         name, number = f"{stem}.mp4", 1
@@ -403,8 +416,9 @@ def _write_results(output: Path, catalogue: Catalogue, outcomes: Sequence[Outcom
     for outcome in good:
         listed = outcome.listed or {}
         keyframes: NDArray[np.float64] = np.array(listed["keyframes"], dtype=np.float64)
-        video = IndexedVideo(listed["frames"], listed["fps"], listed["seconds"], keyframes, listed["bytes"])
-        indexed[listed["path"]] = video
+        indexed[listed["path"]] = IndexedVideo(
+            listed["frames"], listed["fps"], listed["seconds"], keyframes, listed["bytes"], listed["mtime_ns"]
+        )
     write_index(output, indexed)
     _write(output / "report.csv", _report(outcomes))
 

@@ -14,18 +14,20 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from octvideo.data.files import appearing
+from octvideo.data.files import appearing, blocks
 from octvideo.data.video import (
     EARLY_END_SECONDS,
     DecodeError,
     frame_rate,
     has_guessed_times,
     open_stream,
+    to_the_end,
     upright_turns,
 )
 from octvideo.data.watchdog import still_alive
 
-# What is wrong with the machine, not with a video: tried again by the next run.
+# What is wrong with the machine, not with a video: tried again by the next run. FFmpeg has some of them for broken
+# content too.
 ENVIRONMENT = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENODEV),
@@ -106,7 +108,7 @@ class _Reader:
         counted = has_guessed_times(self._container, self.stream)
         moment = -step
         with self._named_errors():
-            for packet in self._container.demux():
+            for packet in to_the_end(self._container.demux()):
                 if packet.pts is not None and packet.time_base is not None:
                     end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                     self._last_packet = max(self._last_packet, end)
@@ -155,11 +157,13 @@ class _Reader:
         try:
             yield
         except (av.error.FFmpegError, OSError) as error:
-            reason = machine_error(error)
-            if reason is not None:
-                raise reason from error
             after = f" (after {self.frames} frames)" if self.frames else ""
-            raise DecodeError(self.path, f"{error.strerror or type(error).__name__}{after}") from error
+            reason = f"{error.strerror or type(error).__name__}{after}"
+            if machine_error(error) is not None:
+                for _ in blocks(self.path):  # which fails where the machine does
+                    still_alive()
+                reason += ", though its bytes can be read"
+            raise DecodeError(self.path, reason) from error
 
 
 def machine_error(error: av.error.FFmpegError | OSError) -> OSError | None:

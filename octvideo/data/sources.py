@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,8 +76,8 @@ def read_sources(
     - A folder per class, DIR/<class>/<video>, or DIR/{train,val,test}/<class>/<video>. Videos below the class folder
       count too, videos beside it have no label. Hidden files, files without an extension, texts and pictures do not
       count.
-    - A list file with a line `path label` or `path,label` for each video; or a folder with train.csv, val.csv or
-      test.csv.
+    - A list file with a line `path label` or `path,label` for each video, of the split that is a word in its name
+      (kinetics_val_list.txt), else of train; or a folder with train.csv, val.csv or test.csv.
     - Kinetics' CSV files (a header with youtube_id, time_start and time_end) and its JSON files; the video is the file
       `<id>_<start, 6 digits>_<end, 6 digits>.*` anywhere below the folder of videos.
     - ActivityNet's JSON files; the video is `v_<id>.*` or `<id>.*`.
@@ -88,15 +88,17 @@ def read_sources(
     Args:
         sources: folders and files.
         videos: the folder of videos that relative paths start from.
-        labels: text file that has the name of a class on each line, class 0 first, to number classes otherwise.
+        labels: text file that has the name of a class on each line, class 0 first, to number classes otherwise. Labels
+            that it names, or labels.txt beside a list, may hold the separator of the list's lines.
         output: a folder that is no source of videos, wherever it lies.
 
     Raises:
         ListError: a source that cannot be read; the message names the file, and the line if there is one.
     """
     folder = _Folder(videos, output)
-    read = [one for source in sources for one in _read(source, folder)]
-    names = read_class_names(labels) if labels is not None else _class_names(read)
+    given = read_class_names(labels) if labels is not None else None
+    read = [one for source in sources for one in _read(source, folder, given)]
+    names = _class_names(read) if given is None else given
     numbers = {name: number for number, name in enumerate(names)}
     entries = []
     for source in read:
@@ -184,14 +186,18 @@ def _files(folder: str | os.PathLike[str], above: _Above, below: str = "") -> It
                 yield below + child.name
 
 
-def _read(source: Path, folder: _Folder) -> Iterator[_Source]:
+def _read(source: Path, folder: _Folder, labels: Sequence[str] | None) -> Iterator[_Source]:
     lists = [source / name for name in LISTS if (source / name).is_file()]
     if lists:
         for path in lists:
-            yield from _read(path, folder)
+            yield from _read(path, folder, labels)
         return
-    read = _read_classes if source.is_dir() else _read_json if source.suffix.lower() == ".json" else _read_text
-    found = read(source, folder)
+    if source.is_dir():
+        found = _read_classes(source, folder)
+    elif source.suffix.lower() == ".json":
+        found = _read_json(source, folder)
+    else:
+        found = _read_text(source, folder, labels)
     if not found.lines:
         raise ListError(f"{source}: no video in it")
     yield found
@@ -210,18 +216,25 @@ def _read_classes(source: Path, folder: _Folder) -> _Source:
     return _Source(lines)
 
 
-def _read_text(source: Path, folder: _Folder) -> _Source:
+def _read_text(source: Path, folder: _Folder, labels: Sequence[str] | None) -> _Source:
     try:
         text = source.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
         raise ListError(f"{source}: {reason}") from error
-    columns = text.partition("\n")[0].strip().split(",")
-    return _read_kinetics(source, text, folder) if "youtube_id" in columns else _read_list(source, text, folder)
+    try:
+        if "youtube_id" in next(csv.reader([text.partition("\n")[0]], skipinitialspace=True), ()):
+            return _read_kinetics(source, text, folder)
+    except csv.Error as error:
+        raise ListError(f"{source}: no CSV: {error}") from error
+    return _read_list(source, text, folder, labels)
 
 
-def _read_list(source: Path, text: str, folder: _Folder) -> _Source:
+def _read_list(source: Path, text: str, folder: _Folder, labels: Sequence[str] | None) -> _Source:
     """Lines of `path label` or `path,label`."""
+    beside = source.with_name(LABELS)
+    names = read_class_names(beside) if beside.is_file() else None
+    known = {*(names or ()), *(labels or ())}
     split, lines, separator = _split_of(source), [], ""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -231,22 +244,38 @@ def _read_list(source: Path, text: str, folder: _Folder) -> _Source:
             separator = "," if "," in line and not re.search(r"[./]", line.rpartition(",")[2]) else " "
             if re.split(r"[, ]", line.strip().lower())[0] in HEADERS:
                 continue
-        path, _, label = (part.strip() for part in line.strip().rpartition(separator))
-        if not path or not label:
-            raise ListError(f"{source}:{number}: expected 'path{separator}label', got {line.strip()!r}")
+        path, label = _path_and_label(line.strip(), separator, known, f"{source}:{number}")
         lines.append(_Line(folder.relative(path), label, split, f"{source}:{number}"))
     numbered = bool(lines) and str(lines[0].label).isdecimal()
     for found in lines if numbered else ():
         label = str(found.label)
         if not label.isdecimal() or int(label) >= MOST_CLASSES:
             raise ListError(f"{found.place}: expected a class number, as on the lines before, got {label!r}")
-    beside = source.with_name(LABELS)
-    return _Source(lines, numbered, read_class_names(beside) if numbered and beside.is_file() else None)
+    return _Source(lines, numbered, names if numbered else None)
+
+
+def _path_and_label(line: str, separator: str, known: Collection[str], place: str) -> tuple[str, str]:
+    """A line's parts: its label is the longest one that is known, else what follows the last separator."""
+    end = -1
+    while (end := line.find(separator, end + 1)) >= 0:
+        if (label := line[end + 1 :].strip()) in known and line[:end].strip():
+            return line[:end].strip(), label
+    path, _, label = (part.strip() for part in line.rpartition(separator))
+    if not path or not label:
+        raise ListError(f"{place}: expected 'path{separator}label', got {line!r}")
+    # a.mp4 arm wrestling: what precedes the last separator is no file, and there is a file in it.
+    if not re.search(r"\.\w{2,4}$", path) and re.search(rf"\.\w{{2,4}}\s*{separator}[^/]*$", path):
+        comma = "" if separator == "," else "separate them by a comma, or "
+        raise ListError(
+            f"{place}: cannot tell where the path ends and the label starts in {line!r}: {comma}"
+            "give class numbers, or a file of all labels"
+        )
+    return path, label
 
 
 def _read_kinetics(source: Path, text: str, folder: _Folder) -> _Source:
     """The official CSV files of Kinetics-400, -600 and -700."""
-    rows, lines = csv.DictReader(text.splitlines()), []
+    rows, lines = csv.DictReader(text.splitlines(), skipinitialspace=True), []
     for row in rows:
         place = f"{source}:{rows.line_num}"
         stem = _stem(row["youtube_id"], row.get("time_start"), row.get("time_end"), place)
@@ -291,7 +320,7 @@ def _stem(name: str, start: object, end: object, place: str) -> str:
     """The official name of a Kinetics clip."""
     try:
         return f"{name}_{int(float(str(start))):06d}_{int(float(str(end))):06d}"
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ListError(f"{place}: expected seconds where the clip starts and ends, got {start!r}, {end!r}") from error
 
 
@@ -302,6 +331,14 @@ def _split(name: str, place: str) -> str:
 
 
 def _split_of(source: Path) -> str:
-    """The split that a file's name ends with (kinetics_val.csv, testlist01.txt), or train."""
-    ending = re.search(rf"(?:^|[^a-z])({'|'.join(SPLITS)})(?:list)?\d*$", source.stem.lower())
-    return SPLITS[ending[1]] if ending else "train"
+    """The split that is a word in a file's name (kinetics_val.csv, val_256.csv, testlist01.txt), or train.
+
+    Raises:
+        ListError: words of different splits.
+    """
+    letter = r"[^\W\d_]"
+    words = re.findall(rf"(?<!{letter})({'|'.join(SPLITS)})(?:list)?(?!{letter})", source.stem.lower())
+    found = {SPLITS[word] for word in words}
+    if len(found) > 1:
+        raise ListError(f"{source}: which split is it of, {' or '.join(words)}? Let one of them be in its name")
+    return found.pop() if found else "train"

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from types import TracebackType
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import av
 import numpy as np
@@ -20,6 +20,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 Image: TypeAlias = NDArray[np.uint8]  # (H, W, 3), RGB
+Item = TypeVar("Item")
 Moments: TypeAlias = Sequence[float] | NDArray[np.float64]
 Packet: TypeAlias = "av.Packet[av.VideoStream]"
 Backend = Literal["auto", "pyav", "decord", "torchcodec"]
@@ -28,8 +29,7 @@ ROUNDING_SECONDS = 0.001  # Matroska rounds timestamps to milliseconds; a frame 
 EARLY_END_SECONDS = 1.0  # headers are off by some frames in many good files
 SEEK_SECONDS = 10.0  # over a longer gap between two moments it is worth to seek: files with key frames rarer are few
 BUFFERED_BYTES = 64 * 2**20  # of packets that are read ahead of decoding
-# PyAV's demuxing raises an IndexError where a stream appears in the middle of a file.
-READING_ERRORS = (av.error.FFmpegError, OSError, IndexError)
+READING_ERRORS = (av.error.FFmpegError, OSError)
 # Codecs whose frames that no other frame refers to can be left out without a trace in the others.
 SKIPPING_CODECS = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 
@@ -115,6 +115,16 @@ def has_guessed_times(container: av.container.InputContainer, stream: av.VideoSt
 def upright_turns(frame: av.VideoFrame) -> int:
     """Quarters counter-clockwise that make a frame upright; a matrix that is no rotation reads as a nonsense angle."""
     return frame.rotation // 90 if frame.rotation in (-180, -90, 90, 180) else 0
+
+
+def to_the_end(read: Iterator[Item]) -> Iterator[Item]:
+    """What PyAV demuxes or decodes, to the end of the file.
+
+    Where a stream appears in the middle of a file, PyAV reads past its own list of streams after the last packet, by
+    chance: an IndexError there is the end.
+    """
+    with contextlib.suppress(IndexError):
+        yield from read
 
 
 class Reader(ABC):
@@ -245,7 +255,7 @@ class PyAvReader(Reader):
     def _read_timestamps(self) -> tuple[float, int]:
         """The last timestamp from here to the end, in seconds, or 0 if there is none; and the number of packets."""
         last, count = 0.0, 0
-        for packet in self._container.demux(self._stream):
+        for packet in to_the_end(self._container.demux(self._stream)):
             count += packet.size > 0
             if packet.pts is not None:
                 last = max(last, self._seconds(packet.pts))
@@ -315,7 +325,7 @@ class PyAvReader(Reader):
         packets: list[Packet] = []
         size = 0
         ended = True
-        for packet in self._container.demux(self._stream):
+        for packet in to_the_end(self._container.demux(self._stream)):
             if packet.size == 0:
                 continue
             # Packets come in the order of decoding; no frame is shown before it is decoded.
@@ -412,7 +422,7 @@ class PyAvReader(Reader):
             # Frames without timestamps can be counted from the start, but not after a jump.
             shown_seconds = 0.0 if seconds is None else math.inf
             previous_seconds = None
-            for frame in self._container.decode(self._stream):
+            for frame in to_the_end(self._container.decode(self._stream)):
                 assert isinstance(frame, av.VideoFrame)
                 self.frames_decoded += 1
                 if frame.pts is not None and not self._counted:
