@@ -284,3 +284,12 @@ def test_an_encoder_that_refuses_makes_the_video_bad(tmp_path, numbered_video, m
     with pytest.raises(DecodeError, match=r"cannot be encoded: "):
         reencode(numbered_video, tmp_path / "o.mp4", 256)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_whose_frames_have_one_timestamp_is_bad(numbered_video):
+    with reencoding._Reader(str(numbered_video)) as reader:
+        for _ in reader.decode():
+            pass
+        reader._last_moment = 0
+        with pytest.raises(DecodeError, match="its 60 frames have one timestamp"):
+            reader.measurements()

@@ -343,6 +343,63 @@ def test_the_index_error_of_pyav_after_the_last_packet_is_the_end_of_the_file(nu
     assert (round(30 * last), count) == (59, 60)
 
 
+def write_long(path, codec, **options):
+    """2400 frames at 30 fps with key frames every 60, whose grey level is the frame number modulo 64 times 4."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options={"g": "60", "bf": "2", **options})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        for number in range(2400):
+            grey = np.full((48, 64, 3), 4 * (number % 64), np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+FAR_APART = np.array([10, 11, 500, 501, 1000, 1700, 2300])
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "most"), [("l.ts", "libx264", 400), ("l.mp4", "libx264", 400), ("l.avi", "mpeg4", 2310)]
+)
+def test_moments_far_apart_cost_no_more_than_one_pass(tmp_path, name, codec, most):
+    write_long(tmp_path / name, codec)
+    with Video(tmp_path / name) as video:
+        assert frame_numbers(video.frames_at((FAR_APART + 0.5) / 30)) == (FAR_APART % 64).tolist()
+        assert video.frames_decoded <= most
+
+
+def test_frames_of_one_timestamp_are_counted(tmp_path):
+    with av.open(str(tmp_path / "o.mkv"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number in range(60):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            for packet in stream.encode(frame):
+                packet.pts = packet.dts = 0
+                container.mux(packet)
+    with Video(tmp_path / "o.mkv") as video:
+        assert video.num_frames == 60
+        assert frame_numbers(video.frames_at((np.array([0, 17, 59]) + 0.5) / video.fps)) == [0, 17, 59]
+
+
+def test_a_video_says_the_same_after_an_error(numbered_video, monkeypatch):
+    with Video(numbered_video, "pyav") as video:
+        with monkeypatch.context() as patch:
+            patch.setattr(PyAvReader, "read", refuse)
+            for _ in range(2):
+                with pytest.raises(DecodeError, match="cannot be opened"):
+                    video.frames_at([0.5])
+        assert frame_numbers(video.frames_at([0.5, 1e18, np.inf])) == [15, 59, 59]
+
+
+@pytest.mark.parametrize("moments", [[], [0.5, float("nan")]])
+def test_moments_that_are_none_are_refused(numbered_video, moments):
+    with Video(numbered_video) as video, pytest.raises(ValueError, match="expected moments in seconds, got"):
+        video.frames_at(moments)
+
+
 def test_a_relative_path_with_a_colon_is_no_address(numbered_video, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(numbered_video, "cam1:0001.mp4")

@@ -78,6 +78,12 @@ def test_a_process_that_died_between_two_calls_is_no_fault_of_the_next_one():
     assert watchdog(None) not in (first, os.getpid())
 
 
+def test_a_process_that_dies_again_and_again_is_a_hang(monkeypatch):
+    monkeypatch.setattr("octvideo.data.watchdog._serve", lambda *arguments: os._exit(7))
+    with pytest.raises(HungError, match=r"process died \(exit status 7\)"):
+        Watchdog(len, 30)(bytes(5_000_000))
+
+
 class TwoArgumentsError(Exception):
     def __init__(self, first, second):
         super().__init__(f"{first} {second}")

@@ -79,6 +79,7 @@ class _Reader:
         self.frames = 0
         self._keyframes: list[float] = []
         self._damaged = 0
+        self._last_moment = 0
         self._end = 0.0  # of the last frame, from the start of the video
         self._last_packet = 0.0  # of any stream
 
@@ -127,6 +128,7 @@ class _Reader:
         if not self.frames:
             self._size = (frame.height, frame.width) if upright_turns(frame) % 2 else (frame.width, frame.height)
         self.frames += 1
+        self._last_moment = max(self._last_moment, moment)
         self._damaged += frame.is_corrupt
         if frame.key_frame:
             self._keyframes.append(float(moment * self.time_base))
@@ -137,8 +139,10 @@ class _Reader:
         """What was seen, once all is decoded.
 
         Raises:
-            DecodeError: the file ends long before its header says, so it is cut off.
+            DecodeError: the file ends long before its header says, so it is cut off; or all frames have one timestamp.
         """
+        if self.frames > 1 and self._last_moment <= 0:
+            raise DecodeError(self.path, f"its {self.frames} frames have one timestamp")
         stream, declared, end = self.stream, 0.0, self._end
         if stream.duration is not None:
             declared = float(stream.duration * self.time_base)

@@ -28,6 +28,8 @@ Backend = Literal["auto", "pyav", "decord", "torchcodec"]
 ROUNDING_SECONDS = 0.001  # Matroska rounds timestamps to milliseconds; a frame may be that early for k / fps
 EARLY_END_SECONDS = 1.0  # headers are off by some frames in many good files
 SEEK_SECONDS = 10.0  # over a longer gap between two moments it is worth to seek: files with key frames rarer are few
+EARLIER_SECONDS = (0.0, 2.0, 8.0, 30.0)  # tried where a seek does not lead to the key frame before a moment
+LATEST_SECONDS = 1e7  # no video is longer, and a file's clock counts no further
 BUFFERED_BYTES = 64 * 2**20  # of packets that are read ahead of decoding
 READING_ERRORS = (av.error.FFmpegError, OSError)
 # Codecs whose frames that no other frame refers to can be left out without a trace in the others.
@@ -162,7 +164,7 @@ class Reader(ABC):
         return None
 
     def _scaled_size(self, width: int, height: int, short_side: int | None) -> tuple[int, int]:
-        """(width, height) that all frames get, even if the picture's size changes on the way: the first one's."""
+        """(width, height) that all frames get, those of the first one read, even if the picture's size changes."""
         if min(width, height) < 1:
             raise DecodeError(self.path, f"frames of {width} x {height} pixels")
         self._first_size = width, height = self._first_size or (width, height)
@@ -242,13 +244,16 @@ class PyAvReader(Reader):
         # The container's duration counts its sound too and, in Matroska, the time before the first frame: read the
         # timestamps from the last key frame on, or all of them, without decoding.
         try:
-            self._seek((self._container.duration or 0) / av.time_base)
-            last, count = self._read_timestamps()
-            if last <= 0 or guessed:  # nothing comes after a jump to the end, or there are no true timestamps
+            last, count = 0.0, 0
+            if not guessed:
+                self._seek((self._container.duration or 0) / av.time_base)
+                last, count = self._read_timestamps()
+            if last <= 0:  # nothing comes after a jump to the end, or there are no true timestamps
                 self._restart()
                 last, count = self._read_timestamps()
         except READING_ERRORS as error:
             raise self._broken(error) from error
+        self._counted = self._counted or (last <= 0 and count > 1)
         known = last > 0 and not guessed
         return float(rate), last + 1 / float(rate) if known else max(1, count) / float(rate)
 
@@ -274,7 +279,8 @@ class PyAvReader(Reader):
         images: list[Image] = []
         first = 0
         for place in range(1, len(times_seconds) + 1):
-            if place == len(times_seconds) or times_seconds[place] > times_seconds[place - 1] + SEEK_SECONDS:
+            far = place < len(times_seconds) and times_seconds[place] > times_seconds[place - 1] + SEEK_SECONDS
+            if place == len(times_seconds) or (far and not self._counted):  # those are read from the start each time
                 images += self._read_span(times_seconds[first:place], short_side)
                 first = place
         return images
@@ -295,18 +301,21 @@ class PyAvReader(Reader):
 
     def _read_selected(self, times_seconds: list[float], short_side: int | None) -> list[Image] | None:
         """Decodes what the wanted frames need, by the packets' timestamps; None where these do not lead to them."""
-        self._seek(times_seconds[0])
-        found = self._packets_until(times_seconds[-1] + ROUNDING_SECONDS)
-        if found is None:
-            return None
-        packets, timestamps, ended = found
-        order = np.argsort(timestamps, kind="stable")
-        seconds = timestamps[order] * self._time_base - self._start_seconds
-        shown = np.searchsorted(seconds, np.array(times_seconds) + ROUNDING_SECONDS, "right") - 1
+        for earlier in EARLIER_SECONDS:
+            self._seek(max(0.0, times_seconds[0] - earlier))
+            found = self._packets_until(times_seconds[-1] + ROUNDING_SECONDS)
+            if found is None:
+                return None
+            packets, timestamps, ended = found
+            order = np.argsort(timestamps, kind="stable")
+            seconds = timestamps[order] * self._time_base - self._start_seconds
+            shown = np.searchsorted(seconds, np.array(times_seconds) + ROUNDING_SECONDS, "right") - 1
+            # Of frames shown before the key frame, which may follow it in the file, some cannot be decoded.
+            if shown[0] >= 0 and timestamps[order[shown[0]]] >= timestamps[0]:
+                break
+            if earlier >= min(times_seconds[0], EARLIER_SECONDS[-1]):
+                return None
         wanted = order[shown]
-        # Of frames shown before the key frame, which may follow it in the file, some cannot be decoded.
-        if shown[0] < 0 or timestamps[wanted[0]] < timestamps[0]:
-            return None
         if any(np.count_nonzero(timestamps == timestamps[place]) > 1 for place in set(wanted.tolist())):
             return None  # two frames of one moment
         if ended and shown[-1] == len(order) - 1:
@@ -320,7 +329,7 @@ class PyAvReader(Reader):
     def _packets_until(self, seconds: float) -> tuple[list[Packet], NDArray[np.int64], bool] | None:
         """Packets from the place in the file to the last that may be shown by then, and whether the file ends there.
 
-        None if the first is no key frame, if one has no timestamp, or if they are too many to be kept.
+        The first is a key frame. None if one has no timestamp, or if they are too many to be kept.
         """
         packets: list[Packet] = []
         size = 0
@@ -332,13 +341,13 @@ class PyAvReader(Reader):
             if packet.dts is not None and self._seconds(packet.dts) > seconds:
                 ended = False
                 break
+            if not packets and not packet.is_keyframe:
+                continue
             size += packet.size
             if packet.pts is None or size > BUFFERED_BYTES:
                 return None
             packets.append(packet)
-        if not packets or not packets[0].is_keyframe:
-            return None
-        return packets, np.array([packet.pts for packet in packets]), ended
+        return packets, np.array([packet.pts for packet in packets], dtype=np.int64), ended
 
     def _decode_selected(
         self, packets: list[Packet], timestamps: NDArray[np.int64], wanted: set[int], short_side: int | None
@@ -624,12 +633,16 @@ class Video:
 
         Raises:
             DecodeError: no frame, invalid data before the last moment, or an end more than a second too early.
+            ValueError: no moment, or one that is no number.
         """
         return np.stack(self.images_at(times_seconds, short_side))
 
     def images_at(self, times_seconds: Moments, short_side: int | None = None) -> list[Image]:
         """As `frames_at`, T arrays (H, W, 3); one and the same array where several moments show one frame."""
-        times = np.maximum(np.asarray(times_seconds, dtype=np.float64), 0)
+        times = np.asarray(times_seconds, dtype=np.float64)
+        if times.size == 0 or np.isnan(times).any():
+            raise ValueError(f"expected moments in seconds, got {times.tolist()}")
+        times = times.clip(0, LATEST_SECONDS)
         order = np.argsort(times, kind="stable")
         while True:
             try:
@@ -638,8 +651,9 @@ class Video:
             except DecodeError as error:
                 if self._first_error is None and not isinstance(error, UnreadableError):
                     raise
+                another = self._another(self._first_error or error)
                 self._reader.close()
-                self._reader = self._another(self._first_error or error)
+                self._reader = another
         places = np.empty_like(order)
         places[order] = np.arange(len(order))
         return [images[place] for place in places]

@@ -89,15 +89,15 @@ class Watchdog(Generic[Argument, Result]):
         if self._owner != os.getpid():
             self._start()
         try:
-            self._send(argument)
-        except ConnectionError:  # it has died since the last call, of which this one knows nothing
-            self._end()
-            self._start()
-            self._send(argument)
-        connection, memory = self._connection, self._memory
-        assert connection is not None
-        assert memory is not None
-        try:
+            try:
+                self._send(argument)
+            except ConnectionError:  # it has died since the last call, of which this one knows nothing
+                self._end()
+                self._start()
+                self._send(argument)
+            connection, memory = self._connection, self._memory
+            assert connection is not None
+            assert memory is not None
             while True:
                 if not connection.poll(self.timeout_seconds):
                     self.close()
@@ -251,7 +251,8 @@ def _portable(error: Exception) -> Exception:
     trace = "".join(traceback.format_exception(error))
     error.add_note(trace)
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}\n{trace}")
-    return error
+        if isinstance(pickle.loads(pickle.dumps(error)), Exception):
+            return error
+    except Exception:  # whatever its class makes of a pickle
+        pass
+    return RuntimeError(f"{type(error).__name__}: {error}\n{trace}")
