@@ -137,7 +137,13 @@ def test_unlabelled_videos_give_no_options_to_train_with(run_here, videos, tmp_p
 def test_ctrl_c_stops_a_run_that_the_same_command_continues(videos, tmp_path):
     os.mkfifo(videos / "yoga" / "pipe.mp4")
     command = [sys.executable, ROOT / "tools" / "prepare_data.py", videos, "--output", tmp_path / "out"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     journal = tmp_path / "out" / "journal.jsonl"
     deadline = time.monotonic() + 120
     while not (journal.exists() and '"ok"' in journal.read_text()) and time.monotonic() < deadline:
