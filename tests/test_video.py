@@ -384,6 +384,43 @@ def test_frames_of_one_timestamp_are_counted(tmp_path):
         assert frame_numbers(video.frames_at((np.array([0, 17, 59]) + 0.5) / video.fps)) == [0, 17, 59]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_refuses_to_hold_the_last_frame_long_before_the_headers_end(numbered_video, backend):
+    backend_or_skip(backend)
+    with Video(numbered_video, backend, known=KnownVideo(30.0, 4.0, np.empty(0))) as video:
+        assert frame_numbers(video.frames_at([1.0, 2.5])) == [30, 59]
+        with pytest.raises(DecodeError, match=r"ends after 2.00 s, and its header says 4.00 s"):
+            video.frames_at([1.0, 3.5])
+
+
+def test_a_video_in_which_another_backend_finds_no_frame_is_unreadable(numbered_video, monkeypatch):
+    backend_or_skip("decord")
+    backend_or_skip("torchcodec")
+    monkeypatch.setattr("decord.VideoReader", EmptyVideoReader)
+    nothing = SimpleNamespace(begin_stream_seconds=None, end_stream_seconds=None, average_fps=None)
+    decoder = SimpleNamespace(metadata=nothing)
+    monkeypatch.setattr("torchcodec.decoders.VideoDecoder", lambda *arguments, **options: decoder)
+    for backend in ("decord", "torchcodec"):
+        with pytest.raises(UnreadableError, match="no frame could be decoded"):
+            Video(numbered_video, backend)
+
+
+class EmptyVideoReader:
+    """Decord's, of a file without frames."""
+
+    def __init__(self, path, num_threads):
+        self.path = path
+
+    def __len__(self):
+        return 0
+
+    def get_frame_timestamp(self, places):
+        return np.empty((len(places), 2))
+
+    def get_avg_fps(self):
+        return 30.0
+
+
 def test_a_video_says_the_same_after_an_error(numbered_video, monkeypatch):
     with Video(numbered_video, "pyav") as video:
         with monkeypatch.context() as patch:
