@@ -253,6 +253,16 @@ def test_kinetics_json_names_clips(tmp_path, write):
         ("b.json", None, r"b.json: No such file"),
         ("a.json", "[]", r"a.json: expected an object of videos"),
         ("a.json", '{"x": {"annotations": []}}', r"a.json: video 'x': expected 'subset'"),
+        (
+            "a.json",
+            '{"x": {"subset": "val", "annotations": {"label": ["yoga"], "segment": [0, 1]}}}',
+            r"a.json: video 'x': expected 'subset'",
+        ),
+        (
+            "a.json",
+            '{"x": {"subset": "val", "annotations": [{"label": 3, "segment": [0, 1]}]}}',
+            r"a.json: video 'x': expected 'subset'",
+        ),
         ("a.json", '{"x": {"subset": "val", "annotations": {"segment": [1]}}}', r"a.json: video 'x': expected"),
         ("a.json", '{"x": {"subset": "dev", "annotations": []}}', r"a.json: video 'x': expected a split"),
     ],

@@ -299,6 +299,12 @@ def _read_json(source: Path, folder: _Folder) -> _Source:
     return _Source([_json_line(source, name, video, folder) for name, video in videos.items()])
 
 
+def _text(label: Any) -> str:
+    if not isinstance(label, str):
+        raise TypeError(f"a label that is no text: {label!r}")
+    return label
+
+
 def _json_line(source: Path, name: str, video: Mapping[str, Any], folder: _Folder) -> _Line:
     place = f"{source}: video {name!r}"
     try:
@@ -307,8 +313,9 @@ def _json_line(source: Path, name: str, video: Mapping[str, Any], folder: _Folde
         if isinstance(annotations, dict):
             segment = annotations["segment"]
             stem = _stem(name, segment[0], segment[1], place)
-            return _Line(folder.by_stem.get(stem, stem), annotations.get("label"), split, place)
-        labels = list(dict.fromkeys(annotation["label"] for annotation in annotations))
+            label = annotations.get("label")
+            return _Line(folder.by_stem.get(stem, stem), None if label is None else _text(label), split, place)
+        labels = list(dict.fromkeys(_text(annotation["label"]) for annotation in annotations))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ListError(f"{place}: expected 'subset', and 'annotations' with 'label' and 'segment'") from error
     path = folder.by_stem.get(f"v_{name}") or folder.by_stem.get(name) or f"v_{name}"
