@@ -23,10 +23,10 @@ WITH_X3D = [*NAMES, "x3d_s"]
 SIZES = {"even": (48, 64), "odd": (40, 56)}  # maps of 10 x 14, 5 x 7, 3 x 4, 2 x 2
 
 
-def network_and_clip(name, size=SIZES["odd"], batch=2):
+def network_and_clip(name, size=SIZES["odd"], batch=2, frames=4):
     torch.manual_seed(0)
     network = settle(create_model(name, alpha=0.25, width=16, num_classes=5, dropout=0))
-    return network, torch.randn(batch, 3, 4, *size)
+    return network, torch.randn(batch, 3, frames, *size)
 
 
 def gradients(network, loss):
@@ -148,7 +148,9 @@ def test_reentrant_checkpointing_is_refused(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast(name, dtype):
-    network, clip = network_and_clip(name)
+    # In bfloat16 oneDNN's gradient of a weight that is longer than the clip has frames reads memory that nobody wrote,
+    # in any nn.Conv3d: 16 frames are the fewest that SlowFast's slow pathway needs for its kernels of 3.
+    network, clip = network_and_clip(name, frames=16)
     wanted = network(clip)
     kinds = set()
     for module in network.modules():
