@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+import os
 import re
+import traceback
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 log = logging.getLogger(__name__)
+
+STATM = Path("/proc/self/statm")  # of Linux: this process's memory, in pages
+WORKER = "DataLoader worker"  # the beginning of torch's errors for a loader process that died
 
 
 class BadVideos(Callback):
@@ -112,6 +124,9 @@ class BadVideos(Callback):
 class Throughput(Callback):
     """Measures what a training epoch spends on data and on computing, and prints a line of advice after it.
 
+    After the first 22 steps of a fit it also says how long an epoch and the rest of the run will take, validation not
+    counted: "about 12 min an epoch, 20 h to go (1.9 s a step, 380 steps an epoch)". A step is that of one batch.
+
     Logs, for an average step, `train/step_seconds` (forward, backward, optimiser), `train/data_seconds` (all the time
     from its end until the next batch is on the device: 0 if the loader keeps up) and `train/clips_per_second` (of both
     together, in all processes). The printed rates are those of one process.
@@ -124,6 +139,16 @@ class Throughput(Callback):
     WARMUP_STEPS = 5
     SAMPLED = 7  # shares no factor with the usual numbers of accumulated batches
     LOADER_BOUND = 0.1  # share of the time waited for data
+    ESTIMATED = (
+        8,
+        22,
+    )  # steps of a fit from whose end to whose end its length is estimated: timed ones
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts counting for the estimate, and for an epoch that goes on in the middle: it has no start."""
+        self._fit_steps = 0
+        self._fit_seconds = 0.0
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting."""
@@ -147,6 +172,12 @@ class Throughput(Callback):
     ) -> None:
         """Adds up."""
         now = _now(pl_module) if self._timed else perf_counter()
+        self._fit_steps += 1
+        first, last = self.ESTIMATED
+        if first < self._fit_steps <= last:
+            self._fit_seconds += now - self._last
+        if self._fit_steps == last:
+            self._estimate(trainer, self._fit_seconds / (last - first), batch_idx + 1)
         self._num_steps += 1
         if self._num_steps <= self.WARMUP_STEPS:
             self._warmup_seconds += now - self._last
@@ -157,6 +188,23 @@ class Throughput(Callback):
                 self._step_seconds += now - self._start
                 self._num_timed += 1
         self._last = now
+
+    def _estimate(self, trainer: Trainer, step_seconds: float, num_done: int) -> None:
+        """Prints how long it will take; nothing of an endless epoch."""
+        num_steps = trainer.num_training_batches
+        if math.isinf(num_steps) or not trainer.is_global_zero:
+            return
+        left = math.inf
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            left = (trainer.max_epochs - trainer.current_epoch) * num_steps - num_done
+        if trainer.max_steps >= 0:
+            left = min(left, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
+        to_go = "" if math.isinf(left) else f", {_duration(left * step_seconds)} to go"
+        print(
+            f"about {_duration(num_steps * step_seconds)} an epoch{to_go} "
+            f"({step_seconds:.2g} s a step, {num_steps} steps an epoch)",
+            flush=True,
+        )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs, and prints one line; nothing after an epoch of the first steps or without clips."""
@@ -198,11 +246,157 @@ def _short(rate: float) -> str:
     return f"{float(f'{rate:.3g}'):.10g}"
 
 
+def _duration(seconds: float) -> str:
+    """Two digits or so, in the unit that suits them."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        number = seconds / length
+        if number >= 2:
+            return f"{number:.1f} {unit}" if number < 9.95 else f"{number:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+class Memory(Callback):
+    """Logs `train/memory_gib` after every training epoch: of the process that took most, in GiB (2^30 bytes).
+
+    On a GPU this is the most that tensors took at once in the epoch. On a CPU it is the memory that the process holds
+    at the epoch's end, without its loader processes; only Linux tells it.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts measuring; an epoch that goes on in the middle has no start."""
+        self.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts measuring."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs."""
+        if pl_module.device.type == "cuda":
+            held = torch.cuda.max_memory_allocated(pl_module.device)
+        elif STATM.is_file():
+            held = int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        else:
+            return
+        pl_module.log("train/memory_gib", held / 2**30, reduce_fx="max", sync_dist=True)
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or gradient that is infinite or not a number; the weights have not taken it in."""
+
+
+class FiniteLoss(Callback):
+    """Ends the run where the loss is not finite, before any weight changes, and logs `train/gradient_norm`.
+
+    The norm is the 2-norm of all gradients before clipping. It is computed only in the steps that are
+    logged (trainer.log_every_n_steps), and must be finite there too, except in 16-mixed, whose scaler skips such steps
+    and goes on with a smaller scale.
+
+    Every loss is looked at between its forward and its backward pass, so that a GPU is waited for once a step: Python
+    cannot prepare the backward pass ahead, which costs a GPU some milliseconds. To look at it a step later would be
+    free, but by then the weights are lost and may be in a checkpoint.
+
+    Where one of several processes ends like this, the launcher ends the others.
+
+    Raises:
+        NotFiniteError: names step, epoch, loss, the videos of this process's batch, and the last good checkpoint: what
+            a callback of the trainer's has in its attribute `last_good`, a Path or None.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remembers what the batch is made of."""
+        self._paths: list[str] = batch.paths
+        self._batch_index = batch_idx
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Checks the loss; in 16-mixed it is the scaled one."""
+        if not loss.isfinite().all():
+            self._end(trainer, "loss", loss.item())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Logs and checks the norm of the gradients, which are unscaled by now."""
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval == 0 or (trainer.global_step + 1) % interval:
+            return
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        pl_module.log("train/gradient_norm", norm)
+        if getattr(trainer.precision_plugin, "scaler", None) is None and not norm.isfinite():
+            self._end(trainer, "norm of the gradients", norm.item())
+
+    def _end(self, trainer: Trainer, what: str, value: float) -> None:
+        raise NotFiniteError(
+            f"the {what} is {value} in step {trainer.global_step + 1} (epoch {trainer.current_epoch + 1}, batch "
+            f"{self._batch_index + 1}, process {trainer.global_rank}): the run ends before its weights take that in; "
+            f"lower model.learning_rate, or look at the batch's videos: {', '.join(self._paths)}; {_way_on(trainer)}"
+        )
+
+
+def _way_on(trainer: Trainer) -> str:
+    """How to go on with a run, in words."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    last_good = next((path for callback in callbacks if (path := getattr(callback, "last_good", None))), None)
+    if last_good is None:
+        return "there is no checkpoint to go on from"
+    return f"the run goes on from {last_good} with --ckpt_path last"
+
+
+class LoaderKilledError(RuntimeError):
+    """A process that loads data ended in the middle of its work, killed by the system or by a crash."""
+
+
+@contextlib.contextmanager
+def naming_killed_loaders(trainer: Trainer) -> Iterator[None]:
+    """Turns torch's error for a loader process that died into one that says why it may have, and how to go on.
+
+    Args:
+        trainer: whose fit or test runs inside; `last_good` of its callbacks is named.
+
+    Raises:
+        LoaderKilledError: in place of torch's RuntimeError, or of the OSError or EOFError with which it gives up the
+            tensors that the process had made; other errors pass.
+    """
+    try:
+        try:
+            yield
+        except (OSError, EOFError) as error:
+            # Tensors of a process that has just died: there is nobody to hand them over.
+            if "resource_sharer" not in "".join(traceback.format_exception(error)):
+                raise
+            raise RuntimeError(f"{WORKER} exited unexpectedly") from error
+    except RuntimeError as error:
+        if not str(error).startswith(WORKER):
+            raise
+        signal = re.search(r"killed by signal: ([\w ]+)", f"{error} {error.__cause__}")
+        name = "Killed" if signal is None else signal[1]
+        why = {
+            "Killed": "was killed, probably by the system for lack of memory: lower data.num_workers or "
+            "data.prefetch_batches",
+            "Bus error": "found no more shared memory: enlarge /dev/shm, or lower data.num_workers or "
+            "data.prefetch_batches",
+        }.get(name, f"crashed ({name}): another data.backend may not")
+        raise LoaderKilledError(f"a loader process {why}; {_way_on(trainer)}") from error
+
+
 class EpochLines(Callback):
-    """Prints one line an epoch, for log files, in which a progress bar cannot be read."""
+    """Prints one line an epoch, for log files, in which a progress bar cannot be read.
+
+    An epoch that a resumed run starts in the middle says from which batch on its figures are.
+    """
 
     def __init__(self) -> None:
         self._validated = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Waits for the first batch."""
+        self._first: int | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remembers where the epoch starts."""
+        if self._first is None:
+            self._first = batch_idx
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remembers that this epoch has been validated: Lightning keeps the figures of the last one that was."""
@@ -215,6 +409,9 @@ class EpochLines(Callback):
             for name, value in sorted(trainer.callback_metrics.items())
             if name[-5:] not in ("_step", "epoch") and (self._validated or not name.startswith("val/"))
         ]
-        self._validated = False
+        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        if self._first:
+            epoch += f" from batch {self._first + 1}"
+        self._validated, self._first = False, None
         if trainer.is_global_zero:
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(figures)}", flush=True)
+            print(f"{epoch}  {'  '.join(figures)}", flush=True)

@@ -362,11 +362,7 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
-    alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha, alpha, 0.0)
-    if len(alphas) != 4:
-        raise ValueError(f"alpha must be one number or four (res2, res3, res4, res5), got {len(alphas)}: {alphas}")
-    if any(not 0 <= value <= 1 for value in alphas):
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    stage_alphas(alpha)  # refuses what is none, before anything is built
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     published = inspect.signature(MODELS[name]).parameters
@@ -395,9 +391,46 @@ def create_model(
                 setattr(module, child_name, HeadPool(int(child.kernel_size[-1])))  # type: ignore[index]
     if weights is not None:
         load_weights(network, weights)
-    patterns = {f"^blocks\\.{block}\\.": alpha for block, alpha in zip(_stages(network), alphas, strict=True)}
-    fast = any(alphas) if channels_last is None else channels_last
-    return octavize(network, patterns, downsample=downsample, channels_last=fast, round_to=round_to)
+    # Kept for set_alpha: a convolution at alpha 0 may be vanilla, and then knows no octave option.
+    network.octave_options = {"downsample": downsample, "channels_last": channels_last, "round_to": round_to}
+    return set_alpha(network, alpha)
+
+
+def stage_alphas(alpha: float | Sequence[float]) -> tuple[float, float, float, float]:
+    """The alphas of res2, res3, res4 and res5: one number is the first three's, and leaves res5 vanilla.
+
+    Raises:
+        ValueError: neither one nor four, or one outside [0, 1].
+    """
+    alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha, alpha, 0.0)
+    if len(alphas) != 4:
+        raise ValueError(f"alpha must be one number or four (res2, res3, res4, res5), got {len(alphas)}: {alphas}")
+    if any(not 0 <= value <= 1 for value in alphas):
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    return alphas
+
+
+def set_alpha(network: nn.Module, alpha: float | Sequence[float]) -> nn.Module:
+    """Gives a network another alpha, in place; weights and the other options of `create_model` stay.
+
+    Args:
+        network: of `create_model`.
+        alpha: as there.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: an alpha out of its range or that groups cannot be split at, with the network as it was; a network
+            that `create_model` did not build.
+    """
+    options: Any = getattr(network, "octave_options", None)
+    if not isinstance(network, Net) or options is None:
+        raise ValueError(f"set_alpha takes a network that create_model built, got {type(network).__name__}")
+    alphas = stage_alphas(alpha)
+    patterns = {f"^blocks\\.{block}\\.": value for block, value in zip(_stages(network), alphas, strict=True)}
+    fast = any(alphas) if options["channels_last"] is None else options["channels_last"]
+    return octavize(network, patterns, **(options | {"channels_last": fast}))
 
 
 def _stages(network: Net) -> list[int]:

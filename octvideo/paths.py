@@ -99,7 +99,7 @@ class Kernel:
         """The gradients of `convolve` (one group, zero padding) for x, weight and bias; undefined where not wanted."""
         gradient = lay_channels_last(gradient)
         flat = _flat(x, weight, self.stride, self.padding) if channels_last(gradient) else None
-        images, numbers = x, [self.stride, self.padding, self.dilation]
+        shape, images, numbers = weight.shape, x, [self.stride, self.padding, self.dilation]
         if flat is not None:
             gradient, images, weight = flat.fold(gradient), flat.fold(x), weight.squeeze(flat.axis)
             numbers = [n[flat.kept] for n in numbers]
@@ -109,7 +109,8 @@ class Kernel:
         )
         if flat is not None:
             to_x = flat.unfold(to_x, x) if wanted[0] else to_x
-            to_weight = to_weight.unsqueeze(flat.axis) if wanted[1] else to_weight
+        # With the strides of a fresh tensor in dimensions of one cell too: DDP's buckets warn of others, and copy them.
+        to_weight = to_weight.reshape(-1).view(shape) if wanted[1] else to_weight
         return lay_channels_last(to_x) if wanted[0] else to_x, to_weight, to_bias
 
     def output_size(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from octvideo.models import create_model
+from octvideo.normalization import SubBatchNorm, normalize
+from octvideo.recomputation import recompute as recompute_blocks
+from octvideo.schedule import Schedule
 
 CLIPS_PER_PASS = 10  # of one forward pass in testing: enough to fill a GPU
 
@@ -36,39 +43,23 @@ class Batch(Protocol):
     bad: Sequence[tuple[str, str]]
 
 
-def learning_rate_at(step: int, total_steps: int, warmup_steps: int, peak: float, warmup_start: float) -> float:
-    """Half a cosine from `peak` to 0, reached through a linear warm-up (the SlowFast project's schedule).
-
-    The cosine runs over all steps; the warm-up leads in a line from `warmup_start` to where the cosine is at its end.
-
-    Args:
-        step: optimiser steps so far.
-        total_steps: steps in all.
-        warmup_steps: steps of the warm-up.
-        peak: the cosine's value at step 0.
-        warmup_start: learning rate at step 0 if there is a warm-up.
-    """
-
-    def cosine(step: int) -> float:
-        return peak * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-
-    if step < warmup_steps:
-        return warmup_start + (cosine(warmup_steps) - warmup_start) * step / warmup_steps
-    return cosine(step)
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for convolution and linear weights only: none for biases and normalisation layers."""
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    """Weight decay for convolution and linear weights only: none for biases and normalisation layers.
+
+    Parameters that are frozen (requires_grad False) are in no group.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.dim() > 1]
+    others = [parameter for parameter in trained if parameter.dim() <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 class Recognizer(LightningModule):
     """A network that recognises actions in videos, with the recipe that trains and tests it.
 
-    The defaults are the SlowFast project's recipe from scratch for a total batch of 64 clips; scale the learning rates
-    with the batch size.
+    The defaults are the SlowFast project's recipe from scratch. Its learning rates are for 64 clips a step; they are
+    scaled by the clips that all processes take before the weights change, and the rate is set anew for every step from
+    the epoch and the step in it, so that resuming needs no state of it.
 
     Args:
         name: network: c2d_r50, i3d_r50, slow_r50, slowfast_r50, c2d_r50_nonlocal, i3d_r50_nonlocal, csn_r101,
@@ -86,13 +77,28 @@ class Recognizer(LightningModule):
             much is low.
         weights: checkpoint to start from: ours, pytorchvideo's, PySlowFast's, or a 2-D ImageNet ResNet's, which is
             inflated. A classifier of another number of classes starts fresh.
-        learning_rate: peak of the half-cosine schedule.
-        warmup_start: learning rate at the start of the warm-up.
+        freeze: regexes of names of the network's parts (`blocks.0` is the stem, `blocks.1` res2 ...), from their first
+            letter: their weights and batch-norm statistics stay as they are.
+        normalization: of training batches: "batch" by each process's own statistics, "sync" by those of all processes,
+            "sub" by those of `sub_batch` clips, "frozen" by the running ones, which stay as they are.
+        sub_batch: clips that are normalised together by "sub"; default: batch_size, which multigrid's batches exceed.
+        recompute: keep for backward only the inputs of residual blocks and compute the rest again (activation
+            checkpointing): less memory, about a third more time.
+        compile: let torch.compile make the network's code; the first steps take minutes.
+        learning_rate: peak of the schedule, for `reference_batch` clips a step.
+        reference_batch: clips a step (in all processes, over accumulated batches) that the learning rates are meant
+            for; they are scaled in proportion. Null takes them as they are.
+        batch_size: clips of a batch in each process (set by data.batch_size); null: the learning rates are as given.
+        warmup_start: learning rate at the start of the warm-up, for `reference_batch` clips a step.
         warmup_epochs: length of the warm-up; may be a fraction.
+        milestones: epochs, which may be fractions, at each of which the learning rate falls to a tenth; empty: half a
+            cosine to 0 over the whole run.
+        label_smoothing: share of a label that is spread over all classes.
         momentum: of SGD with Nesterov's correction.
         weight_decay: of convolution and classifier weights; biases and batch norms have none.
         mean: subtracted from pixels in [0, 1].
         std: then divides them.
+        seed: of dropout (set by seed_everything).
 
     Raises:
         ValueError: an unknown network, a number out of its range, or weights that do not fit.
@@ -112,22 +118,38 @@ class Recognizer(LightningModule):
         downsample: Literal["conv", "pool"] = "conv",
         round_to: int = 1,
         weights: str | None = None,
+        freeze: list[str] | None = None,
+        normalization: Literal["batch", "sync", "sub", "frozen"] = "batch",
+        sub_batch: int | None = None,
+        recompute: bool = False,
+        compile: bool = False,
         learning_rate: float = 0.1,
+        reference_batch: int | None = 64,
+        batch_size: int | None = None,
         warmup_start: float = 0.01,
         warmup_epochs: float = 34,
+        milestones: list[float] | None = None,
+        label_smoothing: float = 0.0,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         mean: float = 0.45,
         std: float = 0.225,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0 or warmup_start < 0 or warmup_epochs < 0 or weight_decay < 0:
+        self.recipe = Schedule(learning_rate, 1, warmup_start, warmup_epochs, tuple(milestones or ()))
+        if not 0 < momentum < 1 or std <= 0 or weight_decay < 0:
             raise ValueError(
-                f"model.learning_rate must be positive, warmup_start, warmup_epochs and weight_decay at least 0, got "
-                f"{learning_rate}, {warmup_start}, {warmup_epochs} and {weight_decay}"
+                "model.momentum must lie between 0 and 1, std be positive and weight_decay at least 0, got "
+                f"{momentum}, {std} and {weight_decay}"
             )
-        if not 0 < momentum < 1 or std <= 0:
-            raise ValueError(f"model.momentum must lie between 0 and 1 and std be positive, got {momentum} and {std}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"model.label_smoothing must lie in [0, 1), got {label_smoothing}")
+        if min(1 if n is None else n for n in (sub_batch, reference_batch, batch_size)) < 1:
+            raise ValueError(
+                f"model.sub_batch, reference_batch and batch_size must be at least 1, got {sub_batch}, "
+                f"{reference_batch} and {batch_size}"
+            )
         self.save_hyperparameters(ignore="weights")  # a checkpoint has its own, and opens without that file
         self.network = create_model(
             name,
@@ -143,14 +165,22 @@ class Recognizer(LightningModule):
             round_to=round_to,
             weights=weights,
         )
+        normalize(self.network, normalization)
+        for pattern in freeze or ():
+            self._freeze(pattern)
+        if recompute:
+            recompute_blocks(self.network)
+        self.compile_network = compile
         self.num_classes = num_classes
-        self.learning_rate = learning_rate
-        self.warmup_start = warmup_start
-        self.warmup_epochs = warmup_epochs
+        self.sub_batch = sub_batch or batch_size
+        self.reference_batch = reference_batch
+        self.batch_size = batch_size
+        self.label_smoothing = label_smoothing
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.mean = mean
         self.std = std
+        self.seed = seed
 
         top5 = min(5, num_classes)
         self.train_top1 = self._accuracy(1)
@@ -164,6 +194,18 @@ class Recognizer(LightningModule):
 
     def _accuracy(self, top_k: int) -> MulticlassAccuracy:
         return MulticlassAccuracy(self.num_classes, top_k=top_k, average="micro")
+
+    def _freeze(self, pattern: str) -> None:
+        """Freezes parts of the network, by a regex of their names."""
+        try:
+            parts = [module for name, module in self.network.named_modules() if name and re.match(pattern, name)]
+        except re.error as error:
+            raise ValueError(f"model.freeze {pattern!r} is no regular expression: {error}") from error
+        if not parts:
+            raise ValueError(f"model.freeze {pattern!r} is the name of no part of the network")
+        for part in parts:
+            part.requires_grad_(False)
+            normalize(part, "frozen")
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits of clips.
@@ -182,9 +224,9 @@ class Recognizer(LightningModule):
         videos, views = batch.clips.shape[:2]
         logits = self(batch.clips.flatten(0, 1)).float()
         labels = batch.labels.repeat_interleave(views, 0)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.train_top1(logits, labels.argmax(1) if labels.dim() > 1 else labels)
-        self.log("train/loss", loss, on_epoch=True, prog_bar=True, batch_size=videos)
+        self.log("train/loss", loss, on_epoch=True, prog_bar=True, batch_size=videos, sync_dist=True)
         self.log("train/top1", self.train_top1, on_step=False, on_epoch=True, prog_bar=True, batch_size=videos)
         self.log("learning_rate", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         return loss
@@ -246,26 +288,89 @@ class Recognizer(LightningModule):
         self.results = {**accuracies, "videos": videos, "bad": bad}
         self._predictions, self._bad = [], []
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """SGD with Nesterov momentum, and the schedule stepped after every optimiser step."""
-        optimizer = torch.optim.SGD(
-            parameter_groups(self.network, self.weight_decay), self.learning_rate, momentum=self.momentum, nesterov=True
+    def configure_model(self) -> None:
+        """Shards the network over the processes if the strategy wants that (FSDP2), and compiles it if asked to."""
+        if self.compile_network and self.trainer.training:
+            self.network.compile()
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.network, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+            for block in self.network.blocks:  # type: ignore[union-attr]
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.network, mesh=mesh)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with Nesterov momentum; `on_train_batch_start` sets the learning rate."""
+        groups = parameter_groups(self.network, self.weight_decay)
+        if not any(group["params"] for group in groups):
+            raise ValueError(f"model.freeze {self.hparams['freeze']} freezes all of the network")
+        return torch.optim.SGD(groups, self.recipe.peak, momentum=self.momentum, nesterov=True)
+
+    def on_train_start(self) -> None:
+        """Makes the schedule for this run's length and batch, and prints it."""
+        trainer = self.trainer
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        lengths = [float(trainer.max_epochs)] if trainer.max_epochs is not None and trainer.max_epochs > 0 else []
+        lengths += [trainer.max_steps / steps_per_epoch] if trainer.max_steps > 0 else []
+        if not lengths:
+            raise ValueError("the learning rate's schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        epochs = min(lengths)
+        clips = (self.batch_size or 0) * trainer.world_size * trainer.accumulate_grad_batches
+        self.schedule = self.schedule_for(epochs, clips)
+        parts = f"{self.batch_size} clips x {trainer.world_size} processes x {trainer.accumulate_grad_batches} batches"
+        scaled = self.schedule.peak / self.recipe.peak
+        reference = f"; scaled by {scaled:g} from {self.reference_batch} clips" if scaled != 1 else ""
+        rank_zero_info(
+            f"learning rate: {self.schedule}{reference}\n"
+            f"a step: {parts + f' = {clips} clips' if clips else 'clips as the loader gives them'}; "
+            f"an epoch: {steps_per_epoch} steps"
         )
-        if math.isinf(self.trainer.estimated_stepping_batches):
-            raise ValueError("the half-cosine schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        total_steps = int(self.trainer.estimated_stepping_batches)
-        steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
-        if warmup_steps >= total_steps:
+
+    def schedule_for(self, epochs: float, clips: int) -> Schedule:
+        """The recipe's learning rates for a run.
+
+        Args:
+            epochs: length of the run.
+            clips: clips of one step, in all processes and accumulated batches; 0 if unknown: as the recipe says.
+        """
+        recipe = dataclasses.replace(self.recipe, epochs=epochs)
+        if recipe.warmup_epochs >= epochs:
             rank_zero_warn(
-                f"a warm-up of {self.warmup_epochs:g} epochs does not fit into {total_steps / steps_per_epoch:g}: "
+                f"a warm-up of {recipe.warmup_epochs:g} epochs does not fit into {epochs:g}: "
                 "it takes a fifth of the run instead; set model.warmup_epochs"
             )
-            warmup_steps = total_steps // 5
+            recipe = dataclasses.replace(recipe, warmup_epochs=epochs / 5)
+        return recipe.scaled(clips / self.reference_batch) if clips and self.reference_batch else recipe
 
-        def factor(step: int) -> float:
-            rate = learning_rate_at(step, total_steps, warmup_steps, self.learning_rate, self.warmup_start)
-            return rate / self.learning_rate
+    def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
+        """Sets what depends on the place in the run alone: the learning rate, dropout's seed, the sub-batches."""
+        trainer = self.trainer
+        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        step = batch_index // trainer.accumulate_grad_batches
+        rate = self.schedule.at(trainer.current_epoch + step / steps_per_epoch)
+        if hasattr(trainer.datamodule, "batch_factor"):  # type: ignore[attr-defined]
+            rate *= trainer.datamodule.batch_factor(trainer.current_epoch)  # type: ignore[attr-defined]
+        for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]
+            group["lr"] = rate
+        turn = (self.seed, trainer.current_epoch, batch_index, trainer.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(turn).generate_state(1, np.uint64)[0] >> 1))
+        clips = batch.clips.shape[:2].numel()
+        for module in self.network.modules():
+            if isinstance(module, SubBatchNorm):
+                module.splits = max(1, clips // (self.sub_batch or clips))
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def on_validation_epoch_start(self) -> None:
+        """Gathers sharded weights once: processes whose last batches hold fewer videos make fewer forward passes."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                module.set_reshard_after_forward(False, recurse=False)
+        if isinstance(self.network, FSDPModule):  # DDP does this itself
+            for buffer in self.network.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def on_validation_epoch_end(self) -> None:
+        """Parts with the gathered weights."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(True, recurse=False)
+                module.reshard()

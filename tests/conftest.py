@@ -1,8 +1,14 @@
 """What several test files share: videos written by the tests, and the folder of real ones."""
 
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +44,80 @@ def frame_numbers(frames):
     return (np.asarray(frames).mean((1, 2, 3)) / 4).round().astype(int).tolist()
 
 
+# Tools run in processes that fork from one that has imported what takes seconds to import, and nothing else.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lightning.pytorch.cli", "octvideo.data.module", "octvideo.recognizer"])
+
+
+def start_tool(name, options, folder, **environment):
+    """Starts a script of tools/; what it prints goes to the files stdout and stderr in a folder."""
+    arguments = [str(ROOT / "tools" / name), *map(str, options)]
+    process = FORKS.Process(target=_be_tool, args=(arguments, Path(folder), environment))
+    process.start()
+    return process
+
+
+def _be_tool(arguments, folder, environment):
+    for stream, file in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.chdir(ROOT)
+    os.setpgrp()  # as a shell does: signals to the group are for this process and those that it starts
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
+    sys.argv = arguments
+    sys.path.insert(0, str(ROOT / "tools"))
+    sys.path.insert(0, str(ROOT / "tests"))
+    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
 def run_tool(name, *options, timeout=600, **environment):
     """Runs a script of tools/ as a user does; returns the finished process."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *map(str, options)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        process = start_tool(name, options, folder, **environment)
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([name, *options], timeout)
+        printed = [(Path(folder) / stream).read_text() for stream in ("stdout", "stderr")]
+        return subprocess.CompletedProcess([name, *options], process.exitcode, *printed)
+
+
+def run_processes(count, name, *options, timeout=600, **environment):
+    """Runs a script of tools/ in several processes, as torchrun starts them; where one dies, the others are killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": "0",
+    }
+    with tempfile.TemporaryDirectory() as root:
+        folders = [Path(root) / str(rank) for rank in range(count)]
+        processes = []
+        for rank, folder in enumerate(folders):
+            folder.mkdir()
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | group if count > 1 else {}
+            processes.append(start_tool(name, options, folder, **ranks, **environment))
+        deadline = time.monotonic() + timeout
+        while running := [process for process in processes if process.exitcode is None]:
+            multiprocessing.connection.wait(
+                [process.sentinel for process in running], max(0, deadline - time.monotonic())
+            )
+            if any(process.exitcode not in (None, 0, 75) for process in processes):
+                deadline = min(deadline, time.monotonic() + 20)  # for the others to notice
+            if time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+        for process in processes:
+            process.join()
+        return [
+            subprocess.CompletedProcess(
+                [name, *options], process.exitcode, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+            )
+            for process, folder in zip(processes, folders, strict=True)
+        ]

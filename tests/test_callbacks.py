@@ -1,16 +1,36 @@
 """What callbacks print and log."""
 
 import logging
+import math
+import os
+import signal
+from multiprocessing import resource_sharer
+from multiprocessing.reduction import DupFd
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.plugins import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 from torch.utils.data import DataLoader
 
-from octvideo.callbacks import BadVideos, EpochLines, Throughput
+from octvideo.callbacks import (
+    BadVideos,
+    EpochLines,
+    FiniteLoss,
+    LoaderKilledError,
+    Memory,
+    NotFiniteError,
+    Throughput,
+    naming_killed_loaders,
+)
 
 ALONE = SimpleNamespace(world_size=1, is_global_zero=True, sanity_checking=False)
 
@@ -107,8 +127,14 @@ def epoch(clock, steps, callback=None, device="cpu", is_global_zero=True, videos
     module = SimpleNamespace(
         device=torch.device(device), log=lambda name, value, **options: logged.update({name: (value, options)})
     )
-    trainer = SimpleNamespace(is_global_zero=is_global_zero, train_dataloader=SimpleNamespace(num_workers=2))
-    callback = callback or Throughput()
+    trainer = SimpleNamespace(
+        is_global_zero=is_global_zero,
+        train_dataloader=SimpleNamespace(num_workers=2),
+        num_training_batches=math.inf,  # no estimate
+    )
+    if callback is None:
+        callback = Throughput()
+        callback.on_train_start(None, None)
     batch = SimpleNamespace(clips=torch.empty(videos, 3, 3, 1, 1, 1))
     callback.on_train_epoch_start(trainer, module)
     for index, (wait, work) in enumerate(steps):
@@ -161,7 +187,9 @@ def test_validation_during_the_epoch_counts_nowhere(clock):
             clock.seconds += 1000
             self.on_validation_end(trainer, module)
 
-    logged = epoch(clock, [(0.1, 0.3)] * 10, Validating())
+    callback = Validating()
+    callback.on_train_start(None, None)
+    logged = epoch(clock, [(0.1, 0.3)] * 10, callback)
     assert logged["train/data_seconds"][0] == pytest.approx(0.1)
     assert logged["train/clips_per_second"][0] == pytest.approx(30)
 
@@ -174,6 +202,7 @@ def test_an_epoch_of_the_first_steps_or_without_clips_says_nothing(clock, capsys
 
 def test_each_epoch_is_measured_for_itself(clock):
     callback = Throughput()
+    callback.on_train_start(None, None)
     epoch(clock, [(5, 5)] * 10, callback)
     assert epoch(clock, [(0.1, 0.3)] * 10, callback)["train/step_seconds"][0] == pytest.approx(0.3)
 
@@ -197,7 +226,9 @@ def test_a_gpu_is_waited_for_in_one_of_seven_steps(clock, monkeypatch):
             device.busy_until = max(clock.seconds, device.busy_until) + 0.2
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    logged = epoch(clock, [(0, 0.01)] * (5 + 7 * 10), Working(), device="cuda:1")
+    callback = Working()
+    callback.on_train_start(None, None)
+    logged = epoch(clock, [(0, 0.01)] * (5 + 7 * 10), callback, device="cuda:1")
     assert waits == [torch.device("cuda:1")] * 22  # before and after the steps 0, 7, ... 70
     assert logged["train/step_seconds"][0] == pytest.approx(0.2)
     assert logged["train/data_seconds"][0] == pytest.approx(0, abs=0.02)
@@ -280,6 +311,270 @@ def test_a_trainer_runs_them(clock, capsys, caplog, tmp_path):
     assert summaries == [val, val, val, train] * 2  # validated after every fourth step
 
 
+def estimate(clock, capsys, rank=0, **options):
+    """What is said of steps of 2 s, the first ones of 60 s, with validations of 1000 s between them."""
+    given = {"num_training_batches": 10, "max_epochs": 100, "max_steps": -1, "current_epoch": 2, "global_step": 0}
+    trainer = SimpleNamespace(is_global_zero=rank == 0, **{"accumulate_grad_batches": 1, **given, **options})
+    module = SimpleNamespace(device=torch.device("cpu"))
+    batch = SimpleNamespace(clips=torch.empty(2, 1, 3, 1, 1, 1))
+    callback = Throughput()
+    callback.on_train_start(trainer, module)
+    for step in range(40):
+        clock.seconds += 60 if step < 8 else 1.5
+        callback.on_train_batch_start(trainer, module, batch, step % 10)
+        clock.seconds += 0.5
+        callback.on_train_batch_end(trainer, module, None, batch, step % 10)
+        if step % 10 == 9:
+            clock.seconds += 1000
+            callback.on_validation_end(trainer, module)
+            callback.on_train_epoch_start(trainer, module)
+    return capsys.readouterr().out
+
+
+def test_after_22_steps_the_length_of_the_run_is_estimated(clock, capsys):
+    """Epochs of 10 steps; in the third one 2 steps are done, and 978 of 980 are to come."""
+    assert estimate(clock, capsys) == "about 20 s an epoch, 33 min to go (2 s a step, 10 steps an epoch)\n"
+
+
+def test_the_estimate_ends_with_the_steps_of_the_run_or_has_no_end(clock, capsys):
+    steps = estimate(clock, capsys, max_epochs=None, max_steps=5000, global_step=1000, accumulate_grad_batches=4)
+    assert steps.startswith("about 20 s an epoch, 8.9 h to go (")
+    assert estimate(clock, capsys, max_steps=90, global_step=20).startswith("about 20 s an epoch, 2.3 min to go (")
+    assert estimate(clock, capsys, max_epochs=-1).startswith("about 20 s an epoch (2 s a step")
+    assert estimate(clock, capsys, num_training_batches=43200, max_epochs=12).startswith(
+        "about 24 h an epoch, 10 days to"
+    )
+
+
+def test_no_estimate_of_an_endless_epoch_nor_in_other_processes(clock, capsys):
+    assert estimate(clock, capsys, num_training_batches=math.inf) == ""
+    assert estimate(clock, capsys, rank=1) == ""
+
+
+def test_a_gpus_memory_is_the_most_since_the_epochs_start(monkeypatch):
+    peak, logged = {}, []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.update({device: 0}))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[device] + 3 * 2**29)
+    module = SimpleNamespace(
+        device=torch.device("cuda:1"), log=lambda *values, **options: logged.append((values, options))
+    )
+    callback = Memory()
+    for start in (callback.on_train_start, callback.on_train_epoch_start):
+        peak[module.device] = 2**40
+        start(None, module)
+        callback.on_train_epoch_end(None, module)
+    assert logged == [(("train/memory_gib", 1.5), {"reduce_fx": "max", "sync_dist": True})] * 2
+
+
+def test_without_a_gpu_memory_is_what_the_process_holds_if_the_system_tells(monkeypatch, tmp_path):
+    logged = []
+    module = SimpleNamespace(device=torch.device("cpu"), log=lambda name, value, **options: logged.append(value))
+    (tmp_path / "statm").write_text("900000 262144 1 1 0 1 0\n")
+    monkeypatch.setattr("octvideo.callbacks.STATM", tmp_path / "statm")
+    Memory().on_train_epoch_end(None, module)
+    assert logged == [262144 * os.sysconf("SC_PAGE_SIZE") / 2**30]
+    monkeypatch.setattr("octvideo.callbacks.STATM", tmp_path / "missing")
+    Memory().on_train_epoch_end(None, module)
+    assert len(logged) == 1
+
+
+class Steps(LightningModule):
+    """One weight of 3; the loss of a batch is its label times the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(3.0))
+
+    def training_step(self, batch, index):
+        loss = self.weight * batch.labels[0]
+        self.log("train/loss", loss, batch_size=1, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.001)
+
+
+def batches(labels):
+    """A loader of batches of these labels, each of two videos named by its number."""
+    made = [
+        Batch(torch.ones(2, 1, 1, 1, 1, 1), torch.tensor([float(label)]), [f"{k}a.mp4", f"{k}b.mp4"], [])
+        for k, label in enumerate(labels)
+    ]
+    return DataLoader(made, batch_size=None)
+
+
+def trainer_with(tmp_path, *callbacks, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet["enable_checkpointing"] = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    common = {"max_epochs": 1, "accelerator": "cpu", "callbacks": list(callbacks), "default_root_dir": tmp_path}
+    return Trainer(**{**common, **quiet, **options})
+
+
+class LastGood(Callback):
+    """Stands in for the callback that keeps checkpoints."""
+
+    last_good = Path("runs/x/step3.ckpt")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(tmp_path, bad):
+    module = Steps()
+    trainer = trainer_with(tmp_path, FiniteLoss(), LastGood())
+    with pytest.raises(NotFiniteError) as error:
+        trainer.fit(module, batches([1, 2, bad, 1]))
+    assert module.weight.item() == pytest.approx(3 - 0.001 * (1 + 2))
+    assert str(error.value).split("; ") == [
+        f"the loss is {bad} in step 3 (epoch 1, batch 3, process 0): the run ends before its weights take that in",
+        "lower model.learning_rate, or look at the batch's videos: 2a.mp4, 2b.mp4",
+        "the run goes on from runs/x/step3.ckpt with --ckpt_path last",
+    ]
+
+
+class BadGradient(Steps):
+    def on_after_backward(self):
+        self.weight.grad *= math.inf
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_in_a_logged_step(tmp_path):
+    module = BadGradient()
+    trainer = trainer_with(tmp_path, FiniteLoss(), log_every_n_steps=1)
+    with pytest.raises(NotFiniteError, match=r"^the norm of the gradients is inf in step 1 .* there is no checkpoint"):
+        trainer.fit(module, batches([1]))
+    assert module.weight.item() == 3
+
+
+def test_a_scaler_may_skip_a_step_whose_gradient_is_not_finite(tmp_path):
+    module = BadGradient()
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))  # the Trainer takes none on a CPU
+    trainer_with(tmp_path, FiniteLoss(), log_every_n_steps=1, plugins=precision).fit(module, batches([1, 1]))
+    assert module.weight.item() == 3
+
+
+def test_the_gradients_norm_is_computed_in_the_logged_steps_and_before_clipping(tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer = trainer_with(
+        tmp_path, FiniteLoss(), logger=logger, log_every_n_steps=2, accumulate_grad_batches=2, gradient_clip_val=0.5
+    )
+    trainer.fit(Steps(), batches([1, 1, 3, 1, 5, 5, 7, 9]))
+    lines = Path(logger.log_dir, "metrics.csv").read_text().split()
+    column = lines[0].split(",").index("train/gradient_norm")
+    assert [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]] == [2, 8]
+
+
+def test_no_norm_is_computed_where_nothing_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", None)
+    trainer_with(tmp_path, FiniteLoss(), log_every_n_steps=0).fit(Steps(), batches([1, 1]))
+    trainer_with(tmp_path, FiniteLoss(), log_every_n_steps=3).fit(Steps(), batches([1, 1]))
+
+
+def test_the_norm_of_sharded_gradients_is_that_of_all_shards():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weights = [nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Shard(0)])) for _ in range(2)]
+        weights[0].grad = distribute_tensor(torch.tensor([3.0, 4.0]), mesh, [Shard(0)])
+        logged = []
+        module = SimpleNamespace(log=lambda name, value: logged.append(value))
+        trainer = SimpleNamespace(log_every_n_steps=1, global_step=0, precision_plugin=None)
+        FiniteLoss().on_before_optimizer_step(trainer, module, torch.optim.SGD(weights))
+        assert not isinstance(logged[0], DTensor)
+        assert logged[0].item() == 5
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Dying(torch.utils.data.Dataset):
+    """Its third sample's process is killed; it hands over no tensors, whose loss is another error."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Batch(None, [1.0], ["a.mp4", "b.mp4"], [])
+
+
+def test_a_killed_loader_is_named_with_a_way_on(tmp_path):
+    trainer = trainer_with(tmp_path, LastGood())
+    with pytest.raises(LoaderKilledError) as error, naming_killed_loaders(trainer):
+        trainer.fit(Steps(), DataLoader(Dying(), batch_size=None, num_workers=1))
+    assert str(error.value) == (
+        "a loader process was killed, probably by the system for lack of memory: lower data.num_workers or "
+        "data.prefetch_batches; the run goes on from runs/x/step3.ckpt with --ckpt_path last"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("Bus error. It is possible that dataloader's workers are out of", "found no more shared memory: enlarge /dev"),
+        ("Segmentation fault. ", "crashed (Segmentation fault): another data.backend may not; the run goes on from"),
+    ],
+)
+def test_a_loader_that_crashed_is_named_by_its_signal(text, why):
+    """Torch gives the signal in an error of its own or as the cause of another one."""
+    error = RuntimeError(f"DataLoader worker (pid 17) is killed by signal: {text}")
+    later = RuntimeError("DataLoader worker (pid(s) 17) exited unexpectedly")
+    later.__cause__ = error
+    for given in (error, later):
+        with pytest.raises(LoaderKilledError) as named, naming_killed_loaders(SimpleNamespace(callbacks=[LastGood()])):
+            raise given
+        assert str(named.value).startswith(f"a loader process {why}")
+
+
+def test_tensors_of_a_killed_loader_are_laid_on_it(tmp_path):
+    handed_over = DupFd(os.open(tmp_path, os.O_RDONLY))
+    resource_sharer.stop()
+    with (
+        pytest.raises(LoaderKilledError, match=r"was killed, .*; there is no checkpoint to go on from$"),
+        naming_killed_loaders(SimpleNamespace(callbacks=[])),
+    ):
+        handed_over.detach()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError("disk full"), EOFError("no more")])
+def test_other_errors_are_not_laid_on_loaders(error):
+    with pytest.raises(type(error), match=str(error)), naming_killed_loaders(None):
+        raise error
+
+
+def test_an_epoch_that_goes_on_in_the_middle_is_measured_and_says_so(clock, capsys, tmp_path):
+    """12 batches an epoch, the run interrupted after the fourth; what is measured is of the 8 others."""
+    loader = DataLoader(Slow(clock, 12), batch_size=None)
+    saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer_with(tmp_path, saved).fit(Tiny(clock), loader)
+    capsys.readouterr()
+    trainer = trainer_with(tmp_path, Throughput(), Memory(), EpochLines(), max_epochs=2)
+    trainer.fit(Tiny(clock), loader, ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)
+    lines = [line for line in capsys.readouterr().out.split("\n") if line.startswith("epoch")]
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2 from batch 5", "epoch 2/2"]
+    assert "train/memory_gib" in lines[0]
+    assert "train/step_seconds 0.5" in lines[0]
+
+
+def test_the_names_of_figures_work_in_tensorboard_and_csv(tmp_path):
+    loggers = [TensorBoardLogger(tmp_path, name="", version=""), CSVLogger(tmp_path, name="csv")]
+    trainer_with(tmp_path, FiniteLoss(), Memory(), logger=loggers, log_every_n_steps=1).fit(Steps(), batches([1, 2, 3]))
+    names = {"train/gradient_norm", "train/memory_gib", "train/loss_step", "train/loss_epoch"}
+    assert names < set(Path(loggers[1].log_dir, "metrics.csv").read_text().split()[0].split(","))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert names < set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("train/gradient_norm")] == [1, 2, 3]
+
+
+def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for variable, value in (("MODE", "offline"), ("SILENT", "true"), ("CACHE_DIR", tmp_path), ("CONFIG_DIR", tmp_path)):
+        monkeypatch.setenv(f"WANDB_{variable}", str(value))
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    trainer_with(tmp_path, FiniteLoss(), Memory(), logger=logger, log_every_n_steps=1).fit(Steps(), batches([1, 2, 3]))
+    wandb.teardown()  # waits for the file
+    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    written = run.read_bytes()
+    assert all(name in written for name in (b"train/gradient_norm", b"train/memory_gib", b"train/loss_epoch"))
+
+
 def test_an_epochs_line_has_validation_figures_only_if_it_was_validated(capsys):
     metrics = {"train/loss": 0.5, "train/loss_step": 0.4, "train/loss_epoch": 0.5, "val/top1": 0.75}
     trainer = SimpleNamespace(
@@ -289,6 +584,7 @@ def test_an_epochs_line_has_validation_figures_only_if_it_was_validated(capsys):
         max_epochs=10,
     )
     callback = EpochLines()
+    callback.on_train_start(trainer, None)
     callback.on_validation_end(trainer, None)
     callback.on_train_epoch_end(trainer, None)
     trainer.current_epoch = 5

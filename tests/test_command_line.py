@@ -14,8 +14,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, run_tool
+from networks import settle
 
+from octvideo import create_model
+from octvideo.cost import count_macs
+from octvideo.data.module import VideoData
 from octvideo.data.motions import CLASSES, make_data_set, write_video
+from octvideo.normalization import estimate_statistics
 from octvideo.weights import read_labels, read_preprocessing
 
 CONFIG = "configs/quickstart.yaml"
@@ -76,7 +81,7 @@ def assert_one_line(finished, *parts):
         (["--model.alpha=1.5"], ["alpha must lie in [0, 1], got 1.5"]),
         (["--model.name=i3d"], ["no model 'i3d'; there are c2d_r50, c2d_r50_nonlocal, i3d_r50"]),
         (["--ckpt_path=nothing.ckpt"], ["nothing.ckpt: no such file"]),
-        (["--ckpt_path=last"], ["--ckpt_path runs/oct_i3d/checkpoints/last.ckpt: no such file"]),
+        (["--ckpt_path=last"], ["runs/oct_i3d/checkpoints holds no checkpoint to go on from: no step_*.ckpt there"]),
         (["--model.name=slowfast_r50", "--data.clip_frames=6"], ["multiple of model.frame_ratio 4", "got 6"]),
         (["--cfg=nothing.yaml"], ["nothing.yaml"]),
         (["--model.weights=nothing.pth"], ["nothing.pth: no such file"]),
@@ -104,7 +109,8 @@ def test_a_wrong_key_in_a_file_and_a_wrong_label_are_one_line_each(motions, tmp_
 def test_a_run_writes_options_logs_and_checkpoints(trained):
     options = yaml.safe_load((trained / "config.yaml").read_text())
     assert options["model"]["alpha"] == 0.5
-    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    steps = {"step_00000004.ckpt", "step_00000008.ckpt"}
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", *steps}
     assert list(trained.glob("events.out.tfevents.*"))
     header, *rows = (trained / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
     assert {"train/loss_step", "train/loss_epoch", "val/top1", "val/top5", "learning_rate", "train/bad_videos"} <= set(
@@ -305,7 +311,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(motions, tmp_path):
     finished = run_tool("train_net.py", *options, "--ckpt_path=last")
     assert finished.returncode == 0, finished.stderr
     assert "model.alpha 0.5 as in the checkpoint; the options say 0.25" in finished.stdout
-    assert f"Restored all states from the checkpoint at {last}" in finished.stderr
+    assert f"going on from {last.parent / 'step_0000000'}" in finished.stdout
     after = torch.load(last, weights_only=True)
     assert after["epoch"] == 3
     assert after["global_step"] == 16
@@ -439,3 +445,86 @@ def test_a_video_of_one_frame_is_a_clip_that_holds_it(tmp_path, motions, trained
         f"--output={tmp_path}",
     )
     assert "1 videos tested, 0 bad" in finished.stdout, finished.stderr
+
+
+def test_a_checkpoint_is_tested_at_other_alphas_with_its_own_and_with_new_statistics(motions, trained, tmp_path):
+    network = {"width": 8, "num_classes": 8, "channels_last": True}
+    torch.manual_seed(0)
+    settled = settle(create_model("i3d_r50", **network))  # so that scores differ, as few steps of training do not make
+    state = settled.state_dict() | {"blocks.6.proj.weight": torch.randn(8, 256) / 16}
+    checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"] |= {f"network.{name}": tensor for name, tensor in state.items()}
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+
+    options = [*small(motions, trained), f"--ckpt={tmp_path / 'x.ckpt'}", f"--output={tmp_path}"]
+    finished = run_tool("test_net.py", *options, "--alphas=0,.5", "--statistics_batches=2")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("re-estimated") == 2
+    assert not (tmp_path / "predictions.json").exists()
+    rows = json.loads((tmp_path / "alphas.json").read_text())
+
+    data = VideoData(
+        *(str(motions / "train.csv"), str(motions / "val.csv")),
+        root=str(motions),
+        clip_frames=4,
+        frame_stride=2,
+        sampling="mmaction",
+        target_fps=None,
+        crop_size=32,
+        short_side=(32, 36),
+        mirror=False,
+        test_crop_size=32,
+        test_clips=3,
+        test_crops=1,
+        batch_size=8,
+        num_workers=0,
+    )
+
+    def normalized(batch):
+        return (batch.clips.flatten(0, 1) / 255 - 0.45) / 0.225
+
+    tests = list(data.test_dataloader())
+    labels = torch.cat([batch.labels for batch in tests])
+    expected = []
+    for alpha in (0, 0.5):
+        model = create_model("i3d_r50", alpha=alpha, **network).eval()
+        for statistics in ("checkpoint", "re-estimated"):
+            model.load_state_dict(state)
+            if statistics == "re-estimated":
+                estimate_statistics(model, map(normalized, data.statistics_dataloader(0, 2)), model)
+            with torch.no_grad():
+                scores = torch.cat([model(normalized(batch)) for batch in tests]).softmax(1).unflatten(0, (-1, 3))
+            row = {"alpha": alpha, "gmacs": count_macs(model, (3, 4, 32, 32)) / 1e9, "statistics": statistics}
+            for name, part, wanted in (
+                ("clip_", scores.flatten(0, 1), labels.repeat_interleave(3)),
+                ("", scores.mean(1), labels),
+            ):
+                ranks = part.argsort(1, descending=True) == wanted[:, None]
+                row |= {f"{name}top1": ranks[:, 0].float().mean(), f"{name}top5": ranks[:, :5].any(1).float().mean()}
+            expected.append(row | {"videos": 16, "bad": 0})
+    for row, wanted in zip(rows, expected, strict=True):
+        assert row == pytest.approx({key: v if isinstance(v, str) else float(v) for key, v in wanted.items()})
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--alphas=0,1.5"], ["--alphas 1.5: alpha must lie in [0, 1], got 1.5"]),
+        (["--alphas=0;1"], ["--alphas wants numbers with commas between them, such as 0,.25,.5, got '0;1'"]),
+        (["--alphas=0", "--statistics_batches=-1"], ["--statistics_batches must be at least 0, got -1"]),
+        (["--alphas=0", "--statistics_batches=1", "--data.batch_size=64"], ["train.csv, for --statistics_batches"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_other_alphas_is_one_line(motions, trained, tmp_path, options, parts):
+    given = [*small(motions, trained), f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}", f"--output={tmp_path}"]
+    assert_one_line(run_tool("test_net.py", *given, *options), *parts)
+
+
+def test_without_training_videos_other_alphas_have_the_checkpoints_statistics_only(motions, trained, tmp_path):
+    given = [*small(motions, trained), f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}", f"--output={tmp_path}"]
+    finished = run_tool("test_net.py", *given, "--alphas=.5", "--data.train_list=nothing.csv")
+    assert finished.returncode == 0, finished.stderr
+    assert "nothing.csv does not exist: testing with the checkpoint's statistics only" in finished.stderr
+    (row,) = json.loads((tmp_path / "alphas.json").read_text())
+    assert (row["alpha"], row["statistics"], row["videos"]) == (0.5, "checkpoint", 16)

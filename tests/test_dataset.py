@@ -16,11 +16,14 @@ from octvideo.data.dataset import (
     EpochSampler,
     Sample,
     TestViews,
+    TrainingBatches,
     TrainingClips,
+    TrainingLoader,
     clips_of,
     collate,
     cut,
 )
+from octvideo.data.multigrid import ClipShape
 from octvideo.data.sampling import Sampling, even_crops
 from octvideo.data.video import DecodeError, Video
 
@@ -50,6 +53,15 @@ def test_a_training_clip_is_uint8_of_consecutive_strided_frames(numbered_video):
     assert sample.bad == []
     numbers = frames_of(sample.clips[0])
     assert np.diff(numbers).tolist() == [3, 3, 3]
+
+
+def test_a_draw_can_name_the_shape_of_its_clips(numbered_video):
+    dataset = training(decoding(numbered_video))
+    shape = ClipShape(2, 6, 16, (16, 16))
+    clips = dataset[Draw(0, 3, 0, shape)].clips
+    assert clips.shape == (1, 3, 2, 16, 16)
+    assert np.diff(frames_of(clips[0])).tolist() == [6]
+    assert torch.equal(dataset[Draw(0, 3, 0, ClipShape(4, 3, 32, (32, 48)))].clips, dataset[Draw(0, 3, 0)].clips)
 
 
 def test_clips_depend_on_seed_epoch_and_position_alone(numbered_video):
@@ -185,7 +197,7 @@ def test_a_batch_without_a_good_video_is_empty():
     assert batch.bad == [BadVideo("a", "broken")]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_processes_share_the_videos_without_repeating_any(world_size):
     def draws(shuffle, epoch=0):
         samplers = [EpochSampler(61, 0, shuffle, rank, world_size) for rank in range(world_size)]
@@ -202,3 +214,36 @@ def test_processes_share_the_videos_without_repeating_any(world_size):
     assert len({draw.position for draw in trained}) == len(trained)
     assert [draw.video for draw in draws(shuffle=True, epoch=1)] != [draw.video for draw in trained]
     assert [draw.video for draw in draws(shuffle=True)] == [draw.video for draw in trained]
+
+
+def test_one_epoch_starts_where_it_was_left_and_all_others_are_whole():
+    shapes = [ClipShape(4, 3, 32, (32, 48), factor) for factor in (2, 1)]
+
+    def batches(epoch, **options):
+        sampler = EpochSampler(20, 0, True)
+        sampler.set_epoch(epoch)
+        dealt = TrainingBatches(sampler, 2, lambda epoch: shapes, **options)
+        assert len(dealt) == (6 if "limit" not in options else 5)
+        return list(dealt)
+
+    whole = batches(3)
+    assert [len(batch) for batch in whole] == [4, 2, 4, 2, 4, 2]
+    assert [draw.shape for batch in whole[:2] for draw in batch] == [shapes[0]] * 4 + [shapes[1]] * 2
+    assert [draw.position for batch in whole for draw in batch] == list(range(18))
+    assert batches(3, start=(3, 2)) == whole[2:]
+    assert batches(3, start=(3, 6)) == []
+    assert batches(4, start=(3, 2)) == batches(4)
+    assert batches(3, limit=5) == whole[:5]
+
+
+def test_the_epoch_may_be_set_until_the_first_batch_is_asked_for(numbered_video):
+    sampler = EpochSampler(3, 0, True)
+    batches = TrainingBatches(sampler, 1, lambda epoch: [ClipShape(4, 3, 32, (32, 48))])
+    loader = TrainingLoader(
+        training(decoding(*[numbered_video] * 3)), batch_sampler=batches, collate_fn=collate, num_workers=1
+    )
+    iterator = iter(loader)
+    sampler.set_epoch(5)
+    assert [batch.turns for batch in iterator] == [[(5, 0)], [(5, 1)], [(5, 2)]]
+    loader.load_state_dict(loader.state_dict())
+    assert loader.state_dict() == {}

@@ -13,7 +13,7 @@ from torch import nn
 
 from octvideo import MODELS, Octaves, OctConv3d, create_model, octavize
 from octvideo.cost import count_macs, count_parameters
-from octvideo.models import HeadPool, NonLocalBlock
+from octvideo.models import HeadPool, NonLocalBlock, set_alpha
 from octvideo.octaves import channels_last
 
 PAPERS = ("c2d_r50", "i3d_r50", "slow_r50", "slowfast_r50")
@@ -250,3 +250,41 @@ def test_wrong_arguments_say_what_is_allowed(arguments, message):
 def test_slowfast_refuses_a_clip_it_cannot_divide():
     with pytest.raises(ValueError, match="multiple of 4 frames, got 6"):
         create_model("slowfast_r50", width=16)(torch.zeros(1, 3, 6, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["i3d_r50", "slowfast_r50", "x3d_s"])
+@pytest.mark.parametrize("alpha", [0, 0.5, (0.25, 0, 0.125, 0.5)], ids=str)
+def test_set_alpha_gives_the_network_that_create_model_builds_at_that_alpha(name, alpha):
+    options = {"width": 16, "num_classes": 5, "downsample": "pool", "channels_last": True, "round_to": 4}
+    wanted = settle(create_model(name, alpha=alpha, **options))
+    network = create_model(name, alpha=0.25, **options)
+    weights = wanted.state_dict()
+    network.load_state_dict(weights)
+    assert set_alpha(network, alpha) is network
+    assert str(network.eval()) == str(wanted.eval())
+    clips = torch.randn(1, 3, 4, 32, 32)
+    torch.testing.assert_close(network(clips), wanted(clips), rtol=0, atol=0)
+    for key, tensor in network.state_dict().items():
+        torch.testing.assert_close(tensor, weights[key], rtol=0, atol=0)
+
+
+def test_set_alpha_0_makes_a_network_of_default_options_vanilla_again():
+    network = set_alpha(create_model("i3d_r50", width=8, alpha=0.5, num_classes=5), 0)
+    assert not any(isinstance(module, OctConv3d) for module in network.modules())
+    assert any(isinstance(module, OctConv3d) and module.channels_last for module in set_alpha(network, 0.5).modules())
+
+
+def test_set_alpha_refuses_what_create_model_refuses_and_leaves_the_network():
+    network = create_model("i3d_r50", width=8, alpha=0.5, num_classes=5)
+    before = str(network)
+    for alpha in (1.5, (0.1, 0.2)):
+        with pytest.raises(ValueError, match="alpha must"):
+            set_alpha(network, alpha)
+    assert str(network) == before
+
+
+def test_set_alpha_refuses_a_network_of_others():
+    with pytest.raises(ValueError, match="network that create_model built, got Net"):
+        set_alpha(create_resnet(), 0.5)
+    with pytest.raises(ValueError, match="got Conv3d"):
+        set_alpha(nn.Conv3d(3, 4, 1), 0.5)

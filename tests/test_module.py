@@ -2,15 +2,18 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
 from octvideo.data.annotations import ListError
-from octvideo.data.dataset import BadVideo
+from octvideo.data.dataset import NO_VIDEO, BadVideo, TrainingClips
 from octvideo.data.index import IndexedVideo, IndexFileError, write_index
 from octvideo.data.module import VideoData
 from octvideo.data.sampling import Sampling
@@ -91,7 +94,7 @@ def test_memory_and_open_files_of_workers_and_decoders_stay_constant(lists, numb
     loader = data.train_dataloader()
     used = []
     for epoch in range(4):
-        loader.sampler.set_epoch(epoch)
+        loader.batch_sampler.sampler.set_epoch(epoch)
         for _ in loader:
             pass
         # Resident megabytes, and open files.
@@ -229,3 +232,172 @@ def test_a_checkpoints_labels_are_taken_unless_an_option_names_others(lists, tmp
     named = VideoData(**lists, labels=str(tmp_path / "labels.txt"))
     named.load_state_dict(state)
     assert named.labels == ["sit", "stand"]
+
+
+class Seen(NamedTuple):
+    """What a step got; equal only if all of it is."""
+
+    turns: list[tuple[int, int]]
+    labels: list[int]
+    shape: tuple[int, ...]
+    levels: bytes
+
+
+class Recorder(LightningModule):
+    """Trains nothing, and writes down what it gets; keeps a checkpoint of each step by its number."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.keep = keep
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(
+            Seen(batch.turns, batch.labels.tolist(), tuple(batch.clips.shape), batch.clips.numpy().tobytes())
+        )
+        return self.weight * batch.clips.float().mean()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.keep is not None and not self.trainer.is_last_batch:
+            self.trainer.save_checkpoint(self.keep / f"{len(self.seen)}.ckpt")
+
+    def on_train_epoch_end(self):
+        if self.keep is not None:
+            self.trainer.save_checkpoint(self.keep / f"{len(self.seen)}.ckpt")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit(options, trained, ckpt_path=None, keep=None):
+    """All that a training gets, from a checkpoint on."""
+    recorder = Recorder(keep)
+    quiet = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
+    trainer = Trainer(accelerator="cpu", logger=False, **dict.fromkeys(quiet, False), **trained)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*validation_step.*")
+        warnings.filterwarnings("error", ".*not resumable.*")
+        trainer.fit(recorder, VideoData(**options), ckpt_path=ckpt_path, weights_only=True)
+    return recorder.seen
+
+
+def write_list(folder, video, length):
+    """A list file of one video many times, each with a class of its own."""
+    (folder / "list.csv").write_text("".join(f"{video} {number}\n" for number in range(length)))
+    return str(folder / "list.csv")
+
+
+def position(ckpt_path):
+    kept = torch.load(ckpt_path, weights_only=True)["VideoData"]["position"]
+    return kept["epoch"], kept["batches"]
+
+
+@pytest.mark.parametrize(("num_workers", "accumulated"), [(0, 1), (2, 2)])
+def test_a_training_that_goes_on_gets_what_one_that_never_stopped_gets(
+    numbered_video, tmp_path, num_workers, accumulated
+):
+    options = {**SMALL, "train_list": write_list(tmp_path, numbered_video, 9), "num_workers": num_workers}
+    trained = {"max_epochs": 3, "accumulate_grad_batches": accumulated}
+    whole = fit(options, trained, keep=tmp_path)
+    assert [[turn[0] for turn in seen.turns] for seen in whole] == [
+        [epoch] * 2 for epoch in (0, 1, 2) for _ in range(4)
+    ]
+    assert len({seen.levels for seen in whole}) == 12
+    assert [position(tmp_path / f"{step}.ckpt") for step in (2, 4, 5, 7, 8)] == [(0, 2), (1, 0), (1, 1), (1, 3), (2, 0)]
+    for step in range(1, 13) if num_workers == 0 else (2, 4, 6):
+        assert fit(options, trained, tmp_path / f"{step}.ckpt") == whole[step:]
+
+
+def test_going_on_decodes_no_video_that_was_seen(lists, monkeypatch):
+    data, decoded, read = VideoData(**lists, **SMALL, num_workers=0), [], TrainingClips.__getitem__
+    monkeypatch.setattr(
+        TrainingClips, "__getitem__", lambda self, draw: decoded.append(draw.position) or read(self, draw)
+    )
+    data.load_state_dict({"position": {"epoch": 0, "batches": 1, "dealt": data._dealt(0)}})
+    loader = data.train_dataloader()
+    assert [batch.turns for batch in loader] == [[(0, 2), (0, 3)]]
+    assert decoded == [2, 3]
+    assert len(loader) == 2  # of the whole epoch
+    loader.batch_sampler.sampler.set_epoch(1)
+    assert [batch.turns for batch in loader] == [[(1, 0), (1, 1)], [(1, 2), (1, 3)]]
+
+
+def training(data, rank=0, world_size=1):
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=0, max_epochs=2)
+    return data
+
+
+def test_a_position_holds_while_a_step_has_the_same_videos_over_all_processes(numbered_video, tmp_path):
+    path = write_list(tmp_path, numbered_video, 13)
+    one = training(VideoData(path, **{**SMALL, "batch_size": 4}, num_workers=0))
+    kept = {"position": {"epoch": 1, "batches": 1, "dealt": one._dealt(1)}}
+    one.load_state_dict(kept)
+    expected = [{draw.position for draw in batch} for batch in one.train_dataloader().batch_sampler]
+    shared = []
+    for rank in range(2):
+        data = training(VideoData(path, **SMALL, num_workers=0), rank, 2)
+        data.load_state_dict(kept)
+        shared.append([{draw.position for draw in batch} for batch in data.train_dataloader().batch_sampler])
+    assert [a | b for a, b in zip(*shared, strict=True)] == expected == [{4, 5, 6, 7}, {8, 9, 10, 11}]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 4}, r"1 batches of epoch 1, which had 13 videos, 2 a batch.*now it would have 13 videos, 4 a"),
+        ({"seed": 7}, "in the order of seed 7"),
+        ({"train_list": "shorter.csv"}, "now it would have 5 videos"),
+    ],
+)
+def test_a_position_within_an_epoch_that_is_dealt_in_another_way_is_refused(lists, tmp_path, changed, message):
+    video = Path(lists["train_list"]).read_text().split(" 1\n")[0]
+    options = {**SMALL, "train_list": write_list(tmp_path, video, 13)}
+    (tmp_path / "shorter.csv").write_text(f"{video} 1\n" * 5)
+    dealt = VideoData(**options)._dealt(1)
+    if "train_list" in changed:
+        changed = {"train_list": str(tmp_path / changed["train_list"])}
+    data = training(VideoData(**{**options, **changed}, num_workers=0))
+    data.load_state_dict({"position": {"epoch": 1, "batches": 1, "dealt": dealt}})
+    with pytest.raises(ValueError, match=message):
+        data.train_dataloader()
+    data.load_state_dict({"position": {"epoch": 1, "batches": 0, "dealt": dealt}})  # the end of an epoch
+    assert {draw.epoch for batch in data.train_dataloader().batch_sampler for draw in batch} == {1}
+    data.load_state_dict({"position": {"epoch": 1, "batches": 1, "dealt": dealt}})
+    data.setup("fit")
+    assert len(list(data.train_dataloader().batch_sampler)) == len(data.train_dataloader())
+
+
+def test_statistics_come_from_clips_and_an_order_of_their_own(numbered_video, tmp_path):
+    data = VideoData(write_list(tmp_path, numbered_video, 13), **SMALL, num_workers=0)
+
+    def videos(loader):
+        return [[draw.video for draw in batch] for batch in loader.batch_sampler]
+
+    first, second = data.statistics_dataloader(0, 3), data.statistics_dataloader(1, 3)
+    assert len(first) == len(videos(first)) == 3
+    assert videos(first) == videos(data.statistics_dataloader(0, 3))
+    assert videos(first) != videos(second)
+    assert videos(data.statistics_dataloader(0, 99))[:3] == videos(first)
+    assert len(data.statistics_dataloader(0, 99)) == 6
+    assert videos(first) != videos(data.train_dataloader())[:3]
+    draw = next(iter(first.batch_sampler))[0]
+    assert not torch.equal(first.dataset[draw].clips, data.train_dataloader().dataset[draw].clips)
+    assert [batch.clips.shape for batch in first] == [(2, 1, 3, 4, 32, 32)] * 3
+    data.num_workers = 1
+    assert data.train_dataloader().persistent_workers
+    assert not data.statistics_dataloader(0, 1).persistent_workers
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_processes_evaluate_as_many_batches_each_and_every_video_once(numbered_video, tmp_path, world_size):
+    path = write_list(tmp_path, numbered_video, 61)
+    for name in ("val_dataloader", "test_dataloader"):
+        loaders = [
+            getattr(training(VideoData(val_list=path, **SMALL, num_workers=0), r, world_size), name)()
+            for r in range(world_size)
+        ]
+        batches = [list(loader.batch_sampler) for loader in loaders]
+        assert len({len(loader) for loader in loaders}) == len({len(dealt) for dealt in batches}) == 1
+        videos = [draw.video for dealt in batches for batch in dealt for draw in batch]
+        assert sorted(video for video in videos if video != NO_VIDEO) == list(range(61))

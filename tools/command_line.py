@@ -7,25 +7,32 @@ import logging
 import os
 import pickle
 import sys
+import traceback
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 # OpenMP threads that wait in a spin take the cores from the processes that decode: on 2 cores with 2 of them an epoch
 # of the quickstart took 44 s, and 22 s like this. To be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Of Lightning and its libraries, about their own inside; nothing that a user of octvideo could change.
-for message in (".*LeafSpec.*", ".*smaller than the logging interval.*", ".*callbacks used to create.*"):
+for message in (
+    *(".*LeafSpec.*", ".*smaller than the logging interval.*", ".*callbacks used to create.*"),
+    *(".*WeightAveraging callback with a model that overrides.*", ".*modules in eval mode at the start of training.*"),
+):
     warnings.filterwarnings("ignore", message)
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
 import torch  # noqa: E402
 from jsonargparse import ActionConfigFile  # noqa: E402
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
 
-from octvideo.callbacks import BadVideos  # noqa: E402
+from octvideo.alphas import AlphaSchedule  # noqa: E402
+from octvideo.callbacks import BadVideos, LoaderKilledError, NotFiniteError  # noqa: E402
 from octvideo.data.annotations import ListError  # noqa: E402
 from octvideo.data.module import VideoData  # noqa: E402
 from octvideo.data.video import DecodeError  # noqa: E402
@@ -36,6 +43,21 @@ NETWORK_OPTIONS = (
     *("name", "alpha", "num_classes", "width", "depth"),
     *("frame_ratio", "channel_ratio", "downsample", "round_to", "mean", "std"),
 )
+
+LoggerName = Literal["tensorboard", "csv", "wandb"]
+# Of a training run, besides model, data and trainer; a YAML file that has them serves for testing too.
+TRAINING_OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "save_every_n_steps": (int | None, None, "optimiser steps after which to write a checkpoint, besides each epoch's"),
+    "keep_checkpoints": (int, 3, "newest checkpoints to keep, besides the best"),
+    "ema_decay": (
+        float | None,
+        None,
+        "share that a moving average of the weights keeps, such as .999, to validate and save it",
+    ),
+    "precise_bn": (int, 0, "training batches to compute batch-norm statistics from after each epoch; 0: running ones"),
+    "alpha_schedule": (AlphaSchedule | None, None, "train at other alphas before the model's own"),
+    "loggers": (list[LoggerName], ["tensorboard", "csv"], "where figures go; wandb takes `pip install wandb`"),
+}
 
 Cli = TypeVar("Cli", bound="CommandLine")
 
@@ -63,6 +85,8 @@ class CommandLine(LightningCLI):
         keep_options: write the resolved options to config.yaml in the run folder.
     """
 
+    trains = False  # else --help says nothing of TRAINING_OPTIONS
+
     def __init__(self, description: str, keep_options: bool) -> None:
         super().__init__(
             Recognizer,
@@ -87,8 +111,12 @@ class CommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Data and model agree on the classes, and everything on the seed."""
         parser.link_arguments("model.num_classes", "data.num_classes")
+        parser.link_arguments("data.batch_size", "model.batch_size")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.set_defaults({"trainer.default_root_dir": "runs/default"})
+        for name, (kind, default, what) in TRAINING_OPTIONS.items():
+            parser.add_argument(f"--{name}", type=kind, default=default, help=what if self.trains else SUPPRESS)
 
     def take_network_of(self, path: str | Path, option: str) -> None:
         """Takes the network's options from a checkpoint where the command line does not give them.
@@ -114,6 +142,21 @@ class CommandLine(LightningCLI):
         self.config["data"]["num_classes"] = options["num_classes"]
         options["weights"] = None
 
+    def take_processes_of_launcher(self) -> None:
+        """Takes the numbers of devices and nodes from torchrun or Slurm, which have started the processes already."""
+        environment = os.environ
+        if TorchElasticEnvironment.detect():
+            local, world = int(environment["LOCAL_WORLD_SIZE"]), int(environment["WORLD_SIZE"])
+        elif SLURMEnvironment.detect():
+            world = int(environment["SLURM_NTASKS"])
+            local = int(environment.get("SLURM_NTASKS_PER_NODE", world // int(environment.get("SLURM_NNODES", 1))))
+        else:
+            return
+        if world % local:
+            raise ValueError(f"every node must have equally many processes, got {world} in all and {local} on this one")
+        self.config["trainer"]["devices"] = local
+        self.config["trainer"]["num_nodes"] = world // local
+
     def instantiate_classes(self) -> None:
         """Refuses clips that the network cannot divide."""
         model, data = self.config["model"], self.config["data"]
@@ -137,6 +180,12 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (DecodeError, ListError, OSError) as error:
         fail(str(error).strip().splitlines()[-1].removeprefix("octvideo.data.video.DecodeError: "))
+    except (NotFiniteError, LoaderKilledError) as error:
+        fail(str(error))
+    except ValueError as error:
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent.name not in ("octvideo", "data"):
+            raise  # a fault of the program, or a library's error, which its place explains
+        fail(str(error))
 
 
 def start(command_line: Callable[[], Cli]) -> Cli:

@@ -1,24 +1,49 @@
 """Trains a network on list files of videos, from a YAML file of options.
 
 python tools/train_net.py --cfg configs/oct_i3d.yaml [--model.alpha 0.125 --trainer.max_epochs 5 ...]
+torchrun --nproc_per_node 8 tools/train_net.py --cfg configs/oct_i3d.yaml [--trainer.strategy fsdp]
+sbatch tools/slurm_train.sbatch --cfg configs/oct_i3d.yaml
+
+Exit codes: 0 trained; 75 saved and left at SIGTERM or SIGUSR1, to go on with --ckpt_path last; 2 a mistake in options
+or files, or a loss that is not finite; others: an error of the program.
 """
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
-from command_line import CommandLine, one_line_errors, start
+from command_line import CommandLine, LoggerName, one_line_errors, start
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 
-from octvideo.callbacks import EpochLines, Throughput
+from octvideo.callbacks import EpochLines, FiniteLoss, Memory, Throughput, naming_killed_loaders
+from octvideo.checkpoints import RunCheckpoints, newest_intact
+from octvideo.checks import SelfTest
+from octvideo.normalization import PreciseBatchNorm
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all processes, of which the first writes checkpoints as those of any other strategy."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """Shards over as many processes as there are."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
 
 
 class Training(CommandLine):
     """Options and parts of a training run; everything it writes goes to trainer.default_root_dir."""
+
+    trains = True
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds --ckpt_path."""
@@ -26,20 +51,41 @@ class Training(CommandLine):
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
-            help="checkpoint to go on from: a file, or 'last' for the run folder's last one",
+            help="checkpoint to go on from: a file; 'last' for the run folder's newest one that is whole; 'auto' for "
+            "that one if there is any, else a start from scratch",
         )
 
     def before_instantiate_classes(self) -> None:
         """Refuses to train over a finished or interrupted run, or to go on from nothing."""
+        self.take_processes_of_launcher()
         self.ckpt_path = ckpt_path = self.config.pop("ckpt_path")  # not to be kept in the run's config.yaml
-        last = self.run_folder / "checkpoints" / "last.ckpt"
-        if ckpt_path is None and last.exists():
+        if (self.config["ema_decay"] is not None) and not 0 < self.config["ema_decay"] < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, got {self.config['ema_decay']}")
+        if self.config["ema_decay"] is not None and self.config["trainer"]["strategy"] == "fsdp":
+            raise ValueError("ema_decay needs whole weights in every process: leave it out, or trainer.strategy fsdp")
+        if self.config["precise_bn"] < 0:
+            raise ValueError(f"precise_bn must be at least 0, got {self.config['precise_bn']}")
+        folder = self.run_folder / "checkpoints"
+        begun = any(folder.glob("*.ckpt"))
+        if ckpt_path is None and begun:
             raise ValueError(
                 f"{self.run_folder} already holds a run: go on with it by --ckpt_path last, "
                 "or choose another folder by --trainer.default_root_dir"
             )
-        if ckpt_path is not None:
-            self.take_network_of(last if ckpt_path == "last" else ckpt_path, "--ckpt_path")
+        if ckpt_path == "auto" and not begun:
+            self.ckpt_path = None
+        elif ckpt_path in ("last", "auto"):
+            self.ckpt_path = self._newest(folder)
+        if self.ckpt_path is not None:
+            self.take_network_of(self.ckpt_path, "--ckpt_path")
+
+    def _newest(self, folder: Path) -> str:
+        """The newest whole checkpoint of the run, with a line for each damaged one."""
+        path, damaged = newest_intact(folder)
+        for other, reason in damaged:
+            print(f"{other} is passed over: {reason}", file=sys.stderr)
+        print(f"going on from {path}")
+        return str(path)
 
     def instantiate_classes(self) -> None:
         """Reads the lists too, so that what is wrong with them shows before anything starts."""
@@ -49,30 +95,52 @@ class Training(CommandLine):
             self.datamodule.read("val_list")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds logs (TensorBoard and CSV unless others are named) and checkpoints (the best and the last epoch)."""
-        folder = self.run_folder
-        if self.config["trainer"]["logger"] in (None, True):
-            kwargs["logger"] = [TensorBoardLogger(folder, name="", version=""), CSVLogger(folder, name="csv")]
-        self.trainer_defaults["callbacks"].append(Throughput())
-        if not sys.stdout.isatty():
-            self.trainer_defaults["callbacks"].append(EpochLines())
-        if self.config["trainer"]["enable_checkpointing"] is not False:
-            last = ModelCheckpoint(
-                folder / "checkpoints", "last", enable_version_counter=False, save_on_train_epoch_end=True
-            )
-            self.trainer_defaults["callbacks"].append(last)
-            if self.datamodule.lists["val_list"] is not None:
-                best = ModelCheckpoint(
-                    folder / "checkpoints", "best", monitor="val/top1", mode="max", enable_version_counter=False
-                )
-                self.trainer_defaults["callbacks"].append(best)
+        """Adds logs, checkpoints and the callbacks that the options name."""
+        options = self.config["trainer"]
+        if options["logger"] in (None, True):
+            kwargs["logger"] = [self._logger(name) for name in self.config["loggers"]] or False
+        if options["strategy"] == "fsdp":
+            kwargs["strategy"] = FullyShardedStrategy()
+        if SLURMEnvironment.detect() and options["plugins"] is None:
+            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # tools/slurm_train.sbatch requeues
+        if self.config["data"]["multigrid"] is not None:
+            kwargs["reload_dataloaders_every_n_epochs"] = 1
+        self.trainer_defaults["callbacks"] += self._callbacks()
         return super().instantiate_trainer(**kwargs)
+
+    def _logger(self, name: LoggerName) -> Logger:
+        folder = self.run_folder
+        if name == "tensorboard":
+            return TensorBoardLogger(folder, name="", version="")
+        return CSVLogger(folder, name="csv") if name == "csv" else WandbLogger(save_dir=folder, project="octvideo")
+
+    def _callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = [SelfTest(), FiniteLoss(), Throughput(), Memory()]
+        if not sys.stdout.isatty():
+            callbacks.append(EpochLines())
+        if (schedule := self.config_init["alpha_schedule"]) is not None:
+            callbacks.append(schedule)
+        if (decay := self.config["ema_decay"]) is not None:
+            callbacks.append(EMAWeightAveraging(decay=decay))
+        if self.config["precise_bn"] > 0:
+            callbacks.append(PreciseBatchNorm(self.config["precise_bn"]))
+        if self.config["trainer"]["enable_checkpointing"] is not False:
+            monitor = None if self.datamodule.lists["val_list"] is None else "val/top1"
+            callbacks.append(
+                RunCheckpoints(
+                    self.run_folder / "checkpoints",
+                    every_n_steps=self.config["save_every_n_steps"],
+                    keep=self.config["keep_checkpoints"],
+                    monitor=monitor,
+                )
+            )
+        return callbacks
 
 
 def main() -> None:
     """Trains."""
     cli = start(lambda: Training(__doc__ or "", keep_options=True))
-    with one_line_errors():
+    with one_line_errors(), naming_killed_loaders(cli.trainer):
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
     if cli.trainer.is_global_zero:
         print(f"checkpoints: {cli.run_folder / 'checkpoints'}  logs: tensorboard --logdir {cli.run_folder}")

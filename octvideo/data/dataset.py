@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from octvideo.data.annotations import VideoList
 from octvideo.data.index import VideoIndex
+from octvideo.data.multigrid import ClipShape, whole_batches
 from octvideo.data.sampling import Sampling, even_crops, random_crop
 from octvideo.data.video import Backend, DecodeError, Image, KnownVideo, Video
 from octvideo.data.watchdog import HungError, Watchdog
@@ -31,11 +34,13 @@ class Draw(NamedTuple):
         epoch: number of the epoch, from 0.
         position: which turn of the epoch this is, over all processes.
         video: index of the video, or NO_VIDEO if this process has no more while others still do.
+        shape: of the training clips; None: as the data set's own options say.
     """
 
     epoch: int
     position: int
     video: int
+    shape: ClipShape | None = None
 
 
 class BadVideo(NamedTuple):
@@ -118,12 +123,83 @@ class EpochSampler(Sampler[Draw]):
         return self.num_videos // self.world_size if self.shuffle else -(-self.num_videos // self.world_size)
 
     def __iter__(self) -> Iterator[Draw]:
-        order = np.arange(self.num_videos)
+        epoch, order = self.epoch, np.arange(self.num_videos)
         if self.shuffle:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
         for turn in range(len(self)):
             position = turn * self.world_size + self.rank
-            yield Draw(self.epoch, position, int(order[position]) if position < self.num_videos else NO_VIDEO)
+            yield Draw(epoch, position, int(order[position]) if position < self.num_videos else NO_VIDEO)
+
+
+class TrainingBatches(Sampler[list[Draw]]):
+    """The whole batches of an epoch; what is left over at its end is dropped.
+
+    A run that goes on in the middle of an epoch starts at the batch that was not seen yet. That is arithmetic, as a
+    batch is a list of positions: no worker has a state to restore, and no video is decoded to be skipped, which is why
+    torchdata's StatefulDataLoader is not needed.
+
+    Args:
+        sampler: deals the epoch's videos.
+        num_videos: videos in a batch of a shape of factor 1.
+        shapes: given the number of an epoch, the shapes that its batches have by turns.
+        start: (epoch, batches): this one epoch starts after so many batches; all others are whole.
+        limit: most batches of an epoch; None for all.
+    """
+
+    def __init__(
+        self,
+        sampler: EpochSampler,
+        num_videos: int,
+        shapes: Callable[[int], Sequence[ClipShape]],
+        start: tuple[int, int] = (0, 0),
+        limit: int | None = None,
+    ) -> None:
+        self.sampler = sampler
+        self.num_videos = num_videos
+        self.shapes = shapes
+        self.start = start
+        self.limit = limit
+
+    def sizes(self, epoch: int) -> list[int]:
+        """Videos in the batches of an epoch, by turns."""
+        return [self.num_videos * shape.factor for shape in self.shapes(epoch)]
+
+    def batches_in(self, epoch: int) -> int:
+        """How many batches the whole epoch has."""
+        batches = whole_batches(len(self.sampler), self.sizes(epoch))
+        return batches if self.limit is None else min(batches, self.limit)
+
+    def __len__(self) -> int:
+        """Batches of the whole epoch, however many of them have been seen: Lightning counts like this."""
+        return self.batches_in(self.sampler.epoch)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        epoch, draws = self.sampler.epoch, iter(self.sampler)
+        shapes, (start_epoch, seen) = self.shapes(epoch), self.start
+        for number in range(self.batches_in(epoch)):
+            shape = shapes[number % len(shapes)]
+            batch = [draw._replace(shape=shape) for draw in itertools.islice(draws, self.num_videos * shape.factor)]
+            if epoch != start_epoch or number >= seen:
+                yield batch
+
+
+class TrainingLoader(DataLoader[Sample]):
+    """A loader of TrainingBatches, for Lightning: it decodes nothing before the first batch is asked for.
+
+    Lightning starts to iterate before it tells the sampler the epoch's number, and where it makes a loader for each
+    epoch it starts twice. It takes a loader with a state to be one that can go on in the middle of an epoch. This one
+    can, by the start of its TrainingBatches, so that its own state is empty.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes nothing."""
 
 
 class Decoding(NamedTuple):
@@ -217,18 +293,18 @@ class TrainingClips(Dataset[Sample]):
         num_clips: int = 1,
     ) -> None:
         self.decoding = decoding
-        self.crop_size = crop_size
-        self.short_side = short_side
         self.mirror = mirror
         self.seed = seed
         self.num_clips = num_clips
+        sampling = decoding.sampling
+        self.shape = ClipShape(sampling.clip_frames, sampling.frame_stride, crop_size, short_side)
         self._read_clips = decoding.watched(self._clips)
 
     def __len__(self) -> int:
         return len(self.decoding.videos.paths)
 
     def __getitem__(self, draw: Draw) -> Sample:
-        """Clips (num_clips, C, T, H, W).
+        """Clips (num_clips, C, T, H, W), of the draw's shape if it names one.
 
         Raises:
             DecodeError: REPLACEMENTS videos in a row cannot be decoded.
@@ -240,7 +316,7 @@ class TrainingClips(Dataset[Sample]):
         for attempt in range(self.REPLACEMENTS):
             path = videos.paths[video]
             try:
-                clips = torch.from_numpy(self._read_clips((video, (*turn, attempt))))
+                clips = torch.from_numpy(self._read_clips((video, (*turn, attempt), draw.shape or self.shape)))
                 return Sample(clips, int(videos.labels[video]), path, bad, draw)
             except (DecodeError, HungError) as error:
                 bad.append(bad_video(path, error))
@@ -250,18 +326,19 @@ class TrainingClips(Dataset[Sample]):
             f"{bad[-1].reason} (and the {self.REPLACEMENTS - 1} videos tried before it cannot be decoded either)",
         )
 
-    def _clips(self, job: tuple[int, tuple[int, ...]]) -> NDArray[np.uint8]:
-        index, seed = job
+    def _clips(self, job: tuple[int, tuple[int, ...], ClipShape]) -> NDArray[np.uint8]:
+        index, seed, shape = job
         rng = np.random.default_rng(seed)
-        least, most = self.short_side
+        sampling = replace(self.decoding.sampling, clip_frames=shape.clip_frames, frame_stride=shape.frame_stride)
+        least, most = shape.short_side
         with self.decoding.open(index) as video:
-            numbers = self.decoding.sampling.train_clips(video.num_frames, video.fps, self.num_clips, rng)
+            numbers = sampling.train_clips(video.num_frames, video.fps, self.num_clips, rng)
             clips = clips_of(video, numbers, int(rng.integers(least, most + 1)))
         height, width = clips[0][0].shape[:2]
         cuts = []
         for clip in clips:
-            crop = random_crop(height, width, self.crop_size, rng)
-            cuts.append(cut(clip, crop, self.crop_size, mirror=self.mirror and rng.random() < 0.5))
+            crop = random_crop(height, width, shape.crop_size, rng)
+            cuts.append(cut(clip, crop, shape.crop_size, mirror=self.mirror and rng.random() < 0.5))
         return np.stack(cuts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,15 +12,28 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from octvideo.data.annotations import ListError, Paths, VideoList, read_class_names, read_list
-from octvideo.data.dataset import Batch, Decoding, EpochSampler, Sample, TestViews, TrainingClips, collate
+from octvideo.data.dataset import (
+    Batch,
+    Decoding,
+    EpochSampler,
+    Sample,
+    TestViews,
+    TrainingBatches,
+    TrainingClips,
+    TrainingLoader,
+    collate,
+)
 from octvideo.data.index import FILE, VideoIndex
+from octvideo.data.multigrid import LONG_CYCLE, ClipShape, Multigrid, share_of_side
 from octvideo.data.sampling import Sampling, ShortVideos
 from octvideo.data.transforms import BatchAugmentation
 from octvideo.data.video import READERS, Backend
+from octvideo.data.watchdog import outlive_signals
 
+_STATISTICS = 1  # of the same seed, what the statistics' order and clips derive from
 EVALUATED_TOGETHER = 30  # clips in a batch of validation or testing
 # What has to be the same wherever a trained network sees a video; with the labels it travels in the checkpoint.
 PREPROCESSING = (
@@ -65,6 +79,8 @@ class VideoData(LightningDataModule):
         test_crops: crops a moment, spread evenly along the longer side.
         augmentation: random changes of whole training batches, on the device: resized crops, RandAugment, erasing,
             mixup, cutmix; a mirror of its own. Default: none.
+        multigrid: shapes of training clips that change during the training, and batches that change with them. Needs
+            trainer.reload_dataloaders_every_n_epochs 1. Default: the same shape throughout.
         shuffle_test_frames: test on frames in random order: a control that tells whether a network uses time.
         clips_per_video: training clips from one pass of decoding a video (repeated augmentation): decoding costs less,
             and an epoch has that many clips of each video.
@@ -104,6 +120,7 @@ class VideoData(LightningDataModule):
         test_clips: int = 10,
         test_crops: int = 3,
         augmentation: BatchAugmentation | None = None,
+        multigrid: Multigrid | None = None,
         shuffle_test_frames: bool = False,
         clips_per_video: int = 1,
         batch_size: int = 8,
@@ -146,6 +163,9 @@ class VideoData(LightningDataModule):
             )
         if not separator:
             raise ValueError("data.separator must be at least one character")
+        if multigrid is not None:
+            for frames, side, factor in LONG_CYCLE if multigrid.long_cycle else ():
+                multigrid.scaled(ClipShape(clip_frames, frame_stride, crop_size, short_side), frames, side, factor)
         self.lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list or val_list}
         self.root = root
         self.separator = separator
@@ -163,6 +183,7 @@ class VideoData(LightningDataModule):
         self.test_clips = test_clips
         self.test_crops = test_crops
         self.augmentation = augmentation and dataclasses.replace(augmentation, num_classes=num_classes)
+        self.multigrid = multigrid
         self.shuffle_test_frames = shuffle_test_frames
         self.clips_per_video = clips_per_video
         self.batch_size = batch_size
@@ -173,17 +194,34 @@ class VideoData(LightningDataModule):
         self.seed = seed
         self._videos: dict[str, VideoList] = {}
         self._known: dict[str, tuple[VideoIndex, NDArray[np.int64]]] = {}
+        self._position: dict[str, Any] | None = None
         self.labels_named = labels is not None
         if labels is None and train_list is not None and (beside := Path(train_list).parent / "labels.txt").is_file():
             labels = str(beside)
         self.labels = None if labels is None else read_class_names(labels, num_classes)
 
+    def setup(self, stage: str) -> None:
+        """A run starts at its beginning, unless a checkpoint is loaded after this."""
+        self._position = None
+
     def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep of the data: class names (None if unknown) and preprocessing."""
-        return {"labels": self.labels, "preprocessing": {name: getattr(self, name) for name in PREPROCESSING}}
+        """What checkpoints keep of the data: class names (None if unknown), preprocessing, and in training where it is.
+
+        The position is the present epoch and its batches so far, with what these counts mean: how many videos each
+        batch has, over all processes, and which order they come in. The end of an epoch is the next one's start.
+        """
+        state = {"labels": self.labels, "preprocessing": {name: getattr(self, name) for name in PREPROCESSING}}
+        if self.trainer is None or "train_list" not in self._videos:
+            return state
+        loop = self.trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current.state_dict(), loop.epoch_loop.batch_progress.current.state_dict()
+        epoch = epochs["processed"]
+        seen = batches["processed"] if epochs["started"] > epoch else 0
+        return {**state, "position": {"epoch": epoch, "batches": seen, "dealt": self._dealt(epoch)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes the checkpoint's class names unless the option `labels` says others; the preprocessing stays."""
+        """Takes the position, and the class names unless the option `labels` says others; the preprocessing stays."""
+        self._position = state_dict.get("position")
         if not self.labels_named:
             self.labels = state_dict.get("labels") or self.labels
 
@@ -214,35 +252,73 @@ class VideoData(LightningDataModule):
         return self._videos[name]
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Batches of `batch_size` random clips; the incomplete last one is dropped.
+        """Batches of `batch_size` random clips, from the checkpoint's position on; an incomplete last one is dropped.
+
+        With multigrid the loader is for the trainer's present epoch.
 
         Raises:
             ListError: fewer videos than one batch in every process.
+            ValueError: a position in the middle of an epoch that is dealt in another way now.
         """
-        videos = self.read("train_list")
-        dataset = TrainingClips(
-            self._decoding("train_list"),
-            crop_size=self.crop_size,
-            short_side=self.short_side,
-            mirror=self.mirror,
-            seed=self.seed,
-            num_clips=self.clips_per_video,
-        )
-        sampler = self._sampler(videos, shuffle=True)
-        together = self.batch_size // self.clips_per_video
-        if len(sampler) < together:
-            raise ListError(
-                f"{self.lists['train_list']}: {len(videos.paths)} videos for {sampler.world_size} processes are fewer "
-                f"than one batch of {together} each: lower --data.batch_size"
+        position = self._position or {"epoch": 0, "batches": 0}
+        if position["batches"] and position["dealt"] != (dealt := self._dealt(position["epoch"])):
+            raise ValueError(
+                f"the checkpoint was written after {position['batches']} batches of epoch {position['epoch']}, which "
+                f"had {_say(position['dealt'])}; now it would have {_say(dealt)}. Going on in the middle of an epoch "
+                "needs the same trainer.devices x num_nodes x data.batch_size / clips_per_video, train_list, multigrid "
+                "and seed_everything; from a checkpoint of an epoch's end all of them may change"
             )
-        return self._loader(dataset, sampler, together, drop_last=True)
+        batches = self._batches(self.seed, self._shapes, start=(position["epoch"], position["batches"]))
+        batches.sampler.set_epoch(max(position["epoch"], self.trainer.current_epoch if self.trainer is not None else 0))
+        for epoch in range((self._max_epochs() or 1) if self.multigrid is not None else 1):
+            if batches.batches_in(epoch) < 1:
+                raise ListError(
+                    f"{self.lists['train_list']}: {batches.sampler.num_videos} videos for {batches.sampler.world_size} "
+                    f"processes are fewer than one batch of {batches.sizes(epoch)[0]} each: lower --data.batch_size"
+                )
+        # With multigrid a loader serves a single epoch.
+        options = self._decoded(persistent_workers=self.multigrid is None)
+        return TrainingLoader(self._clips(self.seed), batch_sampler=batches, **options)
+
+    def statistics_dataloader(self, epoch: int, num_batches: int) -> DataLoader[Sample]:
+        """Training batches to measure the network's statistics on (precise batch normalisation).
+
+        They have the full shape, an order and random clips of their own, and nothing of them stays behind in other
+        processes. No trainer is needed.
+
+        Args:
+            epoch: number of the epoch; each has another order.
+            num_batches: of this process; no more than an epoch of the full shape has.
+
+        Raises:
+            ListError: as `read`.
+        """
+        seed = int(np.random.SeedSequence(self.seed, spawn_key=(_STATISTICS,)).generate_state(1)[0])
+        batches = self._batches(seed, lambda epoch: [self._full_shape()], limit=num_batches)
+        batches.sampler.set_epoch(epoch)
+        return DataLoader(self._clips(seed), batch_sampler=batches, **self._decoded(persistent_workers=False))
+
+    def batches_in_epoch(self, epoch: int) -> int:
+        """How many training batches the epoch has, in each process; only with multigrid it depends on the epoch."""
+        return self._batches(self.seed, self._shapes).batches_in(epoch)
+
+    def batch_factor(self, epoch: int) -> int:
+        """How many times `batch_size` clips a step of the epoch has by multigrid's long cycle, and 1 without it.
+
+        The learning rate is to be as many times higher; the short cycle leaves it (Wu et al.).
+        """
+        return self._shapes(epoch)[-1].factor
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Augments training batches, on the device."""
         if self.augmentation is None or self.trainer is None or not self.trainer.training:
             return batch
         seeds = [(self.seed, *turn) for turn in batch.turns]
-        clips, labels = self.augmentation(batch.clips, batch.labels, seeds)
+        augmentation, side = self.augmentation, batch.clips.shape[-1]
+        if augmentation.crop_size is not None and side != self.crop_size:  # a smaller shape of multigrid
+            crop_size = share_of_side(augmentation.crop_size, side / self.crop_size)
+            augmentation = dataclasses.replace(augmentation, crop_size=crop_size)
+        clips, labels = augmentation(batch.clips, batch.labels, seeds)
         return batch._replace(clips=clips, labels=labels)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
@@ -265,28 +341,69 @@ class VideoData(LightningDataModule):
             seed=self.seed,
         )
         together = max(1, EVALUATED_TOGETHER // (num_clips * num_crops))
-        return self._loader(dataset, self._sampler(videos, shuffle=False), together, drop_last=False)
+        sampler = self._sampler(videos, self.seed, shuffle=False)
+        return DataLoader(dataset, together, sampler=sampler, **self._decoded(persistent_workers=True))
+
+    def _full_shape(self) -> ClipShape:
+        return ClipShape(self.clip_frames, self.frame_stride, self.crop_size, self.short_side)
+
+    def _shapes(self, epoch: int) -> list[ClipShape]:
+        """The shapes of the epoch's batches, by turns."""
+        full = self._full_shape()
+        return [full] if self.multigrid is None else self.multigrid.shapes(full, epoch, self._max_epochs())
+
+    def _max_epochs(self) -> int | None:
+        """How long the training is; None without a trainer, or if it has no end (-1)."""
+        epochs = None if self.trainer is None else self.trainer.max_epochs
+        return None if epochs == -1 else epochs
+
+    def _batches(
+        self,
+        seed: int,
+        shapes: Callable[[int], Sequence[ClipShape]],
+        start: tuple[int, int] = (0, 0),
+        limit: int | None = None,
+    ) -> TrainingBatches:
+        sampler = self._sampler(self.read("train_list"), seed, shuffle=True)
+        return TrainingBatches(sampler, self.batch_size // self.clips_per_video, shapes, start, limit)
+
+    def _dealt(self, epoch: int) -> dict[str, Any]:
+        """What the number of an epoch's batches so far has to go with, to say which videos they had."""
+        batches = self._batches(self.seed, self._shapes)
+        sizes = [size * batches.sampler.world_size for size in batches.sizes(epoch)]
+        return {"videos": batches.sampler.num_videos, "videos_a_batch": sizes, "seed": self.seed}
+
+    def _clips(self, seed: int) -> TrainingClips:
+        return TrainingClips(
+            self._decoding("train_list"),
+            crop_size=self.crop_size,
+            short_side=self.short_side,
+            mirror=self.mirror,
+            seed=seed,
+            num_clips=self.clips_per_video,
+        )
 
     def _decoding(self, name: str) -> Decoding:
         sampling = Sampling(self.clip_frames, self.frame_stride, self.sampling, self.target_fps, self.short_videos)
         videos, (index, rows) = self.read(name), self._known.get(name, (None, None))
         return Decoding(videos, sampling, self.backend, self.decode_timeout_seconds, index, rows)
 
-    def _sampler(self, videos: VideoList, shuffle: bool) -> EpochSampler:
+    def _sampler(self, videos: VideoList, seed: int, shuffle: bool) -> EpochSampler:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        return EpochSampler(len(videos.paths), self.seed, shuffle, rank, world_size)
+        return EpochSampler(len(videos.paths), seed, shuffle, rank, world_size)
 
-    def _loader(
-        self, dataset: Dataset[Sample], sampler: EpochSampler, batch_size: int, drop_last: bool
-    ) -> DataLoader[Sample]:
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            prefetch_factor=self.prefetch_batches if self.num_workers > 0 else None,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _decoded(self, persistent_workers: bool) -> dict[str, Any]:
+        """Options of all loaders."""
+        return {
+            "collate_fn": collate,
+            "worker_init_fn": outlive_signals,
+            "num_workers": self.num_workers,
+            "persistent_workers": persistent_workers and self.num_workers > 0,
+            "prefetch_factor": self.prefetch_batches if self.num_workers > 0 else None,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+
+def _say(dealt: dict[str, Any]) -> str:
+    sizes = " and ".join(map(str, dealt["videos_a_batch"]))
+    return f"{dealt['videos']} videos, {sizes} a batch over all processes, in the order of seed {dealt['seed']}"

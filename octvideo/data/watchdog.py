@@ -156,6 +156,27 @@ class Watchdog(Generic[Argument, Result]):
             self.close()
 
 
+def outlive_signals(worker: int) -> None:
+    """Lets a loader process work on when its whole group gets SIGTERM or SIGUSR1, as from Slurm and torchrun.
+
+    The training process then finishes its step, saves and leaves, for which it needs this one. A SIGTERM that comes
+    from the training process itself ends this one, as ever.
+
+    Args:
+        worker: its number, which does not matter.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # on Linux: it tells who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _wait(process: int) -> int | None:
     """How a killed process ended; None if it waits for a device that does not answer, and lives on."""
     deadline = time.monotonic() + KILL_SECONDS
@@ -219,8 +240,8 @@ def _serve(function: Callable[[Any], Any], connection: Connection, memory: _Shar
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group, they are for the training process to handle
     last_beat = 0.0
 
     def beat() -> None:

@@ -1,0 +1,423 @@
+"""Checkpoints that are never lost: written whole or not at all, checked when read, kept until a newer one is safe."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import logging
+import math
+import os
+import re
+import signal
+import threading
+import zipfile
+import zlib
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+log = logging.getLogger(__name__)
+
+EXIT_PREEMPTED = 75
+"""Exit code of a run that left on a signal and waits to be started again (EX_TEMPFAIL of sysexits.h)."""
+
+_MARK = b"octvideo sha256 "
+_SEAL = len(_MARK) + hashlib.sha256().digest_size  # bytes
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is torn, or whose bytes are not those that were written."""
+
+
+class Preempted(SystemExit):
+    """Training left on a signal; the process ends with EXIT_PREEMPTED unless somebody catches this.
+
+    Attributes:
+        path: the checkpoint to go on from, None if nothing was saved yet.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        super().__init__(EXIT_PREEMPTED)
+        self.path = path
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under its name only when it is whole and on the disk; refuses to load a damaged one.
+
+    The file is an ordinary torch.save file. The checksum of its bytes stands in the zip archive's comment, because the
+    archive's own checksums do not cover its directory, where a flipped bit can exchange a record for another.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Saves to path + '.tmp', forces it to the disk, and renames it.
+
+        Raises:
+            OSError: the disk is full, over quota, not writable or broken; whatever stood at path before still does.
+            TypeError: storage_options, of which there are none.
+        """
+        if storage_options is not None:
+            raise TypeError(f"checkpoints are saved without storage_options, got {storage_options!r}")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In memory first: where a write fails, torch.save hides the OSError behind a RuntimeError without its errno.
+        archive = io.BytesIO()
+        torch.save(checkpoint, archive)
+        with archive.getbuffer() as content:
+            # A zip archive ends in the length of its comment, which torch.save leaves empty.
+            content[-2:] = _SEAL.to_bytes(2, "little")
+            _replace(path, [content, _MARK + hashlib.sha256(content).digest()])
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Loads what save_checkpoint wrote, or any other file of torch.save.
+
+        Raises:
+            DamagedCheckpointError: see verify.
+            FileNotFoundError: there is no such file.
+        """
+        verify(path)
+        return super().load_checkpoint(path, map_location, weights_only)
+
+
+def verify(path: str | Path) -> None:
+    """Reads a whole checkpoint and compares its checksum.
+
+    Files that AtomicCheckpointIO did not write carry no checksum of all their bytes: there, those of the zip archive's
+    records are compared, which finds every truncation and every change of a tensor.
+
+    Raises:
+        DamagedCheckpointError: the file is torn, changed or cannot be read; the message says which.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        reason = _damage(Path(path))
+    except FileNotFoundError:
+        raise
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        reason = f"cannot be read ({error})"
+    if reason:
+        raise DamagedCheckpointError(f"{path} is no intact checkpoint: {reason}")
+
+
+def newest_intact(folder: str | Path) -> tuple[Path, list[tuple[Path, str]]]:
+    """The step checkpoint with the most steps that is whole.
+
+    Args:
+        folder: where RunCheckpoints saved.
+
+    Returns:
+        The checkpoint, and those with more steps that were passed over, each with what is wrong with it.
+
+    Raises:
+        ValueError: there is no intact step checkpoint; the message names those that are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for _, path in _step_files(Path(folder)):
+        try:
+            verify(path)
+        except DamagedCheckpointError as error:
+            damaged.append((path, str(error)))
+        else:
+            return path, damaged
+    reasons = "; ".join(reason for _, reason in damaged) or "no step_*.ckpt there"
+    raise ValueError(f"{folder} holds no checkpoint to go on from: {reasons}")
+
+
+class RunCheckpoints(Checkpoint):
+    """Saves everything a run needs to go on bit for bit, often enough that no kill costs more than every_n_steps.
+
+    Saves are named step_00000120.ckpt after the optimiser steps taken, and made after an optimiser step, so never
+    between batches whose gradients are added up. The last step of an epoch is saved when its validation is over:
+    Lightning would skip the validation if it went on from a checkpoint made before. So that a validation that is killed
+    costs one step, the step before that is saved too. last.ckpt is a link to the newest, best.ckpt another name for the
+    best.
+
+    SIGTERM and SIGUSR1, sent to any process, save after the optimiser step under way and raise Preempted in all
+    processes. During a validation they leave at once, if steps are saved. After fit their handlers are the old ones.
+
+    A save that fails (the disk is full) is logged as a warning and training goes on: no older file is deleted, and the
+    next save tries again.
+
+    Args:
+        folder: where checkpoints go; made if need be. One run only: what is older, or newer than the step that a run
+            has gone back to, is deleted there.
+        every_n_steps: optimiser steps between saves, None for one per epoch.
+        keep: how many of the newest step checkpoints stay.
+        monitor: metric of the validation whose highest value makes best.ckpt; None for none. Values that are not
+            finite are passed over.
+
+    Attributes:
+        last_good: the newest checkpoint that is safe, or the one that training went on from; None before the first.
+        best_score: the highest value of the monitored metric.
+        best_step: optimiser steps before best_score.
+
+    Raises:
+        ValueError: every_n_steps or keep below 1.
+    """
+
+    def __init__(
+        self, folder: str | Path, every_n_steps: int | None = None, keep: int = 3, monitor: str | None = "val/top1"
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, or None for one save per epoch, got {every_n_steps}")
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self.monitor = monitor
+        self.last_good: Path | None = None
+        self.best_score: float | None = None
+        self.best_step: int | None = None
+        self._told_to_leave = False
+        self._due = False
+        self._step_seen = 0
+        self._step_validated: int | None = None
+        self._common_batches = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far and where it was reached."""
+        return {"best_score": self.best_score, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the best score."""
+        self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes the trainer write with AtomicCheckpointIO and removes what a killed process left half written."""
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if stage == "fit" and trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("*.ckpt.tmp"):
+                path.unlink()
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals; Lightning has only just taken them itself."""
+        self._take_signals()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals where no sanity check runs, and the place that training goes on from."""
+        self._take_signals()
+        self._step_seen = trainer.global_step
+        if trainer.ckpt_path is not None:
+            self.last_good = Path(trainer.ckpt_path)
+        loop = trainer.fit_loop
+        if loop.restarted_on_epoch_end:  # only where max_steps is given: Lightning would end the epoch a second time
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            loop._restarting = loop.epoch_loop._restarting = loop.epoch_loop.val_loop._restarting = False
+        if trainer.is_global_zero and self.best_step == trainer.global_step and self._path(trainer).exists():
+            _point(self.folder / "best.ckpt", self._path(trainer))  # in case the process was killed before it got there
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves if a signal came at the end of the epoch before, whose metrics are logged by now."""
+        self._leave_if_told(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves after an optimiser step, if it is time or a signal came."""
+        step = trainer.global_step
+        if step == self._step_seen:
+            return
+        self._step_seen = step
+        if self.every_n_steps is not None:
+            next_is_last = trainer.num_training_batches - (batch_idx + 1) <= trainer.accumulate_grad_batches
+            self._due |= step % self.every_n_steps == 0 or (next_is_last and _validates(trainer))
+        # A run that ends amid an epoch can only be prolonged exactly from here.
+        self._due |= step == trainer.max_steps
+        # Lightning goes on from a checkpoint made here as if what follows the batch, a validation or the end of the
+        # epoch, were over: such a save waits for the next step or the end of the epoch.
+        epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        if trainer.is_last_batch or epoch_loop._should_check_val_fx(fetcher):
+            return
+        leave = self._all_told_to_leave(trainer)
+        if self._due or leave:
+            self._save(trainer)
+        if leave:
+            self._leave(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts the batches that all processes have: in those they can agree to leave."""
+        batches = torch.tensor(float(trainer.num_val_batches[0]), device=trainer.strategy.root_device)
+        self._common_batches = float(trainer.strategy.reduce(batches, reduce_op="min"))
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Leaves if a signal came; the step before is saved."""
+        if self.every_n_steps is not None and dataloader_idx == 0 and batch_idx < self._common_batches:
+            self._leave_if_told(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes which weights the metrics are of."""
+        self._step_validated = trainer.global_step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves, as the best where it is.
+
+        Raises:
+            ValueError: the monitored metric was not logged in the validation.
+        """
+        best = self.best_score, self.best_step
+        monitored = self.monitor is not None and self._step_validated == trainer.global_step
+        score = float(trainer.callback_metrics.get(self.monitor, math.nan)) if self.monitor and monitored else math.nan
+        if math.isfinite(score) and (self.best_score is None or score > self.best_score):
+            self.best_score, self.best_step = score, trainer.global_step
+        if self.last_good != self._path(trainer) and not self._save(trainer):
+            self.best_score, self.best_step = best
+        if monitored and self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"best.ckpt is chosen by {self.monitor!r}, which the validation did not log; it logged: "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}"
+            )
+
+    def _path(self, trainer: Trainer) -> Path:
+        return self.folder / f"step_{trainer.global_step:08d}.ckpt"
+
+    def _save(self, trainer: Trainer) -> bool:
+        """Saves in all processes; whether that went well, of which each of them is told."""
+        path, failure = self._path(trainer), None
+        self._due = False
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except OSError as error:
+            failure = error
+            # Only the process that writes gets here, and the others wait for it where save_checkpoint ends.
+            trainer.strategy.barrier("Trainer.save_checkpoint")
+        saved = trainer.strategy.reduce_boolean_decision(failure is None)
+        if failure is not None:
+            log.warning("%s was not saved: %s. Training goes on; newest checkpoint: %s", path, failure, self.last_good)
+        if not saved:
+            return False
+        self.last_good = path
+        if trainer.is_global_zero:
+            try:
+                self._publish(path, trainer.global_step)
+            except OSError as error:
+                log.warning("%s is saved, but last.ckpt, best.ckpt or old files could not be changed: %s", path, error)
+        return True
+
+    def _publish(self, path: Path, step: int) -> None:
+        """Points last.ckpt, and best.ckpt if it is, at a checkpoint, then deletes those it makes unnecessary."""
+        _point(self.folder / "last.ckpt", path, symbolic=True)
+        if self.best_step == step:
+            _point(self.folder / "best.ckpt", path)
+        files = _step_files(self.folder)
+        kept = [file for number, file in files if number <= step][: self.keep]
+        for number, file in files:
+            if number > step:
+                log.warning("%s is deleted: training went back to an earlier step and is at step %d", file, step)
+            if file not in kept:
+                file.unlink()
+
+    def _take_signals(self) -> None:
+        # Lightning's own handler for SIGTERM communicates between processes from within the handler, where all but one
+        # may be elsewhere, and Slurm's saves amid a step. Lightning puts back the handlers from before fit at its end.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._told_to_leave = True
+
+    def _all_told_to_leave(self, trainer: Trainer) -> bool:
+        return trainer.strategy.reduce_boolean_decision(self._told_to_leave, all=False)
+
+    def _leave_if_told(self, trainer: Trainer) -> None:
+        if self._all_told_to_leave(trainer):
+            self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            log.warning("told to leave by a signal: exit code %d; go on from %s", EXIT_PREEMPTED, self.last_good)
+        raise Preempted(self.last_good)
+
+
+def _validates(trainer: Trainer) -> bool:
+    """Whether the epoch that runs is to be validated."""
+    every = trainer.check_val_every_n_epoch
+    return trainer.enable_validation and (every is None or (trainer.current_epoch + 1) % every == 0)
+
+
+def _step_files(folder: Path) -> list[tuple[int, Path]]:
+    """The step checkpoints of a folder with their steps, the most steps first."""
+    found = [(re.fullmatch(r"step_(\d+)\.ckpt", path.name), path) for path in folder.glob("step_*.ckpt")]
+    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; errors of reading it are the caller's."""
+    with path.open("rb") as file:
+        content = os.fstat(file.fileno()).st_size - _SEAL  # bytes
+        file.seek(max(content, 0))
+        seal = file.read()
+        if not seal.startswith(_MARK):
+            with zipfile.ZipFile(file) as archive:
+                if archive.comment or not seal.endswith(b"\0\0"):  # torch.save makes empty comments, of length 0
+                    return "its checksum is torn"
+                record = archive.testzip()
+                return record and f"the record {record} is not what was written"
+        file.seek(0)
+        digest = hashlib.sha256()
+        while chunk := file.read(min(content - file.tell(), 2**20)):
+            digest.update(chunk)
+        return None if seal == _MARK + digest.digest() else "its bytes are not those that were written"
+
+
+def _replace(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Writes parts of bytes to a file that appears at path when it is on the disk, and not at all if that fails."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        _rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rename(old: Path, new: Path) -> None:
+    """Renames on the disk too, so that a power cut cannot undo it."""
+    os.replace(old, new)
+    folder = os.open(new.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # from file systems on which folders are never behind
+            raise
+    finally:
+        os.close(folder)
+
+
+def _point(name: Path, target: Path, symbolic: bool = False) -> None:
+    """Makes name another name for a file beside it: a symbolic or hard link, or a copy where there are no links."""
+    temporary = name.with_name(name.name + ".tmp")
+    try:
+        if symbolic:
+            temporary.symlink_to(target.name)
+        else:
+            temporary.hardlink_to(target)
+    except OSError:
+        if symbolic:
+            _point(name, target)
+        else:
+            with target.open("rb") as source:
+                _replace(name, iter(partial(source.read, 2**20), b""))
+        return
+    try:
+        _rename(temporary, name)
+    finally:
+        temporary.unlink(missing_ok=True)  # renaming one of two hard links to the other leaves both

@@ -1,0 +1,43 @@
+"""Things that go wrong in a training run, as callbacks that a test names on the command line."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import torch
+from lightning.pytorch import Callback
+
+
+class Signal(Callback):
+    """Sends this process and those that load its data a signal when a batch starts, counted over all epochs.
+
+    SIGKILL goes to this process alone.
+
+    Args:
+        batch: from 0.
+        number: of the signal.
+        rank: of the process that it is sent to.
+    """
+
+    def __init__(self, batch: int, number: int, rank: int = 0):
+        self.batch, self.number, self.rank = batch, number, rank
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch and trainer.global_rank == self.rank:
+            if self.number == signal.SIGKILL:
+                os.kill(os.getpid(), self.number)
+            # By another process, as a launcher does.
+            code = f"import os; os.killpg({os.getpgrp()}, {self.number})"
+            subprocess.run([sys.executable, "-c", code], start_new_session=True, check=True)
+
+
+class NotANumber(Callback):
+    """Puts a NaN into a batch, after its way to the device."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            pl_module.mean = torch.nan
