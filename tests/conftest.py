@@ -83,15 +83,19 @@ def run_tool(name, *options, timeout=600, **environment):
         return subprocess.CompletedProcess([name, *options], process.exitcode, *printed)
 
 
-def run_processes(count, name, *options, timeout=600, **environment):
-    """Runs a script of tools/ in several processes, as torchrun starts them; where one dies, the others are killed."""
+def free_port():
+    """A port of this machine that nothing listens to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run_processes(count, name, *options, timeout=600, **environment):
+    """Runs a script of tools/ in several processes, as torchrun starts them; where one dies, the others are killed."""
     group = {
         "TORCHELASTIC_RUN_ID": "test",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "GROUP_RANK": "0",

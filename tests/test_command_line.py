@@ -348,31 +348,6 @@ def test_two_processes_train_one_network(motions, tmp_path):
     assert finished.stdout.count("epoch 1/1") == 1
 
 
-def test_two_processes_test_every_video_once(motions, trained, tmp_path):
-    (tmp_path / "test.csv").write_text("\n".join((motions / "val.csv").read_text().splitlines()[:15]))
-    results = []
-    for devices in (1, 2):
-        finished = run_tool(
-            "test_net.py",
-            *small(motions, trained),
-            f"--data.test_list={tmp_path / 'test.csv'}",
-            f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}",
-            f"--output={tmp_path / str(devices)}",
-            "--trainer.accelerator=cpu",
-            f"--trainer.devices={devices}",
-        )
-        assert finished.returncode == 0, finished.stderr
-        results.append(json.loads((tmp_path / str(devices) / "predictions.json").read_text()))
-    one, two = results
-    assert len(two["videos"]) == 15
-    assert [video["path"] for video in one["videos"]] == [video["path"] for video in two["videos"]]
-    for a, b in zip(one["videos"], two["videos"], strict=True):
-        np.testing.assert_allclose(a["scores"], b["scores"], atol=1e-6)
-    assert {key: one[key] for key in ("top1", "top5", "clip_top1")} == {
-        key: two[key] for key in ("top1", "top5", "clip_top1")
-    }
-
-
 @pytest.mark.slow
 def test_prepared_videos_train_with_all_augmentation_on(motions, tmp_path):
     prepared = run_tool("prepare_data.py", motions, "--output", tmp_path / "prepared", "--reencode", 64)

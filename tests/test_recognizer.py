@@ -1,29 +1,20 @@
 """The recipe: schedule, parameter groups, scores."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from octvideo.data.dataset import BadVideo, Batch
-from octvideo.recognizer import Recognizer, learning_rate_at, parameter_groups
+from octvideo.normalization import SubBatchNorm
+from octvideo.recognizer import Recognizer, parameter_groups
+from octvideo.recomputation import RecomputedResBlock
 
 
 def small(**options):
     return Recognizer("c2d_r50", **{"alpha": 0.25, "num_classes": 4, "width": 8, **options})
-
-
-def test_the_scratch_recipes_learning_rate_by_hand():
-    """196 epochs of 100 steps, 34 of warm-up from 0.01 to where the cosine from 0.1 is then."""
-    end = 0.1 * 0.5 * (1 + math.cos(math.pi * 34 / 196))
-    table = {0: 0.01, 1700: (0.01 + end) / 2, 3400: end, 9800: 0.05, 14700: 0.1 * 0.5 * (1 - math.sqrt(0.5)), 19600: 0}
-    for step, rate in table.items():
-        assert learning_rate_at(step, 19600, 3400, 0.1, 0.01) == pytest.approx(rate, abs=1e-12)
-
-
-def test_without_warm_up_the_cosine_starts_at_its_peak():
-    assert learning_rate_at(0, 100, 0, 0.1, 0.01) == pytest.approx(0.1)
 
 
 def test_biases_and_batch_norms_have_no_weight_decay():
@@ -97,33 +88,183 @@ def test_a_test_without_any_good_video_has_no_accuracy():
     assert recognizer.results["videos"] == []
 
 
+def trainer_of(processes=1, accumulated=1, num_batches=100, **attributes):
+    """What a recognizer asks a trainer in training; the first epoch."""
+    values = {
+        "max_epochs": 196,
+        "max_steps": -1,
+        "world_size": processes,
+        "global_rank": 0,
+        "accumulate_grad_batches": accumulated,
+        "num_training_batches": num_batches,
+        "current_epoch": 0,
+        "datamodule": None,
+        "strategy": None,
+        "training": True,
+    }
+    return SimpleNamespace(**values | attributes)
+
+
+def rates(recognizer, trainer, epochs):
+    """The learning rates that the recognizer sets at epochs, which may be fractions."""
+    recognizer._trainer = trainer
+    optimizer = recognizer.configure_optimizers()
+    recognizer.optimizers = lambda use_pl_optimizer: optimizer
+    recognizer.on_train_start()
+    found = []
+    for epoch in epochs:
+        trainer.current_epoch, fraction = int(epoch), epoch % 1
+        recognizer.on_train_batch_start(
+            SimpleNamespace(clips=torch.empty(8, 1)), round(fraction * trainer.num_training_batches)
+        )
+        assert len({group["lr"] for group in optimizer.param_groups}) == 1
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+# Twenty points; the scratch recipe: 0.01 to the cosine's 0.0929 in 34 epochs, then half a cosine of 0.1 to epoch 196.
+COSINE_AT_34 = 0.05 * (1 + math.cos(math.pi * 34 / 196))
+SCRATCH = {
+    **{
+        epoch: 0.01 + (COSINE_AT_34 - 0.01) * epoch / 34 for epoch in (0, 0.5, 1, 2.25, 5, 8.5, 17, 20, 25.5, 30, 33.75)
+    },
+    **{34: COSINE_AT_34, 49: 0.05 * (1 + math.sqrt(0.5)), 98: 0.05, 147: 0.05 * (1 - math.sqrt(0.5))},
+    **{epoch: 0.05 * (1 + math.cos(math.pi * epoch / 196)) for epoch in (65.5, 100, 150.25, 180, 195.75)},
+}
+# From ImageNet: 0.01, a tenth of it from 150k of 300k steps on, a hundredth from 250k on.
+IMAGENET = {
+    **dict.fromkeys((0, 0.5, 1, 10, 20.5, 30, 40, 40.75), 0.01),
+    **dict.fromkeys((41, 41.25, 45, 50, 60, 67, 68.25), 0.001),
+    **dict.fromkeys((68.5, 70, 75, 80, 81.75), 0.0001),
+}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("processes", [1, 4, 8])
+@pytest.mark.parametrize("recipe", ["scratch", "imagenet"])
+def test_the_recipes_learning_rates_on_any_number_of_devices(recipe, processes, accumulated):
+    """8 clips in each process: rates in proportion to the clips of a step, at the same places in the run."""
+    table, options, epochs = {
+        "scratch": (SCRATCH, {}, 196),
+        "imagenet": (IMAGENET, {"learning_rate": 0.01, "warmup_epochs": 0, "milestones": [41, 205 / 3]}, 82),
+    }[recipe]
+    assert len(table) == 20
+    recognizer = small(batch_size=8, **options)
+    trainer = trainer_of(processes, accumulated, num_batches=80, max_epochs=epochs)
+    found = rates(recognizer, trainer, table)
+    factor = 8 * processes * accumulated / 64
+    assert found == pytest.approx([rate * factor for rate in table.values()], rel=1e-9)
+
+
+def test_the_rate_changes_with_each_step_and_not_with_each_accumulated_batch():
+    found = rates(small(warmup_epochs=0), trainer_of(accumulated=2, num_batches=4, max_epochs=1), (0, 0.25, 0.5, 0.75))
+    assert found[0] == found[1] == pytest.approx(0.1)
+    assert found[2] == found[3] == pytest.approx(0.05)
+
+
+def test_the_rate_grows_with_the_batch_of_multigrids_long_cycle():
+    data = SimpleNamespace(batch_factor=lambda epoch: 8 if epoch < 98 else 1)
+    assert rates(small(), trainer_of(datamodule=data), (49, 147)) == pytest.approx([8 * SCRATCH[49], SCRATCH[147]])
+
+
+def test_a_run_of_steps_has_its_schedule_in_them():
+    recognizer = small(warmup_epochs=0, reference_batch=None, batch_size=8)
+    found = rates(recognizer, trainer_of(processes=4, max_steps=50, num_batches=100), (0, 0.25))
+    assert found == pytest.approx([0.1, 0.05])
+
+
+def test_the_resolved_schedule_is_printed(caplog):
+    caplog.set_level("INFO")
+    rates(small(batch_size=8), trainer_of(processes=4, accumulated=4, num_batches=100), ())
+    assert (
+        "half a cosine from 0.2 to 0 over 196 epochs, warm-up from 0.02 in 34 epochs; scaled by 2 from 64"
+        in caplog.text
+    )
+    assert "8 clips x 4 processes x 4 batches = 128 clips; an epoch: 25 steps" in caplog.text
+
+
 @pytest.mark.parametrize(("warmup_epochs", "shortened"), [(1, False), (34, True)])
 def test_a_warm_up_longer_than_the_run_is_shortened_with_a_warning(warmup_epochs, shortened, recwarn):
-    recognizer = small(warmup_epochs=warmup_epochs)
-    recognizer._trainer = type(
-        "Trainer", (), {"estimated_stepping_batches": 50, "num_training_batches": 10, "accumulate_grad_batches": 1}
-    )()
-    scheduler = recognizer.configure_optimizers()["lr_scheduler"]["scheduler"]
-    (factor, _) = scheduler.lr_lambdas
+    found = rates(small(warmup_epochs=warmup_epochs), trainer_of(max_epochs=5), [k / 10 for k in range(13)])
     warnings = [str(warning.message) for warning in recwarn if "warm-up" in str(warning.message)]
     assert warnings == (["a warm-up of 34 epochs does not fit into 5: it takes a fifth of the run instead; set "
                          "model.warmup_epochs"] if shortened else [])  # fmt: skip
-    assert [factor(step) for step in range(10)] == sorted(factor(step) for step in range(10))  # rises for ten steps
-    assert factor(11) < factor(10)
+    assert found[:11] == sorted(found[:11])  # rises for an epoch
+    assert found[12] < found[11] < found[10]
 
 
 def test_a_schedule_without_an_end_is_refused():
     recognizer = small()
-    recognizer._trainer = type("Trainer", (), {"estimated_stepping_batches": float("inf")})()
+    recognizer._trainer = trainer_of(max_epochs=-1)
     with pytest.raises(ValueError, match=r"set trainer\.max_epochs or trainer\.max_steps"):
-        recognizer.configure_optimizers()
+        recognizer.on_train_start()
+
+
+def test_dropout_depends_on_the_place_in_the_run_alone():
+    recognizer = small()
+    trainer = trainer_of()
+    recognizer._trainer = trainer
+    recognizer.optimizers = lambda use_pl_optimizer: SimpleNamespace(param_groups=[])
+    recognizer.on_train_start()
+    drawn = []
+    for epoch, batch, rank, noise in ((0, 3, 0, 0), (0, 3, 0, 7), (0, 4, 0, 0), (1, 3, 0, 0), (0, 3, 1, 0)):
+        torch.rand(noise)
+        trainer.current_epoch, trainer.global_rank = epoch, rank
+        recognizer.on_train_batch_start(SimpleNamespace(clips=torch.empty(8, 1)), batch)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 4
+
+
+def test_frozen_parts_keep_weights_and_statistics():
+    recognizer = small(freeze=["blocks.0", r"blocks\.1\.res_blocks\.0"], width=8).train()
+    network = recognizer.network
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    assert frozen == [
+        name for name, _ in network.named_parameters() if name.startswith(("blocks.0.", "blocks.1.res_blocks.0."))
+    ]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer = recognizer.configure_optimizers()
+    assert sum(len(group["params"]) for group in optimizer.param_groups) + len(frozen) == len(
+        list(network.parameters())
+    )
+    recognizer(torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8)).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert not any(name.startswith(("blocks.0.", "blocks.1.res_blocks.0.")) for name in changed)
+    assert any("running_mean" in name for name in changed)
+
+
+def test_sub_batches_have_the_clips_of_a_batch_at_full_size():
+    recognizer = small(normalization="sub", batch_size=4)
+    rates(recognizer, trainer_of(), (0,))  # of a batch of 8
+    norms = [module for module in recognizer.network.modules() if isinstance(module, SubBatchNorm)]
+    assert len(norms) == 53
+    assert {norm.splits for norm in norms} == {2}
+
+
+def test_recomputed_blocks_and_compiled_networks_are_switched_on():
+    recognizer = small(recompute=True, compile=True)
+    assert sum(isinstance(module, RecomputedResBlock) for module in recognizer.network.modules()) == 16
+    recognizer._trainer = trainer_of(training=False)
+    recognizer.configure_model()
+    assert recognizer.network._compiled_call_impl is None  # testing does not pay for it
+    recognizer._trainer = trainer_of()
+    recognizer.configure_model()
+    assert recognizer.network._compiled_call_impl is not None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"learning_rate": 0}, "learning_rate must be positive"),
-        ({"warmup_epochs": -1}, "warmup_epochs and weight_decay at least 0"),
+        ({"warmup_epochs": -1}, "warmup_start and warmup_epochs at least 0"),
+        ({"weight_decay": -1}, "weight_decay at least 0"),
+        ({"milestones": [3, 2]}, "the first one first"),
+        ({"label_smoothing": 1}, r"label_smoothing must lie in \[0, 1\), got 1"),
+        ({"batch_size": 0}, "sub_batch, reference_batch and batch_size must be at least 1, got None, 64 and 0"),
+        ({"freeze": ["stem"]}, "model.freeze 'stem' is the name of no part of the network"),
+        ({"freeze": ["("]}, r"model.freeze '\(' is no regular expression"),
         ({"momentum": 1.0}, "momentum must lie between 0 and 1"),
         ({"std": 0}, "std be positive"),
         ({"width": 0}, "width must be at least 1, got 0"),
@@ -155,3 +296,20 @@ def test_mixed_labels_give_the_shared_cross_entropy_and_count_the_larger_share()
     whole = recognizer.training_step(batch._replace(labels=torch.tensor([0, 2])), 0)
     torch.testing.assert_close(whole, nn.functional.cross_entropy(logits, torch.tensor([0, 0, 2, 2])))
     assert recognizer.train_top1.compute().item() == pytest.approx(0.75)
+
+
+def test_smoothed_labels_give_the_smoothed_cross_entropy():
+    recognizer = small(label_smoothing=0.2).train()
+    recognizer.log = lambda name, value, **options: None
+    recognizer.optimizers = lambda: SimpleNamespace(param_groups=[{"lr": 0.1}])
+    logits = torch.tensor([[2.0, 0, 0, 0], [0, 1, 0, 0]])
+    recognizer.forward = lambda clips: logits
+    clips = torch.zeros(2, 1, 3, 1, 1, 1, dtype=torch.uint8)
+    loss = recognizer.training_step(Batch(clips, torch.tensor([0, 3]), ["a", "b"], [], [(0, 0), (0, 1)]), 0)
+    shares = torch.tensor([[0.85, 0.05, 0.05, 0.05], [0.05, 0.05, 0.05, 0.85]])
+    torch.testing.assert_close(loss, -(shares * logits.log_softmax(1)).sum(1).mean())
+
+
+def test_a_network_frozen_whole_is_refused():
+    with pytest.raises(ValueError, match="freezes all of the network"):
+        small(freeze=["blocks"]).configure_optimizers()

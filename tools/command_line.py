@@ -165,6 +165,12 @@ class CommandLine(LightningCLI):
                 f"data.clip_frames must be a multiple of model.frame_ratio {model['frame_ratio']} for SlowFast, "
                 f"got {data['clip_frames']}"
             )
+        multiple = 0 if data["multigrid"] is None else data["multigrid"]["frames_multiple"]
+        if model["name"].startswith("slowfast") and multiple % max(1, model["frame_ratio"]):
+            raise ValueError(
+                f"data.multigrid.frames_multiple must be a multiple of model.frame_ratio {model['frame_ratio']} for "
+                f"SlowFast, got {multiple}"
+            )
         super().instantiate_classes()
 
     @property

@@ -96,7 +96,10 @@ class Testing(CommandLine):
 
     def before_instantiate_classes(self) -> None:
         """Takes the network's options from the checkpoint, so that it is tested at the alpha it was trained at."""
+        self.take_processes_of_launcher()
         self.take_network_of(self.config["ckpt"], "--ckpt")
+        if self.config["trainer"]["strategy"] == "fsdp":  # which is for training: testing has no gradients to shard
+            self.config["trainer"]["strategy"] = "auto"
         self.alphas: list[float] = []
         self.statistics = Statistics()
         self.statistics_batches: int = self.config["statistics_batches"]

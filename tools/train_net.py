@@ -90,6 +90,8 @@ class Training(CommandLine):
     def instantiate_classes(self) -> None:
         """Reads the lists too, so that what is wrong with them shows before anything starts."""
         super().instantiate_classes()
+        if (schedule := self.config_init["alpha_schedule"]) is not None:
+            schedule.check(self.model.network, self.model.hparams["alpha"])
         self.datamodule.read("train_list")
         if self.datamodule.lists["val_list"] is not None:
             self.datamodule.read("val_list")

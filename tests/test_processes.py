@@ -1,0 +1,110 @@
+"""Several processes: the same gradients, the same weights, and every video counted once."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import FORKS, free_port, run_processes, run_tool
+from networks import settle
+from test_command_line import motions, small, trained  # noqa: F401
+from torch.nn.parallel import DistributedDataParallel
+
+from octvideo import create_model
+from octvideo.data.motions import make_data_set
+from octvideo.normalization import normalize
+
+
+def gradients_of_share(rank, processes, port, folder):
+    """One process's part of a training step of an octave network in float64, with synchronised batch norm."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    torch.manual_seed(0)
+    network = settle(create_model("i3d_r50", alpha=0.25, width=8, num_classes=5, dropout=0)).double().train()
+    clips, labels = torch.randn(4, 3, 4, 40, 56, dtype=torch.float64), torch.arange(4)
+    normalize(network, "sync")
+    model = DistributedDataParallel(network)
+    part = slice(rank * 4 // processes, (rank + 1) * 4 // processes)
+    torch.nn.functional.cross_entropy(model(clips[part]), labels[part]).backward()
+    if rank == 0:
+        buffers = dict(network.named_buffers())
+        torch.save({name: x.grad for name, x in network.named_parameters()} | buffers, folder / f"{processes}.pt")
+    dist.barrier()
+
+
+def test_gradients_of_two_processes_are_those_of_one_on_the_joined_batch(tmp_path):
+    for count in (1, 2):
+        port = free_port()
+        processes = [
+            FORKS.Process(target=gradients_of_share, args=(rank, count, port, tmp_path)) for rank in range(count)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            assert process.exitcode == 0
+    one, two = (torch.load(tmp_path / f"{count}.pt") for count in (1, 2))
+    assert one.keys() == two.keys()
+    assert len(one) > 300
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A motions data set with 61 validation videos."""
+    folder = tmp_path_factory.mktemp("many")
+    make_data_set(folder, 8, 61)
+    return folder
+
+
+def test_any_number_of_processes_counts_each_of_61_videos_once(many, trained, tmp_path):  # noqa: F811
+    found = {}
+    for processes in (1, 2, 3):
+        ended = run_processes(
+            processes,
+            "test_net.py",
+            *small(many, trained),
+            f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}",
+            f"--output={tmp_path / str(processes)}",
+            "--trainer.accelerator=cpu",
+        )
+        assert [process.returncode for process in ended] == [0] * processes, ended[0].stderr
+        assert "61 videos tested, 0 bad" in ended[0].stdout
+        found[processes] = json.loads((tmp_path / str(processes) / "predictions.json").read_text())
+    for processes in (2, 3):
+        assert len(found[processes]["videos"]) == len({video["path"] for video in found[processes]["videos"]}) == 61
+        for one, other in zip(found[1]["videos"], found[processes]["videos"], strict=True):
+            assert (one["path"], one["label"]) == (other["path"], other["label"])
+            np.testing.assert_allclose(other["scores"], one["scores"], rtol=0, atol=1e-6)
+        for accuracy in ("top1", "top5", "clip_top1", "clip_top5"):
+            assert found[processes][accuracy] == pytest.approx(found[1][accuracy], abs=1e-6)
+
+
+def test_sharded_training_is_replicated_training(motions, tmp_path):  # noqa: F811
+    """FSDP2 and DDP end with the same weights, momenta and validation, and FSDP's run is gone on from and tested."""
+    options = ["--trainer.accelerator=cpu", "--trainer.gradient_clip_val=1", "--data.num_workers=0", "--precise_bn=1"]
+    for strategy in ("ddp", "fsdp"):
+        run = small(motions, tmp_path / strategy)
+        kind = f"--trainer.strategy={strategy}"
+        ended = run_processes(2, "train_net.py", *run, *options, kind, "--trainer.max_epochs=1")
+        assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
+        ended = run_processes(2, "train_net.py", *run, *options, kind, "--trainer.max_epochs=2", "--ckpt_path=last")
+        assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
+    one, two = (
+        torch.load(tmp_path / strategy / "checkpoints" / "step_00000004.ckpt", weights_only=True)
+        for strategy in ("ddp", "fsdp")
+    )
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+    a, b = (state["optimizer_states"][0]["state"] for state in (one, two))
+    assert len(a) == len(b) > 100
+    tested = run_tool("test_net.py", *run, kind, f"--ckpt={tmp_path / 'fsdp' / 'checkpoints' / 'best.ckpt'}")
+    assert tested.returncode == 0, tested.stderr
+
+
+def test_averaged_weights_cannot_be_sharded():
+    ended = run_tool("train_net.py", "--cfg=configs/quickstart.yaml", "--ema_decay=.9", "--trainer.strategy=fsdp")
+    assert ended.returncode == 2
+    assert "ema_decay needs whole weights in every process" in ended.stderr
