@@ -1,6 +1,7 @@
 """Things that go wrong in a training run, as callbacks that a test names on the command line."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -41,3 +42,27 @@ class NotANumber(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
             pl_module.mean = torch.nan
+
+
+class KilledLoader(Callback):
+    """Kills a process that loads training data."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            iterator = trainer.fit_loop._combined_loader.flattened[0]._iterator
+            os.kill(iterator._workers[0].pid, signal.SIGKILL)
+
+
+class FullDisk(Callback):
+    """Lets no file of this process grow over 2 MB from a batch on."""
+
+    def __init__(self, batch: int):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))

@@ -5,8 +5,10 @@ import signal
 
 import pytest
 import torch
-from conftest import run_processes
+from conftest import run_processes, run_tool
 from test_command_line import motions, small  # noqa: F401
+
+from octvideo.checkpoints import verify
 
 STEPS = 12
 
@@ -78,3 +80,79 @@ def test_a_run_killed_and_told_to_leave_ends_with_the_same_weights(motions, tmp_
     ended = run_processes(processes, "train_net.py", *options)
     assert ended[0].returncode == 0, ended[0].stderr
     assert_same(tmp_path / "whole", tmp_path / "torn")
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(motions, tmp_path):  # noqa: F811
+    options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--save_every_n_steps=1"]
+    whole = run_tool("train_net.py", *options)
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "run" / "checkpoints"
+    wanted = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    newest = (folder / "last.ckpt").resolve()
+    with newest.open("r+b") as file:
+        file.truncate(random.randrange(newest.stat().st_size))
+    finished = run_tool("train_net.py", *options, "--ckpt_path=last")
+    assert finished.returncode == 0, finished.stderr
+    assert f"{newest} is passed over: " in finished.stderr
+    assert "going on from" in finished.stdout
+    found = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_a_loss_that_is_no_number_ends_training_with_the_place_and_the_way_on(motions, tmp_path):  # noqa: F811
+    options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--save_every_n_steps=1"]
+    finished = run_tool(
+        "train_net.py", *options, "--trainer.callbacks=faults.NotANumber", "--trainer.callbacks.batch=2"
+    )
+    assert finished.returncode == 2
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("train_net.py: error")]
+    assert "the loss is nan in step 3 (epoch 1, batch 3, process 0)" in line
+    assert line.count("train/") == 8  # the batch's videos
+    assert "the run goes on from" in line
+    assert "step_00000002.ckpt with --ckpt_path last" in line
+    weights = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_killed_loader_process_ends_training_with_the_way_on(motions, tmp_path):  # noqa: F811
+    options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--save_every_n_steps=1"]
+    finished = run_tool(
+        "train_net.py", *options, "--trainer.callbacks=faults.KilledLoader", "--trainer.callbacks.batch=2"
+    )
+    assert finished.returncode == 2
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("train_net.py: error")]
+    assert "a loader process was killed, probably by the system for lack of memory" in line
+    assert "step_00000002.ckpt with --ckpt_path last" in line
+
+
+def test_a_full_disk_does_not_end_training(motions, tmp_path):  # noqa: F811
+    """No file may grow over 2 MB, which logs do not and checkpoints do; the one that is there stays whole."""
+    options = [*small(motions, tmp_path / "run"), "--save_every_n_steps=1", "--trainer.max_epochs=2"]
+    finished = run_tool("train_net.py", *options, "--trainer.callbacks=faults.FullDisk", "--trainer.callbacks.batch=2")
+    assert finished.returncode == 0, finished.stderr
+    assert "step_00000003.ckpt was not saved: [Errno 27] File too large. Training goes on" in finished.stderr
+    assert "newest checkpoint: " in finished.stderr
+    assert finished.stdout.count("epoch 2/2") == 1
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve().name == "step_00000002.ckpt"
+    verify(tmp_path / "run" / "checkpoints" / "last.ckpt")
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_line(motions, tmp_path):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    finished = run_tool("train_net.py", *small(motions, tmp_path / "file" / "run"))
+    assert finished.returncode == 2, finished.stderr
+    assert finished.stderr.splitlines()[-1].startswith("train_net.py: error: [Errno 20] Not a directory")
+
+
+def test_a_run_that_was_not_begun_starts_by_auto_and_is_refused_by_last(motions, tmp_path):  # noqa: F811
+    options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    refused = run_tool("train_net.py", *options, "--ckpt_path=last")
+    assert refused.returncode == 2
+    assert "holds no checkpoint to go on from: no step_*.ckpt there" in refused.stderr
+    begun = run_tool("train_net.py", *options, "--ckpt_path=auto")
+    assert begun.returncode == 0, begun.stderr
+    assert "going on from" not in begun.stdout
+    again = run_tool("train_net.py", *options, "--ckpt_path=auto", "--trainer.max_epochs=2")
+    assert again.returncode == 0, again.stderr
+    assert "step_00000001.ckpt" in again.stdout
+    assert (tmp_path / "run" / "checkpoints" / "step_00000002.ckpt").exists()

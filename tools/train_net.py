@@ -114,7 +114,12 @@ class Training(CommandLine):
         folder = self.run_folder
         if name == "tensorboard":
             return TensorBoardLogger(folder, name="", version="")
-        return CSVLogger(folder, name="csv") if name == "csv" else WandbLogger(save_dir=folder, project="octvideo")
+        if name == "csv":
+            return CSVLogger(folder, name="csv")
+        try:
+            return WandbLogger(save_dir=folder, name=folder.name, project="octvideo")
+        except ModuleNotFoundError as error:
+            raise ValueError("loggers: wandb is not installed: pip install wandb, or leave it out") from error
 
     def _callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = [SelfTest(), FiniteLoss(), Throughput(), Memory()]

@@ -1,0 +1,60 @@
+"""The Slurm script, with stand-ins for Slurm's own commands."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+SRUN = """#!/bin/bash
+trap 'echo saved; exit 75' TERM
+echo "srun $*" > "$CALLS.srun"
+echo ready
+[ "$ENDS" = now ] && exit "$CODE"
+while :; do sleep 0.02; done
+"""
+SCANCEL = """#!/bin/bash
+echo "scancel $*" >> "$CALLS"
+pkill -TERM -f "$CALLS_FOLDER/srun"
+"""
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >> "$CALLS"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """The environment of a job, whose calls of Slurm go to a file."""
+    for name, code in (("srun", SRUN), ("scancel", SCANCEL), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(code)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    calls = {"CALLS": str(tmp_path / "calls"), "CALLS_FOLDER": str(tmp_path)}
+    return {**os.environ, **calls, "PATH": path, "SLURM_JOB_ID": "17", "PYTHON": "python"}
+
+
+def start(slurm, **environment):
+    command = ["bash", str(ROOT / "tools" / "slurm_train.sbatch"), "--cfg", "configs/oct_i3d.yaml"]
+    return subprocess.Popen(command, env=slurm | environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True)])
+def test_a_job_that_saved_and_left_is_requeued_and_no_other(slurm, tmp_path, code, requeued):
+    job = start(slurm, ENDS="now", CODE=str(code))
+    job.communicate()
+    assert job.returncode == code
+    options = "--kill-on-bad-exit=1 python tools/train_net.py --cfg configs/oct_i3d.yaml --ckpt_path auto"
+    assert (tmp_path / "calls.srun").read_text() == f"srun {options}\n"
+    calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
+    assert calls == ("scontrol requeue 17\n" if requeued else "")
+
+
+def test_a_signal_to_the_job_reaches_its_processes_which_save_before_it_is_requeued(slurm, tmp_path):
+    job = start(slurm, ENDS="later")
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 75
+    assert output.splitlines() == ["saved", "saved; requeueing job 17"]
+    assert (tmp_path / "calls").read_text() == "scancel --signal=TERM 17\nscontrol requeue 17\n"
