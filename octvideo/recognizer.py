@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -41,6 +42,13 @@ class Batch(Protocol):
     labels: Tensor
     paths: list[str]
     bad: Sequence[tuple[str, str]]
+
+
+def _limited(batches: int, limit: int | float | None) -> int:
+    """Batches of an epoch under trainer.limit_train_batches: a number of them, or a share."""
+    if limit is None:
+        return batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -92,7 +100,8 @@ class Recognizer(LightningModule):
         warmup_start: learning rate at the start of the warm-up, for `reference_batch` clips a step.
         warmup_epochs: length of the warm-up; may be a fraction.
         milestones: epochs, which may be fractions, at each of which the learning rate falls to a tenth; empty: half a
-            cosine to 0 over the whole run.
+            cosine to 0 over the whole run. With multigrid, whose epochs differ in steps, an epoch of the schedule has
+            their mean.
         label_smoothing: share of a label that is spread over all classes.
         momentum: of SGD with Nesterov's correction.
         weight_decay: of convolution and classifier weights; biases and batch norms have none.
@@ -308,12 +317,21 @@ class Recognizer(LightningModule):
     def on_train_start(self) -> None:
         """Makes the schedule for this run's length and batch, and prints it."""
         trainer = self.trainer
-        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        lengths = [float(trainer.max_epochs)] if trainer.max_epochs is not None and trainer.max_epochs > 0 else []
-        lengths += [trainer.max_steps / steps_per_epoch] if trainer.max_steps > 0 else []
-        if not lengths:
+        length = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        num_epochs = max(trainer.max_epochs or 0, 0)
+        if num_epochs == 0 and trainer.max_steps <= 0:
             raise ValueError("the learning rate's schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        epochs = min(lengths)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        lengths = [length] * (num_epochs or math.ceil(trainer.max_steps / length))
+        if getattr(data, "multigrid", None) is not None:  # each epoch has another number of steps
+            batches = [
+                _limited(data.batches_in_epoch(epoch), trainer.limit_train_batches) for epoch in range(num_epochs)
+            ]
+            lengths = [math.ceil(number / trainer.accumulate_grad_batches) for number in batches]
+        self._first_steps = [0, *itertools.accumulate(lengths)]
+        total = self._first_steps[-1]
+        epochs = len(lengths) * (min(total, trainer.max_steps) if trainer.max_steps > 0 else total) / total
+        self._steps_per_epoch = total / len(lengths)
         clips = (self.batch_size or 0) * trainer.world_size * trainer.accumulate_grad_batches
         self.schedule = self.schedule_for(epochs, clips)
         parts = f"{self.batch_size} clips x {trainer.world_size} processes x {trainer.accumulate_grad_batches} batches"
@@ -322,7 +340,7 @@ class Recognizer(LightningModule):
         rank_zero_info(
             f"learning rate: {self.schedule}{reference}\n"
             f"a step: {parts + f' = {clips} clips' if clips else 'clips as the loader gives them'}; "
-            f"an epoch: {steps_per_epoch} steps"
+            f"an epoch: {self._steps_per_epoch:g} steps"
         )
 
     def schedule_for(self, epochs: float, clips: int) -> Schedule:
@@ -344,9 +362,8 @@ class Recognizer(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         """Sets what depends on the place in the run alone: the learning rate, dropout's seed, the sub-batches."""
         trainer = self.trainer
-        steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-        step = batch_index // trainer.accumulate_grad_batches
-        rate = self.schedule.at(trainer.current_epoch + step / steps_per_epoch)
+        step = self._first_steps[trainer.current_epoch] + batch_index // trainer.accumulate_grad_batches
+        rate = self.schedule.at(step / self._steps_per_epoch)
         if hasattr(trainer.datamodule, "batch_factor"):  # type: ignore[attr-defined]
             rate *= trainer.datamodule.batch_factor(trainer.current_epoch)  # type: ignore[attr-defined]
         for group in self.optimizers(use_pl_optimizer=False).param_groups:  # type: ignore[union-attr]

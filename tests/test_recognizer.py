@@ -97,6 +97,7 @@ def trainer_of(processes=1, accumulated=1, num_batches=100, **attributes):
         "global_rank": 0,
         "accumulate_grad_batches": accumulated,
         "num_training_batches": num_batches,
+        "limit_train_batches": 1.0,
         "current_epoch": 0,
         "datamodule": None,
         "strategy": None,
@@ -162,9 +163,19 @@ def test_the_rate_changes_with_each_step_and_not_with_each_accumulated_batch():
     assert found[2] == found[3] == pytest.approx(0.05)
 
 
-def test_the_rate_grows_with_the_batch_of_multigrids_long_cycle():
-    data = SimpleNamespace(batch_factor=lambda epoch: 8 if epoch < 98 else 1)
-    assert rates(small(), trainer_of(datamodule=data), (49, 147)) == pytest.approx([8 * SCRATCH[49], SCRATCH[147]])
+def test_multigrids_rates_follow_the_steps_and_grow_with_the_long_cycles_batch():
+    """Of 40 steps 10 are in the first two epochs, of 8 times the clips, and 30 in the third one."""
+    lengths, factors = [5, 5, 30], [8, 8, 1]
+    data = SimpleNamespace(
+        multigrid="long", batch_factor=factors.__getitem__, batches_in_epoch=lambda epoch: 2 * lengths[epoch]
+    )
+    trainer = trainer_of(accumulated=2, num_batches=60, max_epochs=3, datamodule=data)
+    found = rates(small(warmup_epochs=0), trainer, (0, 1, 2, 2.5))
+    cosine = [0.05 * (1 + math.cos(math.pi * step / 40)) for step in (0, 5, 10, 25)]
+    assert found == pytest.approx([8 * cosine[0], 8 * cosine[1], cosine[2], cosine[3]])
+    data.batches_in_epoch = lambda epoch: 4 * lengths[epoch]
+    trainer.limit_train_batches = 0.5
+    assert rates(small(warmup_epochs=0), trainer, (2, 2.5)) == pytest.approx(cosine[2:])
 
 
 def test_a_run_of_steps_has_its_schedule_in_them():
