@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -197,6 +198,9 @@ class Throughput(Callback):
         left = math.inf
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             left = (trainer.max_epochs - trainer.current_epoch) * num_steps - num_done
+            data: Any = getattr(trainer, "datamodule", None)
+            if getattr(data, "multigrid", None) is not None:  # each epoch has another number, of steps alike in cost
+                left = sum(map(data.batches_in_epoch, range(trainer.current_epoch, trainer.max_epochs))) - num_done
         if trainer.max_steps >= 0:
             left = min(left, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
         to_go = "" if math.isinf(left) else f", {_duration(left * step_seconds)} to go"
@@ -253,6 +257,30 @@ def _duration(seconds: float) -> str:
         if number >= 2:
             return f"{number:.1f} {unit}" if number < 9.95 else f"{number:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+class MovingAverage(WeightAveraging):
+    """Lightning's averaged weights, an exponential moving average that is quick at first.
+
+    After n steps it keeps min(decay, (1 + n) / (10 + n)) of what it was: with the decay alone, the random weights of
+    the start would count for 1 / (1 - decay) steps, which short trainings do not have.
+
+    Args:
+        decay: share of the average that a step keeps, in (0, 1).
+
+    Raises:
+        ValueError: a decay out of its range.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"ema_decay must lie between 0 and 1, got {decay}")
+
+        def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
+            kept = min(decay, (1 + int(steps)) / (10 + int(steps)))
+            return kept * averaged + (1 - kept) * current
+
+        super().__init__(avg_fn=average)
 
 
 class Memory(Callback):

@@ -139,10 +139,10 @@ class RunCheckpoints(Checkpoint):
     between batches whose gradients are added up. The last step of an epoch is saved when its validation is over:
     Lightning would skip the validation if it went on from a checkpoint made before. So that a validation that is killed
     costs one step, the step before that is saved too. last.ckpt is a link to the newest, best.ckpt another name for the
-    best.
+    best of those at the end of an epoch.
 
     SIGTERM and SIGUSR1, sent to any process, save after the optimiser step under way and raise Preempted in all
-    processes. During a validation they leave at once, if steps are saved. After fit their handlers are the old ones.
+    processes. During a validation they leave at once. After fit their handlers are the old ones.
 
     A save that fails (the disk is full) is logged as a warning and training goes on: no older file is deleted, and the
     next save tries again.
@@ -150,10 +150,12 @@ class RunCheckpoints(Checkpoint):
     Args:
         folder: where checkpoints go; made if need be. One run only: what is older, or newer than the step that a run
             has gone back to, is deleted there.
-        every_n_steps: optimiser steps between saves, None for one per epoch.
+        every_n_steps: optimiser steps between saves; None: only those at the end of each epoch and before a validation.
         keep: how many of the newest step checkpoints stay.
         monitor: metric of the validation whose highest value makes best.ckpt; None for none. Values that are not
             finite are passed over.
+
+        start: the checkpoint that this process goes on from; all processes' must have the same name.
 
     Attributes:
         last_good: the newest checkpoint that is safe, or the one that training went on from; None before the first.
@@ -161,11 +163,16 @@ class RunCheckpoints(Checkpoint):
         best_step: optimiser steps before best_score.
 
     Raises:
-        ValueError: every_n_steps or keep below 1.
+        ValueError: every_n_steps or keep below 1; in fit, processes that go on from different checkpoints.
     """
 
     def __init__(
-        self, folder: str | Path, every_n_steps: int | None = None, keep: int = 3, monitor: str | None = "val/top1"
+        self,
+        folder: str | Path,
+        every_n_steps: int | None = None,
+        keep: int = 3,
+        monitor: str | None = "val/top1",
+        start: str | Path | None = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, or None for one save per epoch, got {every_n_steps}")
@@ -175,6 +182,7 @@ class RunCheckpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.monitor = monitor
+        self.start = start
         self.last_good: Path | None = None
         self.best_score: float | None = None
         self.best_step: int | None = None
@@ -199,6 +207,14 @@ class RunCheckpoints(Checkpoint):
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob("*.ckpt.tmp"):
                 path.unlink()
+        if stage == "fit":
+            mine = Path(self.start).name if self.start is not None else "a start from scratch"
+            first = trainer.strategy.broadcast(mine)
+            if mine != first:
+                raise ValueError(
+                    f"process {trainer.global_rank} goes on from {mine}, and process 0 from {first}: all of them must "
+                    f"see the same files in {self.folder}"
+                )
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the signals; Lightning has only just taken them itself."""
@@ -230,16 +246,16 @@ class RunCheckpoints(Checkpoint):
         if step == self._step_seen:
             return
         self._step_seen = step
-        if self.every_n_steps is not None:
-            next_is_last = trainer.num_training_batches - (batch_idx + 1) <= trainer.accumulate_grad_batches
-            self._due |= step % self.every_n_steps == 0 or (next_is_last and _validates(trainer))
+        self._due |= self.every_n_steps is not None and step % self.every_n_steps == 0
+        self._due |= _validates_next(trainer, batch_idx)
         # A run that ends amid an epoch can only be prolonged exactly from here.
-        self._due |= step == trainer.max_steps
+        self._due |= step == trainer.max_steps or trainer.should_stop
         # Lightning goes on from a checkpoint made here as if what follows the batch, a validation or the end of the
         # epoch, were over: such a save waits for the next step or the end of the epoch.
         epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         assert fetcher is not None
-        if trainer.is_last_batch or epoch_loop._should_check_val_fx(fetcher):
+        # (The validation that a stop brings about is no part of the epoch.)
+        if trainer.is_last_batch or (not trainer.should_stop and epoch_loop._should_check_val_fx(fetcher)):
             return
         leave = self._all_told_to_leave(trainer)
         if self._due or leave:
@@ -256,7 +272,7 @@ class RunCheckpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Leaves if a signal came; the step before is saved."""
-        if self.every_n_steps is not None and dataloader_idx == 0 and batch_idx < self._common_batches:
+        if dataloader_idx == 0 and batch_idx < self._common_batches:
             self._leave_if_told(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -344,10 +360,15 @@ class RunCheckpoints(Checkpoint):
         raise Preempted(self.last_good)
 
 
-def _validates(trainer: Trainer) -> bool:
-    """Whether the epoch that runs is to be validated."""
-    every = trainer.check_val_every_n_epoch
-    return trainer.enable_validation and (every is None or (trainer.current_epoch + 1) % every == 0)
+def _validates_next(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a validation follows the next optimiser step."""
+    every_epochs, every = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if not trainer.enable_validation or not isinstance(every, int):
+        return False
+    if every_epochs is not None and (trainer.current_epoch + 1) % every_epochs:
+        return False
+    batches = 1 + (batch_idx if every_epochs is not None else trainer.fit_loop.total_batch_idx)
+    return every - batches % every <= trainer.accumulate_grad_batches
 
 
 def _step_files(folder: Path) -> list[tuple[int, Path]]:

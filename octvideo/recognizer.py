@@ -225,6 +225,9 @@ class Recognizer(LightningModule):
         Returns:
             (B, num_classes).
         """
+        for module in self.network.modules():
+            if isinstance(module, SubBatchNorm):
+                module.splits = max(1, len(clips) // (self.sub_batch or len(clips)))
         x = (clips.to(torch.float32) / 255 - self.mean) / self.std
         return self.network(x)  # type: ignore[no-any-return]
 
@@ -323,10 +326,9 @@ class Recognizer(LightningModule):
             raise ValueError("the learning rate's schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         lengths = [length] * (num_epochs or math.ceil(trainer.max_steps / length))
-        if getattr(data, "multigrid", None) is not None:  # each epoch has another number of steps
-            batches = [
-                _limited(data.batches_in_epoch(epoch), trainer.limit_train_batches) for epoch in range(num_epochs)
-            ]
+        of_shapes = getattr(data, "multigrid", None) is not None
+        if of_shapes:  # each epoch has another number of steps
+            batches = [_limited(data.batches_in_epoch(k), trainer.limit_train_batches) for k in range(len(lengths))]
             lengths = [math.ceil(number / trainer.accumulate_grad_batches) for number in batches]
         self._first_steps = [0, *itertools.accumulate(lengths)]
         total = self._first_steps[-1]
@@ -337,6 +339,8 @@ class Recognizer(LightningModule):
         parts = f"{self.batch_size} clips x {trainer.world_size} processes x {trainer.accumulate_grad_batches} batches"
         scaled = self.schedule.peak / self.recipe.peak
         reference = f"; scaled by {scaled:g} from {self.reference_batch} clips" if scaled != 1 else ""
+        factors = dict.fromkeys(data.batch_factor(epoch) for epoch in range(len(lengths))) if of_shapes else {}
+        reference += f"; times {', '.join(map(str, factors))} by turns, as the batches of multigrid" if factors else ""
         rank_zero_info(
             f"learning rate: {self.schedule}{reference}\n"
             f"a step: {parts + f' = {clips} clips' if clips else 'clips as the loader gives them'}; "
@@ -360,7 +364,7 @@ class Recognizer(LightningModule):
         return recipe.scaled(clips / self.reference_batch) if clips and self.reference_batch else recipe
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        """Sets what depends on the place in the run alone: the learning rate, dropout's seed, the sub-batches."""
+        """Sets what depends on the place in the run alone: the learning rate and dropout's seed."""
         trainer = self.trainer
         step = self._first_steps[trainer.current_epoch] + batch_index // trainer.accumulate_grad_batches
         rate = self.schedule.at(step / self._steps_per_epoch)
@@ -370,10 +374,6 @@ class Recognizer(LightningModule):
             group["lr"] = rate
         turn = (self.seed, trainer.current_epoch, batch_index, trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(turn).generate_state(1, np.uint64)[0] >> 1))
-        clips = batch.clips.shape[:2].numel()
-        for module in self.network.modules():
-            if isinstance(module, SubBatchNorm):
-                module.splits = max(1, clips // (self.sub_batch or clips))
 
     def on_validation_epoch_start(self) -> None:
         """Gathers sharded weights once: processes whose last batches hold fewer videos make fewer forward passes."""

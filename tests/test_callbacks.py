@@ -19,6 +19,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from octvideo.callbacks import (
@@ -27,6 +28,7 @@ from octvideo.callbacks import (
     FiniteLoss,
     LoaderKilledError,
     Memory,
+    MovingAverage,
     NotFiniteError,
     Throughput,
     naming_killed_loaders,
@@ -590,3 +592,36 @@ def test_an_epochs_line_has_validation_figures_only_if_it_was_validated(capsys):
     trainer.current_epoch = 5
     callback.on_train_epoch_end(trainer, None)
     assert capsys.readouterr().out == "epoch 5/10  train/loss 0.5  val/top1 0.75\nepoch 6/10  train/loss 0.5\n"
+
+
+def test_the_moving_average_is_quick_at_first():
+    average = MovingAverage(0.9)
+    model = nn.Linear(1, 1, bias=False)
+    average._average_model = AveragedModel(model, **average._kwargs)
+    wanted = None
+    for step, value in enumerate([1.0, 2.0, 3.0, 4.0, 5.0]):
+        nn.init.constant_(model.weight, value)
+        average._average_model.update_parameters(model)
+        kept = (1 + step) / (10 + step)
+        wanted = value if wanted is None else kept * wanted + (1 - kept) * value
+        assert average._average_model.module.weight.item() == pytest.approx(wanted)
+    average._average_model.n_averaged.fill_(1000)
+    nn.init.constant_(model.weight, 0.0)
+    average._average_model.update_parameters(model)
+    assert average._average_model.module.weight.item() == pytest.approx(0.9 * wanted)
+
+
+@pytest.mark.parametrize("decay", [0, 1])
+def test_impossible_averages_are_refused(decay):
+    with pytest.raises(ValueError, match=f"ema_decay must lie between 0 and 1, got {decay}"):
+        MovingAverage(decay)
+
+
+def test_the_estimate_counts_the_steps_of_each_of_multigrids_epochs(capsys):
+    lengths = [40, 60, 100]
+    data = SimpleNamespace(multigrid="long", batches_in_epoch=lengths.__getitem__)
+    trainer = SimpleNamespace(
+        num_training_batches=60, is_global_zero=True, max_epochs=3, max_steps=-1, current_epoch=1, datamodule=data
+    )
+    Throughput()._estimate(trainer, 2.0, 22)
+    assert "4.6 min to go (2 s a step, 60 steps an epoch)" in capsys.readouterr().out  # 138 steps

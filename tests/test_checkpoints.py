@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,9 +287,31 @@ def test_no_step_is_saved_just_before_a_validation_amid_an_epoch(tmp_path):
     assert files(tmp_path) == ["last.ckpt", *(f"step_{step:08d}.ckpt" for step in (1, 2, 4))]
 
 
-def test_without_every_n_steps_epochs_are_saved(tmp_path):
+def test_without_every_n_steps_epochs_and_the_steps_before_validations_are_saved(tmp_path):
     fit(tmp_path, every_n_steps=None)
+    assert files(tmp_path) == ["last.ckpt", *(f"step_{step:08d}.ckpt" for step in (3, 4, 7, 8, 11, 12))]
+
+
+def test_without_validations_only_epochs_are_saved(tmp_path):
+    fit(tmp_path, every_n_steps=None, limit_val_batches=0)
     assert files(tmp_path) == ["last.ckpt", *(f"step_{step:08d}.ckpt" for step in (4, 8, 12))]
+
+
+def test_the_step_before_a_validation_amid_an_epoch_is_saved(tmp_path):
+    fit(tmp_path, every_n_steps=None, val_check_interval=4, max_epochs=2)
+    assert {"step_00000001.ckpt", "step_00000005.ckpt"} <= set(files(tmp_path))  # the validation follows steps 2 and 6
+
+
+def test_a_run_that_somebody_stops_amid_an_epoch_can_be_prolonged_from_there(tmp_path):
+    whole, _, _ = fit(tmp_path / "whole")
+    stop = At(lambda: None)
+    stop.on_train_batch_end = lambda trainer, *args: setattr(trainer, "should_stop", trainer.global_step == 2)
+    _, saves, _ = fit(tmp_path / "stopped", callbacks=[stop], every_n_steps=None)
+    assert saves.last_good == tmp_path / "stopped" / "step_00000002.ckpt"
+    model, _, _ = fit(tmp_path / "stopped", ckpt_path=saves.last_good)
+    assert model.steps == whole.steps[4:]
+    for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_only_the_newest_stay_and_the_best_survives_them(tmp_path):
@@ -317,7 +340,7 @@ def test_the_best_is_remembered_by_a_run_that_goes_on(tmp_path):
 def test_a_metric_that_is_not_there_is_an_error_after_the_save(tmp_path):
     with pytest.raises(ValueError, match=r"best\.ckpt is chosen by 'val/top1', which the validation did not log"):
         fit(tmp_path, monitor="val/top1", every_n_steps=None)
-    assert files(tmp_path) == ["last.ckpt", "step_00000004.ckpt"]
+    assert files(tmp_path) == ["last.ckpt", "step_00000003.ckpt", "step_00000004.ckpt"]
 
 
 def test_epochs_without_validation_have_no_best(tmp_path):
@@ -335,7 +358,7 @@ def test_what_is_newer_than_the_step_gone_back_to_is_deleted_after_the_next_save
 
 def test_half_written_files_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / "step_00000099.ckpt.tmp").write_bytes(b"half")
-    fit(tmp_path, every_n_steps=None, max_epochs=1)
+    fit(tmp_path, every_n_steps=None, max_epochs=1, limit_val_batches=0)
     assert files(tmp_path) == ["last.ckpt", "step_00000004.ckpt"]
 
 
@@ -450,7 +473,7 @@ def test_a_best_that_could_not_be_saved_is_not_the_best(tmp_path, small_files):
     )
     assert (saves.best_score, saves.best_step) == (0.5, 4)
     assert saves.last_good == tmp_path / "step_00000004.ckpt"
-    assert files(tmp_path) == ["best.ckpt", "last.ckpt", "step_00000004.ckpt"]
+    assert files(tmp_path) == ["best.ckpt", "last.ckpt", "step_00000003.ckpt", "step_00000004.ckpt"]
 
 
 def test_nothing_is_deleted_while_last_cannot_be_moved_on(tmp_path, caplog, monkeypatch):
@@ -458,7 +481,7 @@ def test_nothing_is_deleted_while_last_cannot_be_moved_on(tmp_path, caplog, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "_point", refuse)
-    _, saves, _ = fit(tmp_path, keep=1, every_n_steps=None)
+    _, saves, _ = fit(tmp_path, keep=1, every_n_steps=None, limit_val_batches=0)
     assert files(tmp_path) == [f"step_{step:08d}.ckpt" for step in (4, 8, 12)]
     assert saves.last_good == tmp_path / "step_00000012.ckpt"
     assert (
@@ -507,12 +530,20 @@ def test_a_signal_in_a_validation_leaves_at_once_and_costs_one_step(tmp_path):
     assert model.validated == [7]
 
 
-def test_a_signal_in_a_validation_waits_for_it_where_only_epochs_are_saved(tmp_path):
+def test_a_signal_in_a_validation_leaves_at_once_where_only_epochs_are_saved_too(tmp_path):
     model = Tiny()
     with pytest.raises(Preempted) as left:
         fit(tmp_path, model, callbacks=[At(send(signal.SIGTERM), validation=(1, 0))], every_n_steps=None)
-    assert left.value.path == tmp_path / "step_00000008.ckpt"
-    assert model.validated == [7, 14]
+    assert left.value.path == tmp_path / "step_00000007.ckpt"
+    assert model.validated == [7]
+
+
+def test_processes_that_go_on_from_different_checkpoints_are_refused(tmp_path):
+    saves = RunCheckpoints(tmp_path, start="there/step_00000001.ckpt")
+    strategy = SimpleNamespace(broadcast=lambda name: "step_00000002.ckpt")
+    trainer = SimpleNamespace(strategy=strategy, is_global_zero=False, global_rank=3)
+    with pytest.raises(ValueError, match=r"process 3 goes on from step_00000001.ckpt, and process 0 from step_0"):
+        saves.setup(trainer, None, "fit")
 
 
 def test_a_signal_before_the_first_step_leaves_without_a_checkpoint(tmp_path):

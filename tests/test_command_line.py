@@ -109,7 +109,7 @@ def test_a_wrong_key_in_a_file_and_a_wrong_label_are_one_line_each(motions, tmp_
 def test_a_run_writes_options_logs_and_checkpoints(trained):
     options = yaml.safe_load((trained / "config.yaml").read_text())
     assert options["model"]["alpha"] == 0.5
-    steps = {"step_00000004.ckpt", "step_00000008.ckpt"}
+    steps = {"step_00000004.ckpt", "step_00000007.ckpt", "step_00000008.ckpt"}
     assert {path.name for path in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", *steps}
     assert list(trained.glob("events.out.tfevents.*"))
     header, *rows = (trained / "csv" / "version_0" / "metrics.csv").read_text().splitlines()

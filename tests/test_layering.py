@@ -21,6 +21,7 @@ ALLOWED = {
     "checks": {"octaves"},
     "schedule": set(),
     "checkpoints": set(),
+    "loggers": set(),
     "fuse": set(),
     "cost": set(),
     "weights": set(),

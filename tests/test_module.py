@@ -324,7 +324,9 @@ def test_going_on_decodes_no_video_that_was_seen(lists, monkeypatch):
 
 
 def training(data, rank=0, world_size=1):
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, current_epoch=0, max_epochs=2)
+    data.trainer = SimpleNamespace(
+        global_rank=rank, world_size=world_size, current_epoch=0, max_epochs=2, accumulate_grad_batches=1
+    )
     return data
 
 

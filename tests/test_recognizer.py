@@ -211,6 +211,13 @@ def test_a_schedule_without_an_end_is_refused():
         recognizer.on_train_start()
 
 
+def test_a_short_cycle_may_run_for_a_number_of_steps():
+    data = SimpleNamespace(multigrid="short", batch_factor=lambda epoch: 1, batches_in_epoch=lambda epoch: 100)
+    recognizer = small(warmup_epochs=0)
+    found = rates(recognizer, trainer_of(max_epochs=-1, max_steps=150, datamodule=data), (0, 0.75))
+    assert found == pytest.approx([0.1, 0.05])
+
+
 def test_dropout_depends_on_the_place_in_the_run_alone():
     recognizer = small()
     trainer = trainer_of()
@@ -247,11 +254,13 @@ def test_frozen_parts_keep_weights_and_statistics():
 
 
 def test_sub_batches_have_the_clips_of_a_batch_at_full_size():
+    """In training, and in batches of another size that batch-norm statistics are estimated from."""
     recognizer = small(normalization="sub", batch_size=4)
-    rates(recognizer, trainer_of(), (0,))  # of a batch of 8
     norms = [module for module in recognizer.network.modules() if isinstance(module, SubBatchNorm)]
     assert len(norms) == 53
-    assert {norm.splits for norm in norms} == {2}
+    for clips, splits in ((8, 2), (3, 1), (12, 3), (4, 1)):
+        recognizer(torch.zeros(clips, 3, 2, 32, 32, dtype=torch.uint8))
+        assert {norm.splits for norm in norms} == {splits}
 
 
 def test_recomputed_blocks_and_compiled_networks_are_switched_on():

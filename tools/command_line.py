@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Of Lightning and its libraries, about their own inside; nothing that a user of octvideo could change.
 for message in (
     *(".*LeafSpec.*", ".*smaller than the logging interval.*", ".*callbacks used to create.*"),
-    *(".*WeightAveraging callback with a model that overrides.*", ".*modules in eval mode at the start of training.*"),
+    *(".*WeightAveraging callback with a model that overrides.*", r".*module\(s\) in eval mode at the start.*"),
 ):
     warnings.filterwarnings("ignore", message)
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
@@ -30,9 +30,11 @@ import torch  # noqa: E402
 from jsonargparse import ActionConfigFile  # noqa: E402
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from octvideo.alphas import AlphaSchedule  # noqa: E402
 from octvideo.callbacks import BadVideos, LoaderKilledError, NotFiniteError  # noqa: E402
+from octvideo.checkpoints import DamagedCheckpointError, verify  # noqa: E402
 from octvideo.data.annotations import ListError  # noqa: E402
 from octvideo.data.module import VideoData  # noqa: E402
 from octvideo.data.video import DecodeError  # noqa: E402
@@ -64,6 +66,10 @@ Cli = TypeVar("Cli", bound="CommandLine")
 
 def fail(message: str) -> NoReturn:
     """Ends the program with one line on standard error."""
+    # Of an option that may be null, jsonargparse says too that the value is not null: only the other reason helps.
+    reasons = [line.strip()[2:] for line in str(message).splitlines() if line.strip().startswith("- ")]
+    if "Union subtypes" in str(message) and (useful := [reason for reason in reasons if "NoneType" not in reason]):
+        message = f"{str(message).splitlines()[0].partition('Does not validate')[0]}{useful[0]}"
     line = " ".join(str(message).split())
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
@@ -98,6 +104,7 @@ class CommandLine(LightningCLI):
             parser_kwargs={"description": description, "default_env": False},
             trainer_defaults={"use_distributed_sampler": False, "callbacks": [BadVideos()]},
             run=False,
+            auto_configure_optimizers=False,  # the recipe's is the recognizer's
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -125,12 +132,15 @@ class CommandLine(LightningCLI):
         also take the place of model.weights, which is not read again.
         """
         try:
+            verify(path)
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             # Older checkpoints do not name what there was no choice of.
             known = {"downsample": "conv", "round_to": 1} | checkpoint["hyper_parameters"]
             trained = {key: known[key] for key in NETWORK_OPTIONS}
         except FileNotFoundError as error:
             raise ValueError(f"{option} {path}: no such file") from error
+        except DamagedCheckpointError as error:
+            raise ValueError(f"{option} {error}") from error
         except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, OSError) as error:
             raise ValueError(f"{option} {path}: not a checkpoint of train_net.py: {error}") from error
         options = self.config["model"]
@@ -195,8 +205,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def start(command_line: Callable[[], Cli]) -> Cli:
-    """Builds a command line; a mistake of the user's, which is a ValueError, ends the program with its one line."""
+    """Builds a command line; a mistake of the user's ends the program with its one line."""
     try:
         return command_line()
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         fail(str(error))

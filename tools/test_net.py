@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class Testing(CommandLine):
         """Adds --ckpt, --output and the options for other alphas."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--ckpt", type=str, required=True, help="checkpoint that train_net.py wrote")
+        parser.add_argument("--ckpt_path", type=str | None, help=SUPPRESS)  # of training, as --print_config writes it
         parser.add_argument("--output", type=str | None, help="folder for predictions.json; default: RUN_FOLDER/test")
         parser.add_argument(
             "--alphas",

@@ -10,21 +10,23 @@ or files, or a loss that is not finite; others: an error of the program.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from command_line import CommandLine, LoggerName, one_line_errors, start
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from octvideo.callbacks import EpochLines, FiniteLoss, Memory, Throughput, naming_killed_loaders
-from octvideo.checkpoints import RunCheckpoints, newest_intact
+from octvideo.callbacks import EpochLines, FiniteLoss, Memory, MovingAverage, Throughput, naming_killed_loaders
+from octvideo.checkpoints import EXIT_PREEMPTED, Preempted, RunCheckpoints, newest_intact
 from octvideo.checks import SelfTest
+from octvideo.loggers import PatientCSVLogger, PatientTensorBoardLogger
 from octvideo.normalization import PreciseBatchNorm
 
 
@@ -59,15 +61,26 @@ class Training(CommandLine):
         """Refuses to train over a finished or interrupted run, or to go on from nothing."""
         self.take_processes_of_launcher()
         self.ckpt_path = ckpt_path = self.config.pop("ckpt_path")  # not to be kept in the run's config.yaml
-        if (self.config["ema_decay"] is not None) and not 0 < self.config["ema_decay"] < 1:
-            raise ValueError(f"ema_decay must lie between 0 and 1, got {self.config['ema_decay']}")
         if self.config["ema_decay"] is not None and self.config["trainer"]["strategy"] == "fsdp":
             raise ValueError("ema_decay needs whole weights in every process: leave it out, or trainer.strategy fsdp")
         if self.config["precise_bn"] < 0:
             raise ValueError(f"precise_bn must be at least 0, got {self.config['precise_bn']}")
+        model = self.config["model"]
+        if ckpt_path is None and model["weights"] is None and (model["freeze"] or model["normalization"] == "frozen"):
+            raise ValueError(
+                "model.freeze and model.normalization frozen keep what a trained network knows: name one by "
+                "--model.weights FILE"
+            )
+        for option in ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val"):
+            value = self.config["trainer"][option]
+            if value is not None and (value < 0 or (value == 0 and option != "gradient_clip_val")):
+                raise ValueError(f"trainer.{option} must be positive, got {value}")
         folder = self.run_folder / "checkpoints"
         begun = any(folder.glob("*.ckpt"))
-        if ckpt_path is None and begun:
+        own = ckpt_path in ("last", "auto") or (
+            ckpt_path is not None and Path(ckpt_path).absolute().parent == folder.absolute()
+        )
+        if begun and not own:
             raise ValueError(
                 f"{self.run_folder} already holds a run: go on with it by --ckpt_path last, "
                 "or choose another folder by --trainer.default_root_dir"
@@ -113,9 +126,9 @@ class Training(CommandLine):
     def _logger(self, name: LoggerName) -> Logger:
         folder = self.run_folder
         if name == "tensorboard":
-            return TensorBoardLogger(folder, name="", version="")
+            return PatientTensorBoardLogger(folder, name="", version="")
         if name == "csv":
-            return CSVLogger(folder, name="csv")
+            return PatientCSVLogger(folder, name="csv")
         try:
             return WandbLogger(save_dir=folder, name=folder.name, project="octvideo")
         except ModuleNotFoundError as error:
@@ -128,7 +141,7 @@ class Training(CommandLine):
         if (schedule := self.config_init["alpha_schedule"]) is not None:
             callbacks.append(schedule)
         if (decay := self.config["ema_decay"]) is not None:
-            callbacks.append(EMAWeightAveraging(decay=decay))
+            callbacks.append(MovingAverage(decay))
         if self.config["precise_bn"] > 0:
             callbacks.append(PreciseBatchNorm(self.config["precise_bn"]))
         if self.config["trainer"]["enable_checkpointing"] is not False:
@@ -139,6 +152,7 @@ class Training(CommandLine):
                     every_n_steps=self.config["save_every_n_steps"],
                     keep=self.config["keep_checkpoints"],
                     monitor=monitor,
+                    start=self.ckpt_path,
                 )
             )
         return callbacks
@@ -146,9 +160,17 @@ class Training(CommandLine):
 
 def main() -> None:
     """Trains."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # before and after fit, in which RunCheckpoints takes them
+        signal.signal(number, lambda *_: sys.exit(EXIT_PREEMPTED))
     cli = start(lambda: Training(__doc__ or "", keep_options=True))
-    with one_line_errors(), naming_killed_loaders(cli.trainer):
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
+    try:
+        with one_line_errors(), naming_killed_loaders(cli.trainer):
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
+    except Preempted:
+        by_lightning = isinstance(cli.trainer.strategy.cluster_environment, LightningEnvironment)
+        if by_lightning and not cli.trainer.is_global_zero:
+            return  # the process that started this one would be killed if it ended with another code than 0
+        raise
     if cli.trainer.is_global_zero:
         print(f"checkpoints: {cli.run_folder / 'checkpoints'}  logs: tensorboard --logdir {cli.run_folder}")
 

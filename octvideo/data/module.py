@@ -265,8 +265,8 @@ class VideoData(LightningDataModule):
             raise ValueError(
                 f"the checkpoint was written after {position['batches']} batches of epoch {position['epoch']}, which "
                 f"had {_say(position['dealt'])}; now it would have {_say(dealt)}. Going on in the middle of an epoch "
-                "needs the same trainer.devices x num_nodes x data.batch_size / clips_per_video, train_list, multigrid "
-                "and seed_everything; from a checkpoint of an epoch's end all of them may change"
+                "needs the same trainer.devices x num_nodes x data.batch_size / clips_per_video, accumulated batches, "
+                "train_list, multigrid and seed_everything; from a checkpoint of an epoch's end all of them may change"
             )
         batches = self._batches(self.seed, self._shapes, start=(position["epoch"], position["batches"]))
         batches.sampler.set_epoch(max(position["epoch"], self.trainer.current_epoch if self.trainer is not None else 0))
@@ -371,7 +371,13 @@ class VideoData(LightningDataModule):
         """What the number of an epoch's batches so far has to go with, to say which videos they had."""
         batches = self._batches(self.seed, self._shapes)
         sizes = [size * batches.sampler.world_size for size in batches.sizes(epoch)]
-        return {"videos": batches.sampler.num_videos, "videos_a_batch": sizes, "seed": self.seed}
+        accumulated = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        return {
+            "videos": batches.sampler.num_videos,
+            "videos_a_batch": sizes,
+            "accumulated": accumulated,
+            "seed": self.seed,
+        }
 
     def _clips(self, seed: int) -> TrainingClips:
         return TrainingClips(
@@ -406,4 +412,7 @@ class VideoData(LightningDataModule):
 
 def _say(dealt: dict[str, Any]) -> str:
     sizes = " and ".join(map(str, dealt["videos_a_batch"]))
-    return f"{dealt['videos']} videos, {sizes} a batch over all processes, in the order of seed {dealt['seed']}"
+    return (
+        f"{dealt['videos']} videos, {sizes} a batch over all processes, {dealt['accumulated']} batches a step, in the "
+        f"order of seed {dealt['seed']}"
+    )

@@ -1,0 +1,43 @@
+"""Logs that cannot be written do not end a run."""
+
+from pathlib import Path
+
+import pytest
+
+from octvideo.loggers import PatientCSVLogger, PatientTensorBoardLogger
+
+FULL = Path("/dev/full")  # Linux's file on which every write finds the disk full
+THREAD = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+pytestmark = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+
+
+@THREAD  # in which TensorBoard writes, and finds the disk full
+def test_tensorboard_goes_on_after_a_full_disk(tmp_path, caplog):
+    logger = PatientTensorBoardLogger(tmp_path, name="", version="")
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.save()
+    record_writer = logger.experiment.file_writer.event_writer._async_writer._writer
+    record_writer._writer = FULL.open("wb", buffering=0)
+    for step in range(1, 5):
+        logger.log_metrics({"loss": 1.0}, step)
+        logger.save()  # waits for the writer, and finds its error
+    logger.finalize("success")
+    warnings = [record.getMessage() for record in caplog.records if "cannot write" in record.getMessage()]
+    assert warnings == [
+        "PatientTensorBoardLogger cannot write: [Errno 28] No space left on device. Training goes on without it."
+    ]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2  # the one from before, and the one after
+
+
+def test_csv_goes_on_after_a_full_disk(tmp_path, caplog):
+    logger = PatientCSVLogger(tmp_path, name="csv")
+    logger.experiment.metrics_file_path = str(FULL)
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.save()
+    logger.log_metrics({"loss": 2.0}, 1)
+    logger.save()
+    logger.finalize("success")
+    warnings = [record.getMessage() for record in caplog.records if "cannot write" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "No space left on device" in warnings[0]
+    assert "2.0" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
