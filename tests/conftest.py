@@ -62,7 +62,7 @@ def _be_tool(arguments, folder, environment):
         os.dup2(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.chdir(ROOT)
     os.setpgrp()  # as a shell does: signals to the group are for this process and those that it starts
-    os.environ.update(environment)
+    os.environ.update({"PYTHONPATH": str(ROOT / "tests"), **environment})
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     sys.argv = arguments
     sys.path.insert(0, str(ROOT / "tools"))

@@ -33,6 +33,26 @@ class Signal(Callback):
             subprocess.run([sys.executable, "-c", code], start_new_session=True, check=True)
 
 
+class SignalBeforeTraining(Callback):
+    """Sends this process a signal before there is anything to save.
+
+    Args:
+        number: of the signal.
+        place: hook in which it comes.
+    """
+
+    def __init__(self, number: int, place: str):
+        self.number, self.place = number, place
+
+    def setup(self, trainer, pl_module, stage):
+        if self.place == "setup":
+            os.kill(os.getpid(), self.number)
+
+    def on_sanity_check_start(self, trainer, pl_module):
+        if self.place == "on_sanity_check_start":
+            os.kill(os.getpid(), self.number)
+
+
 class NotANumber(Callback):
     """Puts a NaN into a batch, after its way to the device."""
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,22 @@ def assert_one_line(finished, *parts):
         (["--model.name=slowfast_r50", "--data.clip_frames=6"], ["multiple of model.frame_ratio 4", "got 6"]),
         (["--cfg=nothing.yaml"], ["nothing.yaml"]),
         (["--model.weights=nothing.pth"], ["nothing.pth: no such file"]),
+        (["--optimizer=AdamW"], ["optimizer"]),
+        (["--model.freeze=[blocks.0]"], ["name one by --model.weights FILE"]),
+        (["--ema_decay=2"], ["ema_decay must lie between 0 and 1, got 2"]),
+        (["--precise_bn=-1"], ["precise_bn must be at least 0, got -1"]),
+        (["--trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches must be positive, got 0"]),
+        (["--trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val must be positive, got -1"]),
+        (["--trainer.limit_train_batches=2.5"], ["limit_train_batches"]),
+        (["--data.multigrid.cycles=0"], ["data.multigrid.cycles must be at least 1, got 0"]),
+        (
+            ["--alpha_schedule.start=2", "--alpha_schedule.end_epoch=3"],
+            ["start of the alpha schedule: alpha must lie in [0, 1], got 2"],
+        ),
+        (
+            ["--model.name=slowfast_r50", "--data.clip_frames=32", "--data.multigrid.cycles=1"],
+            ["data.multigrid.frames_multiple must be a multiple of model.frame_ratio 4 for SlowFast, got 1"],
+        ),
         (["--model.weights=README.md"], ["README.md: no checkpoint that torch.load(weights_only=True) reads"]),
         (["--data.augmentation.mixup_alpha=-1"], ["mixup_alpha and cutmix_alpha must be at least 0, got -1"]),
         (["--data.target_fps=0"], ["target_fps must be positive"]),
@@ -324,6 +341,34 @@ def test_videos_that_are_all_bad_or_too_few_end_training_with_one_line(motions, 
     finished = run_tool("train_net.py", *options, "--data.root=/nowhere", "--trainer.limit_val_batches=0")
     assert_one_line(finished, "/nowhere/train/", "No such file or directory (and the 9 videos tried before it")
     assert_one_line(run_tool("train_net.py", *options, "--data.batch_size=64"), "lower --data.batch_size")
+
+
+def test_another_runs_checkpoint_cannot_take_over_a_folder(motions, trained, tmp_path):
+    other = tmp_path / "other.ckpt"
+    shutil.copy(trained / "checkpoints" / "last.ckpt", other)
+    before = sorted((trained / "checkpoints").iterdir())
+    refused = run_tool("train_net.py", *small(motions, trained), f"--ckpt_path={other}")
+    assert_one_line(refused, f"{trained} already holds a run")
+    assert sorted((trained / "checkpoints").iterdir()) == before
+
+
+def test_a_changed_checkpoint_is_neither_tested_nor_gone_on_from(motions, trained, tmp_path):
+    changed = tmp_path / "changed.ckpt"
+    content = bytearray((trained / "checkpoints" / "last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    changed.write_bytes(content)
+    for tool, option in (("test_net.py", "--ckpt"), ("train_net.py", "--ckpt_path")):
+        refused = run_tool(tool, *small(motions, tmp_path / "run"), f"{option}={changed}")
+        assert_one_line(refused, f"{option} {changed} is no intact checkpoint: its bytes are not those")
+
+
+def test_the_printed_options_of_training_serve_for_testing(motions, trained, tmp_path):
+    printed = run_tool("train_net.py", *small(motions, trained), "--ema_decay=.9", "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    (tmp_path / "all.yaml").write_text(printed.stdout)
+    options = [f"--cfg={tmp_path / 'all.yaml'}", f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}"]
+    tested = run_tool("test_net.py", *options, f"--output={tmp_path}", "--data.test_clips=1")
+    assert tested.returncode == 0, tested.stderr
 
 
 def test_bfloat16_is_one_option(motions, tmp_path):

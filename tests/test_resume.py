@@ -82,6 +82,29 @@ def test_a_run_killed_and_told_to_leave_ends_with_the_same_weights(motions, tmp_
     assert_same(tmp_path / "whole", tmp_path / "torn")
 
 
+@pytest.mark.parametrize(
+    ("number", "place"),
+    [(signal.SIGTERM, "setup"), (signal.SIGUSR1, "setup"), (signal.SIGTERM, "on_sanity_check_start")],
+)
+def test_a_signal_before_the_first_step_leaves_with_the_same_code(motions, tmp_path, number, place):  # noqa: F811
+    before = [
+        "--trainer.callbacks=faults.SignalBeforeTraining",
+        f"--trainer.callbacks.number={int(number)}",
+        f"--trainer.callbacks.place={place}",
+    ]
+    left = run_tool("train_net.py", *small(motions, tmp_path / "run"), *before)
+    assert left.returncode == 75, left.stderr
+    assert not list(tmp_path.glob("run/checkpoints/*.ckpt"))
+
+
+def test_the_launcher_of_lightning_ends_with_the_same_code(motions, tmp_path):  # noqa: F811
+    """It kills the first process where another one ends with an error."""
+    options = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--data.num_workers=0"]
+    left = run_tool("train_net.py", *small(motions, tmp_path / "run"), *options, *fault(1, signal.SIGTERM, rank=0))
+    assert left.returncode == 75, left.stderr
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(motions, tmp_path):  # noqa: F811
     options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--save_every_n_steps=1"]
     whole = run_tool("train_net.py", *options)
