@@ -22,6 +22,7 @@ ALLOWED = {
     "schedule": set(),
     "checkpoints": set(),
     "loggers": set(),
+    "sharding": {"checkpoints"},
     "fuse": set(),
     "cost": set(),
     "weights": set(),

@@ -82,14 +82,14 @@ def test_any_number_of_processes_counts_each_of_61_videos_once(many, trained, tm
 
 
 def test_sharded_training_is_replicated_training(motions, tmp_path):  # noqa: F811
-    """FSDP2 and DDP end with the same weights, momenta and validation, and FSDP's run is gone on from and tested."""
+    """FSDP2 and DDP end with the same weights and momenta, go on from each other's checkpoints, and are tested."""
     options = ["--trainer.accelerator=cpu", "--trainer.gradient_clip_val=1", "--data.num_workers=0", "--precise_bn=1"]
-    for strategy in ("ddp", "fsdp"):
-        run = small(motions, tmp_path / strategy)
-        kind = f"--trainer.strategy={strategy}"
-        ended = run_processes(2, "train_net.py", *run, *options, kind, "--trainer.max_epochs=1")
+    for first, then in (("ddp", "fsdp"), ("fsdp", "ddp")):
+        run = [*small(motions, tmp_path / first), *options]
+        ended = run_processes(2, "train_net.py", *run, f"--trainer.strategy={first}", "--trainer.max_epochs=1")
         assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
-        ended = run_processes(2, "train_net.py", *run, *options, kind, "--trainer.max_epochs=2", "--ckpt_path=last")
+        on = [f"--trainer.strategy={then}", "--trainer.max_epochs=2", "--ckpt_path=last"]
+        ended = run_processes(2, "train_net.py", *run, *on)
         assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
     one, two = (
         torch.load(tmp_path / strategy / "checkpoints" / "step_00000004.ckpt", weights_only=True)
@@ -98,9 +98,15 @@ def test_sharded_training_is_replicated_training(motions, tmp_path):  # noqa: F8
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-4, atol=1e-5)
-    a, b = (state["optimizer_states"][0]["state"] for state in (one, two))
-    assert len(a) == len(b) > 100
-    tested = run_tool("test_net.py", *run, kind, f"--ckpt={tmp_path / 'fsdp' / 'checkpoints' / 'best.ckpt'}")
+    a, b = (state["optimizer_states"][0] for state in (one, two))
+    assert [group["params"] for group in a["param_groups"]] == [group["params"] for group in b["param_groups"]]
+    assert len(a["state"]) == len(b["state"]) > 100
+    for number, state in a["state"].items():
+        momentum = state["momentum_buffer"]
+        torch.testing.assert_close(b["state"][number]["momentum_buffer"], momentum, rtol=1e-3, atol=1e-5)
+    checkpoint = tmp_path / "fsdp" / "checkpoints" / "best.ckpt"
+    kind = "--trainer.strategy=fsdp"
+    tested = run_tool("test_net.py", *small(motions, tmp_path), kind, f"--ckpt={checkpoint}", f"--output={tmp_path}")
     assert tested.returncode == 0, tested.stderr
 
 

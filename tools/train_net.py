@@ -21,25 +21,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from octvideo.callbacks import EpochLines, FiniteLoss, Memory, MovingAverage, Throughput, naming_killed_loaders
 from octvideo.checkpoints import EXIT_PREEMPTED, Preempted, RunCheckpoints, newest_intact
 from octvideo.checks import SelfTest
 from octvideo.loggers import PatientCSVLogger, PatientTensorBoardLogger
 from octvideo.normalization import PreciseBatchNorm
-
-
-class FullyShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all processes, of which the first writes checkpoints as those of any other strategy."""
-
-    def __init__(self) -> None:
-        super().__init__(1, 1, save_distributed_checkpoint=False)
-
-    def setup_environment(self) -> None:
-        """Shards over as many processes as there are."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
+from octvideo.sharding import FullyShardedStrategy
 
 
 class Training(CommandLine):
