@@ -333,7 +333,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(motions, tmp_path):
     assert after["epoch"] == 3
     assert after["global_step"] == 16
     resumed = (tmp_path / "run" / "csv" / "version_1" / "metrics.csv").read_text().splitlines()
-    assert int(resumed[1].split(",")[0]) in (before["epoch"], before["epoch"] + 1)  # killed in its middle, or at its end
+    assert int(resumed[1].split(",")[0]) in (
+        before["epoch"],
+        before["epoch"] + 1,
+    )  # killed in its middle, or at its end
 
 
 def test_videos_that_are_all_bad_or_too_few_end_training_with_one_line(motions, tmp_path):

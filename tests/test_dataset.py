@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import frame_numbers
+from torch.utils.data import DataLoader
 
+from octvideo.data import dataset
 from octvideo.data.annotations import Paths, VideoList
 from octvideo.data.dataset import (
     NO_VIDEO,
@@ -14,6 +16,7 @@ from octvideo.data.dataset import (
     Decoding,
     Draw,
     EpochSampler,
+    Loader,
     Sample,
     TestViews,
     TrainingBatches,
@@ -247,3 +250,13 @@ def test_the_epoch_may_be_set_until_the_first_batch_is_asked_for(numbered_video)
     assert [batch.turns for batch in iterator] == [[(5, 0)], [(5, 1)], [(5, 2)]]
     loader.load_state_dict(loader.state_dict())
     assert loader.state_dict() == {}
+
+
+def test_processes_that_load_start_when_the_threads_of_a_process_group_have_had_time_to_finish(monkeypatch):
+    waited = []
+    monkeypatch.setattr(dataset.time, "sleep", waited.append)
+    monkeypatch.setattr(DataLoader, "_get_iterator", lambda self: iter(waited))
+    for workers, initialized, wanted in ((0, True, []), (1, False, []), (1, True, [Loader.QUIET_SECONDS])):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda initialized=initialized: initialized)
+        waited.clear()
+        assert list(Loader(range(3), batch_size=None, num_workers=workers)) == wanted

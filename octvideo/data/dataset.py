@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -183,7 +184,23 @@ class TrainingBatches(Sampler[list[Draw]]):
                 yield batch
 
 
-class TrainingLoader(DataLoader[Sample]):
+class Loader(DataLoader[Sample]):
+    """A loader that forks its processes while no other thread of this one is busy.
+
+    torch.distributed's threads register with the interpreter when they end their work. A fork at that moment leaves its
+    child with a lock that nobody will release (CPython up to 3.11 deletes the other threads' states before it renews
+    the lock), and the training waits for that child for ever. So they get a moment to finish before the fork.
+    """
+
+    QUIET_SECONDS = 0.2
+
+    def _get_iterator(self) -> Any:
+        if self.num_workers > 0 and torch.distributed.is_available() and torch.distributed.is_initialized():
+            time.sleep(self.QUIET_SECONDS)
+        return super()._get_iterator()
+
+
+class TrainingLoader(Loader):
     """A loader of TrainingBatches, for Lightning: it decodes nothing before the first batch is asked for.
 
     Lightning starts to iterate before it tells the sampler the epoch's number, and where it makes a loader for each

@@ -19,6 +19,7 @@ from octvideo.data.dataset import (
     Batch,
     Decoding,
     EpochSampler,
+    Loader,
     Sample,
     TestViews,
     TrainingBatches,
@@ -296,7 +297,7 @@ class VideoData(LightningDataModule):
         seed = int(np.random.SeedSequence(self.seed, spawn_key=(_STATISTICS,)).generate_state(1)[0])
         batches = self._batches(seed, lambda epoch: [self._full_shape()], limit=num_batches)
         batches.sampler.set_epoch(epoch)
-        return DataLoader(self._clips(seed), batch_sampler=batches, **self._decoded(persistent_workers=False))
+        return Loader(self._clips(seed), batch_sampler=batches, **self._decoded(persistent_workers=False))
 
     def batches_in_epoch(self, epoch: int) -> int:
         """How many training batches the epoch has, in each process; only with multigrid it depends on the epoch."""
@@ -342,7 +343,7 @@ class VideoData(LightningDataModule):
         )
         together = max(1, EVALUATED_TOGETHER // (num_clips * num_crops))
         sampler = self._sampler(videos, self.seed, shuffle=False)
-        return DataLoader(dataset, together, sampler=sampler, **self._decoded(persistent_workers=True))
+        return Loader(dataset, together, sampler=sampler, **self._decoded(persistent_workers=True))
 
     def _full_shape(self) -> ClipShape:
         return ClipShape(self.clip_frames, self.frame_stride, self.crop_size, self.short_side)
