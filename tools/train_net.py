@@ -155,8 +155,8 @@ def main() -> None:
         with one_line_errors(), naming_killed_loaders(cli.trainer):
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
     except Preempted:
-        by_lightning = isinstance(cli.trainer.strategy.cluster_environment, LightningEnvironment)
-        if by_lightning and not cli.trainer.is_global_zero:
+        environment = getattr(cli.trainer.strategy, "cluster_environment", None)  # a single process has none
+        if isinstance(environment, LightningEnvironment) and not cli.trainer.is_global_zero:
             return  # the process that started this one would be killed if it ended with another code than 0
         raise
     if cli.trainer.is_global_zero:
