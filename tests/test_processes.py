@@ -81,6 +81,12 @@ def test_any_number_of_processes_counts_each_of_61_videos_once(many, trained, tm
             assert found[processes][accuracy] == pytest.approx(found[1][accuracy], abs=1e-6)
 
 
+def differs(found, wanted):
+    """How far two tensors are apart, relative to their size: rounding of a few steps is 1e-4, others' momenta are 1."""
+    found, wanted = found.double(), wanted.double()
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-3))
+
+
 def test_sharded_training_is_replicated_training(motions, tmp_path):  # noqa: F811
     """FSDP2 and DDP end with the same weights and momenta, go on from each other's checkpoints, and are tested."""
     options = ["--trainer.accelerator=cpu", "--trainer.gradient_clip_val=1", "--data.num_workers=0", "--precise_bn=1"]
@@ -97,13 +103,12 @@ def test_sharded_training_is_replicated_training(motions, tmp_path):  # noqa: F8
     )
     assert one["state_dict"].keys() == two["state_dict"].keys()
     for name, value in one["state_dict"].items():
-        torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-4, atol=1e-5)
+        assert differs(two["state_dict"][name], value) < 0.01, name
     a, b = (state["optimizer_states"][0] for state in (one, two))
     assert [group["params"] for group in a["param_groups"]] == [group["params"] for group in b["param_groups"]]
     assert len(a["state"]) == len(b["state"]) > 100
     for number, state in a["state"].items():
-        momentum = state["momentum_buffer"]
-        torch.testing.assert_close(b["state"][number]["momentum_buffer"], momentum, rtol=1e-3, atol=1e-5)
+        assert differs(b["state"][number]["momentum_buffer"], state["momentum_buffer"]) < 0.01, number
     checkpoint = tmp_path / "fsdp" / "checkpoints" / "best.ckpt"
     kind = "--trainer.strategy=fsdp"
     tested = run_tool("test_net.py", *small(motions, tmp_path), kind, f"--ckpt={checkpoint}", f"--output={tmp_path}")
