@@ -140,10 +140,7 @@ class Throughput(Callback):
     WARMUP_STEPS = 5
     SAMPLED = 7  # shares no factor with the usual numbers of accumulated batches
     LOADER_BOUND = 0.1  # share of the time waited for data
-    ESTIMATED = (
-        8,
-        22,
-    )  # steps of a fit from whose end to whose end its length is estimated: timed ones
+    ESTIMATED = 8, 22  # steps of a fit from whose end to whose end its length is estimated: timed ones
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting for the estimate, and for an epoch that goes on in the middle: it has no start."""

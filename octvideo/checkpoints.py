@@ -154,7 +154,6 @@ class RunCheckpoints(Checkpoint):
         keep: how many of the newest step checkpoints stay.
         monitor: metric of the validation whose highest value makes best.ckpt; None for none. Values that are not
             finite are passed over.
-
         start: the checkpoint that this process goes on from; all processes' must have the same name.
 
     Attributes:

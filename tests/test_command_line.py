@@ -346,6 +346,19 @@ def test_videos_that_are_all_bad_or_too_few_end_training_with_one_line(motions, 
     assert_one_line(run_tool("train_net.py", *options, "--data.batch_size=64"), "lower --data.batch_size")
 
 
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"},
+        {"SLURM_JOB_NAME": "x", "SLURM_NTASKS": "3", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2"},
+    ],
+    ids=["torchrun", "Slurm"],
+)
+def test_nodes_with_different_numbers_of_processes_are_refused(launcher):
+    refused = run_tool("train_net.py", "--cfg=configs/oct_i3d.yaml", **launcher)
+    assert_one_line(refused, "every node must have equally many processes, got 3 in all and 2 on this one")
+
+
 def test_another_runs_checkpoint_cannot_take_over_a_folder(motions, trained, tmp_path):
     other = tmp_path / "other.ckpt"
     shutil.copy(trained / "checkpoints" / "last.ckpt", other)
