@@ -132,7 +132,7 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
     if inflate not in ("mean", "center"):
         raise ValueError(f"inflate must be 'mean' or 'center', got {inflate!r}")
     state = model.state_dict()
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
     tensors = _unwrap(_tensors(checkpoint, path), own={name.split(".")[0] for name in state})
     source = _source(tensors, checkpoint)
     joints = _join_four_blocks(tensors)
@@ -180,7 +180,7 @@ def read_labels(path: str | Path) -> list[str] | None:
     Raises:
         ValueError: no such file, or none that torch.load(weights_only=True) reads.
     """
-    labels: list[str] | None = (_read(path).get("VideoData") or {}).get("labels")
+    labels: list[str] | None = (read_checkpoint(path).get("VideoData") or {}).get("labels")
     return labels
 
 
@@ -194,7 +194,7 @@ def read_preprocessing(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, or none that torch.load(weights_only=True) reads.
     """
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
     model = checkpoint.get("hyper_parameters") or {}
     return (checkpoint.get("VideoData") or {}).get("preprocessing", {}) | {
         key: model[key] for key in ("mean", "std") if key in model
@@ -207,8 +207,12 @@ def _some(names: Iterable[str]) -> str:
     return (", ".join(names[:SHOWN]) or "nothing") + rest
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    """Reads a file of torch.save that holds a dict."""
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a file of torch.save that holds a dict, on the CPU.
+
+    Raises:
+        ValueError: no such file, or none that torch.load(weights_only=True) reads.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

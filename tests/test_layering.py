@@ -26,6 +26,7 @@ ALLOWED = {
     "fuse": set(),
     "cost": set(),
     "weights": set(),
+    "trained": {"checkpoints", "models", "weights"},
     "callbacks": set(),
     "__init__": {*NETWORK, "fuse"},
 }
