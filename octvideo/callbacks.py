@@ -273,11 +273,15 @@ class MovingAverage(WeightAveraging):
         if not 0 < decay < 1:
             raise ValueError(f"ema_decay must lie between 0 and 1, got {decay}")
 
-        def average(averaged: Tensor, current: Tensor, steps: Tensor | int) -> Tensor:
+        @torch.no_grad()
+        def average(averaged: list[Tensor], current: list[Tensor], steps: Tensor | int) -> None:
+            if not averaged[0].is_floating_point():  # counters
+                torch._foreach_copy_(averaged, current)
+                return
             kept = min(decay, (1 + int(steps)) / (10 + int(steps)))
-            return kept * averaged + (1 - kept) * current
+            torch._foreach_lerp_(averaged, current, 1 - kept)  # exact where both are the same, as frozen weights are
 
-        super().__init__(avg_fn=average)
+        super().__init__(multi_avg_fn=average)
 
 
 class Memory(Callback):
@@ -314,13 +318,12 @@ class NotFiniteError(RuntimeError):
 class FiniteLoss(Callback):
     """Ends the run where the loss is not finite, before any weight changes, and logs `train/gradient_norm`.
 
-    The norm is the 2-norm of all gradients before clipping. It is computed only in the steps that are
-    logged (trainer.log_every_n_steps), and must be finite there too, except in 16-mixed, whose scaler skips such steps
-    and goes on with a smaller scale.
+    The norm is the 2-norm of all gradients before clipping, logged every trainer.log_every_n_steps. It must be finite
+    too, except in 16-mixed, whose scaler skips such steps and goes on with a smaller scale.
 
-    Every loss is looked at between its forward and its backward pass, so that a GPU is waited for once a step: Python
-    cannot prepare the backward pass ahead, which costs a GPU some milliseconds. To look at it a step later would be
-    free, but by then the weights are lost and may be in a checkpoint.
+    Every loss is looked at between its forward and its backward pass, and every norm before the optimiser's step, so
+    that a GPU is waited for twice a step: Python cannot prepare what follows ahead, which costs a GPU some
+    milliseconds. To look a step later would be free, but by then the weights are lost and may be in a checkpoint.
 
     Where one of several processes ends like this, the launcher ends the others.
 
@@ -341,13 +344,12 @@ class FiniteLoss(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Logs and checks the norm of the gradients, which are unscaled by now."""
-        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if interval == 0 or (trainer.global_step + 1) % interval:
-            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        pl_module.log("train/gradient_norm", norm)
+        interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval > 0 and (trainer.global_step + 1) % interval == 0:
+            pl_module.log("train/gradient_norm", norm)
         if getattr(trainer.precision_plugin, "scaler", None) is None and not norm.isfinite():
             self._end(trainer, "norm of the gradients", norm.item())
 
@@ -434,7 +436,9 @@ class EpochLines(Callback):
             for name, value in sorted(trainer.callback_metrics.items())
             if name[-5:] not in ("_step", "epoch") and (self._validated or not name.startswith("val/"))
         ]
-        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        epoch = f"epoch {trainer.current_epoch + 1}"
+        if trainer.max_epochs != -1:  # which trains until max_steps
+            epoch += f"/{trainer.max_epochs}"
         if self._first:
             epoch += f" from batch {self._first + 1}"
         self._validated, self._first = False, None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import fcntl
 import hashlib
 import io
 import logging
@@ -17,7 +19,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -26,6 +28,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"  # in the folder of a run under way
 EXIT_PREEMPTED = 75
 """Exit code of a run that left on a signal and waits to be started again (EX_TEMPFAIL of sysexits.h)."""
 
@@ -129,7 +132,9 @@ def newest_intact(folder: str | Path) -> tuple[Path, list[tuple[Path, str]]]:
         else:
             return path, damaged
     reasons = "; ".join(reason for _, reason in damaged) or "no step_*.ckpt there"
-    raise ValueError(f"{folder} holds no checkpoint to go on from: {reasons}")
+    best = Path(folder) / "best.ckpt"
+    way = f"; {best} may be: --ckpt_path {best}" if best.exists() else ""
+    raise ValueError(f"{folder} holds no checkpoint to go on from: {reasons}{way}")
 
 
 class RunCheckpoints(Checkpoint):
@@ -145,11 +150,14 @@ class RunCheckpoints(Checkpoint):
     processes. During a validation they leave at once. After fit their handlers are the old ones.
 
     A save that fails (the disk is full) is logged as a warning and training goes on: no older file is deleted, and the
-    next save tries again.
+    next save tries again. If the last one failed, the run ends with an error.
+
+    A run that stops in the middle of an epoch (max_steps, early stopping) can be prolonged exactly: its last checkpoint
+    has the epoch as it was after the batch, with the statistics and the score of the validation that followed.
 
     Args:
-        folder: where checkpoints go; made if need be. One run only: what is older, or newer than the step that a run
-            has gone back to, is deleted there.
+        folder: where checkpoints go; made if need be. One run only, and one at a time: what is older, or newer than the
+            step that a run has gone back to, is deleted there. best.ckpt stays until a better one comes.
         every_n_steps: optimiser steps between saves; None: only those at the end of each epoch and before a validation.
         keep: how many of the newest step checkpoints stay.
         monitor: metric of the validation whose highest value makes best.ckpt; None for none. Values that are not
@@ -162,7 +170,9 @@ class RunCheckpoints(Checkpoint):
         best_step: optimiser steps before best_score.
 
     Raises:
-        ValueError: every_n_steps or keep below 1; in fit, processes that go on from different checkpoints.
+        ValueError: every_n_steps or keep below 1; in fit, processes that go on from different checkpoints, or another
+            run that is writing to the folder.
+        OSError: at the end of fit, if the last save failed.
     """
 
     def __init__(
@@ -190,6 +200,9 @@ class RunCheckpoints(Checkpoint):
         self._step_seen = 0
         self._step_validated: int | None = None
         self._common_batches = 0.0
+        self._failure: str | None = None
+        self._place: tuple[int, dict[str, Any]] | None = None
+        self._lock: IO[str] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far and where it was reached."""
@@ -202,11 +215,9 @@ class RunCheckpoints(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes the trainer write with AtomicCheckpointIO and removes what a killed process left half written."""
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        if stage == "fit" and trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob("*.ckpt.tmp"):
-                path.unlink()
         if stage == "fit":
+            if not trainer.strategy.broadcast(trainer.is_global_zero and self._take_folder()):
+                raise ValueError(f"another run is writing to {self.folder}: choose another folder, or wait for its end")
             mine = Path(self.start).name if self.start is not None else "a start from scratch"
             first = trainer.strategy.broadcast(mine)
             if mine != first:
@@ -224,7 +235,8 @@ class RunCheckpoints(Checkpoint):
         self._take_signals()
         self._step_seen = trainer.global_step
         if trainer.ckpt_path is not None:
-            self.last_good = Path(trainer.ckpt_path)
+            start = self.last_good = Path(trainer.ckpt_path)
+            self._take_best(start)
         loop = trainer.fit_loop
         if loop.restarted_on_epoch_end:  # only where max_steps is given: Lightning would end the epoch a second time
             loop.epoch_progress.increment_completed()
@@ -284,23 +296,91 @@ class RunCheckpoints(Checkpoint):
         Raises:
             ValueError: the monitored metric was not logged in the validation.
         """
-        best = self.best_score, self.best_step
+        before = self.best_score, self.best_step
         monitored = self.monitor is not None and self._step_validated == trainer.global_step
         score = float(trainer.callback_metrics.get(self.monitor, math.nan)) if self.monitor and monitored else math.nan
-        if math.isfinite(score) and (self.best_score is None or score > self.best_score):
+        is_best = math.isfinite(score) and (self.best_score is None or score > self.best_score)
+        if is_best:
             self.best_score, self.best_step = score, trainer.global_step
-        if self.last_good != self._path(trainer) and not self._save(trainer):
-            self.best_score, self.best_step = best
+        stopped = self._place is not None and self._place[0] == trainer.global_step
+        if (stopped or self.last_good != self._path(trainer)) and not self._save(trainer, is_best):
+            self.best_score, self.best_step = before
         if monitored and self.monitor not in trainer.callback_metrics:
             raise ValueError(
                 f"best.ckpt is chosen by {self.monitor!r}, which the validation did not log; it logged: "
                 f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}"
             )
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the place in the epoch where a run that stops there is saved again after its validation."""
+        names = ("loops", type(trainer.datamodule).__qualname__)  # type: ignore[attr-defined]
+        if self._place is not None and self._place[0] == trainer.global_step:
+            checkpoint.update(self._place[1])
+        else:
+            place = {name: checkpoint[name] for name in names if name in checkpoint}
+            self._place = trainer.global_step, copy.deepcopy(place)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends a run whose last steps are not saved as one that failed.
+
+        Raises:
+            OSError: says why, and how to go on.
+        """
+        if self._failure is not None and self.last_good != self._path(trainer):
+            way = "there is no checkpoint to go on from"
+            if self.last_good is not None:
+                way = f"free space and go on from {self.last_good} with --ckpt_path last"
+            raise OSError(f"the end of the training is not saved: {self._failure}; {way}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lets other runs have the folder."""
+        self._release_folder()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lets other runs have the folder."""
+        self._release_folder()
+
+    def _release_folder(self) -> None:
+        if self._lock is not None:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    def _take_folder(self) -> bool:
+        """Makes the folder this process's own until the run ends, and clears it; False if another has it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / LOCK).open("w")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which loader processes do not inherit
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return False
+            # A file system without locks: there is no guard.
+        for path in self.folder.glob("*.ckpt.tmp"):
+            path.unlink()
+        return True
+
+    def _take_best(self, start: Path) -> None:
+        """Takes up the best score there was: that of this folder's best.ckpt, even if the run has gone back since."""
+        if start.absolute().parent != self.folder.absolute():
+            self.best_score = self.best_step = None  # another run's
+        path = self.folder / "best.ckpt"
+        if not path.exists():
+            return
+        try:
+            verify(path)
+        except DamagedCheckpointError as error:
+            log.warning("%s: it counts no more", error)
+            return
+        states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["callbacks"]
+        score, step = (states[self.state_key][name] for name in ("best_score", "best_step"))
+        if score is not None and (self.best_score is None or score > self.best_score):
+            self.best_score, self.best_step = score, step
+
     def _path(self, trainer: Trainer) -> Path:
         return self.folder / f"step_{trainer.global_step:08d}.ckpt"
 
-    def _save(self, trainer: Trainer) -> bool:
+    def _save(self, trainer: Trainer, is_best: bool = False) -> bool:
         """Saves in all processes; whether that went well, of which each of them is told."""
         path, failure = self._path(trainer), None
         self._due = False
@@ -313,20 +393,21 @@ class RunCheckpoints(Checkpoint):
         saved = trainer.strategy.reduce_boolean_decision(failure is None)
         if failure is not None:
             log.warning("%s was not saved: %s. Training goes on; newest checkpoint: %s", path, failure, self.last_good)
+        self._failure = None if saved else str(failure or "process 0 could not write")
         if not saved:
             return False
         self.last_good = path
         if trainer.is_global_zero:
             try:
-                self._publish(path, trainer.global_step)
+                self._publish(path, trainer.global_step, is_best)
             except OSError as error:
                 log.warning("%s is saved, but last.ckpt, best.ckpt or old files could not be changed: %s", path, error)
         return True
 
-    def _publish(self, path: Path, step: int) -> None:
+    def _publish(self, path: Path, step: int, is_best: bool) -> None:
         """Points last.ckpt, and best.ckpt if it is, at a checkpoint, then deletes those it makes unnecessary."""
         _point(self.folder / "last.ckpt", path, symbolic=True)
-        if self.best_step == step:
+        if is_best:
             _point(self.folder / "best.ckpt", path)
         files = _step_files(self.folder)
         kept = [file for number, file in files if number <= step][: self.keep]
@@ -355,7 +436,8 @@ class RunCheckpoints(Checkpoint):
 
     def _leave(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            log.warning("told to leave by a signal: exit code %d; go on from %s", EXIT_PREEMPTED, self.last_good)
+            place = "nothing was saved yet" if self.last_good is None else f"go on from {self.last_good}"
+            log.warning("told to leave by a signal: exit code %d; %s", EXIT_PREEMPTED, place)
         raise Preempted(self.last_good)
 
 
@@ -425,6 +507,7 @@ def _rename(old: Path, new: Path) -> None:
 def _point(name: Path, target: Path, symbolic: bool = False) -> None:
     """Makes name another name for a file beside it: a symbolic or hard link, or a copy where there are no links."""
     temporary = name.with_name(name.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # of a killed process
     try:
         if symbolic:
             temporary.symlink_to(target.name)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +26,13 @@ class _Patient:
         try:
             yield
         except OSError as error:
-            # The next call opens new files: TensorBoard's writer has ended with the error.
-            self._experiment = None
+            self._recover()
             if not self._warned:
                 log.warning("%s cannot write: %s. Training goes on without it.", type(self).__name__, error)
             self._warned = True
+
+    def _recover(self) -> None:
+        """Makes the next call possible."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with self._going_on():
@@ -48,6 +54,35 @@ class _Patient:
 class PatientTensorBoardLogger(_Patient, TensorBoardLogger):  # type: ignore[misc]
     """A TensorBoardLogger that warns where it cannot write, and lets training go on."""
 
+    def _recover(self) -> None:
+        self._experiment = None  # the next call opens new files: TensorBoard's writer has ended with the error
+
 
 class PatientCSVLogger(_Patient, CSVLogger):  # type: ignore[misc]
-    """A CSVLogger that warns where it cannot write, and lets training go on."""
+    """A CSVLogger that warns where it cannot write, and lets training go on.
+
+    Its file changes as a whole or not at all. Rows that could not be written are tried again with the next ones.
+    """
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes the rows that are not in the file yet."""
+        with self._going_on():
+            writer = self.experiment
+            if not writer.metrics:
+                return
+            path, columns = Path(writer.metrics_file_path), list(writer.metrics_keys)
+            partial = path.with_name(path.name + ".tmp")
+            try:
+                if path.exists():
+                    shutil.copyfile(path, partial)
+                writer.metrics_file_path = str(partial)  # which it truncates before it writes new columns
+                super(_Patient, self).save()
+                if partial.exists():
+                    os.replace(partial, path)
+            except OSError:
+                writer.metrics_keys = columns
+                raise
+            finally:
+                writer.metrics_file_path = str(path)
+                partial.unlink(missing_ok=True)

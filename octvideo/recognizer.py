@@ -51,6 +51,14 @@ def _limited(batches: int, limit: int | float | None) -> int:
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
+def _steps_of_epochs(trainer: Any, length: int) -> int:
+    """The optimiser steps to the present place of a training whose epochs all have this length."""
+    epochs = trainer.fit_loop.epoch_progress.current.state_dict()
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.state_dict()
+    seen: int = batches["processed"] if epochs["started"] > epochs["processed"] else 0
+    return epochs["processed"] * length + seen // trainer.accumulate_grad_batches  # type: ignore[no-any-return]
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for convolution and linear weights only: none for biases and normalisation layers.
 
@@ -325,14 +333,17 @@ class Recognizer(LightningModule):
         if num_epochs == 0 and trainer.max_steps <= 0:
             raise ValueError("the learning rate's schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        lengths = [length] * (num_epochs or math.ceil(trainer.max_steps / length))
+        last_step = trainer.max_steps
+        if num_epochs == 0:  # as if earlier epochs, which may have had other batches, had been as long as this one
+            last_step += _steps_of_epochs(trainer, length) - trainer.global_step
+        lengths = [length] * (num_epochs or math.ceil(last_step / length))
         of_shapes = getattr(data, "multigrid", None) is not None
         if of_shapes:  # each epoch has another number of steps
             batches = [_limited(data.batches_in_epoch(k), trainer.limit_train_batches) for k in range(len(lengths))]
             lengths = [math.ceil(number / trainer.accumulate_grad_batches) for number in batches]
         self._first_steps = [0, *itertools.accumulate(lengths)]
         total = self._first_steps[-1]
-        epochs = len(lengths) * (min(total, trainer.max_steps) if trainer.max_steps > 0 else total) / total
+        epochs = len(lengths) * (min(total, last_step) if last_step > 0 else total) / total
         self._steps_per_epoch = total / len(lengths)
         clips = (self.batch_size or 0) * trainer.world_size * trainer.accumulate_grad_batches
         self.schedule = self.schedule_for(epochs, clips)

@@ -463,10 +463,11 @@ def test_the_gradients_norm_is_computed_in_the_logged_steps_and_before_clipping(
     assert [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]] == [2, 8]
 
 
-def test_no_norm_is_computed_where_nothing_is_logged(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", None)
-    trainer_with(tmp_path, FiniteLoss(), log_every_n_steps=0).fit(Steps(), batches([1, 1]))
-    trainer_with(tmp_path, FiniteLoss(), log_every_n_steps=3).fit(Steps(), batches([1, 1]))
+def test_a_norm_that_is_not_finite_ends_the_run_where_nothing_is_logged_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: torch.tensor(math.inf))
+    for interval in (0, 3):
+        with pytest.raises(NotFiniteError, match="the norm of the gradients is inf in step 1 "):
+            trainer_with(tmp_path, FiniteLoss(), log_every_n_steps=interval).fit(Steps(), batches([1, 1]))
 
 
 def test_the_norm_of_sharded_gradients_is_that_of_all_shards():
@@ -609,6 +610,19 @@ def test_the_moving_average_is_quick_at_first():
     nn.init.constant_(model.weight, 0.0)
     average._average_model.update_parameters(model)
     assert average._average_model.module.weight.item() == pytest.approx(0.9 * wanted)
+
+
+def test_the_average_of_what_does_not_change_is_that_bit_for_bit():
+    average = MovingAverage(0.998)
+    model = nn.BatchNorm1d(100)
+    nn.init.normal_(model.running_mean)
+    average._average_model = AveragedModel(model, **average._kwargs)
+    for _ in range(100):
+        average._average_model.update_parameters(model)
+        model.num_batches_tracked += 1
+    averaged = average._average_model.module
+    assert torch.equal(averaged.running_mean, model.running_mean)
+    assert averaged.num_batches_tracked == 99
 
 
 @pytest.mark.parametrize("decay", [0, 1])

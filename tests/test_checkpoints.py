@@ -3,8 +3,11 @@
 import errno
 import os
 import random
+import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,6 +269,9 @@ def test_a_folder_without_an_intact_checkpoint_is_an_error_with_the_reasons(tmp_
     (tmp_path / "step_00000004.ckpt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"go on from: .*step_00000004\.ckpt is no intact checkpoint: cannot be read"):
         newest_intact(tmp_path)
+    (tmp_path / "best.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"; (.*)/best\.ckpt may be: --ckpt_path \1/best\.ckpt$"):
+        newest_intact(tmp_path)
 
 
 # When a run saves, and what stays
@@ -463,14 +469,25 @@ def test_a_full_disk_stops_neither_training_nor_the_next_save(tmp_path, caplog, 
 
 
 def test_a_best_that_could_not_be_saved_is_not_the_best(tmp_path, small_files):
-    _, saves, _ = fit(
-        tmp_path,
-        Tiny([0.5, 0.75]),
-        callbacks=[At(small_files, 5)],
-        every_n_steps=None,
-        monitor="val/top1",
-        max_epochs=2,
-    )
+    class Keeping(Callback):
+        def __init__(self, kept):
+            self.kept = kept
+
+        def on_exception(self, trainer, pl_module, exception):
+            self.kept.append(trainer.checkpoint_callback)
+
+    kept, last = [], tmp_path / "step_00000004.ckpt"
+    way = f"the end of the training is not saved: [Errno 27] File too large; free space and go on from {last} with"
+    with pytest.raises(OSError, match=re.escape(way)):
+        fit(
+            tmp_path,
+            Tiny([0.5, 0.75]),
+            callbacks=[At(small_files, 5), Keeping(kept)],
+            every_n_steps=None,
+            monitor="val/top1",
+            max_epochs=2,
+        )
+    (saves,) = kept
     assert (saves.best_score, saves.best_step) == (0.5, 4)
     assert saves.last_good == tmp_path / "step_00000004.ckpt"
     assert files(tmp_path) == ["best.ckpt", "last.ckpt", "step_00000003.ckpt", "step_00000004.ckpt"]
@@ -610,3 +627,77 @@ def test_a_run_that_goes_on_and_cannot_save_names_the_checkpoint_it_went_on_from
     with pytest.raises(Preempted) as left:
         fit(tmp_path / "after", ckpt_path=start, callbacks=[At(small_files, 4), At(send(signal.SIGTERM), 4)])
     assert left.value.path == start
+
+
+def test_the_best_of_the_folder_stays_when_training_goes_back(tmp_path):
+    fit(tmp_path, Tiny([0.25, 0.375, 0.875]), monitor="val/top1", every_n_steps=None)
+    assert step_of(tmp_path / "best.ckpt") == 12
+    start = tmp_path / "step_00000004.ckpt"
+    _, saves, _ = fit(tmp_path, Tiny([0.25, 0.375, 0.5]), ckpt_path=start, monitor="val/top1", every_n_steps=None)
+    assert (saves.best_score, saves.best_step) == (0.875, 12)
+    best = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert best["callbacks"]["RunCheckpoints"] == {"best_score": 0.875, "best_step": 12}
+    other = tmp_path / "other"
+    _, saves, _ = fit(other, Tiny([0.25, 0.125, 0.0]), ckpt_path=tmp_path / "step_00000004.ckpt", monitor="val/top1")
+    assert (saves.best_score, saves.best_step) == (0.125, 8)
+    assert step_of(other / "best.ckpt") == 8
+
+
+def test_a_damaged_best_counts_no_more(tmp_path, caplog):
+    fit(tmp_path, Tiny([0.25, 0.875]), monitor="val/top1", max_epochs=2)
+    (tmp_path / "best.ckpt").unlink()
+    (tmp_path / "best.ckpt").write_bytes(b"PK torn")
+    start = tmp_path / "step_00000004.ckpt"
+    _, saves, _ = fit(tmp_path, Tiny([0.25, 0.5, 0.375]), ckpt_path=start, monitor="val/top1")
+    assert "best.ckpt is no intact checkpoint" in caplog.text
+    assert (saves.best_score, saves.best_step) == (0.5, 8)
+
+
+class Estimate(Callback):
+    """Sets statistics at the end of an epoch, as precise batch norm does."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.net[1].running_mean.fill_(trainer.global_step)
+
+
+@pytest.mark.parametrize(
+    ("options", "best"), [({"max_steps": 6, "max_epochs": -1}, (0.25, 4)), ({"stop": 6}, (0.75, 6))]
+)
+def test_a_run_that_stops_amid_an_epoch_keeps_what_follows_and_can_be_prolonged(tmp_path, options, best):
+    """Lightning validates where a callback stops the run, and not at max_steps."""
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            trainer.should_stop = trainer.global_step == stop
+
+    stop, scores = options.pop("stop", None), [0.25, 0.75, 0.875]
+    _, saves, _ = fit(tmp_path, Tiny(scores), monitor="val/top1", callbacks=[Stop(), Estimate()], **options)
+    assert (saves.best_score, saves.best_step) == best
+    assert step_of(tmp_path / "best.ckpt") == best[1]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["net.1.running_mean"].tolist() == [6, 6]
+    wanted, _, _ = fit(tmp_path / "whole", Tiny(scores), monitor="val/top1")
+    found, _, trainer = fit(tmp_path, Tiny(scores), monitor="val/top1", ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.global_step == 12
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    """Locks are a process's own, so another process has to hold it."""
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another run is writing to"):
+            fit(tmp_path)
+        other.communicate("\n")
+    fit(tmp_path, max_epochs=1)
+    assert ".lock" not in files(tmp_path)
+
+
+def test_a_file_system_without_locks_has_no_guard(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    fit(tmp_path, max_epochs=1)
+    assert "step_00000004.ckpt" in files(tmp_path)

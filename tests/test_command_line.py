@@ -88,6 +88,7 @@ def assert_one_line(finished, *parts):
         (["--model.weights=nothing.pth"], ["nothing.pth: no such file"]),
         (["--optimizer=AdamW"], ["optimizer"]),
         (["--model.freeze=[blocks.0]"], ["name one by --model.weights FILE"]),
+        (["--model.normalization=frozen", "--ckpt_path=auto"], ["name one by --model.weights FILE"]),
         (["--ema_decay=2"], ["ema_decay must lie between 0 and 1, got 2"]),
         (["--precise_bn=-1"], ["precise_bn must be at least 0, got -1"]),
         (["--trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches must be positive, got 0"]),
@@ -385,6 +386,14 @@ def test_the_printed_options_of_training_serve_for_testing(motions, trained, tmp
     options = [f"--cfg={tmp_path / 'all.yaml'}", f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}"]
     tested = run_tool("test_net.py", *options, f"--output={tmp_path}", "--data.test_clips=1")
     assert tested.returncode == 0, tested.stderr
+
+
+def test_a_trial_run_leaves_its_options_and_no_checkpoint(motions, tmp_path):
+    options = [*small(motions, tmp_path / "run"), "--loggers=[csv]", "--trainer.fast_dev_run=1"]
+    finished = run_tool("train_net.py", *options)
+    assert finished.returncode == 0, finished.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml"}
+    assert "tensorboard" not in finished.stdout
 
 
 def test_bfloat16_is_one_option(motions, tmp_path):

@@ -29,15 +29,19 @@ def test_tensorboard_goes_on_after_a_full_disk(tmp_path, caplog):
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2  # the one from before, and the one after
 
 
-def test_csv_goes_on_after_a_full_disk(tmp_path, caplog):
+def test_csv_goes_on_after_a_full_disk_and_loses_no_row(tmp_path, caplog):
     logger = PatientCSVLogger(tmp_path, name="csv")
-    logger.experiment.metrics_file_path = str(FULL)
     logger.log_metrics({"loss": 1.0}, 0)
     logger.save()
-    logger.log_metrics({"loss": 2.0}, 1)
+    file = tmp_path / "csv" / "version_0" / "metrics.csv"
+    file.with_name("metrics.csv.tmp").symlink_to(FULL)
+    logger.log_metrics({"loss": 2.0, "top1": 0.5}, 1)  # a new column: all is written again
     logger.save()
-    logger.finalize("success")
     warnings = [record.getMessage() for record in caplog.records if "cannot write" in record.getMessage()]
     assert len(warnings) == 1
     assert "No space left on device" in warnings[0]
-    assert "2.0" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+    assert file.read_text().splitlines() == ["loss,step", "1.0,0"]
+    logger.log_metrics({"loss": 3.0}, 2)
+    logger.finalize("success")
+    assert file.read_text().splitlines() == ["loss,step,top1", "1.0,0,", "2.0,1,0.5", "3.0,2,"]
+    assert [path.name for path in file.parent.iterdir()] == ["metrics.csv"]

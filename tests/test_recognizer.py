@@ -211,10 +211,32 @@ def test_a_schedule_without_an_end_is_refused():
         recognizer.on_train_start()
 
 
+def place(epoch, batches=0):
+    """A stand-in for Lightning's loop: so many epochs are over, and so many batches of the next one."""
+
+    def progress(**counts):
+        return SimpleNamespace(current=SimpleNamespace(state_dict=lambda: counts))
+
+    epochs = progress(started=epoch + (batches > 0), processed=epoch)
+    return SimpleNamespace(
+        epoch_progress=epochs, epoch_loop=SimpleNamespace(batch_progress=progress(processed=batches))
+    )
+
+
+def test_a_number_of_steps_goes_on_with_other_batches_after_an_epoch():
+    """Three epochs of 25 steps are over, and 75 of 375 steps; now an epoch has 100 steps: three more are to come."""
+    recognizer = small(warmup_epochs=0)
+    trainer = trainer_of(max_epochs=-1, max_steps=375, fit_loop=place(epoch=3), global_step=75)
+    assert rates(recognizer, trainer, (3, 4.5)) == pytest.approx([0.05, 0.05 * (1 + math.cos(math.pi * 0.75))])
+    trainer.fit_loop, trainer.global_step = place(epoch=4, batches=50), 225  # the same run, resumed
+    assert rates(recognizer, trainer, (3, 4.5)) == pytest.approx([0.05, 0.05 * (1 + math.cos(math.pi * 0.75))])
+
+
 def test_a_short_cycle_may_run_for_a_number_of_steps():
     data = SimpleNamespace(multigrid="short", batch_factor=lambda epoch: 1, batches_in_epoch=lambda epoch: 100)
     recognizer = small(warmup_epochs=0)
-    found = rates(recognizer, trainer_of(max_epochs=-1, max_steps=150, datamodule=data), (0, 0.75))
+    trainer = trainer_of(max_epochs=-1, max_steps=150, datamodule=data, fit_loop=place(epoch=0), global_step=0)
+    found = rates(recognizer, trainer, (0, 0.75))
     assert found == pytest.approx([0.1, 0.05])
 
 

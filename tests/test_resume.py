@@ -152,7 +152,8 @@ def test_a_full_disk_does_not_end_training(motions, tmp_path):  # noqa: F811
     """No file may grow over 2 MB, which logs do not and checkpoints do; the one that is there stays whole."""
     options = [*small(motions, tmp_path / "run"), "--save_every_n_steps=1", "--trainer.max_epochs=2"]
     finished = run_tool("train_net.py", *options, "--trainer.callbacks=faults.FullDisk", "--trainer.callbacks.batch=2")
-    assert finished.returncode == 0, finished.stderr
+    assert finished.returncode == 2, finished.stderr
+    assert "train_net.py: error: the end of the training is not saved: [Errno 27] File too large" in finished.stderr
     assert "step_00000003.ckpt was not saved: [Errno 27] File too large. Training goes on" in finished.stderr
     assert "newest checkpoint: " in finished.stderr
     assert finished.stdout.count("epoch 2/2") == 1

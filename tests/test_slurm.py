@@ -44,7 +44,7 @@ def test_a_job_that_saved_and_left_is_requeued_and_no_other(slurm, tmp_path, cod
     job = start(slurm, ENDS="now", CODE=str(code))
     job.communicate()
     assert job.returncode == code
-    options = "--kill-on-bad-exit=1 python tools/train_net.py --cfg configs/oct_i3d.yaml --ckpt_path auto"
+    options = "--kill-on-bad-exit=0 --wait=60 python tools/train_net.py --cfg configs/oct_i3d.yaml --ckpt_path auto"
     assert (tmp_path / "calls.srun").read_text() == f"srun {options}\n"
     calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
     assert calls == ("scontrol requeue 17\n" if requeued else "")

@@ -32,6 +32,7 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda reco
 import torch  # noqa: E402
 from jsonargparse import ActionConfigFile  # noqa: E402
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment  # noqa: E402
+from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
 from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
@@ -86,6 +87,16 @@ class Parser(LightningArgumentParser):
         fail(message)
 
 
+class KeptOptions(SaveConfigCallback):
+    """Writes the options of a run to config.yaml in its folder, whatever its logs are."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes them, in the first process."""
+        path = Path(trainer.default_root_dir) / self.config_filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+
+
 class CommandLine(LightningCLI):
     """Builds trainer, model and data from the options, without starting anything.
 
@@ -100,8 +111,8 @@ class CommandLine(LightningCLI):
         super().__init__(
             Recognizer,
             VideoData,
-            save_config_callback=SaveConfigCallback if keep_options else None,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=KeptOptions if keep_options else None,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={"description": description, "default_env": False},

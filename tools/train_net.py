@@ -53,17 +53,11 @@ class Training(CommandLine):
             raise ValueError("ema_decay needs whole weights in every process: leave it out, or trainer.strategy fsdp")
         if self.config["precise_bn"] < 0:
             raise ValueError(f"precise_bn must be at least 0, got {self.config['precise_bn']}")
-        model = self.config["model"]
-        if ckpt_path is None and model["weights"] is None and (model["freeze"] or model["normalization"] == "frozen"):
-            raise ValueError(
-                "model.freeze and model.normalization frozen keep what a trained network knows: name one by "
-                "--model.weights FILE"
-            )
         for option in ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val"):
             value = self.config["trainer"][option]
             if value is not None and (value < 0 or (value == 0 and option != "gradient_clip_val")):
                 raise ValueError(f"trainer.{option} must be positive, got {value}")
-        folder = self.run_folder / "checkpoints"
+        model, folder = self.config["model"], self.run_folder / "checkpoints"
         begun = any(folder.glob("*.ckpt"))
         own = ckpt_path in ("last", "auto") or (
             ckpt_path is not None and Path(ckpt_path).absolute().parent == folder.absolute()
@@ -79,6 +73,11 @@ class Training(CommandLine):
             self.ckpt_path = self._newest(folder)
         if self.ckpt_path is not None:
             self.take_network_of(self.ckpt_path, "--ckpt_path")
+        elif model["weights"] is None and (model["freeze"] or model["normalization"] == "frozen"):
+            raise ValueError(
+                "model.freeze and model.normalization frozen keep what a trained network knows: name one by "
+                "--model.weights FILE"
+            )
 
     def _newest(self, folder: Path) -> str:
         """The newest whole checkpoint of the run, with a line for each damaged one."""
@@ -132,7 +131,8 @@ class Training(CommandLine):
             callbacks.append(MovingAverage(decay))
         if self.config["precise_bn"] > 0:
             callbacks.append(PreciseBatchNorm(self.config["precise_bn"]))
-        if self.config["trainer"]["enable_checkpointing"] is not False:
+        options = self.config["trainer"]
+        if options["enable_checkpointing"] is not False and not options["fast_dev_run"]:
             monitor = None if self.datamodule.lists["val_list"] is None else "val/top1"
             callbacks.append(
                 RunCheckpoints(
@@ -160,7 +160,9 @@ def main() -> None:
             return  # the process that started this one would be killed if it ended with another code than 0
         raise
     if cli.trainer.is_global_zero:
-        print(f"checkpoints: {cli.run_folder / 'checkpoints'}  logs: tensorboard --logdir {cli.run_folder}")
+        print(f"checkpoints: {cli.run_folder / 'checkpoints'}")
+        if "tensorboard" in cli.config["loggers"]:
+            print(f"logs: tensorboard --logdir {cli.run_folder}")
 
 
 if __name__ == "__main__":
