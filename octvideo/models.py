@@ -243,7 +243,7 @@ def _resnet(
 
 def _with_non_local(network: Net) -> Net:
     """Puts non-local blocks where the paper has them."""
-    for stage, after in zip(_stages(network)[1:3], ((1, 3), (1, 3, 5)), strict=True):
+    for stage, after in zip(residual_stages(network)[1:3], ((1, 3), (1, 3, 5)), strict=True):
         blocks = network.blocks[stage].res_blocks
         for i in after:
             blocks[i] = NonLocalResBlock(blocks[i])
@@ -428,12 +428,12 @@ def set_alpha(network: nn.Module, alpha: float | Sequence[float]) -> nn.Module:
     if not isinstance(network, Net) or options is None:
         raise ValueError(f"set_alpha takes a network that create_model built, got {type(network).__name__}")
     alphas = stage_alphas(alpha)
-    patterns = {f"^blocks\\.{block}\\.": value for block, value in zip(_stages(network), alphas, strict=True)}
+    patterns = {f"^blocks\\.{block}\\.": value for block, value in zip(residual_stages(network), alphas, strict=True)}
     fast = any(alphas) if options["channels_last"] is None else options["channels_last"]
     return octavize(network, patterns, **(options | {"channels_last": fast}))
 
 
-def _stages(network: Net) -> list[int]:
+def residual_stages(network: Net) -> list[int]:
     """Where res2 to res5 are among the network's blocks: SlowFast's hold two pathways and the lateral connection."""
     return [
         i for i, block in enumerate(network.blocks) if i > 0 and isinstance(block, (ResStage, MultiPathWayWithFuse))
