@@ -1,4 +1,4 @@
-# make train    environment, a small made data set, training of an Oct-I3D, test
+# make train    environment, a small made data set, training of an Oct-I3D, test, report
 # make test     environment, every test
 # make lint     ruff and mypy
 # TEST_JOBS     processes that run tests, 2 by default
@@ -23,7 +23,7 @@ train: $(INSTALLED)
 	.venv/bin/python -m octvideo.data.motions data/motions
 	rm -rf $(RUN)
 	.venv/bin/python tools/train_net.py --cfg configs/quickstart.yaml
-	.venv/bin/python tools/test_net.py --cfg configs/quickstart.yaml --ckpt $(RUN)/checkpoints/last.ckpt --output $(RUN)/test
+	.venv/bin/python tools/test_net.py --cfg configs/quickstart.yaml --ckpt $(RUN)/checkpoints/last.ckpt --output $(RUN)/test --report
 
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal

@@ -274,8 +274,11 @@ class Recognizer(LightningModule):
         self.clip_top5.update(views.flatten(0, 1), labels)
         self.video_top1.update(videos, batch.labels)
         self.video_top5.update(videos, batch.labels)
-        for path, label, scores in zip(batch.paths, batch.labels.tolist(), videos.tolist(), strict=True):
-            self._predictions.append({"path": path, "label": label, "scores": scores})
+        hits = views.topk(min(5, self.num_classes)).indices == batch.labels[:, None, None]  # (B, V, 5)
+        top1, top5 = (hits[..., :k].any(-1).float().mean(1).tolist() for k in (1, 5))
+        columns = batch.paths, batch.labels.tolist(), videos.tolist(), top1, top5
+        names = ("path", "label", "scores", "clip_top1", "clip_top5")
+        self._predictions += [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def _view_scores(self, batch: Batch) -> Tensor:
         """Probabilities (B, V, num_classes) of every clip."""

@@ -1,6 +1,7 @@
 """Who may import whom.
 
-octaves <- paths <- conv <- octavize <- models <- recognizer; data and the network side never meet.
+octaves <- paths <- conv <- octavize <- models <- recognizer; data and the network side never meet, but in prediction,
+which is there to bring a file and a network together in one call.
 """
 
 import ast
@@ -26,9 +27,12 @@ ALLOWED = {
     "fuse": set(),
     "cost": set(),
     "weights": set(),
+    "spectrum": {"octaves"},
     "trained": {"checkpoints", "models", "weights"},
+    "report": {"cost", "models", "trained", "weights"},
+    "prediction": {"trained", "data"},
     "callbacks": set(),
-    "__init__": {*NETWORK, "fuse"},
+    "__init__": {*NETWORK, "fuse", "prediction"},
 }
 
 

@@ -4,8 +4,10 @@ python tools/test_net.py --cfg configs/oct_i3d.yaml --ckpt runs/oct_i3d/checkpoi
 
 The network is the one in the checkpoint, whatever the YAML file says; options on the command line override it.
 Prints clip and video accuracies (views averaged after softmax) and writes DIR/predictions.json:
-{"top1", "top5", "clip_top1", "clip_top5", "videos": [{"path", "label", "scores"}], "bad": [{"path", "reason"}],
-"labels": [class names, if the checkpoint or data.labels has them]}.
+{"top1", "top5", "clip_top1", "clip_top5", "videos": [{"path", "label", "scores", and "clip_top1", "clip_top5": shares
+of its clips}], "bad": [{"path", "reason"}], "labels": [class names, if the checkpoint or data.labels has them]}.
+
+With --report it also writes DIR/report.html, as tools/report.py does.
 
 With --alphas 0,.125,.25,.5 it tests the same weights at several alphas, each with the batch-norm statistics of the
 checkpoint and with those that training clips have at that alpha, prints a table and writes DIR/alphas.json:
@@ -26,6 +28,7 @@ from command_line import CommandLine, one_line_errors, start
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
+from report import write_report
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -34,6 +37,7 @@ from octvideo.data.annotations import ListError
 from octvideo.data.files import appearing
 from octvideo.models import set_alpha
 from octvideo.normalization import estimate_statistics
+from octvideo.report import read_run
 
 
 def read_alphas(text: str) -> list[float]:
@@ -83,6 +87,7 @@ class Testing(CommandLine):
         parser.add_argument("--ckpt", type=str, required=True, help="checkpoint that train_net.py wrote")
         parser.add_argument("--ckpt_path", type=str | None, help=SUPPRESS)  # of training, as --print_config writes it
         parser.add_argument("--output", type=str | None, help="folder for predictions.json; default: RUN_FOLDER/test")
+        parser.add_argument("--report", action="store_true", help="write report.html there too: curves, mistakes, cost")
         parser.add_argument(
             "--alphas",
             type=str | None,
@@ -220,14 +225,18 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)  # before the work whose result it is for
         if cli.alphas:
             test_alphas(cli, output / "alphas.json")
-            return
-        results = test(cli)
-        if not cli.trainer.is_global_zero:
-            return
-        print_table(results)
-        labels = {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
-        (output / "predictions.json").write_text(json.dumps(results | labels))
-        print(f"predictions: {output / 'predictions.json'}")
+        else:
+            results = test(cli)
+            if cli.trainer.is_global_zero:
+                print_table(results)
+                labels = {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
+                (output / "predictions.json").write_text(json.dumps(results | labels))
+                print(f"predictions: {output / 'predictions.json'}")
+        if cli.config["report"] and cli.trainer.is_global_zero:
+            checkpoint = Path(cli.config["ckpt"])
+            inside = checkpoint.parent.name == "checkpoints"
+            folder = checkpoint.parent.parent if inside else cli.run_folder
+            write_report([read_run(folder, results=output, checkpoint=checkpoint)], output / "report.html")
 
 
 if __name__ == "__main__":
