@@ -1,0 +1,618 @@
+"""Predicts the classes of videos with a checkpoint that train_net.py wrote.
+
+python tools/predict.py VIDEO|FOLDER|LIST ... --ckpt CHECKPOINT [--json FILE] [--csv FILE] [--timeline]
+                        [--save-video DIR] [--thumbnail DIR]
+
+An input is one of
+  a video
+  a folder, searched for videos with all that is below it, in natural order (clip2 before clip10). Hidden files, files
+           without an extension, texts, pictures and what --save-video wrote (*.predicted.mp4) do not count
+  a list   *.csv or *.txt, with a line 'path' or 'path class-number' for each video. Given numbers are shown beside the
+           predictions, and how many are right. Paths start from --root, by default the present folder, or the list's
+           folder where the present one does not have them
+
+The score of a class is the average, after softmax, of N moments x M crops (--clips, --crops), as test_net.py has it.
+The timeline scores one clip, of the centre, around the middle of each second. A segment is a stretch in which a class,
+one that is the most likely in some second, has at least half of its highest score.
+
+--json   {"checkpoint", "network", "alpha", "labels", "videos": [{"path", "status": "ok", "seconds",
+         "predictions": [{"label", "class", "probability"}], "scores": [one a class], "timeline": {"seconds": [middles],
+         "scores": [[one a class] a second]}, "segments": [{"start", "end", "label", "class", "mean_score"}]}],
+         "bad": [{"path", "reason"}]}; besides "truth" of a video with a given class, "annotated" and "thumbnail" of one
+         with such files, and "accuracy": {"top1", "top5", "videos"} if there are given classes
+--csv    path,status,reason,rank,label,probability: a row for every rank of a video, one without a rank for a bad one
+--save-video   writes DIR/NAME.predicted.mp4 (H.264, without sound): upright, with the most likely class of the present
+         second and a bar as long as its probability along the lower edge. PyAV reads the frames, whatever the --backend
+--thumbnail    writes DIR/NAME.predicted.jpg: eight frames, evenly spread, with their times and the most likely class
+
+Exit status: 0 if all videos were predicted; 1 if some are bad, which are named with the reason; 2 for a mistake in the
+command, or if results cannot be written; 130 on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import av
+import numpy as np
+import torch
+from av.codec.context import Flags
+from av.video.reformatter import ColorRange, VideoReformatter
+from command_line import fail, one_line_errors
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from octvideo.data.annotations import ListError
+from octvideo.data.files import appearing
+from octvideo.data.reencoding import machine_error
+from octvideo.data.sources import HEADERS, NOT_VIDEOS
+from octvideo.data.video import (
+    READERS,
+    READING_ERRORS,
+    Backend,
+    DecodeError,
+    Video,
+    frame_rate,
+    has_guessed_times,
+    open_stream,
+    to_the_end,
+    upright_turns,
+)
+from octvideo.data.watchdog import HungError, still_alive
+from octvideo.prediction import Prediction, Predictor
+from octvideo.trained import Trained, load_trained
+
+LISTS = (".csv", ".txt")
+ANNOTATED = ".predicted.mp4"  # ends the names of files
+THUMBNAIL = ".predicted.jpg"
+STILLS, STILLS_IN_A_ROW, STILL_SIDE = 8, 4, 180  # of a contact sheet; pixels
+ENCODER = {"crf": "20", "preset": "veryfast", "bf": "0"}  # of a variable rate, B-frames make mp4's duration wrong
+BLACK, GREY, WHITE, GREEN = (0, 0, 0), (70, 70, 70), (255, 255, 255), (46, 204, 64)
+WIDTH = 10_000  # characters that a line of a table may have, unless it is for a terminal: nothing is folded there
+
+
+class Source(NamedTuple):
+    """A video to predict, and its class number if a list gives it."""
+
+    path: str
+    truth: int | None = None
+
+
+class Outcome(NamedTuple):
+    """What became of a video: a prediction or the reason why there is none, and files that show it, by their keys."""
+
+    source: Source
+    prediction: Prediction | None
+    reason: str
+    files: dict[str, str]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program; argparse would print its usage first."""
+        fail(message)
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    assert __doc__ is not None
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=Path, help="what to predict")
+    add("--ckpt", type=Path, required=True, help="checkpoint that train_net.py wrote")
+    add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
+    add("--device", help="such as cpu, cuda or cuda:1; default: cuda if there is one, else cpu")
+    add("--root", type=Path, help="folder that the paths in lists start from")
+    add("--clips", metavar="N", type=_count, default=10, help="moments of a video, 1 is the centre; default: 10")
+    add("--crops", metavar="M", type=_count, default=3, help="crops a moment; default: 3")
+    add("--top", metavar="K", type=_count, default=5, help="most likely classes to show; default: 5")
+    add("--timeline", action="store_true", help="print the segments too")
+    add("--json", metavar="FILE", type=Path, help="file for all results")
+    add("--csv", metavar="FILE", type=Path, help="file for the most likely classes")
+    add("--save-video", metavar="DIR", type=Path, help="folder for videos with the prediction drawn in")
+    add("--thumbnail", metavar="DIR", type=Path, help="folder for contact sheets")
+    add("--backend", choices=("auto", *READERS), default="auto", help="what decodes; default: auto, PyAV if it can")
+    add(
+        *("--decode_timeout_seconds", "--decode-timeout-seconds"),
+        metavar="S",
+        type=_seconds,
+        default=60.0,
+        help="a video whose decoder takes longer for a step is bad; null waits forever; default: 60",
+    )
+    return parser.parse_args()
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float | None:
+    if text == "null":
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number or null, got {text!r}")
+    return seconds
+
+
+def find_videos(inputs: Sequence[Path], root: Path | None, num_classes: int) -> list[Source]:
+    """The videos that the inputs name, in their order.
+
+    Raises:
+        ListError: a list that cannot be read, or a class number that the network does not have; no video at all.
+        OSError: a folder that cannot be read.
+    """
+    found: list[Source] = []
+    for path in inputs:
+        if path.is_dir():
+            found += map(Source, search(path))
+        elif path.suffix.lower() in LISTS:
+            found += read_list(path, root, num_classes)
+        else:
+            found.append(Source(str(path)))
+    if not any(os.path.exists(source.path) for source in found):
+        missing = f": no file of the {len(found)} that are named is there, such as {found[0].path}" if found else ""
+        raise ListError(f"no videos found in {', '.join(map(str, inputs))}{missing}")
+    return found
+
+
+def search(folder: Path) -> list[str]:
+    """The files below a folder that may be videos, in natural order.
+
+    Raises:
+        OSError: a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found, entered = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in entered:  # a link to a folder that it lies in
+            folders.clear()
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix and suffix not in NOT_VIDEOS and not name.startswith(".") and not name.endswith(ANNOTATED):
+                found.append(os.path.join(parent, name))
+    return sorted(found, key=lambda path: (natural(path), path))
+
+
+def natural(path: str) -> list[list[str | int]]:
+    """What to sort paths by: numbers in them by their size, and no matter whether letters are capital."""
+    return [
+        [int(part) if place % 2 else part.casefold() for place, part in enumerate(re.split(r"(\d+)", name))]
+        for name in path.split(os.sep)
+    ]
+
+
+def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[Source]:
+    """The videos of a list file, with or without class numbers.
+
+    Raises:
+        ListError: it cannot be read, or has a class number that the network does not have.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ListError(f"{path}: {getattr(error, 'strerror', None) or 'not a text file in UTF-8'}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (number == 1 and re.split(r"[\s,]", line.strip().lower())[0] in HEADERS):
+            continue
+        video, label = line.strip(), None
+        if parts := re.fullmatch(r"(.*[^\s,])[\s,]+(-?\d+)", video):
+            video, label = parts[1], int(parts[2])
+            if not 0 <= label < num_classes:
+                raise ListError(f"{path}:{number}: class number must be 0 to {num_classes - 1}, got {label}")
+        here = Path(root or "", video)
+        beside = path.parent / video
+        yield Source(str(beside if root is None and not here.exists() and beside.exists() else here), label)
+
+
+def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str]:
+    """A name for each video's files, none of which is another's or a video itself.
+
+    Args:
+        paths: the videos.
+        folders: of the annotated videos and of the contact sheets.
+    """
+    sources, used, counts = {os.path.realpath(path) for path in paths}, set(), Counter[str]()
+    names = []
+    for path in paths:
+        stem = name = Path(path).stem
+        while name.casefold() in used or any(
+            os.path.realpath(folder / f"{name}{suffix}") in sources
+            for folder, suffix in zip(folders, (ANNOTATED, THUMBNAIL), strict=True)
+            if folder is not None
+        ):
+            counts[stem] += 1
+            name = f"{stem}_{counts[stem] + 1}"
+        used.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def write_line(draw: ImageDraw.ImageDraw, width: int, top: int, size: int, left: str, right: str) -> None:
+    """Writes a line in Pillow's font of Latin letters: the right part whole, the left one cut where that begins."""
+    font, gap = ImageFont.load_default(size), size // 2
+    right_start = width - gap - draw.textlength(right, font)
+    while left and draw.textlength(left, font) > right_start - 2 * gap:
+        left = left.removesuffix("...")[:-1]
+        left += "..." if left else ""
+    draw.text((gap, top), left, WHITE, font)
+    draw.text((right_start, top), right, WHITE, font)
+
+
+def strip(width: int, height: int, label: str, probability: float) -> Image.Image:
+    """What is drawn along the lower edge of a frame: a class with its probability, and below them the bar.
+
+    The bar fills the lowest sixth of it, and is green from the left edge on, as far as the class is probable.
+
+    Args:
+        width: of the frame, in pixels; even.
+        height: of the frame; the strip is no higher.
+        label: name of the class.
+        probability: of the class.
+    """
+    size = max(9, min(width, height) // 18)
+    picture = Image.new("RGB", (width, min(height, 2 * size)), BLACK)
+    draw = ImageDraw.Draw(picture)
+    write_line(draw, width, size // 5, size, label, f"{100 * probability:.0f} %")
+    top = bar_top(picture.height)
+    draw.rectangle((0, top, width, picture.height), GREY)
+    if (filled := round(width * probability)) > 0:
+        draw.rectangle((0, top, filled - 1, picture.height), GREEN)
+    return picture
+
+
+def bar_top(height: int) -> int:
+    """The first row of the bar in a strip of a height."""
+    return height - max(1, height // 6)
+
+
+def planes(frame: av.VideoFrame) -> list[NDArray[np.uint8]]:
+    """Luma (H, W) and the two planes (H / 2, W / 2) of colour of a yuv420p frame of even size."""
+    stored, height, width = frame.to_ndarray(), frame.height, frame.width
+    return [stored[:height], *stored[height:].reshape(2, height // 2, width // 2)]
+
+
+def frames_of(
+    container: av.container.InputContainer, stream: av.VideoStream, step: int
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """All frames of a video, each with its moment, in units of the stream's time base; moments rise.
+
+    Args:
+        container: the open file.
+        stream: in it.
+        step: from a frame to the next one, if timestamps do not say.
+    """
+    counted, start, moment = has_guessed_times(container, stream), stream.start_time or 0, -step
+    for frame in to_the_end(container.decode(stream)):
+        assert isinstance(frame, av.VideoFrame)
+        timed = not counted and frame.pts is not None
+        moment = max(frame.pts - start, moment + 1, 0) if timed else moment + step
+        yield moment, frame
+
+
+def annotate(job: tuple[Prediction, Path]) -> None:
+    """Writes a video again, with its timeline drawn in.
+
+    Args:
+        job: the video's prediction, and the file to write.
+
+    Raises:
+        DecodeError: it is not whole.
+        OSError: the disk is full, or the like.
+    """
+    prediction, output = job
+    try:
+        with (
+            open_stream(prediction.path)[0] as source,
+            av.open(os.fspath(output), "w", format="mp4", options={"movflags": "+faststart"}) as target,
+        ):
+            _annotate(prediction, source, target)
+    except READING_ERRORS as error:
+        if (machine := machine_error(error)) is not None:
+            raise machine from error
+        raise DecodeError(prediction.path, f"cannot be annotated: {error.strerror or type(error).__name__}") from error
+
+
+def _annotate(
+    prediction: Prediction, source: av.container.InputContainer, target: av.container.OutputContainer
+) -> None:
+    video = source.streams.best("video")
+    assert isinstance(video, av.VideoStream)
+    assert video.time_base is not None
+    rate, scaler, encoder, shown = frame_rate(video, prediction.path), VideoReformatter(), None, None
+    step = max(1, round(1 / (rate * video.time_base)))
+    for moment, frame in frames_of(source, video, step):
+        still_alive()
+        turns = upright_turns(frame)
+        if encoder is None:
+            size = frame.width + frame.width % 2, frame.height + frame.height % 2
+        picture = scaler.reformat(
+            frame, *size, "yuv420p", interpolation="BICUBIC", dst_color_range=ColorRange.MPEG, threads=1
+        )
+        if encoder is None:
+            encoder = target.add_stream("libx264", rate=Fraction(rate), options=ENCODER)
+            encoder.width, encoder.height = size[::-1] if turns % 2 else size
+            encoder.pix_fmt = "yuv420p"
+            encoder.codec_context.time_base = video.time_base
+            encoder.codec_context.flags |= Flags.frame_duration  # of the last frame above all
+            for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
+                setattr(encoder.codec_context, name, int(getattr(picture, name)))
+        second = prediction.timeline.second_at(float(moment * video.time_base))
+        if second != shown:
+            scores, shown = prediction.timeline.scores[second], second
+            best = int(scores.argmax())
+            drawn = strip(encoder.width, encoder.height, prediction.labels[best], float(scores[best]))
+            overlay = planes(av.VideoFrame.from_image(drawn).reformat(format="yuv420p"))
+        upright = [np.rot90(plane, turns) for plane in planes(picture)]
+        for plane, over in zip(upright, overlay, strict=True):
+            plane[-len(over) :] = over
+        joined = np.concatenate([plane.reshape(-1) for plane in upright]).reshape(-1, encoder.width)
+        image = av.VideoFrame.from_ndarray(joined, "yuv420p")
+        image.pts, image.time_base, image.duration = moment, video.time_base, frame.duration or step
+        target.mux(encoder.encode(image))
+    if encoder is None:
+        raise DecodeError(prediction.path, "no frame could be decoded")
+    target.mux(encoder.encode())
+
+
+def read_stills(job: tuple[str, Backend]) -> tuple[list[float], NDArray[np.uint8]]:
+    """The moments of a contact sheet's frames in a video, in seconds, and the frames.
+
+    Raises:
+        DecodeError: they cannot be decoded.
+    """
+    path, backend = job
+    with Video(path, backend) as video:
+        times = (np.arange(STILLS) + 0.5) / STILLS * video.duration_seconds
+        return times.tolist(), video.frames_at(times, STILL_SIDE)
+
+
+def contact_sheet(prediction: Prediction, times: Sequence[float], frames: NDArray[np.uint8]) -> Image.Image:
+    """A picture of frames with their times, below the video's most likely class."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for picture in pictures:
+        picture.thumbnail((2 * STILL_SIDE, 2 * STILL_SIDE))
+    gap, line = STILL_SIDE // 15, STILL_SIDE // 9
+    width, height = pictures[0].width + gap, pictures[0].height + 2 * line
+    sheet = Image.new("RGB", (STILLS_IN_A_ROW * width + gap, STILLS // STILLS_IN_A_ROW * height + 3 * line), BLACK)
+    draw, best = ImageDraw.Draw(sheet), prediction.top(1)[0]
+    write_line(draw, sheet.width, line // 2, line, best.label, f"{100 * best.probability:.1f} %")
+    for place, (picture, seconds) in enumerate(zip(pictures, times, strict=True)):
+        row, column = divmod(place, STILLS_IN_A_ROW)
+        left, top = gap + column * width, 5 * line // 2 + row * height
+        sheet.paste(picture, (left, top))
+        draw.text(
+            (left, top + picture.height + line // 5), clock(seconds), WHITE, ImageFont.load_default(line * 4 // 5)
+        )
+    return sheet
+
+
+def clock(seconds: float) -> str:
+    """A moment as minutes and seconds, 1:02.5."""
+    tenths = round(seconds * 10)
+    return f"{tenths // 600}:{tenths % 600 / 10:04.1f}"
+
+
+def predict_all(sources: Sequence[Source], predictor: Predictor, arguments: argparse.Namespace) -> Iterator[Outcome]:
+    """Predicts each video, and writes the files that show it."""
+    annotating, stilling = (predictor.decoding.watched(job) for job in (annotate, read_stills))
+    save_video, thumbnail = arguments.save_video, arguments.thumbnail
+    names = file_names([source.path for source in sources], (save_video, thumbnail))
+    for source, name in zip(sources, names, strict=True):
+        files = {}
+        try:
+            prediction = predictor(source.path)
+            if save_video is not None:
+                files["annotated"] = str(save_video / f"{name}{ANNOTATED}")
+                with appearing(Path(files["annotated"])) as partial:
+                    annotating((prediction, partial))
+            if thumbnail is not None:
+                files["thumbnail"] = str(thumbnail / f"{name}{THUMBNAIL}")
+                sheet = contact_sheet(prediction, *stilling((source.path, arguments.backend)))
+                with appearing(Path(files["thumbnail"])) as partial:
+                    sheet.save(partial, "JPEG", quality=90)
+            yield Outcome(source, prediction, "", files)
+        except DecodeError as error:
+            yield Outcome(source, None, error.reason, {})
+        except HungError as error:
+            yield Outcome(source, None, str(error), {})
+
+
+def accuracies(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
+    """Shares of the videos with a given class whose most likely class, or one of the five, it is; None without any."""
+    judged = [
+        (one.source.truth, [best.number for best in one.prediction.top(5)])
+        for one in outcomes
+        if one.prediction is not None and one.source.truth is not None
+    ]
+    if not judged:
+        return None
+    shares = {f"top{k}": sum(truth in best[:k] for truth, best in judged) / len(judged) for k in (1, 5)}
+    return {**shares, "videos": len(judged)}
+
+
+def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The content of --json."""
+    videos = []
+    for source, prediction, _, files in outcomes:
+        if prediction is None:
+            continue
+        timeline = prediction.timeline
+        video = {
+            "path": source.path,
+            "status": "ok",
+            "seconds": float(timeline.edges_seconds[-1]),
+            "predictions": [
+                {"label": label, "class": number, "probability": probability}
+                for label, number, probability in prediction.top(arguments.top)
+            ],
+            "scores": prediction.scores.tolist(),
+            "timeline": {
+                "seconds": timeline.seconds.tolist(),
+                "scores": timeline.scores.astype(np.float64).round(6).tolist(),
+            },
+            "segments": [
+                {"start": start, "end": end, "label": label, "class": number, "mean_score": score}
+                for start, end, label, number, score in prediction.segments(arguments.top)
+            ],
+            **files,
+        }
+        if source.truth is not None:
+            video["truth"] = {"label": trained.labels[source.truth], "class": source.truth}
+        videos.append(video)
+    accuracy = accuracies(outcomes)
+    return {
+        "checkpoint": str(arguments.ckpt),
+        "network": trained.options["name"],
+        "alpha": trained.options["alpha"],
+        "labels": trained.labels,
+        **({"accuracy": accuracy} if accuracy is not None else {}),
+        "videos": videos,
+        "bad": [{"path": one.source.path, "reason": one.reason} for one in outcomes if one.prediction is None],
+    }
+
+
+def write_csv(path: Path, outcomes: Sequence[Outcome], top: int) -> None:
+    """Writes --csv."""
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "status", "reason", "rank", "label", "probability"))
+        for source, prediction, reason, _ in outcomes:
+            if prediction is None:
+                writer.writerow((source.path, "bad", reason, "", "", ""))
+            for rank, best in enumerate(prediction.top(top) if prediction is not None else (), 1):
+                writer.writerow((source.path, "ok", "", rank, best.label, best.probability))
+
+
+def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Prints the predictions, how many are right, the segments if asked to, and the bad videos with their reasons."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    good = [(source, prediction) for source, prediction, *_ in outcomes if prediction is not None]
+    truths = any(source.truth is not None for source, _ in good)
+    table = Table("file", *(["truth"] if truths else []), *map(str, range(1, min(arguments.top, len(labels)) + 1)))
+    segments = Table("file", "from", "to", "class", "mean score", box=box.SIMPLE)
+    for column in (*table.columns, *segments.columns):
+        column.overflow = "fold"
+    for source, prediction in good:
+        truth = "" if source.truth is None else labels[source.truth]
+        cells = [f"{best.label} {100 * best.probability:.1f} %" for best in prediction.top(arguments.top)]
+        table.add_row(*map(Text, (source.path, *([truth] if truths else []), *cells)))
+        for segment in prediction.segments(arguments.top):
+            times = clock(segment.start_seconds), clock(segment.end_seconds)
+            segments.add_row(*map(Text, (source.path, *times, segment.label, f"{100 * segment.mean_score:.1f} %")))
+    if good:
+        console.print(table)
+    if good and arguments.timeline:
+        console.print(segments)
+    if (accuracy := accuracies(outcomes)) is not None:
+        shares = ", ".join(f"top-{k} {100 * accuracy[f'top{k}']:.2f} %" for k in (1, 5))
+        console.print(f"{shares} of {accuracy['videos']} videos with a given class", highlight=False)
+    console.print(f"{len(good)} videos predicted, {len(outcomes) - len(good)} bad", highlight=False)
+    for source, prediction, reason, _ in outcomes:
+        if prediction is None:
+            console.print(Text(f"  {source.path}: {reason}", "yellow"), soft_wrap=True)
+
+
+def check_outputs(arguments: argparse.Namespace, sources: Sequence[Source]) -> None:
+    """Refuses results in the place of what is read, and makes their folders, before the work that they are for.
+
+    Raises:
+        ListError: a result cannot be where it is to be.
+        OSError: a folder cannot be made.
+    """
+    read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *(one.path for one in sources))}
+    for option in ("json", "csv"):
+        path = getattr(arguments, option)
+        if path is None:
+            continue
+        if path.is_dir() or os.path.realpath(path) in read:
+            raise ListError(f"--{option} {path}: that is {'a folder' if path.is_dir() else 'read, or another result'}")
+        read.add(os.path.realpath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (arguments.save_video, arguments.thumbnail):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """Does what the command line says; returns the exit status."""
+    name = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: {str(error).splitlines()[0]}")
+    trained = load_trained(arguments.ckpt, arguments.alpha)
+    sources = find_videos(arguments.inputs, arguments.root, len(trained.labels))
+    check_outputs(arguments, sources)
+    predictor = Predictor(
+        trained,
+        num_clips=arguments.clips,
+        num_crops=arguments.crops,
+        device=name,
+        backend=arguments.backend,
+        decode_timeout_seconds=arguments.decode_timeout_seconds,
+    )
+    console = Console(stderr=True)
+    outcomes = list(
+        track(
+            predict_all(sources, predictor, arguments),
+            "predicting",
+            len(sources),
+            console=console,
+            disable=len(sources) < 2 or not console.is_terminal,
+        )
+    )
+    print_results(outcomes, trained.labels, arguments)
+    if arguments.json is not None:
+        with appearing(arguments.json) as partial:
+            partial.write_text(json.dumps(as_json(outcomes, trained, arguments)))
+    if arguments.csv is not None:
+        with appearing(arguments.csv) as partial:
+            write_csv(partial, outcomes, arguments.top)
+    return int(any(outcome.prediction is None for outcome in outcomes))
+
+
+def main() -> int:
+    """Runs the tool; returns its exit status."""
+    arguments = read_arguments()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may be of no encoding
+    try:
+        with one_line_errors():
+            return predict(arguments)
+    except KeyboardInterrupt:
+        print("stopped: nothing but --save-video and --thumbnail was written", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
