@@ -1,0 +1,278 @@
+"""tools/export.py: what it writes, and that docs/export.md is true."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT, run_tool
+from networks import settle
+from pytorchvideo.models import resnet
+
+from octvideo.data.annotations import VideoList
+from octvideo.data.dataset import Decoding, Draw, TestViews
+from octvideo.data.motions import write_video
+from octvideo.data.sampling import Sampling
+from octvideo.recognizer import Recognizer
+from octvideo.trained import load_trained
+
+WITHOUT_TORCH, WITH_TORCH = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+LABELS = ["using segway", "yoga", "jump", "sit", "zumba", "tai chi", "naïve"]
+PREPROCESSING = {
+    "clip_frames": 4,
+    "frame_stride": 3,
+    "sampling": "slowfast",
+    "target_fps": 15,
+    "short_videos": None,
+    "test_crop_size": 32,
+}
+OF_TRAINING = {"crop_size": 28, "short_side": (32, 40), "mirror": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_blocks():
+    """Networks of a third of the layers, and a third of the time to export them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(resnet._MODEL_STAGE_DEPTH, 50, (1, 1, 1, 1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("tools_export", ROOT / "tools" / "export.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run_here(tool):
+    """Runs the tool in this process; gives its exit status, or what it says as it ends."""
+
+    def run(*options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["export.py", "--rounds=1", *map(str, options)])
+            try:
+                tool.main()
+            except SystemExit as error:
+                return error.code
+            return 0
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A file as train_net.py writes it."""
+    torch.manual_seed(0)
+    module = Recognizer("i3d_r50", alpha=0.25, num_classes=len(LABELS), width=8, mean=0.4, std=0.2)
+    settle(module)
+    data = {"labels": LABELS, "preprocessing": PREPROCESSING | OF_TRAINING}
+    content = {"hyper_parameters": dict(module.hparams), "VideoData": data, "state_dict": module.state_dict()}
+    path = tmp_path_factory.mktemp("run") / "best.ckpt"
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def onnx_file(run_here, checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "network.onnx"
+    assert run_here("--ckpt", checkpoint, "--output", path) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def pt2_file(run_here, checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "network.pt2"
+    assert run_here("--ckpt", checkpoint, "--output", path, "--alpha", 0.5, "--no-fuse") == 0
+    return path
+
+
+def random_clips(batch):
+    return torch.randint(256, (batch, 3, 4, 32, 32), dtype=torch.uint8)
+
+
+def logits_of(trained, clips):
+    with torch.no_grad():
+        return trained.network(trained.normalize(clips))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_onnx_file_gives_the_logits_of_the_checkpoint_for_any_batch(onnx_file, checkpoint, batch):
+    clips = random_clips(batch)
+    (logits,) = onnxruntime.InferenceSession(onnx_file).run(["logits"], {"clips": clips.numpy()})
+    wanted = logits_of(load_trained(checkpoint), clips)
+    torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_an_onnx_file_is_alone_and_of_an_old_opset_and_names_its_sizes(onnx_file):
+    assert [path.name for path in onnx_file.parent.iterdir()] == ["network.onnx"]
+    model = onnx.load(onnx_file)
+    assert {opset.domain: opset.version for opset in model.opset_import} == {"": 18}
+    (given,), (output,) = model.graph.input, model.graph.output
+    sizes = [[cell.dim_param or cell.dim_value for cell in x.type.tensor_type.shape.dim] for x in (given, output)]
+    assert sizes == [["batch", 3, 4, 32, 32], ["batch", len(LABELS)]]
+    assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
+
+
+def test_files_say_how_clips_are_made_and_what_comes_out(onnx_file, pt2_file, checkpoint):
+    said = {prop.key: json.loads(prop.value) for prop in onnx.load(onnx_file, load_external_data=False).metadata_props}
+    extra = {"octvideo.json": ""}
+    torch.export.load(pt2_file, extra_files=extra)
+    version = {"octvideo_version": importlib.metadata.version("octvideo")}
+    wanted = PREPROCESSING | {"mean": 0.4, "std": 0.2, "labels": LABELS, "output": "logits"} | version
+    assert said == load_trained(checkpoint).options | wanted
+    assert json.loads(extra["octvideo.json"]) == said | {"alpha": 0.5}
+    assert said["name"] == "i3d_r50"
+    assert said["alpha"] == 0.25
+
+
+def test_no_folder_of_this_machine_is_in_a_file(onnx_file, pt2_file):
+    for path in (onnx_file, pt2_file):
+        assert str(ROOT).encode() not in path.read_bytes()
+
+
+def test_a_program_gives_the_logits_of_the_checkpoint_at_another_alpha(pt2_file, checkpoint):
+    network = torch.export.load(pt2_file).module()
+    for batch in (1, 3):
+        clips = random_clips(batch)
+        torch.testing.assert_close(network(clips), logits_of(load_trained(checkpoint, alpha=0.5), clips))
+    assert any("running_mean" in name for name in network.state_dict())
+
+
+def test_an_untrained_network_of_a_fixed_batch_gives_probabilities(run_here, tmp_path, capsys):
+    path = tmp_path / "new folder" / "network.pt2"
+    options = ("--name=i3d_r50", "--alpha=.25", "--clip=4x32x40", "--num_classes=5", "--batch=3", "--softmax")
+    assert run_here(*options, "--output", path) == 0
+    extra = {"octvideo.json": ""}
+    network = torch.export.load(path, extra_files=extra).module()
+    clips = torch.randint(256, (3, 3, 4, 32, 40), dtype=torch.uint8)
+    probabilities = network(clips)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
+    assert probabilities.std(1).min() > 0.01  # the network is not silent
+    with pytest.raises(AssertionError, match="Guard failed"):
+        network(clips[:2])
+    about = json.loads(extra["octvideo.json"])
+    assert (about["name"], about["output"], about["labels"][4]) == ("i3d_r50", "probabilities", "class 4")
+    printed = capsys.readouterr().out
+    assert "clips (3, 3, 4, 32, 40)" in printed
+    assert re.search(r"│ PyTorch +│ [\d.]+ +│ 1.00 +│\n│ torch.export +│ [\d.]+ +│ [\d.]+ +│", printed)
+    assert re.search(r"network.pt2: \d+\.\d MB; probabilities differ by \S+ of the largest\n", printed)
+
+
+def wrong_for_white_clips(logits, clips):
+    return logits * (1.001 if clips.min() == 255 else 1)
+
+
+def wrong_for_two_clips(logits, clips):
+    return logits[:1].expand(len(logits), -1)
+
+
+def not_numbers(logits, clips):
+    return logits / 0 * 0
+
+
+@pytest.mark.parametrize("change", [wrong_for_white_clips, wrong_for_two_clips, not_numbers])
+def test_a_file_that_gives_something_else_is_not_written(tool, run_here, checkpoint, tmp_path, monkeypatch, change):
+    trained = load_trained(checkpoint)
+    wrong = tool.Format(
+        "another runtime",
+        (),
+        lambda program, path, about: path.write_text("this one"),
+        lambda path: lambda clips: change(logits_of(trained, clips), clips),
+    )
+    monkeypatch.setitem(tool.FORMATS, ".pt2", wrong)
+    nothing = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
+    monkeypatch.setattr(torch.export, "export", lambda *args, **options: nothing)  # which takes seconds
+    path = tmp_path / "network.pt2"
+    path.write_text("the former one")
+    said = run_here("--ckpt", checkpoint, "--output", path)  # which Python prints, and ends with exit status 1
+    assert re.fullmatch(
+        r"export.py: error: another runtime gives logits that differ from PyTorch's by \S+ of the largest, more than "
+        r"--tolerance 0.0001: no file is written",
+        said,
+    )
+    assert path.read_text() == "the former one"
+    assert list(tmp_path.iterdir()) == [path]
+    tolerated = run_here("--ckpt", checkpoint, "--output", path, "--tolerance=1000") == 0
+    assert tolerated == (change is not not_numbers)
+
+
+I3D = ("--name=i3d_r50", "--clip=4x32x32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "one of the arguments --ckpt --name is required"),
+        ((*I3D, "--ckpt=a.ckpt"), "argument --ckpt: not allowed with argument --name"),
+        (("--ckpt=missing.ckpt",), "No such file or directory: 'missing.ckpt'"),
+        (("--ckpt=a.ckpt", "--clip=4x32x32"), "--clip and --num_classes are for --name: a checkpoint has its own"),
+        (("--ckpt=a.ckpt", "--num_classes=5"), "--clip and --num_classes are for --name: a checkpoint has its own"),
+        (("--name=i3d_r50",), "--name needs --clip TxHxW, such as 8x224x224"),
+        (("--name=resnet", "--clip=4x32x32"), "no model 'resnet'; there are c2d_r50, "),
+        ((*I3D, "--alpha=2"), "alpha must lie in [0, 1], got 2.0"),
+        ((*I3D, "--clip=4x32"), "argument --clip: TxHxW is wanted, such as 8x224x224, got '4x32'"),
+        ((*I3D, "--clip=0x32x32"), "argument --clip: TxHxW is wanted, such as 8x224x224, got '0x32x32'"),
+        ((*I3D, "--batch=0"), "argument --batch: a whole number from 1 is wanted, got '0'"),
+        ((*I3D, "--clip=1x32x32"), "i3d_r50 does not take clips of 1x32x32: "),
+        ((*I3D, "--output=network.tflite"), "--output must be a file that ends in .onnx or .pt2, got network.tflite"),
+        ((*I3D, "--output=folder.onnx"), "--output must be a file that ends in .onnx or .pt2, got folder.onnx"),
+    ],
+)
+def test_a_mistake_is_one_line(run_here, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.onnx").mkdir()
+    assert run_here("--output=network.pt2", *options) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("export.py: error: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+def test_what_is_not_installed_is_named_with_the_command_that_installs_it(run_here, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name))
+    assert run_here(*I3D, "--output=network.onnx") == 2
+    assert capsys.readouterr().err == (
+        "export.py: error: .onnx files need onnx, onnxruntime, onnxscript: pip install 'octvideo[export]'\n"
+    )
+
+
+def test_the_documented_code_predicts_a_video_without_torch_as_octvideo_does(onnx_file, checkpoint, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (70, 6, 8, 3), np.uint8)
+    write_video(tmp_path / "video.mp4", noise.repeat(8, 1).repeat(8, 2), 30)  # 48 x 64
+    (tmp_path / "network.onnx").symlink_to(onnx_file)
+    command = [sys.executable, "-X", "utf8", "-c", "import sys; sys.modules['torch'] = None\n" + WITHOUT_TORCH]
+    finished = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, encoding="utf-8")
+
+    trained = load_trained(checkpoint)
+    decoding = Decoding(VideoList([str(tmp_path / "video.mp4")], np.zeros(1, np.int64)), Sampling(4, 3, "slowfast", 15))
+    views = TestViews(decoding, crop_size=32, short_side=32, num_clips=1, num_crops=1)
+    scores, order = logits_of(trained, views[Draw(0, 0, 0)].clips).softmax(1)[0].sort(descending=True)
+    rows = [line.split(" ", 1) for line in finished.stdout.splitlines()]
+    assert [label for _, label in rows] == [LABELS[number] for number in order[:5]]
+    np.testing.assert_allclose([float(score) for score, _ in rows], scores[:5], atol=6e-4)
+
+
+def test_the_documented_code_runs_a_program(pt2_file, monkeypatch, capsys):
+    monkeypatch.chdir(pt2_file.parent)
+    exec(compile(WITH_TORCH, "docs/export.md", "exec"), {})
+    first, second = re.fullmatch(r"\['(.*)', '(.*)'\]\n", capsys.readouterr().out).groups()
+    assert {first, second} <= set(LABELS)
+
+
+def test_the_tool_is_a_program_of_its_own(tmp_path):
+    finished = run_tool("export.py", "--ckpt", tmp_path / "none.ckpt", "--output", tmp_path / "network.pt2")
+    assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
