@@ -388,11 +388,17 @@ def test_the_printed_options_of_training_serve_for_testing(motions, trained, tmp
     assert tested.returncode == 0, tested.stderr
 
 
-def test_a_trial_run_leaves_its_options_and_no_checkpoint(motions, tmp_path):
-    options = [*small(motions, tmp_path / "run"), "--loggers=[csv]", "--trainer.fast_dev_run=1"]
-    finished = run_tool("train_net.py", *options)
+def test_a_trial_run_leaves_nothing(motions, tmp_path):
+    finished = run_tool("train_net.py", *small(motions, tmp_path / "run"), "--trainer.fast_dev_run=1")
     assert finished.returncode == 0, finished.stderr
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml"}
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_lie_in_the_run_folder_whatever_the_logs_are(motions, tmp_path):
+    options = [*small(motions, tmp_path / "run"), "--loggers=[csv]", "--trainer.max_epochs=1"]
+    finished = run_tool("train_net.py", *options, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0")
+    assert finished.returncode == 0, finished.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "checkpoints", "csv"}
     assert "tensorboard" not in finished.stdout
 
 
