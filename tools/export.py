@@ -37,8 +37,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, NoReturn
 
+import command_line  # before torch, as it says how threads wait
 import torch
-from command_line import fail, one_line_errors
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -142,7 +142,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program; argparse would print its usage first."""
-        fail(message)
+        command_line.fail(message)
 
 
 def clip_size(text: str) -> Size:
@@ -194,14 +194,14 @@ def read_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     output: Path = arguments.output
     if output.suffix not in FORMATS or output.is_dir():
-        fail(f"--output must be a file that ends in {' or '.join(FORMATS)}, got {output}")
+        command_line.fail(f"--output must be a file that ends in {' or '.join(FORMATS)}, got {output}")
     missing = [name for name in FORMATS[output.suffix].packages if importlib.util.find_spec(name) is None]
     if missing:
-        fail(f"{output.suffix} files need {', '.join(missing)}: pip install 'octvideo[export]'")
+        command_line.fail(f"{output.suffix} files need {', '.join(missing)}: pip install 'octvideo[export]'")
     if arguments.ckpt and (arguments.clip or arguments.num_classes):
-        fail("--clip and --num_classes are for --name: a checkpoint has its own")
+        command_line.fail("--clip and --num_classes are for --name: a checkpoint has its own")
     if arguments.name and not arguments.clip:
-        fail("--name needs --clip TxHxW, such as 8x224x224")
+        command_line.fail("--name needs --clip TxHxW, such as 8x224x224")
     return arguments
 
 
@@ -244,7 +244,7 @@ def export(trained: Trained, size: Size, arguments: argparse.Namespace) -> None:
     try:
         wanted = [eager(clip) for clip in clips]
     except RuntimeError as error:
-        fail(f"{trained.options['name']} does not take clips of {'x'.join(map(str, size))}: {error}")
+        command_line.fail(f"{trained.options['name']} does not take clips of {'x'.join(map(str, size))}: {error}")
     if arguments.fuse:
         trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
     dynamic = None if arguments.batch else {"clips": {0: torch.export.Dim("batch", min=1)}}
@@ -287,7 +287,7 @@ def main() -> None:
     arguments = read_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    with one_line_errors(), torch.no_grad():
+    with command_line.one_line_errors(), torch.no_grad():
         if arguments.ckpt:
             trained = load_trained(arguments.ckpt, arguments.alpha)
             side = trained.preprocessing["test_crop_size"]
