@@ -354,6 +354,8 @@ class RunCheckpoints(Checkpoint):
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which loader processes do not inherit
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
+                self._lock.close()
+                self._lock = None  # the file is the other's
                 return False
             # A file system without locks: there is no guard.
         for path in self.folder.glob("*.ckpt.tmp"):

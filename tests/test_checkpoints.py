@@ -689,6 +689,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         other.stdout.readline()
         with pytest.raises(ValueError, match="another run is writing to"):
             fit(tmp_path)
+        assert files(tmp_path) == [".lock"]  # the other's, which the refused run leaves in place
         other.communicate("\n")
     fit(tmp_path, max_epochs=1)
     assert ".lock" not in files(tmp_path)

@@ -43,12 +43,10 @@ from octvideo.data.annotations import ListError  # noqa: E402
 from octvideo.data.module import VideoData  # noqa: E402
 from octvideo.data.video import DecodeError  # noqa: E402
 from octvideo.recognizer import Recognizer  # noqa: E402
+from octvideo.trained import NETWORK_OPTIONS  # noqa: E402
 
 # What makes a network what it is, besides its weights.
-NETWORK_OPTIONS = (
-    *("name", "alpha", "num_classes", "width", "depth"),
-    *("frame_ratio", "channel_ratio", "downsample", "round_to", "mean", "std"),
-)
+CHECKPOINT_OPTIONS = (*NETWORK_OPTIONS, "mean", "std")
 
 LoggerName = Literal["tensorboard", "csv", "wandb"]
 # Of a training run, besides model, data and trainer; a YAML file that has them serves for testing too.
@@ -150,7 +148,7 @@ class CommandLine(LightningCLI):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             # Older checkpoints do not name what there was no choice of.
             known = {"downsample": "conv", "round_to": 1} | checkpoint["hyper_parameters"]
-            trained = {key: known[key] for key in NETWORK_OPTIONS}
+            trained = {key: known[key] for key in CHECKPOINT_OPTIONS}
         except FileNotFoundError as error:
             raise ValueError(f"{option} {path}: no such file") from error
         except DamagedCheckpointError as error:
@@ -158,7 +156,7 @@ class CommandLine(LightningCLI):
         except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, OSError) as error:
             raise ValueError(f"{option} {path}: not a checkpoint of train_net.py: {error}") from error
         options = self.config["model"]
-        for key in NETWORK_OPTIONS:
+        for key in CHECKPOINT_OPTIONS:
             given = any(argument.split("=")[0] == f"--model.{key}" for argument in sys.argv)
             if not given and options[key] != trained[key]:
                 print(f"model.{key} {trained[key]} as in the checkpoint; the options say {options[key]}")
