@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_tool
+from benchmark_data import Timeline, parse
+from conftest import run_tool
 
 KEYS = {"source", "backend", "protocol", "clips_per_second", "frames_decoded_per_clip"}
 
@@ -71,18 +73,13 @@ def test_without_a_readable_video_there_is_nothing_to_measure(video_folder):
     ],
 )
 def test_mistakes_end_in_one_line(options, message, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    from benchmark_data import parse
-
+    monkeypatch.setattr(sys, "argv", ["benchmark_data.py"])
     with pytest.raises(SystemExit, match="2"):
         parse(["list.txt", *options])
     assert capsys.readouterr().err.startswith(f"benchmark_data.py: error: {message}")
 
 
-def test_a_timeline_counts_from_key_frames(numbered_video, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    from benchmark_data import Timeline
-
+def test_a_timeline_counts_from_key_frames(numbered_video):
     timeline = Timeline(str(numbered_video))
     np.testing.assert_allclose(timeline.frames, np.arange(60) / 30, atol=1e-6)
     np.testing.assert_allclose(timeline.keys, np.arange(5) * 12 / 30, atol=1e-6)

@@ -1,6 +1,6 @@
 """tools/export.py: what it writes, and that docs/export.md is true."""
 
-import importlib.util
+import importlib
 import json
 import re
 import subprocess
@@ -47,12 +47,7 @@ def _few_blocks():
 @pytest.fixture(scope="module")
 def tool():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("tools_export", ROOT / "tools" / "export.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "tools")
-        spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("export")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, frame_numbers, run_tool
+from conftest import frame_numbers, run_tool
 from networks import settle
 from PIL import Image
 from test_prediction import some
@@ -31,14 +31,7 @@ LABELS = ["run", "jump", "sit"]
 @pytest.fixture(scope="module")
 def tool():
     """The script as a module."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        spec = importlib.util.spec_from_file_location("predict", ROOT / "tools" / "predict.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-    return module
+    return importlib.import_module("predict")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """tools/prepare_data.py as a user runs it."""
 
 import csv
-import importlib.util
+import importlib
 import os
 import shutil
 import signal
@@ -23,10 +23,7 @@ STAND_INS = {"arm wrestling": "arm_wrestling.mp4", "flipping pancake": "flipping
 @pytest.fixture(scope="module")
 def tool():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "tools" / "prepare_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("prepare_data")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The HTML report: its figures, what it says of missing parts, and the page in a browser."""
 
 import csv
-import importlib.util
+import importlib
 import itertools
 import json
 import re
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_tool
+from conftest import run_tool
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.io import decode_jpeg
 
@@ -114,12 +114,7 @@ def folder(tmp_path, checkpoint):
 @pytest.fixture(scope="module")
 def tool():
     """tools/report.py as a module."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    spec = importlib.util.spec_from_file_location("tools_report", ROOT / "tools" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(ROOT / "tools"))
-    return module
+    return importlib.import_module("report")
 
 
 def page(*runs, thumbnail=lambda path: "it is gone"):
@@ -568,19 +563,6 @@ def test_testing_writes_the_report_of_the_checkpoints_run(checkpoint, tmp_path):
     finished = run_tool("test_net.py", *options, "--alphas=0,.5", "--statistics_batches=0")
     assert finished.returncode == 0, finished.stderr
     assert "Accuracy over time" in (tmp_path / "test" / "report.html").read_text()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

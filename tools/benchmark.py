@@ -33,11 +33,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from arguments import Parser, fail
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -77,20 +78,6 @@ QUICK = {"models": ("i3d_r50",), "alphas": (0.0, 0.25, 0.5), "size": (8, 112, 11
 
 
 # Options
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on standard error."""
-    print(f"benchmark.py: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program; argparse would print its usage first."""
-        fail(message)
 
 
 def several(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -134,7 +121,7 @@ def clip_size(text: str) -> Size:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, checked as far as they can be without a network."""
-    parser = Parser("benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--models", type=several(one_of(tuple(MODELS), "model")), default=("i3d_r50",), metavar="A,B")
     add("--alphas", type=several(share), default=(0.0, 0.125, 0.25, 0.5), metavar="0,.25", help="0 is always measured")

@@ -30,11 +30,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import av
 import numpy as np
 import torch
+from arguments import Parser, fail
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
@@ -49,23 +50,9 @@ TEST_CLIPS, TEST_CROPS = 10, 3
 SEED = 0
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on standard error."""
-    print(f"benchmark_data.py: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program; argparse would print its usage first."""
-        fail(message)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("list", type=Path, metavar="LIST", help="list file, with a line 'path class' for each video")
     add("--json", type=Path, metavar="FILE", help="where to write the rows")

@@ -30,6 +30,7 @@ for message in (
 logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
 
 import torch  # noqa: E402
+from arguments import fail  # noqa: E402
 from jsonargparse import ActionConfigFile  # noqa: E402
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment  # noqa: E402
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402
@@ -66,23 +67,16 @@ TRAINING_OPTIONS: dict[str, tuple[Any, Any, str]] = {
 Cli = TypeVar("Cli", bound="CommandLine")
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on standard error."""
-    # Of an option that may be null, jsonargparse says too that the value is not null: only the other reason helps.
-    reasons = [line.strip()[2:] for line in str(message).splitlines() if line.strip().startswith("- ")]
-    if "Union subtypes" in str(message) and (useful := [reason for reason in reasons if "NoneType" not in reason]):
-        message = f"{str(message).splitlines()[0].partition('Does not validate')[0]}{useful[0]}"
-    line = " ".join(str(message).split())
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-    sys.exit(2)
-
-
 class Parser(LightningArgumentParser):
     """Lightning's parser, with errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program; jsonargparse would print its usage first."""
-        fail(message)
+        # Of an option that may be null, it says too that the value is not null: only the other reason helps.
+        reasons = [line.strip()[2:] for line in str(message).splitlines() if line.strip().startswith("- ")]
+        if "Union subtypes" in str(message) and (useful := [reason for reason in reasons if "NoneType" not in reason]):
+            message = f"{str(message).splitlines()[0].partition('Does not validate')[0]}{useful[0]}"
+        fail(str(message))
 
 
 class KeptOptions(SaveConfigCallback):

@@ -35,10 +35,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import command_line  # before torch, as it says how threads wait
 import torch
+from arguments import Parser, fail
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -137,14 +138,6 @@ FORMATS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program; argparse would print its usage first."""
-        command_line.fail(message)
-
-
 def clip_size(text: str) -> Size:
     """An option's type for frames, height and width of a clip."""
     sizes = text.lower().split("x")
@@ -163,7 +156,7 @@ def number(text: str) -> int:
 
 def read_arguments() -> argparse.Namespace:
     """The command line, checked as far as it can be without a network."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", type=Path, metavar="FILE", help="checkpoint that train_net.py wrote")
     source.add_argument("--name", metavar="NETWORK", help="a network of octvideo.MODELS, such as i3d_r50, untrained")
@@ -194,14 +187,14 @@ def read_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     output: Path = arguments.output
     if output.suffix not in FORMATS or output.is_dir():
-        command_line.fail(f"--output must be a file that ends in {' or '.join(FORMATS)}, got {output}")
+        fail(f"--output must be a file that ends in {' or '.join(FORMATS)}, got {output}")
     missing = [name for name in FORMATS[output.suffix].packages if importlib.util.find_spec(name) is None]
     if missing:
-        command_line.fail(f"{output.suffix} files need {', '.join(missing)}: pip install 'octvideo[export]'")
+        fail(f"{output.suffix} files need {', '.join(missing)}: pip install 'octvideo[export]'")
     if arguments.ckpt and (arguments.clip or arguments.num_classes):
-        command_line.fail("--clip and --num_classes are for --name: a checkpoint has its own")
+        fail("--clip and --num_classes are for --name: a checkpoint has its own")
     if arguments.name and not arguments.clip:
-        command_line.fail("--name needs --clip TxHxW, such as 8x224x224")
+        fail("--name needs --clip TxHxW, such as 8x224x224")
     return arguments
 
 
@@ -244,7 +237,7 @@ def export(trained: Trained, size: Size, arguments: argparse.Namespace) -> None:
     try:
         wanted = [eager(clip) for clip in clips]
     except RuntimeError as error:
-        command_line.fail(f"{trained.options['name']} does not take clips of {'x'.join(map(str, size))}: {error}")
+        fail(f"{trained.options['name']} does not take clips of {'x'.join(map(str, size))}: {error}")
     if arguments.fuse:
         trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
     dynamic = None if arguments.batch else {"clips": {0: torch.export.Dim("batch", min=1)}}

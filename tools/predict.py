@@ -42,14 +42,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import av
+import command_line  # before torch, as it says how threads wait
 import numpy as np
 import torch
+from arguments import Parser, fail
 from av.codec.context import Flags
 from av.video.reformatter import ColorRange, VideoReformatter
-from command_line import fail, one_line_errors
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from rich import box
@@ -103,18 +104,9 @@ class Outcome(NamedTuple):
     files: dict[str, str]
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program; argparse would print its usage first."""
-        fail(message)
-
-
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=Path, help="what to predict")
     add("--ckpt", type=Path, required=True, help="checkpoint that train_net.py wrote")
@@ -607,7 +599,7 @@ def main() -> int:
     arguments = read_arguments()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may be of no encoding
     try:
-        with one_line_errors():
+        with command_line.one_line_errors():
             return predict(arguments)
     except KeyboardInterrupt:
         print("stopped: nothing but --save-video and --thumbnail was written", file=sys.stderr)

@@ -30,8 +30,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from arguments import Parser, fail
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -46,24 +46,9 @@ STATUSES = ("ok", "bad", "missing", "duplicate")
 SECONDS_A_LINE = 10.0  # between two lines where there is no terminal
 
 
-def fail(message: str, status: int = 2) -> NoReturn:
-    """Ends the program with one line on standard error."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program; argparse would print its usage first."""
-        fail(message)
-
-
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    assert __doc__ is not None
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("sources", metavar="SOURCE", nargs="+", type=Path, help="folder or file that names the videos")
     parser.add_argument("--videos", type=Path, help="folder of the videos; default: the SOURCE, if it is one folder")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")

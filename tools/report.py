@@ -12,18 +12,16 @@ Exit status: 0 written; 2 a mistake in the command, or a folder with nothing to 
 
 from __future__ import annotations
 
-import argparse
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
+from arguments import Parser, fail
 from benchmark import hardware
 from torchvision.io import encode_jpeg
 
@@ -34,20 +32,6 @@ from octvideo.report import Run, measure, read_run, render
 FRAMES = 4  # of a picture
 SHORT_SIDE = 112  # pixels of each
 ROUNDS = 10
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on standard error."""
-    print(f"{Path(sys.argv[0]).name}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program; argparse would print its usage first."""
-        fail(message)
 
 
 def picture(path: str) -> bytes | str:
@@ -87,7 +71,7 @@ def write_report(runs: Sequence[Run], path: Path, rounds: int = ROUNDS) -> None:
 
 def main() -> None:
     """Runs the tool."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("folders", metavar="RUN_DIR", nargs="+", type=Path, help="folder of a run")
     parser.add_argument(
         "--output", metavar="FILE", type=Path, help="file to write; default: report.html in the first RUN_DIR"

@@ -20,10 +20,10 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
+from arguments import Parser, fail
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -42,15 +42,9 @@ BINS = 16  # rings of the radial average
 SMALLEST = 8  # rows and columns of maps with a spectrum worth the name
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line."""
-    print(f"spectrum.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("videos", metavar="VIDEO", nargs="+", help="video files")
     parser.add_argument("--ckpt", required=True, help="checkpoint of an octave network, of train_net.py")
     parser.add_argument(
