@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,12 +82,14 @@ class AlphaSchedule(Callback):
         return stages if isinstance(self.start, Sequence) or isinstance(target, Sequence) else stages[0]
 
     def check(self, network: nn.Module, target: float | Sequence[float]) -> None:
-        """Raises ValueError for an alpha on the way that the network cannot take; leaves it at `target`.
+        """Raises ValueError for an alpha on the way, or at its end, that cannot be; leaves the network at `target`.
 
         Args:
             network: of `create_model`.
             target: the model's alpha.
         """
+        if isinstance(target, Mapping):
+            raise ValueError("an alpha schedule needs a model.alpha of one number or four, got one for each layer")
         for k in range(self.num_steps + 1):
             share = k / self.num_steps
             alpha = self.alpha_at(self.begin_epoch * (1 - share) + self.end_epoch * share, target)

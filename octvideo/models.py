@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ from octvideo.octavize import octavize
 from octvideo.weights import load_weights
 
 DEPTHS = (50, 101, 152)
+
+Alpha = float | Sequence[float] | Mapping[str, float]
 
 
 class HeadPool(nn.AvgPool3d):
@@ -318,7 +320,7 @@ MODELS: dict[str, Callable[..., Net]] = {
 def create_model(
     name: str,
     *,
-    alpha: float | Sequence[float] = 0.0,
+    alpha: Alpha = 0.0,
     num_classes: int = 400,
     width: int | None = None,
     depth: int | None = None,
@@ -339,7 +341,8 @@ def create_model(
 
     Args:
         name: one of `MODELS`.
-        alpha: share of low channels in [0, 1], or four of them for res2, res3, res4, res5.
+        alpha: share of low channels in [0, 1]; or four of them, for res2, res3, res4, res5; or {regex: number} of
+            convolutions' names, as `octvideo.octavize` takes it, in place of the paper's layout.
         num_classes: size of the output.
         width: channels of the stem. Default: as published, 64 (X3D 24).
         depth: 50, 101 or 152 layers. Default: as the name says; R(2+1)D and X3D have no other.
@@ -362,7 +365,8 @@ def create_model(
     """
     if name not in MODELS:
         raise ValueError(f"no model {name!r}; there are {', '.join(MODELS)}")
-    stage_alphas(alpha)  # refuses what is none, before anything is built
+    if not isinstance(alpha, Mapping):
+        stage_alphas(alpha)  # refuses what is none, before anything is built
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     published = inspect.signature(MODELS[name]).parameters
@@ -410,7 +414,7 @@ def stage_alphas(alpha: float | Sequence[float]) -> tuple[float, float, float, f
     return alphas
 
 
-def set_alpha(network: nn.Module, alpha: float | Sequence[float]) -> nn.Module:
+def set_alpha(network: nn.Module, alpha: Alpha) -> nn.Module:
     """Gives a network another alpha, in place; weights and the other options of `create_model` stay.
 
     Args:
@@ -427,9 +431,12 @@ def set_alpha(network: nn.Module, alpha: float | Sequence[float]) -> nn.Module:
     options: Any = getattr(network, "octave_options", None)
     if not isinstance(network, Net) or options is None:
         raise ValueError(f"set_alpha takes a network that create_model built, got {type(network).__name__}")
-    alphas = stage_alphas(alpha)
-    patterns = {f"^blocks\\.{block}\\.": value for block, value in zip(residual_stages(network), alphas, strict=True)}
-    fast = any(alphas) if options["channels_last"] is None else options["channels_last"]
+    if isinstance(alpha, Mapping):
+        patterns = dict(alpha)
+    else:
+        stages = zip(residual_stages(network), stage_alphas(alpha), strict=True)
+        patterns = {f"^blocks\\.{block}\\.": value for block, value in stages}
+    fast = any(patterns.values()) if options["channels_last"] is None else options["channels_last"]
     return octavize(network, patterns, **(options | {"channels_last": fast}))
 
 

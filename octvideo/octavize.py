@@ -96,8 +96,8 @@ def octavize(
         why: `print(model.octave_report)`. A vanilla network has none.
 
     Raises:
-        ValueError: an alpha outside [0, 1], groups that cannot be split, a regex that no convolution matches or that
-            gives an alpha to one whose stride or padding moves the maps apart, or no convolution that could become
+        ValueError: an alpha outside [0, 1], groups that cannot be split, a regex that is none, that no convolution
+            matches or that gives an alpha to one whose stride or padding moves the maps apart, or no convolution that could become
             octave, as in a transformer.
     """
     check_downsample(downsample)
@@ -109,7 +109,11 @@ def octavize(
         raise ValueError(f"{_describe(model)} has no nn.Conv2d or nn.Conv3d that could become octave")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     for pattern in (*(alpha if isinstance(alpha, Mapping) else ()), *skip):
-        if not any(re.search(pattern, name) for name in possible):
+        try:
+            found = any(re.search(pattern, name) for name in possible)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        if not found:
             raise ValueError(f"no convolution of {type(model).__name__} has a name that matches {pattern!r}")
     reasons = _reasons(model, convolutions, alpha, skip, temporal)
     alphas = {name: 0.0 if name in reasons else _alpha_of(name, alpha) for name in convolutions}

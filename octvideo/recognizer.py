@@ -80,7 +80,8 @@ class Recognizer(LightningModule):
     Args:
         name: network: c2d_r50, i3d_r50, slow_r50, slowfast_r50, c2d_r50_nonlocal, i3d_r50_nonlocal, csn_r101,
             r2plus1d_r50, x3d_xs, x3d_s, x3d_m or x3d_l.
-        alpha: share of octave channels at low resolution in res2 to res4, in [0, 1]; or four, for res2 to res5.
+        alpha: share of octave channels at low resolution in res2 to res4, in [0, 1]; or four, for res2 to res5; or
+            {regex: number} of convolutions' names, such as tools/allocate.py writes.
         num_classes: number of classes.
         width: channels of the network's stem; default: as published, 24 for X3D and 64 for the others.
         depth: 50, 101 or 152 layers; default: as the name says. R(2+1)D and X3D have no other.
@@ -124,7 +125,7 @@ class Recognizer(LightningModule):
     def __init__(
         self,
         name: str = "i3d_r50",
-        alpha: float | list[float] = 0.1,
+        alpha: float | list[float] | dict[str, float] = 0.1,
         num_classes: int = 400,
         *,
         width: int | None = None,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from octvideo.cost import count_macs, count_parameters, time_interleaved
-from octvideo.models import set_alpha
+from octvideo.models import Alpha, set_alpha
 from octvideo.trained import Trained, load_trained
 from octvideo.weights import read_checkpoint
 
@@ -189,8 +189,10 @@ def clip_size(trained: Trained) -> tuple[int, int, int, int]:
     return 3, trained.preprocessing["clip_frames"], side, side
 
 
-def say_alpha(alpha: float | Sequence[float]) -> str:
-    """An alpha, or four."""
+def say_alpha(alpha: Alpha) -> str:
+    """An alpha, or four, or that there is one a layer."""
+    if isinstance(alpha, Mapping):
+        return "per layer"
     return ", ".join(f"{value:g}" for value in (alpha if isinstance(alpha, Sequence) else [alpha]))
 
 

@@ -28,6 +28,8 @@ ALLOWED = {
     "cost": set(),
     "weights": set(),
     "spectrum": {"octaves"},
+    "maps": {"octaves", "models", "spectrum"},
+    "allocation": {"cost", "octavize"},
     "trained": {"checkpoints", "models", "weights"},
     "report": {"cost", "models", "trained", "weights"},
     "prediction": {"trained", "data"},

@@ -1,0 +1,266 @@
+"""Chooses an alpha for each layer of a trained network under a budget of multiply-adds.
+
+python tools/allocate.py --cfg configs/quickstart.yaml --ckpt VANILLA_CHECKPOINT --output allocation.yaml
+                         [--budget .7] [--alphas .25,.5,.75] [--batches 20] [--skip REGEX]
+
+The checkpoint is of train_net.py, best trained at alpha 0 with --model.downsample pool, which is all that octave layers
+change then. Every group of convolutions that must have one alpha (those of a residual stage whose outputs are added to
+each other; most others are alone) is made octave by itself, at each of --alphas: how much higher is the loss, and how
+many multiply-adds of a test clip are saved? Starting at alpha 0, the step with the least rise of the loss for what it
+saves is taken, until the budget is met. Loss and batch-norm statistics are those of the same --batches of training
+clips, without dropout and mixing: validation clips stay unseen.
+
+Results, each a YAML file for train_net.py (--cfg RECIPE --cfg allocation.yaml); its model.alpha is what
+octvideo.create_model and octvideo.octavize take as alpha:
+allocation.yaml              the choice
+allocation.uniform.yaml      one alpha for the same convolutions, of the same cost: what the choice must beat
+allocation.json              {"of": what was measured, "sensitivities": [{"names", "alpha", "loss", "macs"}]}; what it
+                             holds is not measured again, so an interrupted run continues and another budget is quick
+
+Exit status: 0 written; 2 a mistake in the command; 130 on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from arguments import fail
+from command_line import CommandLine, one_line_errors, start  # before torch, as it says how threads wait
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from test_net import read_alphas
+from torch import Tensor, nn
+
+from octvideo.allocation import Sensitivity, allocate, groups_that_add, mapping_of, measure_sensitivities
+from octvideo.cost import count_macs
+from octvideo.data.annotations import ListError
+from octvideo.data.files import appearing
+from octvideo.models import set_alpha
+from octvideo.normalization import estimate_statistics
+from octvideo.report import clip_size
+from octvideo.trained import load_trained
+
+SHOWN = 10  # rows of the table
+PRECISION = 1e-3  # of the uniform alpha
+
+
+class Allocating(CommandLine):
+    """Options, network and clips."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds this tool's own."""
+        super().add_arguments_to_parser(parser)
+        add = parser.add_argument
+        add("--ckpt", type=str, required=True, help="checkpoint that train_net.py wrote")
+        add("--output", type=Path, required=True, help="YAML file for the result")
+        add("--budget", type=float, default=0.7, help="share of alpha 0's multiply-adds, in (0, 1]")
+        add(
+            "--alphas",
+            type=str,
+            default=".25,.5,.75",
+            help="to try for each layer, in (0, 1], between commas",
+        )
+        add("--batches", type=int, default=20, help="training batches that losses and statistics are of")
+        add("--skip", type=list[str], default=[], help="regexes of names of convolutions that stay at alpha 0")
+
+    def before_instantiate_classes(self) -> None:
+        """Takes the network's options from the checkpoint, and checks this tool's."""
+        self.alphas = sorted(read_alphas(self.config["alphas"]))
+        self.output: Path = self.config["output"]
+        if any(not 0 < alpha <= 1 for alpha in self.alphas):
+            raise ValueError(f"--alphas must lie in (0, 1], got {self.config['alphas']}")
+        if not 0 < self.config["budget"] <= 1:
+            raise ValueError(f"--budget must lie in (0, 1], got {self.config['budget']}")
+        if self.config["batches"] < 1:
+            raise ValueError(f"--batches must be at least 1, got {self.config['batches']}")
+        if self.output.suffix not in (".yaml", ".yml") or not self.output.parent.is_dir():
+            raise ValueError(f"--output must be a .yaml file in a folder that exists, got {self.output}")
+        self.take_network_of(self.config["ckpt"], "--ckpt")
+        self.config["model"]["normalization"] = "batch"  # it is of training, and frozen ones cannot be estimated
+        self.config["trainer"]["devices"] = 1
+
+    def instantiate_classes(self) -> None:
+        """Takes the checkpoint's weights, at alpha 0."""
+        super().instantiate_classes()
+        self.datamodule.read("train_list")
+        trained = load_trained(self.config["ckpt"])
+        self.size = clip_size(trained)
+        self.model.network.load_state_dict(trained.network.state_dict())
+        set_alpha(self.model.network, 0)
+        self.model.to(self.trainer.strategy.root_device)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Which only says where to compute."""
+        return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
+
+
+def read_batches(cli: Allocating) -> list[tuple[Tensor, Tensor]]:
+    """Training clips (B, C, T, H, W) uint8 and their labels (B,).
+
+    Raises:
+        ListError: there are none.
+    """
+    number = cli.config["batches"]
+    loader = cli.datamodule.statistics_dataloader(0, number)
+    batches = []
+    for batch in track(loader, "decoding", number, console=Console(stderr=True)):
+        if len(batch.labels):
+            batches.append((batch.clips.flatten(0, 1), batch.labels.repeat_interleave(batch.clips.shape[1])))
+    if not batches:
+        raise ListError(f"{cli.datamodule.lists['train_list']}: no training video can be decoded")
+    return batches
+
+
+def loss_on(cli: Allocating, batches: Sequence[tuple[Tensor, Tensor]]) -> Callable[[nn.Module], float]:
+    """The mean cross-entropy of the batches, with batch-norm statistics of the same batches."""
+    model = cli.model
+
+    def loss(network: nn.Module) -> float:
+        estimate_statistics(model, (clips.to(model.device) for clips, _ in batches), model)
+        model.eval()
+        with torch.inference_mode():
+            losses = [
+                F.cross_entropy(model(clips.to(model.device)), labels.to(model.device), reduction="sum")
+                for clips, labels in batches
+            ]
+        return float(sum(losses)) / sum(len(labels) for _, labels in batches)
+
+    return loss
+
+
+def measure(cli: Allocating) -> list[Sensitivity]:
+    """What a former run kept, and what is missing of it; kept as it comes.
+
+    Raises:
+        ListError: there are no clips.
+    """
+    network, path = cli.model.network, cli.output.with_suffix(".json")
+    with open(cli.config["ckpt"], "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    seed = cli.config["seed_everything"]
+    of = {"checkpoint": digest, "batches": cli.config["batches"], "batch_size": cli.datamodule.batch_size, "seed": seed}
+    known: dict[tuple[tuple[str, ...], float], Sensitivity] = {}
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        if kept["of"] != of:
+            fail(
+                f"{path} holds sensitivities of another checkpoint or of other clips: delete it, or choose another "
+                "--output"
+            )
+        for row in kept["sensitivities"]:
+            known[tuple(row["names"]), row["alpha"]] = Sensitivity(**row | {"names": tuple(row["names"])})
+    groups = groups_to_try(cli)
+    options = network.octave_options
+    left = [(group, alpha) for group in groups for alpha in cli.alphas if (group, alpha) not in known]
+    if left:
+        loss = loss_on(cli, read_batches(cli))
+        found = measure_sensitivities(network, groups, cli.alphas, loss, cli.size, options, known=frozenset(known))
+        for entry in track(found, "layers and alphas", len(left), console=Console(stderr=True)):
+            known[entry.names, entry.alpha] = entry
+            with appearing(path) as partial:
+                partial.write_text(json.dumps({"of": of, "sensitivities": [e._asdict() for e in known.values()]}))
+    return [known[key] for key in ((group, alpha) for group in groups for alpha in cli.alphas) if key in known]
+
+
+def groups_to_try(cli: Allocating) -> list[tuple[str, ...]]:
+    """The groups of convolutions that --skip leaves."""
+    groups = groups_that_add(cli.model.network, cli.size)
+    for pattern in cli.config["skip"]:
+        left = [group for group in groups if not any(re.search(pattern, name) for name in group)]
+        if len(left) == len(groups):
+            fail(f"--skip: no convolution has a name that matches {pattern!r}")
+        groups = left
+    if not groups:
+        fail("--skip leaves no convolution")
+    return groups
+
+
+def uniform(cli: Allocating, names: Sequence[str], macs: int) -> dict[str, float]:
+    """One alpha for the same convolutions, the highest (to PRECISION) at which they do not cost less."""
+    network = copy.deepcopy(cli.model.network).to("meta")
+
+    def mapping(alpha: float) -> dict[str, float]:
+        return mapping_of(dict.fromkeys(names, alpha))
+
+    low, high = 0.0, 1.0
+    while high - low > PRECISION:
+        middle = (low + high) / 2
+        cheap = count_macs(set_alpha(network, mapping(middle)), cli.size) < macs
+        low, high = (low, middle) if cheap else (middle, high)
+    return mapping(round(low, 3))
+
+
+def write(path: Path, alpha: dict[str, float], downsample: str, comment: str) -> None:
+    """Writes options for train_net.py."""
+    options = yaml.safe_dump({"model": {"alpha": alpha, "downsample": downsample}}, sort_keys=False, width=200)
+    with appearing(path) as partial:
+        partial.write_text(f"# {comment}\n{options}")
+    print(f"{path}: {comment}")
+
+
+def print_table(sensitivities: Sequence[Sensitivity], chosen: dict[str, float], vanilla: int) -> None:
+    """Prints what was tried of the groups that save most, and what was chosen."""
+    alphas = sorted({entry.alpha for entry in sensitivities})
+    rows: dict[tuple[str, ...], dict[float, Sensitivity]] = {}
+    for entry in sensitivities:
+        rows.setdefault(entry.names, {})[entry.alpha] = entry
+    table = Table("convolutions", *(f"loss at {alpha:g}, MACs" for alpha in alphas), "chosen", box=box.SIMPLE)
+    for names, entries in sorted(rows.items(), key=lambda row: -max(entry.macs for entry in row[1].values()))[:SHOWN]:
+        name = names[-1] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        tried = (entries.get(alpha) for alpha in alphas)
+        cells = [f"{e.loss:+.4f}, -{100 * e.macs / vanilla:.1f} %" if e else "-" for e in tried]
+        table.add_row(name, *cells, f"{chosen[next(iter(mapping_of({names[0]: 0})))]:g}")
+    Console().print(table)
+    if len(rows) > SHOWN:
+        print(f"and {len(rows) - SHOWN} more that save less: see the .json file")
+
+
+def choose(cli: Allocating) -> None:
+    """Measures, chooses and writes."""
+    network, options = cli.model.network, cli.model.network.octave_options
+    sensitivities = measure(cli)
+    alpha = allocate(network, sensitivities, cli.config["budget"], cli.size, options)
+    names = [name for entry in sensitivities for name in entry.names]
+    model = copy.deepcopy(network).to("meta")
+    vanilla = count_macs(set_alpha(model, 0), cli.size)
+    print_table(sensitivities, alpha, vanilla)
+    macs = count_macs(set_alpha(model, alpha), cli.size)
+    same = uniform(cli, list(dict.fromkeys(names)), macs)
+    cost = count_macs(set_alpha(model, same), cli.size)
+    downsample = options["downsample"]
+    write(
+        cli.output, alpha, downsample, f"an alpha for each layer, {macs / vanilla:.3f} of the multiply-adds at alpha 0"
+    )
+    value = next(iter(same.values()))
+    comment = f"alpha {value:g} for the same layers, {cost / vanilla:.3f} of the multiply-adds at alpha 0"
+    write(cli.output.with_suffix(f".uniform{cli.output.suffix}"), same, downsample, comment)
+
+
+def main() -> int:
+    """Allocates."""
+    cli = start(lambda: Allocating(__doc__ or "", keep_options=False))
+    try:
+        with one_line_errors():
+            choose(cli)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
