@@ -86,8 +86,9 @@ class NonLocalBlock(nn.Module):
         pooled = self.pool(x) if min(x.shape[3:]) > 1 else x
         projections = (self.conv_theta(x), self.conv_phi(pooled), self.conv_g(pooled))
         maps = [y.merge() if isinstance(y, Octaves) else y for y in projections]
-        queries, keys, values = (y.flatten(2).transpose(1, 2) for y in maps)  # (B, T H W, C)
-        found = F.scaled_dot_product_attention(queries, keys, values)
+        # (B, 1, T H W, C): one head, as ONNX wants to have them.
+        queries, keys, values = (y.flatten(2).transpose(1, 2).unsqueeze(1) for y in maps)
+        found = F.scaled_dot_product_attention(queries, keys, values).squeeze(1)
         found = found.transpose(1, 2).unflatten(2, maps[0].shape[2:])
         return x + self.norm(self.conv_out(found))  # type: ignore[no-any-return]
 

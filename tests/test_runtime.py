@@ -16,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from octvideo import Octaves, OctConv3d, create_model
+from octvideo import Octaves, OctConv3d, create_model, octavize
+from octvideo.models import NonLocalBlock
 
 NAMES = ["i3d_r50", "slowfast_r50"]
 WITH_X3D = [*NAMES, "x3d_s"]
@@ -95,6 +96,30 @@ def test_runs_in_onnxruntime_for_any_batch(name, size, tmp_path):
         clips = torch.randn(batch, *clip.shape[1:])
         (logits,) = session.run(None, {session.get_inputs()[0].name: clips.numpy()})
         np.testing.assert_allclose(logits, network(clips).detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_non_local_block_runs_in_onnxruntime_for_any_batch(tmp_path):
+    torch.manual_seed(0)
+    block = settle(octavize(NonLocalBlock(8), {"conv": 0.25}))
+    x, dynamic = torch.randn(2, 8, 2, 5, 6), {"x": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.onnx.export(Merged(block).eval(), (x,), dynamo=True, dynamic_shapes=dynamic, verbose=False)
+    program.save(tmp_path / "block.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "block.onnx")
+    for batch in (1, 3):
+        x = torch.randn(batch, *x.shape[1:])
+        (out,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(out, block(x).merge().detach().numpy(), rtol=1e-3, atol=1e-4)
+
+
+class Merged(nn.Module):
+    """A module with octaves for an output, as one with a tensor."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x).merge()
 
 
 @pytest.mark.parametrize("name", NAMES)
