@@ -1,6 +1,7 @@
 # make train    environment, a small made data set, training of an Oct-I3D, test, report
 # make test     environment, every test
 # make lint     ruff and mypy
+# make docs     the documentation's pages, in site/
 # TEST_JOBS     processes that run tests, 2 by default
 # PIP_FLAGS     options for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 
@@ -10,7 +11,7 @@ TEST_JOBS ?= 2
 RUN = runs/quickstart
 INSTALLED = .venv/.installed
 
-.PHONY: install train test lint clean
+.PHONY: install train test lint docs clean
 
 install: $(INSTALLED)
 
@@ -33,5 +34,10 @@ lint: $(INSTALLED)
 	.venv/bin/ruff format --check
 	.venv/bin/mypy octvideo
 
+# The theme prints a notice about its own future without the variable.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "pages: site/index.html (for the search: python -m http.server --directory site)"
+
 clean:
-	rm -rf .venv runs data/motions
+	rm -rf .venv runs site data/motions

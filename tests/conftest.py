@@ -4,6 +4,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,11 @@ from octvideo.data.motions import write_video
 
 ROOT = Path(__file__).parent.parent
 REAL_VIDEOS = Path(os.environ.get("OCTVIDEO_REAL_VIDEOS", ROOT.parent / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first: else one process may run the last of them while others have nothing left to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +43,19 @@ def numbered_video(tmp_path_factory):
     frames = np.broadcast_to((4 * np.arange(60, dtype=np.uint8))[:, None, None, None], (60, 48, 64, 3))
     write_video(path, frames, 30)
     return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 def frame_numbers(frames):
