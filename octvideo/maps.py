@@ -27,7 +27,7 @@ class Maps(NamedTuple):
 
     kind: str
     values: Tensor
-    size: tuple[int, int, int]
+    size: tuple[int, ...]
 
     def magnitudes(self) -> Tensor:
         """(C, H, W) how far each channel is from 0, in the middle frame."""

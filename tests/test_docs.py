@@ -5,7 +5,9 @@ make the work small (SMALL). What stands in for what a reader has:
 
 - videos, downloads, lists and annotations: videos of the motions data set under the names that pages use
 - runs: one of an epoch, of a network of four blocks; published weights: networks of random weights
-- GPUs: the CPU; torchrun: two processes that `run_processes` starts (of several nodes: options are parsed, no more)
+- GPUs: the CPU; torchrun: two processes that `run_processes` starts (of several nodes: options are parsed, no more,
+  as those of a benchmark of compiled networks, which takes minutes)
+- a sweep: its last alpha with one seed, each training of one step
 - sbatch: the script in bash, with an srun that notes its command, which then runs as Slurm's only task
 - make: `make -n`; pip: a look at what is installed, and at the extras of pyproject.toml
 
@@ -25,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -59,6 +62,7 @@ SMALL = {
         *(*CLIPS, "--data.test_clips=1", "--data.test_crops=1", "--statistics_batches=1"),
         *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.limit_test_batches=1"),
     ],
+    "allocate.py": [*CLIPS, "--alphas=.5", "--batches=1", "--budget=.97", r"--skip=['blocks\.[345]']"],
     "prepare_data.py": ["--workers=1"],
     "predict.py": ["--clips=1", "--crops=1"],
     "report.py": ["--rounds=1"],
@@ -74,7 +78,7 @@ SMALL = {
     ],
 }
 SHALLOW = (1, 1, 1, 1)  # blocks of the stages of what tools run, in place of 3, 4, 6, 3
-PARSED = {"demo.py", "sweep.py"}  # their options are read and no more, as those of a benchmark of compiled networks
+WHOLE = {"sweep.py", "allocate.py"}  # what the first calls are processes of their own, with whole networks
 SLURM_TASK = {
     **{"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "17"},
     **{"SLURM_JOB_NAME": "octvideo", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
@@ -95,7 +99,8 @@ def start_tool_in(workspace):
 
 def _be_tool_in(workspace, arguments, folder, environment):
     conftest.ROOT = workspace
-    resnet._MODEL_STAGE_DEPTH[50] = SHALLOW
+    if Path(arguments[0]).name not in WHOLE:
+        resnet._MODEL_STAGE_DEPTH[50] = SHALLOW
     conftest._be_tool(arguments, folder, environment)
 
 
@@ -154,22 +159,36 @@ class Reader:
     def tool(self, script, options, *, small=True, **environment):
         name = script.removeprefix("tools/")
         assert (ROOT / "tools" / name).is_file()
-        if name in PARSED or (name == "benchmark.py" and "--compile" in options):
-            module = importlib.import_module(name.removesuffix(".py"))
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", [name, *options])
-                module.parse(options) if name == "benchmark.py" else module.read_arguments()
+        if name == "benchmark.py" and "--compile" in options:
+            importlib.import_module("benchmark").parse(options)
             return None
-        if name == "allocate.py":
-            options, small = [*options, "--print_config"], False
+        if name == "demo.py":
+            self.demo(options)
+            return None
         finished = run_tool(name, *options, *(self.made_small(name, options) if small else []), **environment)
         assert finished.returncode == 0, f"{options}:\n{finished.stdout}\n{finished.stderr}"
         return finished
 
+    def demo(self, options):
+        port = conftest.free_port()
+        process = conftest.start_tool("demo.py", [*options, f"--port={port}"], self.workspace)
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
+                assert page.status == 200
+                break
+            process.join(0.1)
+            assert process.exitcode is None, (self.workspace / "stderr").read_text()
+        process.terminate()
+        process.join(60)
+        assert process.exitcode == 0, (self.workspace / "stderr").read_text()
+
     def made_small(self, name, options):
         """Options that make a command small, for which what others left in its folder is removed."""
-        small = SMALL[name]
         given = dict(itertools.pairwise(options))
+        if name == "sweep.py":
+            last = given.get("--alphas", "0:pool").split(",")[-1]
+            return [*SMALL["train_net.py"], f"--alphas={last}", "--seeds=0", "--rounds=1"]
+        small = SMALL[name]
         if name == "prepare_data.py":
             shutil.rmtree(self.workspace / given["--output"], ignore_errors=True)
         if name == "train_net.py" and given.get("--ckpt_path") in (None, "auto"):
