@@ -97,8 +97,8 @@ def octavize(
 
     Raises:
         ValueError: an alpha outside [0, 1], groups that cannot be split, a regex that is none, that no convolution
-            matches or that gives an alpha to one whose stride or padding moves the maps apart, or no convolution that could become
-            octave, as in a transformer.
+            matches or that gives an alpha to one whose stride or padding moves the maps apart, or no convolution that
+            could become octave, as in a transformer.
     """
     check_downsample(downsample)
     convolutions = {

@@ -41,7 +41,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from test_net import read_alphas
 from torch import Tensor, nn
 
@@ -55,6 +55,7 @@ from octvideo.report import clip_size
 from octvideo.trained import load_trained
 
 SHOWN = 10  # rows of the table
+WIDTH = 160  # characters that one of its lines may have, unless it is for a terminal
 PRECISION = 1e-3  # of the uniform alpha
 
 
@@ -218,13 +219,15 @@ def print_table(sensitivities: Sequence[Sensitivity], chosen: dict[str, float], 
     rows: dict[tuple[str, ...], dict[float, Sensitivity]] = {}
     for entry in sensitivities:
         rows.setdefault(entry.names, {})[entry.alpha] = entry
-    table = Table("convolutions", *(f"loss at {alpha:g}, MACs" for alpha in alphas), "chosen", box=box.SIMPLE)
+    tried = (Column(f"loss, MACs at {alpha:g}", no_wrap=True) for alpha in alphas)
+    table = Table(Column("convolutions", overflow="fold"), *tried, "chosen", box=box.SIMPLE)
     for names, entries in sorted(rows.items(), key=lambda row: -max(entry.macs for entry in row[1].values()))[:SHOWN]:
         name = names[-1] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        tried = (entries.get(alpha) for alpha in alphas)
-        cells = [f"{e.loss:+.4f}, -{100 * e.macs / vanilla:.1f} %" if e else "-" for e in tried]
+        found = (entries.get(alpha) for alpha in alphas)
+        cells = [f"{e.loss:+.4f}, -{100 * e.macs / vanilla:.1f} %" if e else "-" for e in found]
         table.add_row(name, *cells, f"{chosen[next(iter(mapping_of({names[0]: 0})))]:g}")
-    Console().print(table)
+    console = Console()
+    Console(width=None if console.is_terminal else WIDTH).print(table)
     if len(rows) > SHOWN:
         print(f"and {len(rows) - SHOWN} more that save less: see the .json file")
 

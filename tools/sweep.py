@@ -49,7 +49,7 @@ from arguments import Parser, fail
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from octvideo.cost import count_macs, time_interleaved
 from octvideo.data.files import appearing
@@ -59,6 +59,7 @@ from octvideo.trained import Trained, load_trained
 
 TOOLS = Path(__file__).parent
 WARMUP = 2  # rounds
+WIDTH = 160  # characters that a line of a table may have, unless it is for a terminal
 
 
 @dataclass(frozen=True, eq=False)
@@ -340,7 +341,13 @@ def rows_of(found: dict[Variant, dict[str, Tested | str]], rounds: int) -> Itera
         yield row | {"seeds": len(runs), "runs": kept}
 
 
-COLUMNS = ("alpha", "downsample", "GMACs", "of first", "ms a clip", "of first", "video top-1", "clip top-1", "seeds")
+COLUMNS = ("alpha", "GMACs", "ratio", "ms", "ratio", "video top-1", "clip top-1", "seeds")
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """What a row is called in table and picture."""
+    name = row["alpha"] if is_number(row["alpha"]) else Path(row["alpha"]).stem
+    return f"{name}, pooled" if row["downsample"] == "pool" else name
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -350,17 +357,18 @@ def cells(row: dict[str, Any]) -> list[str]:
         spread = row[f"{key}_deviation"]
         shares.append(f"{100 * row[key]:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}") + " %")
     cost = [f"{row['gmacs']:.3f}", f"{row['mac_ratio']:.2f}", f"{row['milliseconds']:.1f}", f"{row['time_ratio']:.2f}"]
-    return [row["alpha"], row["downsample"], *cost, *shares, str(row["seeds"])]
+    return [name_of(row), *cost, *shares, str(row["seeds"])]
 
 
 def write_results(rows: Sequence[dict[str, Any]], output: Path) -> None:
     """Prints the table, and writes it with the picture."""
-    table = Table(*COLUMNS, box=box.SIMPLE)
+    table = Table(*(Column(name, no_wrap=True) for name in COLUMNS), box=box.SIMPLE)
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     for row in rows:
         table.add_row(*cells(row))
         lines.append(f"| {' | '.join(cells(row))} |")
-    Console().print(table)
+    console = Console()
+    Console(width=None if console.is_terminal else WIDTH).print(table)
     with appearing(output / "sweep.json") as partial:
         partial.write_text(json.dumps(rows, indent=1))
     with appearing(output / "sweep.md") as partial:
@@ -378,7 +386,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    octave = [row for row in rows if _is_number(row["alpha"]) and float(row["alpha"]) > 0]
+    octave = [row for row in rows if is_number(row["alpha"]) and float(row["alpha"]) > 0]
     for panel, key, label in (
         (panels[0], "gmacs", "GMACs of a clip"),
         (panels[1], "milliseconds", "ms of a clip, batch 1"),
@@ -386,15 +394,13 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         line = sorted(octave, key=lambda row: float(row["alpha"]))
         panel.plot([row[key] for row in line], [100 * row["top1"] for row in line], "-", color="C0", alpha=0.5)
         for row in rows:
-            vanilla = _is_number(row["alpha"]) and float(row["alpha"]) == 0
-            color, marker = ("C7", "s") if vanilla else ("C0", "o") if _is_number(row["alpha"]) else ("C1", "*")
+            vanilla = is_number(row["alpha"]) and float(row["alpha"]) == 0
+            color, marker = ("C7", "s") if vanilla else ("C0", "o") if is_number(row["alpha"]) else ("C1", "*")
             spread = 100 * (row["top1_deviation"] or 0)
             panel.errorbar(row[key], 100 * row["top1"], spread, fmt=marker, color=color, capsize=3, markersize=8)
             tops = [100 * run["top1"] for run in row["runs"]]
             panel.plot([row[key]] * len(tops), tops, ".", color=color, markersize=4, alpha=0.6)
-            name = Path(row["alpha"]).stem if row["alpha"].endswith(("yaml", "yml")) else rf"$\alpha$ {row['alpha']}"
-            name += ", pooled" if row["downsample"] == "pool" else ""
-            panel.annotate(name, (row[key], 100 * row["top1"]), (4, 6), textcoords="offset points", fontsize=8)
+            panel.annotate(name_of(row), (row[key], 100 * row["top1"]), (4, 6), textcoords="offset points", fontsize=8)
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)
@@ -403,7 +409,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
     """Whether an alpha is one for all layers."""
     return not text.endswith((".yaml", ".yml"))
 
