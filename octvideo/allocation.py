@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
+import math
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -111,46 +111,53 @@ def mapping_of(alphas: Mapping[str, float]) -> dict[str, float]:
 def measure_sensitivities(
     network: nn.Module,
     groups: Sequence[tuple[str, ...]],
-    alphas: Sequence[float],
+    tries: Iterable[tuple[tuple[str, ...], float]],
     loss: Callable[[nn.Module], float],
     clip_size: Sequence[int],
     options: Mapping[str, Any] = NO_OPTIONS,
-    *,
-    known: Container[tuple[tuple[str, ...], float]] = (),
 ) -> Iterator[Sensitivity]:
-    """Makes one group of convolutions after the other octave, at one alpha after the other, and sees what it does.
+    """Makes one group of convolutions after the other octave and sees what it does.
 
     Args:
         network: it is changed in between, and has alpha 0 everywhere in the end.
-        groups: of `groups_that_add`.
-        alphas: to try, in (0, 1].
+        groups: all of `groups_that_add`.
+        tries: groups, each with an alpha in (0, 1].
         loss: of the network; called once more for alpha 0 everywhere, first.
         clip_size: size of the network's input without the batch dimension, such as (3, T, H, W).
         options: others of `octavize`, such as downsample.
-        known: (group, alpha) that are left out.
 
     Yields:
-        One for each group and alpha, in their order; none for an alpha that a group's channels cannot be split at.
+        One for each try, in their order; none for an alpha that a group's channels cannot be split at.
+
+    Raises:
+        ValueError: a loss that is not finite.
     """
     everywhere = {name: 0.0 for group in groups for name in group}
+
+    def finite_loss(where: str) -> float:
+        found = loss(network)
+        if not math.isfinite(found):
+            raise ValueError(f"the loss is {found} {where}")
+        return found
+
     try:
         octavize(network, mapping_of(everywhere), **options)
-        vanilla_loss, vanilla_macs = loss(network), count_macs(network, clip_size)
-        for group, alpha in itertools.product(groups, alphas):
-            if (group, alpha) in known:
-                continue
+        vanilla_loss, vanilla_macs = finite_loss("at alpha 0"), count_macs(network, clip_size)
+        for group, alpha in tries:
             try:
                 octavize(network, mapping_of(everywhere | dict.fromkeys(group, alpha)), **options)
             except ValueError:  # channel groups that it does not divide
                 continue
             saved = vanilla_macs - count_macs(network, clip_size)
-            yield Sensitivity(group, alpha, loss(network) - vanilla_loss, saved)
+            rise = finite_loss(f"with alpha {alpha:g} in {', '.join(group)}") - vanilla_loss
+            yield Sensitivity(group, alpha, rise, saved)
     finally:
         octavize(network, mapping_of(everywhere), **options)
 
 
 def allocate(
     network: nn.Module,
+    groups: Sequence[tuple[str, ...]],
     sensitivities: Iterable[Sensitivity],
     budget: float,
     clip_size: Sequence[int],
@@ -164,22 +171,24 @@ def allocate(
 
     Args:
         network: left as it was; its weights do not matter.
-        sensitivities: of all groups that may be octave.
+        groups: all of `groups_that_add`.
+        sensitivities: of those groups that may be octave.
         budget: share of the multiply-adds at alpha 0 that is allowed, in (0, 1].
         clip_size: size of the network's input without the batch dimension.
         options: others of `octavize`.
 
     Returns:
-        {regex: alpha} with an entry for each convolution, also where its alpha is 0.
+        {regex: alpha} with an entry for each convolution of the groups, also where its alpha is 0: an option such as
+        downsample is for what an entry names.
 
     Raises:
         ValueError: a budget out of its range, or below what the highest alphas reach.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget must lie in (0, 1], got {budget}")
-    effects: dict[tuple[str, ...], dict[float, tuple[float, int]]] = {}
+    effects: dict[tuple[str, ...], dict[float, tuple[float, int]]] = {group: {0.0: (0.0, 0)} for group in groups}
     for names, alpha, loss, macs in sensitivities:
-        effects.setdefault(names, {0.0: (0.0, 0)})[alpha] = (loss, macs)
+        effects[names][alpha] = (loss, macs)
     chosen = dict.fromkeys(effects, 0.0)
     model = copy.deepcopy(network).to("meta")
 

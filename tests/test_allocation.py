@@ -1,5 +1,6 @@
 """Which convolutions share an alpha, what each one's alpha does, and the choice under a budget."""
 
+import math
 import random
 
 import pytest
@@ -13,6 +14,7 @@ from octvideo.cost import count_macs
 from octvideo.models import set_alpha
 
 CLIP = (3, 4, 32, 32)
+MIDDLE = [("1",), ("2",), ("3",)]  # groups of `chain`
 
 
 def small(name="i3d_r50", **options):
@@ -94,7 +96,8 @@ def test_a_mapping_is_an_alpha_of_octavize_and_of_create_model():
 
 def test_each_group_is_octave_alone_and_the_network_as_before_in_the_end():
     network = small(downsample="pool")
-    groups = groups_that_add(network, CLIP)[:3]
+    groups = groups_that_add(network, CLIP)
+    tries = [(group, alpha) for group in groups[:3] for alpha in (0.25, 0.5)]
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     seen = []
 
@@ -102,8 +105,8 @@ def test_each_group_is_octave_alone_and_the_network_as_before_in_the_end():
         seen.append({name: m.alpha for name, m in network.named_modules() if getattr(m, "alpha", 0)})
         return 7.0 + len(seen[-1])
 
-    found = list(measure_sensitivities(network, groups, (0.25, 0.5), loss, CLIP, network.octave_options))
-    assert [(entry.names, entry.alpha) for entry in found] == [(group, a) for group in groups for a in (0.25, 0.5)]
+    found = list(measure_sensitivities(network, groups, tries, loss, CLIP, network.octave_options))
+    assert [(entry.names, entry.alpha) for entry in found] == tries
     assert [entry.loss for entry in found] == [len(entry.names) for entry in found]
     assert seen == [{}, *(dict.fromkeys(entry.names, entry.alpha) for entry in found)]
     for entry in found:
@@ -114,18 +117,40 @@ def test_each_group_is_octave_alone_and_the_network_as_before_in_the_end():
         assert torch.equal(tensor, weights[name])
 
 
-def test_what_is_known_is_not_measured_again_and_what_cannot_be_is_left_out():
+def test_what_channel_groups_do_not_divide_is_left_out():
     network = nn.Sequential(nn.Conv3d(3, 32, 1), nn.Conv3d(32, 32, 3, padding=1, groups=8), nn.Conv3d(32, 8, 1))
     groups = groups_that_add(network, CLIP)
     assert groups == [("1",), ("2",)]
-    calls = []
-    found = list(
-        measure_sensitivities(
-            network, groups, (0.125, 0.5), lambda network: calls.append(0) or 0.0, CLIP, known={(("2",), 0.5)}
-        )
-    )
-    assert [(entry.names, entry.alpha) for entry in found] == [(("1",), 0.5), (("2",), 0.125)]  # groups of 4 channels
-    assert len(calls) == 3
+    tries = [(("1",), 0.125), (("1",), 0.5), (("2",), 0.125)]  # of groups of 4 channels
+    found = measure_sensitivities(network, groups, tries, lambda network: 0.0, CLIP)
+    assert [(entry.names, entry.alpha) for entry in found] == tries[1:]
+
+
+def test_convolutions_that_are_not_tried_pool_too():
+    network = small(downsample="pool")
+    groups = groups_that_add(network, CLIP)
+    seen = []
+
+    def loss(network):
+        seen.append({m.downsample for m in network.modules() if isinstance(m, OctConv3d) and 2 in m.stride[1:]})
+        return 0.0
+
+    (found,) = measure_sensitivities(network, groups, [(groups[0], 0.5)], loss, CLIP, network.octave_options)
+    chosen = allocate(network, groups, [found], 0.99, CLIP, network.octave_options)
+    set_alpha(network, chosen)
+    loss(network)
+    stem = {"conv"}  # no group has it
+    assert seen == [stem | {"pool"}] * 3
+
+
+@pytest.mark.parametrize("losses", [[math.nan], [0.0, math.inf]])
+def test_a_loss_that_is_no_number_is_refused(losses):
+    network, left = chain(), iter(losses)
+    groups = groups_that_add(network, CLIP)
+    where = "at alpha 0" if len(losses) == 1 else "with alpha 0.5 in 1"
+    with pytest.raises(ValueError, match=f"the loss is {losses[-1]} {where}"):
+        list(measure_sensitivities(network, groups, [(("1",), 0.5)], lambda network: next(left), CLIP))
+    assert not any(getattr(module, "alpha", 0) for module in network.modules())
 
 
 def test_the_choice_takes_what_costs_least_loss_for_what_it_saves():
@@ -138,12 +163,12 @@ def test_the_choice_takes_what_costs_least_loss_for_what_it_saves():
         Sensitivity(("2",), 0.5, 0.3, saved[0.5]),
         Sensitivity(("3",), 0.5, 9.0, saved[0.25] // 2),
     ]
-    first = allocate(network, sensitivities, octave[0.25] / octave[0.0], CLIP)
+    first = allocate(network, MIDDLE, sensitivities, octave[0.25] / octave[0.0], CLIP)
     assert first == {"^1$": 0, "^2$": 0.25, "^3$": 0}
-    assert allocate(network, sensitivities, 1, CLIP) == dict.fromkeys(first, 0)
-    second = allocate(network, sensitivities, octave[0.5] / octave[0.0], CLIP)
+    assert allocate(network, MIDDLE, sensitivities, 1, CLIP) == dict.fromkeys(first, 0)
+    second = allocate(network, MIDDLE, sensitivities, octave[0.5] / octave[0.0], CLIP)
     assert second == {"^1$": 0, "^2$": 0.5, "^3$": 0}
-    third = allocate(network, sensitivities, octave[0.5] / octave[0.0] - 1e-6, CLIP)
+    third = allocate(network, MIDDLE, sensitivities, octave[0.5] / octave[0.0] - 1e-6, CLIP)
     assert third == {"^1$": 0.5, "^2$": 0.5, "^3$": 0}
     assert not any(hasattr(module, "alpha") for module in network.modules())
 
@@ -151,15 +176,15 @@ def test_the_choice_takes_what_costs_least_loss_for_what_it_saves():
 def test_a_loss_that_falls_counts_as_none_so_the_one_that_saves_more_goes_first():
     macs = count_macs(chain(), CLIP)
     sensitivities = [Sensitivity(("1",), 0.5, -5.0, 10), Sensitivity(("2",), 0.5, -0.1, 20)]
-    assert allocate(chain(), sensitivities, 1 - 1 / macs, CLIP) == {"^1$": 0, "^2$": 0.5}
+    assert allocate(chain(), MIDDLE, sensitivities, 1 - 1 / macs, CLIP) == {"^1$": 0, "^2$": 0.5, "^3$": 0}
 
 
 def test_a_budget_out_of_reach_or_range_is_refused():
     sensitivities = [Sensitivity(("2",), 0.5, 0.1, 10)]
     left = count_macs(octavize(chain(), {"^2$": 0.5}), CLIP) / count_macs(chain(), CLIP)
     with pytest.raises(ValueError, match=r"0.1 of the multiply-adds is out of reach: at their highest"):
-        allocate(chain(), sensitivities, 0.1, CLIP)
+        allocate(chain(), MIDDLE, sensitivities, 0.1, CLIP)
     with pytest.raises(ValueError, match=f"leave {left:.3f}"):
-        allocate(chain(), sensitivities, 0.1, CLIP)
+        allocate(chain(), MIDDLE, sensitivities, 0.1, CLIP)
     with pytest.raises(ValueError, match=r"budget must lie in \(0, 1\], got 0"):
-        allocate(chain(), sensitivities, 0, CLIP)
+        allocate(chain(), MIDDLE, sensitivities, 0, CLIP)

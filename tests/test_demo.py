@@ -231,6 +231,7 @@ def test_wrong_options_are_one_line(monkeypatch, capsys, options, line):
         (["--ckpt=missing.ckpt"], "missing.ckpt"),
         (["--ckpt", ROOT / "README.md"], "README.md is no intact checkpoint"),
         (["--ckpt=missing.ckpt", "--host=no such host"], "--host no such host --port"),
+        (["--ckpt=missing.ckpt", "--host=::1"], "--host must be a name or an address of IPv4, got ::1"),
     ],
 )
 def test_what_cannot_be_opened_is_one_line(options, line):

@@ -324,6 +324,13 @@ def test_sources_are_never_written_over(tool, run_here, videos, tmp_path):
     assert set(os.listdir(tmp_path)) == {"a.mp4", "a.predicted.mp4", "sub", "a.json", *written}
 
 
+def test_an_annotated_copy_may_have_a_time_limit(tool, videos, tmp_path):
+    prediction = dataclasses.replace(some([[1, 0, 0]]), path=str(videos / "clip10.mp4"))
+    tool.annotate((prediction, tmp_path / "a.mp4"), most_seconds=60)
+    with pytest.raises(DecodeError, match="it takes too long to write"):
+        tool.annotate((prediction, tmp_path / "a.mp4"), most_seconds=0)
+
+
 def test_a_video_that_breaks_while_it_is_annotated_is_bad(tool, run_here, videos, tmp_path, monkeypatch):
     def no_frames(container, stream, step):
         return iter(())

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import shutil
+import signal
 import sys
+import threading
 
 import pytest
 import yaml
@@ -76,8 +79,10 @@ def test_an_allocation_meets_its_budget_and_is_kept_for_training(allocation, tra
     assert len(kept) == 7
     assert len(names) == 10  # of three blocks and a shortcut
     assert set(chosen["alpha"].values()) == {0.0, 0.5}
-    assert len(set(uniform["alpha"].values())) == 1
-    assert [key.replace("\\", "").strip("^$") for key in chosen["alpha"]] == names
+    same = set(uniform["alpha"].values()) - {0.0}
+    assert len(same) == 1
+    assert len(chosen["alpha"]) == len(uniform["alpha"]) == 52  # those that are skipped have alpha 0
+    assert [key.replace("\\", "").strip("^$") for key, alpha in uniform["alpha"].items() if alpha] == names
     assert chosen["downsample"] == "conv"
     network = load_trained(trained / "checkpoints" / "last.ckpt").network
     report = octavize(network, chosen["alpha"]).octave_report
@@ -100,8 +105,12 @@ def test_what_was_measured_serves_another_budget_and_no_other_checkpoint(allocat
     again = json.loads((tmp_path / "copy" / "a.json").read_text())
     assert again["sensitivities"][:-1] == kept["sensitivities"]
     assert len(again["sensitivities"]) == 7
-    finished = allocate(motions, trained, tmp_path / "copy", "--seed_everything=5")
-    assert_one_line(finished, "a.json holds sensitivities of another checkpoint or of other clips")
+    for option in ("--seed_everything=5", "--data.mirror=true", "--model.downsample=pool", "--batches=1"):
+        finished = allocate(motions, trained, tmp_path / "copy", "--budget=.99", option)
+        assert_one_line(finished, "a.json holds sensitivities of another checkpoint or of other clips")
+    for text in ("[]", "{"):
+        (tmp_path / "copy" / "a.json").write_text(text)
+        assert_one_line(allocate(motions, trained, tmp_path / "copy", "--budget=.99"), "a.json ")
 
 
 @pytest.mark.parametrize(
@@ -153,9 +162,14 @@ def test_a_sweep_trains_each_alpha_with_each_seed_and_goes_on_where_it_was(run_h
     assert 0.9 < rows[1]["mac_ratio"] <= 0.97
     assert len((tmp_path / "sweep.md").read_text().splitlines()) == 4
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    status, _, errors, calls = run_here(*common, "--seeds", 0, "--model.dropout", ".3")
-    assert (status, calls) == (2, [])
-    assert "holds a sweep of another recipe" in errors
+    for folder in (tmp_path, tmp_path / "a"):
+        noted = folder / ("recipe.json" if folder == tmp_path else "alpha.json")
+        kept = noted.read_text()
+        noted.write_text(kept.replace('"downsample": "conv"', '"downsample": "pool"').replace("width", "w"))
+        status, _, errors, calls = run_here(*common, "--seeds", 0)
+        assert (status, calls) == (2, [])
+        assert f"{folder} holds a sweep of another recipe or alpha" in errors
+        noted.write_text(kept)
 
 
 def test_a_run_that_fails_is_named_and_the_others_count(run_here, recipe, tmp_path):
@@ -178,10 +192,29 @@ def test_checkpoints_are_tested_at_other_alphas_with_new_statistics(run_here, re
     assert calls == ["test_net.py", "test_net.py"]
     rows = json.loads((tmp_path / "sweep.json").read_text())
     for row, folder in zip(rows, ("alpha-0-pool", "alpha-0.5"), strict=True):
-        (_, estimated) = json.loads((tmp_path / folder / "checkpoint-0" / "alphas.json").read_text())
+        (path,) = (tmp_path / folder).glob("*/alphas.json")
+        (_, estimated) = json.loads(path.read_text())
         assert estimated["statistics"] == "re-estimated"
         assert row["top1"] == estimated["top1"]
         assert row["gmacs"] == estimated["gmacs"]
+    path.write_text(json.dumps([estimated | {"statistics": "checkpoint"}]))  # as if it had been killed in between
+    status, _, errors, calls = run_here(*common, "--alphas", "0:pool,.5")
+    assert status == 0, errors
+    assert calls == ["test_net.py"]
+    assert json.loads((tmp_path / "sweep.json").read_text())[1]["top1"] == estimated["top1"]
+    status, _, errors, calls = run_here(*common, "--alphas", ".5", "--data.train_list", "nothing.csv")
+    assert (status, calls) == (2, [])
+    assert "holds a sweep of another recipe" in errors
+    apart = ["--output", tmp_path / "apart", "--alphas", ".5", "--data.train_list", "nothing.csv"]
+    status, _, errors, calls = run_here(*common, *apart)
+    assert status == 1
+    assert "failed: there are no training videos to estimate batch-norm statistics on" in errors
+    shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path / "other.ckpt")
+    with (tmp_path / "other.ckpt").open("ab") as file:
+        file.write(b"more")  # another file
+    status, _, errors, calls = run_here(*common, "--alphas", ".5", "--ckpt", tmp_path / "other.ckpt")
+    assert status == 1
+    assert calls == ["test_net.py"]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +227,7 @@ def test_checkpoints_are_tested_at_other_alphas_with_new_statistics(run_here, re
         (["--alphas", ".5,0.50"], "--alphas has two of the same name: alpha-0.5, alpha-0.5"),
         (["--seeds", "one"], "whole numbers with commas between them are wanted, got 'one'"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--statistics_batches", "0"], "--statistics_batches must be at least 1, got 0"),
         (["--ckpt", "nothing.ckpt"], "--ckpt nothing.ckpt: no such file"),
         (["--ckpt", str(CONFIG), "--alphas", str(CONFIG)], "--ckpt tests at numbers"),
         (["--model.alpha=.5"], "--model.alpha is what a sweep sets itself"),
@@ -217,10 +251,48 @@ def test_a_misspelt_option_is_refused_before_anything_runs(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_called_tool_says_is_kept_and_its_last_line_is_the_reason(tmp_path):
-    call = importlib.import_module("sweep").call
-    assert call("report.py", ["--help"], tmp_path / "log.txt") == ""
-    assert call("report.py", [str(tmp_path / "nothing")], tmp_path / "log.txt").startswith("report.py: error: ")
-    printed = (tmp_path / "log.txt").read_text()
-    assert "usage:" in printed
-    assert "report.py: error: " in printed
+def test_what_a_called_tool_says_is_kept_and_its_last_line_is_the_reason(tmp_path, monkeypatch):
+    sweep = importlib.import_module("sweep")
+    (tmp_path / "tool.py").write_text("import sys\nprint(sys.argv[1])\nsys.exit(sys.argv[2] if sys.argv[2:] else 0)\n")
+    monkeypatch.setattr(sweep, "TOOLS", tmp_path)
+    assert sweep.call("tool.py", ["good"], tmp_path / "log.txt") == ""
+    assert sweep.call("tool.py", ["bad", "a warning\nthe reason\n"], tmp_path / "log.txt") == "the reason"
+    assert (tmp_path / "log.txt").read_text() == "good\nbad\na warning\nthe reason\n\n"
+
+
+def test_an_interrupted_call_lets_the_tool_end_and_keeps_what_it_said(tmp_path, monkeypatch):
+    sweep = importlib.import_module("sweep")
+    (tmp_path / "tool.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', file=sys.stderr), sys.exit(75)))\n"
+        "open(sys.argv[1], 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(sweep, "TOOLS", tmp_path)
+    started = tmp_path / "started"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def wait_and_interrupt():
+        while not started.exists():
+            threading.Event().wait(0.01)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, interrupt)
+    thread = threading.Thread(target=wait_and_interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            sweep.call("tool.py", [str(started)], tmp_path / "log.txt")
+    finally:
+        thread.join()
+        signal.signal(signal.SIGUSR2, before)
+    assert (tmp_path / "log.txt").read_text() == "saved\n"
+
+
+def test_a_killed_tool_is_said_to_be():
+    why = importlib.import_module("sweep").why
+    assert why("train_net.py", -9, "a warning\n") == "train_net.py was killed by SIGKILL"
+    assert why("train_net.py", 3, " \n") == "train_net.py ended with 3"
+    assert why("train_net.py", 0, "a warning\n") == ""

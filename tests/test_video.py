@@ -148,6 +148,20 @@ def test_an_end_long_before_the_headers_is_an_error_where_it_matters(numbered_vi
             video.frames_at([1.0, 3.5])
 
 
+@pytest.mark.parametrize("backend", ["auto", "pyav"])
+def test_a_playlist_does_not_lead_to_other_files(numbered_video, tmp_path, backend):
+    lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:2", "#EXTINF:2,", str(tmp_path / "private.mp4"), "#EXT-X-ENDLIST"]
+    shutil.copy(numbered_video, tmp_path / "private.mp4")
+    (tmp_path / "upload.m3u8").write_text("\n".join(lines))
+    with av.open(str(tmp_path / "upload.m3u8")) as container:
+        assert container.streams.video  # FFmpeg follows it
+    with pytest.raises(DecodeError, match=r"a playlist \(hls\), which names other files"):
+        Video(tmp_path / "upload.m3u8", backend)
+    (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile private.mp4\n")
+    with pytest.raises(DecodeError, match=r"a playlist \(concat\), which names other files"):
+        Video(tmp_path / "list.ffconcat", backend)
+
+
 def test_a_sound_file_with_a_cover_is_no_video(tmp_path):
     with av.open(str(tmp_path / "cover.mp4"), "w") as container:
         sound = container.add_stream("aac", rate=44100)

@@ -22,6 +22,7 @@ Exit status: 0 written; 2 a mistake in the command; 130 on Ctrl-C.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -57,6 +58,7 @@ from octvideo.trained import load_trained
 SHOWN = 10  # rows of the table
 WIDTH = 160  # characters that one of its lines may have, unless it is for a terminal
 PRECISION = 1e-3  # of the uniform alpha
+HOW_FAST = ("num_workers", "decode_timeout_seconds")  # options of the data that say nothing of the clips
 
 
 class Allocating(CommandLine):
@@ -143,43 +145,54 @@ def loss_on(cli: Allocating, batches: Sequence[tuple[Tensor, Tensor]]) -> Callab
     return loss
 
 
-def measure(cli: Allocating) -> list[Sensitivity]:
+def subject(cli: Allocating) -> dict[str, Any]:
+    """What losses depend on, besides layers and alphas."""
+    with open(cli.config["ckpt"], "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    clips = {key: value for key, value in cli.config["data"].as_dict().items() if key not in HOW_FAST}
+    of = {"checkpoint": digest, "batches": cli.config["batches"], "network": cli.model.network.octave_options}
+    return json.loads(json.dumps(of | {"clips": clips}, default=str))  # as it is read back
+
+
+def measure(cli: Allocating, groups: Sequence[tuple[str, ...]], tried: Sequence[tuple[str, ...]]) -> list[Sensitivity]:
     """What a former run kept, and what is missing of it; kept as it comes.
+
+    Args:
+        cli: network, clips and options.
+        groups: all that there are.
+        tried: those to measure.
 
     Raises:
         ListError: there are no clips.
     """
-    network, path = cli.model.network, cli.output.with_suffix(".json")
-    with open(cli.config["ckpt"], "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    seed = cli.config["seed_everything"]
-    of = {"checkpoint": digest, "batches": cli.config["batches"], "batch_size": cli.datamodule.batch_size, "seed": seed}
+    network, path, of = cli.model.network, cli.output.with_suffix(".json"), subject(cli)
     known: dict[tuple[tuple[str, ...], float], Sensitivity] = {}
     if path.is_file():
-        kept = json.loads(path.read_text())
-        if kept["of"] != of:
+        try:
+            kept = json.loads(path.read_text())
+        except ValueError as error:
+            fail(f"{path} is no file of this tool: {error}")
+        if not isinstance(kept, dict) or kept.get("of") != of:
             fail(
                 f"{path} holds sensitivities of another checkpoint or of other clips: delete it, or choose another "
                 "--output"
             )
         for row in kept["sensitivities"]:
             known[tuple(row["names"]), row["alpha"]] = Sensitivity(**row | {"names": tuple(row["names"])})
-    groups = groups_to_try(cli)
-    options = network.octave_options
-    left = [(group, alpha) for group in groups for alpha in cli.alphas if (group, alpha) not in known]
+    tries = [(group, alpha) for group in tried for alpha in cli.alphas]
+    left = [one for one in tries if one not in known]
     if left:
         loss = loss_on(cli, read_batches(cli))
-        found = measure_sensitivities(network, groups, cli.alphas, loss, cli.size, options, known=frozenset(known))
+        found = measure_sensitivities(network, groups, left, loss, cli.size, network.octave_options)
         for entry in track(found, "layers and alphas", len(left), console=Console(stderr=True)):
             known[entry.names, entry.alpha] = entry
             with appearing(path) as partial:
                 partial.write_text(json.dumps({"of": of, "sensitivities": [e._asdict() for e in known.values()]}))
-    return [known[key] for key in ((group, alpha) for group in groups for alpha in cli.alphas) if key in known]
+    return [known[one] for one in tries if one in known]
 
 
-def groups_to_try(cli: Allocating) -> list[tuple[str, ...]]:
+def groups_to_try(cli: Allocating, groups: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """The groups of convolutions that --skip leaves."""
-    groups = groups_that_add(cli.model.network, cli.size)
     for pattern in cli.config["skip"]:
         left = [group for group in groups if not any(re.search(pattern, name) for name in group)]
         if len(left) == len(groups):
@@ -190,19 +203,34 @@ def groups_to_try(cli: Allocating) -> list[tuple[str, ...]]:
     return groups
 
 
-def uniform(cli: Allocating, names: Sequence[str], macs: int) -> dict[str, float]:
-    """One alpha for the same convolutions, the highest (to PRECISION) at which they do not cost less."""
-    network = copy.deepcopy(cli.model.network).to("meta")
+class Costs:
+    """Multiply-adds of a test clip.
 
-    def mapping(alpha: float) -> dict[str, float]:
-        return mapping_of(dict.fromkeys(names, alpha))
+    Args:
+        cli: network and size of a clip.
+        groups: all that there are.
+        tried: those that may be octave.
+    """
 
-    low, high = 0.0, 1.0
-    while high - low > PRECISION:
-        middle = (low + high) / 2
-        cheap = count_macs(set_alpha(network, mapping(middle)), cli.size) < macs
-        low, high = (low, middle) if cheap else (middle, high)
-    return mapping(round(low, 3))
+    def __init__(self, cli: Allocating, groups: Sequence[tuple[str, ...]], tried: Sequence[tuple[str, ...]]) -> None:
+        self.network, self.size = copy.deepcopy(cli.model.network).to("meta"), cli.size
+        self.names, self.tried = ([name for group in part for name in group] for part in (groups, tried))
+
+    def of(self, alphas: dict[str, float]) -> int:
+        """Those at the alphas of a mapping."""
+        return count_macs(set_alpha(self.network, alphas), self.size)
+
+    def uniform(self, alpha: float) -> dict[str, float]:
+        """The mapping with one alpha for all that is tried."""
+        return mapping_of(dict.fromkeys(self.names, 0.0) | dict.fromkeys(self.tried, alpha))
+
+    def alpha_for(self, macs: int) -> float:
+        """The highest alpha for all that is tried (to PRECISION) with which it does not cost less."""
+        low, high = 0.0, 1.0
+        while high - low > PRECISION:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.of(self.uniform(middle)) < macs else (middle, high)
+        return round(low, 3)
 
 
 def write(path: Path, alpha: dict[str, float], downsample: str, comment: str) -> None:
@@ -234,23 +262,24 @@ def print_table(sensitivities: Sequence[Sensitivity], chosen: dict[str, float], 
 
 def choose(cli: Allocating) -> None:
     """Measures, chooses and writes."""
-    network, options = cli.model.network, cli.model.network.octave_options
-    sensitivities = measure(cli)
-    alpha = allocate(network, sensitivities, cli.config["budget"], cli.size, options)
-    names = [name for entry in sensitivities for name in entry.names]
-    model = copy.deepcopy(network).to("meta")
-    vanilla = count_macs(set_alpha(model, 0), cli.size)
-    print_table(sensitivities, alpha, vanilla)
-    macs = count_macs(set_alpha(model, alpha), cli.size)
-    same = uniform(cli, list(dict.fromkeys(names)), macs)
-    cost = count_macs(set_alpha(model, same), cli.size)
-    downsample = options["downsample"]
-    write(
-        cli.output, alpha, downsample, f"an alpha for each layer, {macs / vanilla:.3f} of the multiply-adds at alpha 0"
-    )
-    value = next(iter(same.values()))
-    comment = f"alpha {value:g} for the same layers, {cost / vanilla:.3f} of the multiply-adds at alpha 0"
-    write(cli.output.with_suffix(f".uniform{cli.output.suffix}"), same, downsample, comment)
+    network, options, budget = cli.model.network, cli.model.network.octave_options, cli.config["budget"]
+    groups = groups_that_add(network, cli.size)
+    tried = groups_to_try(cli, groups)
+    costs = Costs(cli, groups, tried)
+    vanilla = costs.of(costs.uniform(0))
+    with contextlib.suppress(ValueError):  # channel groups that the alpha does not divide: then it is seen in the end
+        if (least := costs.of(costs.uniform(cli.alphas[-1])) / vanilla) > budget + 1e-9:
+            fail(f"{budget:g} of the multiply-adds is out of reach: alpha {cli.alphas[-1]:g} leaves {least:.3f}")
+    sensitivities = measure(cli, groups, tried)
+    alphas = allocate(network, groups, sensitivities, budget, cli.size, options)
+    print_table(sensitivities, alphas, vanilla)
+    macs = costs.of(alphas)
+    alpha = costs.alpha_for(macs)
+    same = costs.uniform(alpha)
+    comment = f"an alpha for each layer, {macs / vanilla:.3f} of the multiply-adds at alpha 0"
+    write(cli.output, alphas, options["downsample"], comment)
+    comment = f"alpha {alpha:g} for the same layers, {costs.of(same) / vanilla:.3f} of the multiply-adds at alpha 0"
+    write(cli.output.with_suffix(f".uniform{cli.output.suffix}"), same, options["downsample"], comment)
 
 
 def main() -> int:

@@ -10,9 +10,9 @@ The page shows
   and the channels that are the strongest there
 
 It needs gradio, pip install 'octvideo[demo]', and no network: the page and the server load nothing from elsewhere. By
-default only this machine can open it; --host 0.0.0.0 lets in whoever reaches it, and there is no password. Visitors are
-served one after the other. What they upload lies in a temporary folder and is deleted after an hour, or when the demo
-ends.
+default only this machine can open it; --host 0.0.0.0 lets in whoever reaches it, without a password and without a limit
+to how many files they upload: that is for networks that you trust. Visitors are served one after the other. What they
+upload lies in a temporary folder and is deleted after an hour, or when the demo ends.
 
 Exit status: 0 if it was stopped by Ctrl-C or SIGTERM; 2 for a mistake in the command.
 """
@@ -30,6 +30,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
@@ -57,6 +58,7 @@ STRONGEST = 8  # channels to show
 KEPT_SECONDS = 3600  # uploads
 CLEANING_SECONDS = 600  # between two looks for old uploads
 WAITING = 20  # visitors that may wait for their turn
+WRITING_SECONDS = 120.0  # that the player's video may take: a header may say that hours of frames are one second
 CSS = """
 .gradio-container { max-width: 1280px !important; }
 #said:not(:has(.message)) { display: none; }
@@ -141,7 +143,7 @@ class Sight:
         self.layers = layers_of(predictor.trained.network)
         self._duration = predictor.decoding.watched(self._read_duration)
         self._clip = predictor.decoding.watched(self._read_clip)
-        self._annotate = predictor.decoding.watched(annotate)
+        self._annotate = predictor.decoding.watched(partial(annotate, most_seconds=WRITING_SECONDS))
 
     def _read_duration(self, path: str) -> float:
         with Video(path, self.predictor.decoding.backend) as video:
@@ -406,8 +408,10 @@ def serve(arguments: argparse.Namespace, folder: Path) -> None:
         folder: for uploads.
     """
     host, port = arguments.host, arguments.port
+    if ":" in host:
+        fail(f"--host must be a name or an address of IPv4, got {host}")
     try:  # before what takes seconds
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        socket.create_server((host, port)).close()
     except OSError as error:
         fail(f"--host {host} --port {port}: {str(error.strerror).split(' (')[0]}")
     predictor = Predictor(

@@ -38,6 +38,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -312,14 +313,15 @@ def frames_of(
         yield moment, frame
 
 
-def annotate(job: tuple[Prediction, Path]) -> None:
+def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> None:
     """Writes a video again, with its timeline drawn in.
 
     Args:
         job: the video's prediction, and the file to write.
+        most_seconds: that this may take.
 
     Raises:
-        DecodeError: it is not whole.
+        DecodeError: it is not whole, or takes longer.
         OSError: the disk is full, or the like.
     """
     prediction, output = job
@@ -328,7 +330,7 @@ def annotate(job: tuple[Prediction, Path]) -> None:
             open_stream(prediction.path)[0] as source,
             av.open(os.fspath(output), "w", format="mp4", options={"movflags": "+faststart"}) as target,
         ):
-            _annotate(prediction, source, target)
+            _annotate(prediction, source, target, time.monotonic() + most_seconds)
     except READING_ERRORS as error:
         if (machine := machine_error(error)) is not None:
             raise machine from error
@@ -336,7 +338,7 @@ def annotate(job: tuple[Prediction, Path]) -> None:
 
 
 def _annotate(
-    prediction: Prediction, source: av.container.InputContainer, target: av.container.OutputContainer
+    prediction: Prediction, source: av.container.InputContainer, target: av.container.OutputContainer, deadline: float
 ) -> None:
     video = source.streams.best("video")
     assert isinstance(video, av.VideoStream)
@@ -345,6 +347,8 @@ def _annotate(
     step = max(1, round(1 / (rate * video.time_base)))
     for moment, frame in frames_of(source, video, step):
         still_alive()
+        if time.monotonic() > deadline:
+            raise DecodeError(prediction.path, "it takes too long to write")
         turns = upright_turns(frame)
         if encoder is None:
             size = frame.width + frame.width % 2, frame.height + frame.height % 2

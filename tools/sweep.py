@@ -6,7 +6,7 @@ python tools/sweep.py --cfg configs/quickstart.yaml --output runs/sweep --ckpt C
 
 An alpha is
   a number    in [0, 1], of res2 to res4; alpha 0 is the ordinary network, which strides
-  FILE.yaml   an alpha for each layer, of tools/allocate.py
+  FILE.yaml   an alpha for each layer, of tools/allocate.py, whose model.downsample counts too
 and with :pool behind it the network has downsample "pool": res2 to res5 average-pool for a stride of 2 wherever they
 are not octave too. 0:pool is the fair control, as octave layers always pool; 0 is what is published.
 
@@ -20,23 +20,26 @@ statistics of 200 training batches (--statistics_batches) at that alpha.
 OUTPUT/sweep.json  [{"alpha", "downsample", "gmacs" (of one test clip), "mac_ratio", "milliseconds" (of one clip, batch
                    1, the median of --rounds, all alphas in turn), "time_ratio", "top1", "clip_top1" (means over seeds),
                    "top1_deviation", "clip_top1_deviation" (of the seeds, n - 1; null for one), "seeds", "runs":
-                   [{"seed" or "checkpoint", "top1", "clip_top1", "videos", "bad"}]}]; ratios are to the first alpha
+                   [{"run" (its seed or checkpoint), "checkpoint", "top1", "clip_top1", "videos", "bad"}]}]; ratios
+                   are to the first alpha that has a result
 OUTPUT/sweep.md    the same as a table
 OUTPUT/sweep.png   accuracy over multiply-adds and over time (`pip install 'octvideo[plot]'`)
 
-Exit status: 0 if all runs are there; 1 if some failed; 2 for a mistake in the command; 130 on Ctrl-C.
+Exit status: 0 if all runs are there; 1 if some failed; 2 for a mistake in the command; 130 on Ctrl-C, 143 on SIGTERM,
+when the training under way has been saved.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
-import math
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,6 +88,11 @@ class Variant:
         return [*alpha, "--model.downsample", self.downsample]
 
     @property
+    def described(self) -> dict[str, Any]:
+        """What it is, wherever it is from."""
+        return {"alpha": self.alpha, "downsample": self.downsample}
+
+    @property
     def folder(self) -> str:
         """A name for its folder."""
         name = f"alpha-{self.alpha:g}" if self.file is None else self.file.stem  # type: ignore[str-format]
@@ -118,7 +126,6 @@ def read_variant(text: str) -> Variant:
     value, _, kind = name.partition(":")
     if kind not in ("", "pool"):
         raise argparse.ArgumentTypeError(f"behind an alpha only :pool may stand, got {name!r}")
-    downsample = kind or "conv"
     file = Path(value) if Path(value).suffix in (".yaml", ".yml") else None
     if file is None:
         try:
@@ -127,12 +134,12 @@ def read_variant(text: str) -> Variant:
             raise argparse.ArgumentTypeError(f"an alpha is a number or a FILE.yaml, got {value!r}") from None
         if not 0 <= alpha <= 1:
             raise argparse.ArgumentTypeError(f"alpha must lie in [0, 1], got {value}")
-        return Variant(name, alpha, downsample, None)
+        return Variant(name, alpha, kind or "conv", None)
     try:
-        found = yaml.safe_load(file.read_text())["model"]["alpha"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        model = yaml.safe_load(file.read_text())["model"]
+        return Variant(name, model["alpha"], kind or model.get("downsample", "conv"), file)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise argparse.ArgumentTypeError(f"{file} has no model.alpha: {error}") from None
-    return Variant(name, found, downsample, file)
 
 
 def read_variants(text: str) -> list[Variant]:
@@ -152,7 +159,14 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     """The command line: this tool's options, and those for train_net.py and test_net.py."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--cfg", "-c", type=Path, required=True, metavar="FILE", help="YAML file of the recipe")
+    add(
+        *("--cfg", "-c"),
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="YAML file of the recipe; given again, the later one overrides",
+    )
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the runs and the results")
     add(
         "--alphas",
@@ -172,13 +186,13 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     for option in others:
         if option.split("=")[0] in own:
             fail(f"{option.split('=')[0]} is what a sweep sets itself: give --alphas, --seeds and --output")
-    if not arguments.cfg.is_file():
-        fail(f"--cfg {arguments.cfg}: no such file")
-    if arguments.rounds < 1:
-        fail(f"--rounds must be at least 1, got {arguments.rounds}")
-    for file in arguments.ckpt or ():
-        if not file.is_file():
-            fail(f"--ckpt {file}: no such file")
+    for option in ("cfg", "ckpt"):
+        for file in getattr(arguments, option) or ():
+            if not file.is_file():
+                fail(f"--{option} {file}: no such file")
+    for option in ("rounds", "statistics_batches"):
+        if getattr(arguments, option) < 1:
+            fail(f"--{option} must be at least 1, got {getattr(arguments, option)}")
     folders = [variant.folder for variant in arguments.alphas]
     if len(set(folders)) < len(folders):
         fail(f"--alphas has two of the same name: {', '.join(folders)}")
@@ -187,35 +201,46 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     return arguments, others
 
 
-def keep_recipe(arguments: argparse.Namespace, others: Sequence[str]) -> None:
-    """Notes in the output folder what is swept; ends the program if that was another recipe before."""
-    recipe = {"cfg": yaml.safe_load(arguments.cfg.read_text()), "options": list(others), "trains": not arguments.ckpt}
-    path = arguments.output / "recipe.json"
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        if json.loads(path.read_text()) != recipe:
-            fail(f"{arguments.output} holds a sweep of another recipe ({path}): choose another --output")
-        return
-    with appearing(path) as partial:
-        partial.write_text(json.dumps(recipe, indent=1))
+def recipe_options(arguments: argparse.Namespace, others: Sequence[str]) -> list[str]:
+    """What all calls of train_net.py and test_net.py have."""
+    return [word for file in arguments.cfg for word in ("--cfg", str(file))] + list(others)
+
+
+def keep(path: Path, what: dict[str, Any]) -> None:
+    """Notes what a folder is for; ends the program if it was for something else before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    what = json.loads(json.dumps(what, default=str))  # as it is read back
+    if not path.is_file():
+        with appearing(path) as partial:
+            partial.write_text(json.dumps(what, indent=1))
+    elif json.loads(path.read_text()) != what:
+        fail(f"{path.parent} holds a sweep of another recipe or alpha ({path}): choose another --output")
 
 
 def check_options(arguments: argparse.Namespace, others: Sequence[str]) -> None:
     """Ends the program for options that train_net.py or test_net.py refuses, before anything starts."""
     tool, more = ("test_net.py", ["--ckpt", str(arguments.ckpt[0])]) if arguments.ckpt else ("train_net.py", [])
-    command = [sys.executable, TOOLS / tool, "--cfg", str(arguments.cfg), *others, *more, "--print_config"]
+    command = [sys.executable, TOOLS / tool, *recipe_options(arguments, others), *more, "--print_config"]
     tried = subprocess.run(command, capture_output=True, text=True)
-    if tried.returncode:
-        fail(tried.stderr.strip().splitlines()[-1].removeprefix(f"{tool}: error: "))
+    if reason := why(tool, tried.returncode, tried.stderr):
+        fail(reason.removeprefix(f"{tool}: error: "))
+
+
+def why(tool: str, status: int, errors: str) -> str:
+    """Why a tool failed: how it was killed, or its last line on standard error; empty if it did not."""
+    if status < 0:
+        return f"{tool} was killed by {signal.Signals(-status).name}"
+    lines = [line for line in errors.splitlines() if line.strip()] or [f"{tool} ended with {status}"]
+    return lines[-1] if status else ""
 
 
 def call(tool: str, options: Sequence[str], log: Path) -> str:
-    """Runs a tool to its end; Ctrl-C and SIGTERM let it save first.
+    """Runs a tool to its end, with what it prints appended to a log; where this is interrupted, the tool saves first.
 
     Returns:
-        Why it failed: its last line on standard error; empty if it did not.
+        Why it failed; empty if it did not.
     """
-    with log.open("a") as printed, log.with_name("errors.txt").open("w+") as errors:
+    with log.open("a") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([sys.executable, TOOLS / tool, *options], stdout=printed, stderr=errors)
         try:
             status = process.wait()
@@ -224,11 +249,11 @@ def call(tool: str, options: Sequence[str], log: Path) -> str:
                 process.send_signal(signal.SIGTERM)
             process.wait()
             raise
-        errors.seek(0)
-        said = errors.read()
-        printed.write(said)
-    lines = [line for line in said.splitlines() if line.strip()] or [f"{tool} ended with {status}"]
-    return "" if status == 0 else lines[-1]
+        finally:
+            errors.seek(0)
+            said = errors.read()
+            printed.write(said)
+    return why(tool, status, said)
 
 
 def run_all(arguments: argparse.Namespace, others: Sequence[str]) -> dict[Variant, dict[str, Tested | str]]:
@@ -239,19 +264,16 @@ def run_all(arguments: argparse.Namespace, others: Sequence[str]) -> dict[Varian
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    runs = [str(file) for file in arguments.ckpt] if arguments.ckpt else [f"seed {seed}" for seed in arguments.seeds]
+    runs = {str(file): file for file in arguments.ckpt or ()} or {f"seed {seed}": seed for seed in arguments.seeds}
     found: dict[Variant, dict[str, Tested | str]] = {variant: {} for variant in arguments.alphas}
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(runs) * len(found))
-        for number, run in enumerate(runs):
+        for run, which in runs.items():
             for variant, results in found.items():
                 progress.update(task, description=f"alpha {variant.name}, {run}")
                 if not console.is_terminal:
                     console.print(f"alpha {variant.name}, {run}", highlight=False)
-                if arguments.ckpt:
-                    results[run] = test(variant, number, arguments, others)
-                else:
-                    results[run] = train(variant, arguments.seeds[number], arguments, others)
+                results[run] = (test if arguments.ckpt else train)(variant, which, arguments, others)
                 if isinstance(results[run], str):
                     progress.print(f"alpha {variant.name}, {run} failed: {results[run]}", markup=False, style="yellow")
                 progress.advance(task)
@@ -263,7 +285,7 @@ def train(variant: Variant, seed: int, arguments: argparse.Namespace, others: Se
     folder = arguments.output / variant.folder / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     results, checkpoint = folder / "test" / "predictions.json", folder / "checkpoints" / "last.ckpt"
-    common = ["--cfg", str(arguments.cfg), *others, *variant.options, "--seed_everything", str(seed)]
+    common = [*recipe_options(arguments, others), *variant.options, "--seed_everything", str(seed)]
     common += ["--trainer.default_root_dir", str(folder)]
     if not results.is_file():
         reason = call("train_net.py", [*common, "--ckpt_path", "auto"], folder / "log.txt")
@@ -271,28 +293,35 @@ def train(variant: Variant, seed: int, arguments: argparse.Namespace, others: Se
         if reason:
             return reason
     found = json.loads(results.read_text())
-    return Tested(f"seed {seed}", checkpoint, *accuracies(found), len(found["videos"]), len(found["bad"]))
+    if not found["videos"]:
+        return "none of the videos to test on can be decoded"
+    return Tested(str(seed), checkpoint, found["top1"], found["clip_top1"], len(found["videos"]), len(found["bad"]))
 
 
-def test(variant: Variant, number: int, arguments: argparse.Namespace, others: Sequence[str]) -> Tested | str:
+def test(variant: Variant, checkpoint: Path, arguments: argparse.Namespace, others: Sequence[str]) -> Tested | str:
     """Tests one checkpoint at one alpha, if that is not done yet."""
-    checkpoint = arguments.ckpt[number]
-    folder = arguments.output / variant.folder / f"checkpoint-{number}"
+    with checkpoint.open("rb") as file:
+        folder = arguments.output / variant.folder / hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "alphas.json"
-    if not results.is_file():
-        options = ["--cfg", str(arguments.cfg), *others, "--model.downsample", variant.downsample]
+
+    def estimated() -> dict[str, Any] | None:
+        """The row with statistics of this alpha: the second one, written when its test is over."""
+        rows = json.loads(results.read_text()) if results.is_file() else []
+        return next((row for row in rows if row["statistics"] == "re-estimated"), None)
+
+    if estimated() is None:
+        options = [*recipe_options(arguments, others), "--model.downsample", variant.downsample]
         options += ["--ckpt", str(checkpoint), "--output", str(folder), "--alphas", str(variant.alpha)]
         options += ["--statistics_batches", str(arguments.statistics_batches)]
         if reason := call("test_net.py", options, folder / "log.txt"):
             return reason
-    found = json.loads(results.read_text())[-1]  # the one with re-estimated statistics
-    return Tested(str(checkpoint), checkpoint, *accuracies(found), found["videos"], found["bad"])
-
-
-def accuracies(found: dict[str, Any]) -> tuple[float, float]:
-    """Top-1 of videos and of clips; NaN if all videos are bad."""
-    return tuple(math.nan if found[key] is None else found[key] for key in ("top1", "clip_top1"))  # type: ignore[return-value]
+    found = estimated()
+    if found is None:
+        return f"there are no training videos to estimate batch-norm statistics on: {folder / 'log.txt'}"
+    if not found["videos"]:
+        return "none of the videos to test on can be decoded"
+    return Tested(str(checkpoint), checkpoint, found["top1"], found["clip_top1"], found["videos"], found["bad"])
 
 
 def time_networks(variants: dict[Variant, Trained], rounds: int) -> dict[Variant, list[float]]:
@@ -377,8 +406,9 @@ def write_results(rows: Sequence[dict[str, Any]], output: Path) -> None:
         with appearing(output / "sweep.png") as partial:
             plot(rows, partial)
     except ModuleNotFoundError:
+        (output / "sweep.png").unlink(missing_ok=True)  # it is of earlier results
         print("no picture: pip install 'octvideo[plot]'", file=sys.stderr)
-    print(f"results: {output / 'sweep.json'}, sweep.md, sweep.png")
+    print(f"results: {', '.join(str(path) for path in sorted(output.glob('sweep.*')))}")
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -420,7 +450,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         check_options(arguments, others)
-        keep_recipe(arguments, others)
+        recipe = {"cfg": [yaml.safe_load(file.read_text()) for file in arguments.cfg], "options": others}
+        tests = {"statistics_batches": arguments.statistics_batches} if arguments.ckpt else {}
+        keep(arguments.output / "recipe.json", recipe | tests)
+        for variant in arguments.alphas:
+            keep(arguments.output / variant.folder / "alpha.json", variant.described)
         found = run_all(arguments, others)
         with command_line.one_line_errors():
             rows = list(rows_of(found, arguments.rounds))

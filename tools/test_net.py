@@ -230,7 +230,8 @@ def main() -> None:
             if cli.trainer.is_global_zero:
                 print_table(results)
                 labels = {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
-                (output / "predictions.json").write_text(json.dumps(results | labels))
+                with appearing(output / "predictions.json") as partial:
+                    partial.write_text(json.dumps(results | labels))
                 print(f"predictions: {output / 'predictions.json'}")
         if cli.config["report"] and cli.trainer.is_global_zero:
             checkpoint = Path(cli.config["ckpt"])

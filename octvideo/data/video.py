@@ -58,6 +58,9 @@ class UnreadableError(DecodeError):
     """A video of which a backend gives no frame at all; another backend may."""
 
 
+PLAYLISTS = {"hls", "concat", "dash", "webm_dash_manifest", "imf"}  # FFmpeg would open whatever files they name
+
+
 class KnownVideo(NamedTuple):
     """What an index knows of a video, so that it need not be read from the file.
 
@@ -76,10 +79,14 @@ def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]
     """Opens a file in PyAV, and the video stream in it that is meant, to be decoded in one thread.
 
     Raises:
-        DecodeError: there is no video stream; an UnreadableError if there is no decoder for it.
+        DecodeError: a list of other files, or no video stream; an UnreadableError if there is no decoder for it.
         av.error.FFmpegError: the file cannot be opened; an OSError if it cannot be read.
     """
     container = av.open(os.path.abspath(path), metadata_errors="ignore")  # a relative path with a colon is an address
+    kind = container.format.name
+    if not PLAYLISTS.isdisjoint(kind.split(",")):
+        container.close()
+        raise DecodeError(path, f"a playlist ({kind}), which names other files")
     stream = container.streams.best("video")  # not a cover picture, nor the smaller of two
     picture = stream is not None and stream.disposition & Disposition.attached_pic  # the cover of a sound file
     if not isinstance(stream, av.VideoStream) or stream.time_base is None or picture:
