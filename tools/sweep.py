@@ -415,26 +415,26 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy over multiply-adds and over time; bars are the seeds' standard deviation, dots the seeds."""
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     octave = [row for row in rows if is_number(row["alpha"]) and float(row["alpha"]) > 0]
-    for panel, key, label in (
-        (panels[0], "gmacs", "GMACs of a clip"),
-        (panels[1], "milliseconds", "ms of a clip, batch 1"),
+    line = sorted(octave, key=lambda row: float(row["alpha"]))
+    for panel, key, label in zip(
+        panels, ("gmacs", "milliseconds"), ("GMACs of a clip", "ms of a clip, batch 1"), strict=True
     ):
-        line = sorted(octave, key=lambda row: float(row["alpha"]))
-        panel.plot([row[key] for row in line], [100 * row["top1"] for row in line], "-", color="C0", alpha=0.5)
-        for row in rows:
-            vanilla = is_number(row["alpha"]) and float(row["alpha"]) == 0
-            color, marker = ("C7", "s") if vanilla else ("C0", "o") if is_number(row["alpha"]) else ("C1", "*")
-            spread = 100 * (row["top1_deviation"] or 0)
-            panel.errorbar(row[key], 100 * row["top1"], spread, fmt=marker, color=color, capsize=3, markersize=8)
-            tops = [100 * run["top1"] for run in row["runs"]]
-            panel.plot([row[key]] * len(tops), tops, ".", color=color, markersize=4, alpha=0.6)
-            panel.annotate(name_of(row), (row[key], 100 * row["top1"]), (4, 6), textcoords="offset points", fontsize=8)
+        panel.plot([row[key] for row in line], [100 * row["top1"] for row in line], "-", color="grey", alpha=0.5)
+        for number, row in enumerate(rows):
+            marker = "*" if not is_number(row["alpha"]) else "o" if float(row["alpha"]) else "s"
+            style = {"color": f"C{number % 10}", "alpha": 0.9}
+            spread, tops = 100 * (row["top1_deviation"] or 0), [100 * run["top1"] for run in row["runs"]]
+            panel.errorbar(
+                *(row[key], 100 * row["top1"], spread), fmt=marker, capsize=3, markersize=9, label=name_of(row), **style
+            )
+            panel.plot([row[key]] * len(tops), tops, ".", markersize=4, **style)
         panel.set_xlabel(label)
-        panel.set_xlim(left=0)
+        panel.margins(x=0.1)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("video top-1 (%)")
+    panels[1].legend(title="alpha", loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
     figure.savefig(path, format="png", dpi=120)
     pyplot.close(figure)
 
