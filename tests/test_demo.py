@@ -17,14 +17,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, free_port, run_tool, start_tool
-from networks import settle
 from PIL import Image
+from test_predict import write_checkpoint
 from test_prediction import some
 
 from octvideo.data.motions import write_video
 from octvideo.maps import Maps, heat, layers_of, maps_of
 from octvideo.prediction import Predictor
-from octvideo.recognizer import Recognizer
 from octvideo.trained import load_trained
 
 LABELS = ["<b>run</b>", "sit & wait", "${1 + 1}"]
@@ -33,16 +32,8 @@ LIMITS = ["--max-seconds=4", "--max-megabytes=0.2"]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint as train_net.py writes them, of a small network."""
-    torch.manual_seed(0)
-    module = Recognizer("i3d_r50", alpha=0.25, num_classes=3, width=8)
-    settle(module.network)
-    preprocessing = {"clip_frames": 4, "frame_stride": 4, "target_fps": None, "test_crop_size": 32}
-    path = tmp_path_factory.mktemp("run") / "last.ckpt"
-    state = {"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}
-    data = {"labels": LABELS, "preprocessing": {"sampling": "slowfast", "short_videos": None, **preprocessing}}
-    torch.save({**state, "VideoData": data, "pytorch-lightning_version": "2.6.0"}, path)
-    return path
+    """A checkpoint of a small network."""
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "last.ckpt", LABELS)
 
 
 @pytest.fixture(scope="module")

@@ -34,18 +34,22 @@ def tool():
     return importlib.import_module("predict")
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A checkpoint as train_net.py writes them, of a small network whose scores differ between videos."""
+def write_checkpoint(path, labels):
+    """Writes a checkpoint as train_net.py does, of three classes whose scores differ between videos."""
     torch.manual_seed(0)
     module = Recognizer("i3d_r50", alpha=0.25, num_classes=3, width=8)
     settle(module.network)
     preprocessing = {"clip_frames": 4, "frame_stride": 4, "target_fps": None, "test_crop_size": 32}
-    path = tmp_path_factory.mktemp("run") / "last.ckpt"
     state = {"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}
-    data = {"labels": LABELS, "preprocessing": {"sampling": "slowfast", "short_videos": None, **preprocessing}}
+    data = {"labels": labels, "preprocessing": {"sampling": "slowfast", "short_videos": None, **preprocessing}}
     torch.save({**state, "VideoData": data, "pytorch-lightning_version": "2.6.0"}, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of a small network."""
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "last.ckpt", LABELS)
 
 
 @pytest.fixture(scope="module")
