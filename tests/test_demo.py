@@ -199,6 +199,31 @@ def test_the_desk_works_in_one_thread_and_gives_errors_back():
     assert answers == [threading.get_ident(), (3, 1)]
 
 
+def test_nobody_waits_at_an_interrupted_desk():
+    desk, ended = demo.Desk(), []
+
+    def visit(job):
+        try:
+            desk.ask(job)
+        except BaseException as error:
+            ended.append(type(error))
+
+    def interrupted():
+        visitors[1].start()
+        while desk._jobs.empty():
+            threading.Event().wait(0.01)
+        raise KeyboardInterrupt
+
+    visitors = [threading.Thread(target=visit, args=[job], daemon=True) for job in (interrupted, list, list)]
+    visitors[0].start()
+    with pytest.raises(KeyboardInterrupt):
+        desk.work()
+    visitors[2].start()
+    for visitor in visitors:
+        visitor.join(10)
+    assert sorted(kind.__name__ for kind in ended) == ["CancelledError", "CancelledError", "KeyboardInterrupt"]
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -112,21 +112,32 @@ class Desk:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
+        self._closed = False
 
     def ask(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """The function's result, or the error that it raises."""
+        """The function's result, or the error that it raises; a CancelledError when the desk is closed."""
         answer: Future[Result] = Future()
         self._jobs.put((answer, function, arguments))
+        if self._closed:  # perhaps before this job was there
+            answer.cancel()
         return answer.result()
 
     def work(self) -> NoReturn:
-        """Does jobs for ever."""
-        while True:
-            answer, function, arguments = self._jobs.get()
-            try:
-                answer.set_result(function(*arguments))
-            except Exception as error:  # it is raised again where it was asked for
-                answer.set_exception(error)
+        """Does jobs until it is interrupted; nobody waits any longer then."""
+        try:
+            while True:
+                answer, function, arguments = self._jobs.get()
+                try:
+                    if not answer.cancelled():
+                        answer.set_result(function(*arguments))
+                except BaseException as error:  # it is raised again where it was asked for
+                    answer.set_exception(error)
+                    if not isinstance(error, Exception):
+                        raise
+        finally:
+            self._closed = True
+            while not self._jobs.empty():
+                self._jobs.get()[0].cancel()
 
 
 class Sight:
