@@ -5,6 +5,7 @@ import multiprocessing.connection
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def _be_tool(arguments, folder, environment):
         os.dup2(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.chdir(ROOT)
     os.setpgrp()  # as a shell does: signals to the group are for this process and those that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where Ctrl-C is ignored
     os.environ.update({"PYTHONPATH": str(ROOT / "tests"), **environment})
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     sys.argv = arguments
