@@ -257,3 +257,9 @@ def test_a_trial_run_and_a_loader_of_unknown_length_may_end_before(tmp_path):
     trainer = trainer_with(tmp_path, AlphaSchedule(0.5, 2, num_steps=2), limit_val_batches=0)
     trainer.fit(module := Module(), DataLoader(Endless(), 2))
     assert module.trained == [0.5, 0.375, 0.25]
+
+
+def test_a_schedule_needs_a_models_alpha_that_is_no_mapping():
+    network = create_model("i3d_r50", num_classes=2, width=8, alpha={"conv_a": 0.5})
+    with pytest.raises(ValueError, match=r"needs a model\.alpha of one number or four, got one for each layer"):
+        AlphaSchedule(0.5, 2).check(network, {"conv_a": 0.5})

@@ -1,5 +1,6 @@
 """tools/sweep.py and tools/allocate.py: what they train, keep, write and refuse."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -215,6 +216,24 @@ def test_checkpoints_are_tested_at_other_alphas_with_new_statistics(run_here, re
     status, _, errors, calls = run_here(*common, "--alphas", ".5", "--ckpt", tmp_path / "other.ckpt")
     assert status == 1
     assert calls == ["test_net.py"]
+
+
+def test_a_test_without_a_good_video_is_a_failed_run(run_here, recipe, trained, tmp_path):  # noqa: F811
+    common = ["--cfg", recipe, "--alphas", ".5", "--rounds", 1]
+    folder = tmp_path / "trains" / "alpha-0.5" / "seed-0" / "test"
+    folder.mkdir(parents=True)
+    (folder / "predictions.json").write_text(json.dumps({"videos": [], "bad": [{}]}))
+    status, _, errors, calls = run_here(*common, "--output", tmp_path / "trains", "--seeds", 0)
+    assert (status, calls) == (1, [])
+    assert "seed 0 failed: none of the videos to test on can be decoded" in errors
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    folder = tmp_path / "tests" / "alpha-0.5" / digest[:16]
+    folder.mkdir(parents=True)
+    (folder / "alphas.json").write_text(json.dumps([{"statistics": "re-estimated", "videos": 0}]))
+    status, _, errors, calls = run_here(*common, "--output", tmp_path / "tests", "--ckpt", checkpoint)
+    assert (status, calls) == (1, [])
+    assert "last.ckpt failed: none of the videos to test on can be decoded" in errors
 
 
 @pytest.mark.parametrize(

@@ -254,8 +254,7 @@ def print_table(sensitivities: Sequence[Sensitivity], chosen: dict[str, float], 
         found = (entries.get(alpha) for alpha in alphas)
         cells = [f"{e.loss:+.4f}, -{100 * e.macs / vanilla:.1f} %" if e else "-" for e in found]
         table.add_row(name, *cells, f"{chosen[next(iter(mapping_of({names[0]: 0})))]:g}")
-    console = Console()
-    Console(width=None if console.is_terminal else WIDTH).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
     if len(rows) > SHOWN:
         print(f"and {len(rows) - SHOWN} more that save less: see the .json file")
 

@@ -1,8 +1,9 @@
-"""What the command lines of all tools share: errors of one line."""
+"""What the command lines of the tools share: errors of one line, and types of options."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -25,3 +26,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the program; argparse would print its usage first."""
         fail(message)
+
+
+def number(text: str) -> int:
+    """An option's type for a number of things."""
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, got {text!r}")
+    return int(text)
+
+
+def clip_size(text: str) -> tuple[int, int, int]:
+    """An option's type for frames, height and width of a clip."""
+    sizes = text.lower().split("x")
+    if len(sizes) != 3 or not all(re.fullmatch(r"0*[1-9]\d*", size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"TxHxW is wanted, such as 8x224x224, got {text!r}")
+    frames, height, width = map(int, sizes)
+    return frames, height, width

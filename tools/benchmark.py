@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from arguments import Parser, fail
+from arguments import Parser, clip_size, fail, number
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -101,22 +101,6 @@ def share(text: str) -> float:
     if not re.fullmatch(r"\d*\.?\d+|\d+\.", text) or not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"alpha must lie in [0, 1], got {text!r}")
     return float(text)
-
-
-def number(text: str) -> int:
-    """An option's type for a number of things."""
-    if not re.fullmatch(r"0*[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, got {text!r}")
-    return int(text)
-
-
-def clip_size(text: str) -> Size:
-    """An option's type for frames, height and width of a clip."""
-    sizes = text.lower().split("x")
-    if len(sizes) != 3 or not all(re.fullmatch(r"0*[1-9]\d*", size) for size in sizes):
-        raise argparse.ArgumentTypeError(f"TxHxW is wanted, such as 8x224x224, got {text!r}")
-    frames, height, width = map(int, sizes)
-    return frames, height, width
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 import command_line  # before torch, as it says how threads wait
 import torch
-from arguments import Parser, fail
+from arguments import Parser, clip_size, fail, number
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -136,22 +136,6 @@ FORMATS = {
     ".onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), write_onnx, open_onnx),
     ".pt2": Format("torch.export", (), write_pt2, open_pt2),
 }
-
-
-def clip_size(text: str) -> Size:
-    """An option's type for frames, height and width of a clip."""
-    sizes = text.lower().split("x")
-    if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
-        raise argparse.ArgumentTypeError(f"TxHxW is wanted, such as 8x224x224, got {text!r}")
-    frames, height, width = map(int, sizes)
-    return frames, height, width
-
-
-def number(text: str) -> int:
-    """An option's type for a number of things."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, got {text!r}")
-    return int(text)
 
 
 def read_arguments() -> argparse.Namespace:

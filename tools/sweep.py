@@ -396,8 +396,7 @@ def write_results(rows: Sequence[dict[str, Any]], output: Path) -> None:
     for row in rows:
         table.add_row(*cells(row))
         lines.append(f"| {' | '.join(cells(row))} |")
-    console = Console()
-    Console(width=None if console.is_terminal else WIDTH).print(table)
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
     with appearing(output / "sweep.json") as partial:
         partial.write_text(json.dumps(rows, indent=1))
     with appearing(output / "sweep.md") as partial:
