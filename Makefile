@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 train: $(INSTALLED)
-	.venv/bin/python -m octvideo.data.motions data/motions
+	.venv/bin/python -m octvideo motions data/motions
 	rm -rf $(RUN)
 	.venv/bin/python tools/train_net.py --cfg configs/quickstart.yaml
 	.venv/bin/python tools/test_net.py --cfg configs/quickstart.yaml --ckpt $(RUN)/checkpoints/last.ckpt --output $(RUN)/test --report
@@ -32,7 +32,7 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/mypy octvideo
+	.venv/bin/mypy octvideo tools experiments
 
 # The theme prints a notice about its own future without the variable.
 docs: $(INSTALLED)

@@ -66,12 +66,13 @@ def frame_numbers(frames):
 
 # Tools run in processes that fork from one that has imported what takes seconds to import, and nothing else.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lightning.pytorch.cli", "octvideo.data.module", "octvideo.recognizer"])
+FORKS.set_forkserver_preload(["lightning.pytorch.cli", "octvideo.data.module", "octvideo.training.recognizer"])
 
 
 def start_tool(name, options, folder, **environment):
     """Starts a script of tools/; what it prints goes to the files stdout and stderr in a folder."""
-    arguments = [str(ROOT / "tools" / name), *map(str, options)]
+    folder_of_name = "tools" if (ROOT / "tools" / name).exists() else "experiments"
+    arguments = [str(ROOT / folder_of_name / name), *map(str, options)]
     process = FORKS.Process(target=_be_tool, args=(arguments, Path(folder), environment))
     process.start()
     return process
@@ -86,7 +87,7 @@ def _be_tool(arguments, folder, environment):
     os.environ.update({"PYTHONPATH": str(ROOT / "tests"), **environment})
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     sys.argv = arguments
-    sys.path.insert(0, str(ROOT / "tools"))
+    sys.path.insert(0, str(ROOT))
     sys.path.insert(0, str(ROOT / "tests"))
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
     runpy.run_path(arguments[0], run_name="__main__")

@@ -8,10 +8,10 @@ import torch
 import torchvision
 from torch import nn
 
+from experiments.allocation import Sensitivity, allocate, groups_that_add, mapping_of, measure_sensitivities
 from octvideo import OctConv3d, create_model, octavize
-from octvideo.allocation import Sensitivity, allocate, groups_that_add, mapping_of, measure_sensitivities
-from octvideo.cost import count_macs
-from octvideo.models import set_alpha
+from octvideo.models.cost import count_macs
+from octvideo.models.zoo import set_alpha
 
 CLIP = (3, 4, 32, 32)
 MIDDLE = [("1",), ("2",), ("3",)]  # groups of `chain`

@@ -22,14 +22,13 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from octvideo.callbacks import (
+from octvideo.errors import LoaderKilledError, NotFiniteError
+from octvideo.training.callbacks import (
     BadVideos,
     EpochLines,
     FiniteLoss,
-    LoaderKilledError,
     Memory,
     MovingAverage,
-    NotFiniteError,
     Throughput,
     naming_killed_loaders,
 )
@@ -50,7 +49,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("octvideo.callbacks.perf_counter", clock)
+    monkeypatch.setattr("octvideo.training.callbacks.perf_counter", clock)
     return clock
 
 
@@ -372,10 +371,10 @@ def test_without_a_gpu_memory_is_what_the_process_holds_if_the_system_tells(monk
     logged = []
     module = SimpleNamespace(device=torch.device("cpu"), log=lambda name, value, **options: logged.append(value))
     (tmp_path / "statm").write_text("900000 262144 1 1 0 1 0\n")
-    monkeypatch.setattr("octvideo.callbacks.STATM", tmp_path / "statm")
+    monkeypatch.setattr("octvideo.training.callbacks.STATM", tmp_path / "statm")
     Memory().on_train_epoch_end(None, module)
     assert logged == [262144 * os.sysconf("SC_PAGE_SIZE") / 2**30]
-    monkeypatch.setattr("octvideo.callbacks.STATM", tmp_path / "missing")
+    monkeypatch.setattr("octvideo.training.callbacks.STATM", tmp_path / "missing")
     Memory().on_train_epoch_end(None, module)
     assert len(logged) == 1
 

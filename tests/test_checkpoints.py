@@ -19,16 +19,10 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader
 
-from octvideo import checkpoints
-from octvideo.checkpoints import (
-    EXIT_PREEMPTED,
-    AtomicCheckpointIO,
-    DamagedCheckpointError,
-    Preempted,
-    RunCheckpoints,
-    newest_intact,
-    verify,
-)
+from octvideo.errors import DamagedCheckpointError
+from octvideo.files import verify
+from octvideo.training import checkpoints
+from octvideo.training.checkpoints import EXIT_PREEMPTED, AtomicCheckpointIO, Preempted, RunCheckpoints, newest_intact
 
 BATCHES, ACCUMULATE = 7, 2  # the last optimiser step of an epoch is of one batch
 STEPS = 4  # per epoch

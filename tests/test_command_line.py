@@ -18,11 +18,11 @@ from conftest import ROOT, run_tool
 from networks import settle
 
 from octvideo import create_model
-from octvideo.cost import count_macs
 from octvideo.data.module import VideoData
 from octvideo.data.motions import CLASSES, make_data_set, write_video
-from octvideo.normalization import estimate_statistics
-from octvideo.weights import read_labels, read_preprocessing
+from octvideo.models.checkpoint import read_labels, read_preprocessing
+from octvideo.models.cost import count_macs
+from octvideo.training.precise_bn import estimate_statistics
 
 CONFIG = "configs/quickstart.yaml"
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from octvideo.cost import count_macs_of, count_saved_bytes, measure_peak_bytes, time_interleaved
+from octvideo.models.cost import count_macs_of, count_saved_bytes, measure_peak_bytes, time_interleaved
 
 FLOAT = 4  # bytes
 

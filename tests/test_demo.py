@@ -12,7 +12,6 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import demo
 import numpy as np
 import pytest
 import torch
@@ -21,10 +20,11 @@ from PIL import Image
 from test_predict import write_checkpoint
 from test_prediction import some
 
+from octvideo.commands import demo
 from octvideo.data.motions import write_video
-from octvideo.maps import Maps, heat, layers_of, maps_of
-from octvideo.prediction import Predictor
-from octvideo.trained import load_trained
+from octvideo.evaluation.feature_maps import Maps, heat, layers_of, maps_of
+from octvideo.evaluation.prediction import Predictor
+from octvideo.models.checkpoint import load_trained
 
 LABELS = ["<b>run</b>", "sit & wait", "${1 + 1}"]
 LIMITS = ["--max-seconds=4", "--max-megabytes=0.2"]

@@ -44,7 +44,7 @@ from torch.distributed.run import get_args_parser
 
 import octvideo
 from octvideo import MODELS, create_model
-from octvideo.recognizer import Recognizer
+from octvideo.training.recognizer import Recognizer
 
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
@@ -62,23 +62,23 @@ SMALL = {
         *(*CLIPS, "--data.test_clips=1", "--data.test_crops=1", "--statistics_batches=1"),
         *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.limit_test_batches=1"),
     ],
-    "allocate.py": [*CLIPS, "--alphas=.5", "--batches=1", "--budget=.97", r"--skip=['blocks\.[345]']"],
+    "allocation.py": [*CLIPS, "--alphas=.5", "--batches=1", "--budget=.97", r"--skip=['blocks\.[345]']"],
     "prepare_data.py": ["--workers=1"],
     "predict.py": ["--clips=1", "--crops=1"],
     "report.py": ["--rounds=1"],
     "export.py": ["--rounds=1"],
     "spectrum.py": ["--clips=1", "--size=32"],
-    "benchmark.py": [
+    "speed.py": [
         *("--size=4x32x32", "--width=8", "--batch=1", "--alphas=.25", "--forms=octvideo"),
         *("--rounds=1", "--warmup=1", "--threads=1", "--device=cpu"),
     ],
-    "benchmark_data.py": [
+    "decoding.py": [
         *("--crop-size=32", "--short-side", "32", "40", "--clip-frames=4", "--passes=1", "--rounds=1"),
         *("--max-videos=1", "--backends=pyav", "--protocols=slowfast"),
     ],
 }
 SHALLOW = (1, 1, 1, 1)  # blocks of the stages of what tools run, in place of 3, 4, 6, 3
-WHOLE = {"sweep.py", "allocate.py"}  # what the first calls are processes of their own, with whole networks
+WHOLE = {"sweep.py", "allocation.py"}  # what the first calls are processes of their own, with whole networks
 SLURM_TASK = {
     **{"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "17"},
     **{"SLURM_JOB_NAME": "octvideo", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
@@ -159,7 +159,7 @@ class Reader:
     def tool(self, script, options, *, small=True, **environment):
         name = script.removeprefix("tools/")
         assert (ROOT / "tools" / name).is_file()
-        if name == "benchmark.py" and "--compile" in options:
+        if name == "speed.py" and "--compile" in options:
             importlib.import_module("benchmark").parse(options)
             return None
         if name == "demo.py":
@@ -389,7 +389,7 @@ def test_the_api_reference_has_every_module_and_every_public_name(pages):
     ids = {name for page in pages.values() for name in page.ids}
     for name in octvideo.__all__:
         kind = getattr(octvideo, name)
-        home = "octvideo.models" if kind is MODELS else kind.__module__
+        home = "octvideo.models.zoo" if kind is MODELS else kind.__module__
         assert {f"octvideo.{name}", f"{home}.{name}"} & ids, name
     internal = {"octaves", "octavize", "conv", "paths", "fuse", "data.files", "data.journal", "models"}
     for file in (ROOT / "octvideo").rglob("*.py"):

@@ -16,12 +16,12 @@ from conftest import ROOT, run_tool
 from networks import settle
 from pytorchvideo.models import resnet
 
-from octvideo.data.annotations import VideoList
-from octvideo.data.dataset import Decoding, Draw, TestViews
+from octvideo.data.clips import Decoding, Draw, TestViews
+from octvideo.data.lists import VideoList
 from octvideo.data.motions import write_video
 from octvideo.data.sampling import Sampling
-from octvideo.recognizer import Recognizer
-from octvideo.trained import load_trained
+from octvideo.models.checkpoint import load_trained
+from octvideo.training.recognizer import Recognizer
 
 WITHOUT_TORCH, WITH_TORCH = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
 LABELS = ["using segway", "yoga", "jump", "sit", "zumba", "tai chi", "naïve"]

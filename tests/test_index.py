@@ -5,8 +5,9 @@ import pickle
 import numpy as np
 import pytest
 
-from octvideo.data.files import remove_partial
-from octvideo.data.index import IndexedVideo, IndexFileError, VideoIndex, write_index
+from octvideo.data.index import IndexedVideo, VideoIndex, write_index
+from octvideo.errors import IndexFileError
+from octvideo.files import remove_partial
 
 
 def video(number):

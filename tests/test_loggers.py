@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from octvideo.loggers import PatientCSVLogger, PatientTensorBoardLogger
+from octvideo.training.loggers import PatientCSVLogger, PatientTensorBoardLogger
 
 FULL = Path("/dev/full")  # Linux's file on which every write finds the disk full
 THREAD = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

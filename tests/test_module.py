@@ -12,12 +12,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from octvideo.data.annotations import ListError
-from octvideo.data.dataset import NO_VIDEO, BadVideo, TrainingClips
-from octvideo.data.index import IndexedVideo, IndexFileError, write_index
+from octvideo.data.augmentation import BatchAugmentation
+from octvideo.data.clips import NO_VIDEO, BadVideo, TrainingClips
+from octvideo.data.index import IndexedVideo, write_index
 from octvideo.data.module import VideoData
 from octvideo.data.sampling import Sampling
-from octvideo.data.transforms import BatchAugmentation
+from octvideo.errors import IndexFileError, ListError
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from octvideo.data.annotations import read_list
+from octvideo.data.lists import read_list
 from octvideo.data.motions import CLASSES, FPS, FRAMES, SIZE, draw, make_data_set, movement
 from octvideo.data.video import Video
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_module import SMALL, fit, position, write_list
 
-from octvideo.data.annotations import ListError
+from octvideo.data.augmentation import BatchAugmentation
 from octvideo.data.module import VideoData
 from octvideo.data.multigrid import ClipShape, Multigrid, long_cycle, share_of_side, whole_batches
-from octvideo.data.transforms import BatchAugmentation
+from octvideo.errors import ListError
 
 FULL = ClipShape(8, 8, 224, (256, 320))
 TINY = {**SMALL, "crop_size": 40, "short_side": (40, 44), "batch_size": 1, "num_workers": 0}

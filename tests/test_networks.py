@@ -8,8 +8,8 @@ from timm.models.efficientnet import _gen_mobilenet_v1
 from torch import nn
 
 from octvideo import MODELS, OctConv2d, OctConv3d, create_model, octavize
-from octvideo.cost import count_macs, count_parameters
-from octvideo.octaves import Octaves
+from octvideo.layers.octaves import Octaves
+from octvideo.models.cost import count_macs, count_parameters
 
 # 40 x 56 and 72 x 72 have odd maps in most stages: 10 x 14, 5 x 7, 3 x 4, 2 x 2 and 9, 5, 3.
 IMAGE_SIZES = [(64, 64), (40, 56)]

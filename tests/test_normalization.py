@@ -13,17 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from octvideo.conv import OctConv3d
-from octvideo.normalization import (
-    FrozenBatchNorm,
-    PreciseBatchNorm,
-    SubBatchNorm,
-    SyncedBatchNorm,
-    estimate_statistics,
-    normalize,
-)
-from octvideo.octaves import Octaves
-from octvideo.recomputation import recompute
+from octvideo.layers.convolution import OctConv3d
+from octvideo.layers.normalization import FrozenBatchNorm, SubBatchNorm, SyncedBatchNorm, normalize
+from octvideo.layers.octaves import Octaves
+from octvideo.models.recomputation import recompute
+from octvideo.training.precise_bn import PreciseBatchNorm, estimate_statistics
 
 KINDS = {"sync": SyncedBatchNorm, "sub": SubBatchNorm, "frozen": FrozenBatchNorm}
 

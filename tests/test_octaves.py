@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from octvideo import Octaves, OctConv2d
-from octvideo.octaves import average_pool, join_by_parts, join_pieces, split_by_parts, upsample
+from octvideo.layers.octaves import join_by_parts, join_pieces, split_by_parts
+from octvideo.layers.resampling import average_pool, upsample
 
 
 @pytest.fixture

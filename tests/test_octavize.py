@@ -10,7 +10,7 @@ from torchvision.models import resnet18, vit_b_16
 from torchvision.models.video import mvit_v1_b, r3d_18, swin3d_t
 
 from octvideo import Octaves, OctConv2d, OctConv3d, octavize
-from octvideo.cost import count_macs
+from octvideo.models.cost import count_macs
 
 
 def small_network():

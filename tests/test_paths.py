@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from octvideo import Octaves, OctConv2d, OctConv3d
-from octvideo.cost import count_saved_bytes
-from octvideo.octaves import add_upsampled, average_pool, lay_channels_last, upsample
-from octvideo.paths import Kernel, Paths
+from octvideo.layers.paths import Kernel, Paths
+from octvideo.layers.resampling import add_upsampled, average_pool, lay_channels_last, upsample
+from octvideo.models.cost import count_saved_bytes
 
 DOUBLE = {"dtype": torch.float64}
 LAYERS = {

@@ -21,9 +21,9 @@ from test_prediction import some
 
 import octvideo
 from octvideo.data.motions import write_video
-from octvideo.data.video import DecodeError
-from octvideo.prediction import Prediction, Timeline
-from octvideo.recognizer import Recognizer
+from octvideo.errors import DecodeError
+from octvideo.evaluation.prediction import Prediction, Timeline
+from octvideo.training.recognizer import Recognizer
 
 LABELS = ["run", "jump", "sit"]
 

@@ -13,14 +13,15 @@ from conftest import ROOT
 from torch import nn
 
 import octvideo
-from octvideo import prediction
 from octvideo.data.module import VideoData
 from octvideo.data.motions import write_video
 from octvideo.data.sampling import Sampling
-from octvideo.data.video import DecodeError, Video
-from octvideo.prediction import Prediction, Predictor, Timeline, second_edges, window_around
-from octvideo.recognizer import Recognizer
-from octvideo.trained import load_trained
+from octvideo.data.video import Video
+from octvideo.errors import DecodeError
+from octvideo.evaluation import prediction
+from octvideo.evaluation.prediction import Prediction, Predictor, Timeline, second_edges, window_around
+from octvideo.models.checkpoint import load_trained
+from octvideo.training.recognizer import Recognizer
 
 CLIPS = {"clip_frames": 4, "frame_stride": 4, "target_fps": None, "test_crop_size": 48, "mean": 0.4, "std": 0.2}
 

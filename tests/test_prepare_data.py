@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_tool
 
-from octvideo.data.annotations import read_class_names, read_list
+from octvideo.data.lists import read_class_names, read_list
 from octvideo.data.motions import write_video
 
 CLIPS = {"using segway": ("R6llTwEh07w", "SOX5yA1l24A", "WUzgd7C1pWA")}

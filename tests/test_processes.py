@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from octvideo import create_model
 from octvideo.data.motions import make_data_set
-from octvideo.normalization import normalize
+from octvideo.layers.normalization import normalize
 
 
 def gradients_of_share(rank, processes, port, folder):

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 
 from octvideo import MODELS, create_model
-from octvideo.cost import count_macs, count_parameters
+from octvideo.models.cost import count_macs, count_parameters
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

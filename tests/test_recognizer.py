@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from octvideo.data.dataset import BadVideo, Batch
-from octvideo.normalization import SubBatchNorm
-from octvideo.recognizer import Recognizer, parameter_groups
-from octvideo.recomputation import RecomputedResBlock
+from octvideo.data.clips import BadVideo
+from octvideo.data.loading import Batch
+from octvideo.layers.normalization import SubBatchNorm
+from octvideo.models.recomputation import RecomputedResBlock
+from octvideo.training.recognizer import Recognizer, parameter_groups
 
 
 def small(**options):

@@ -6,11 +6,11 @@ import torch
 from pytorchvideo.models.resnet import ResBlock
 from torch import nn
 
-from octvideo.models import NonLocalResBlock, create_model
-from octvideo.normalization import normalize
-from octvideo.octaves import Octaves
-from octvideo.octavize import octavize
-from octvideo.recomputation import recompute
+from octvideo.layers.normalization import normalize
+from octvideo.layers.octaves import Octaves
+from octvideo.models.octavize import octavize
+from octvideo.models.recomputation import recompute
+from octvideo.models.zoo import NonLocalResBlock, create_model
 
 CLIPS = torch.randn(4, 3, 2, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -111,7 +111,7 @@ def test_blocks_keep_only_their_input(alpha):
 def test_nothing_is_checkpointed_in_evaluation_or_without_gradients(monkeypatch):
     network = small()
     recompute(network)
-    monkeypatch.setattr("octvideo.recomputation.checkpoint", None)
+    monkeypatch.setattr("octvideo.models.recomputation.checkpoint", None)
     with torch.no_grad():
         assert network(CLIPS).shape == (4, 5)
     assert network.eval()(CLIPS).requires_grad

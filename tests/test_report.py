@@ -18,12 +18,12 @@ from conftest import run_tool
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.io import decode_jpeg
 
-from octvideo import report
-from octvideo.cost import count_macs, count_parameters
 from octvideo.data.motions import write_video
-from octvideo.recognizer import Recognizer
-from octvideo.report import Curve, Run, Series, bootstrap, measure, read_curves, read_run, render, wilson
-from octvideo.trained import load_trained
+from octvideo.evaluation import report
+from octvideo.evaluation.report import Curve, Run, Series, bootstrap, measure, read_curves, read_run, render, wilson
+from octvideo.models.checkpoint import load_trained
+from octvideo.models.cost import count_macs, count_parameters
+from octvideo.training.recognizer import Recognizer
 
 NAMES = ["run", "<script>alert(1)</script>", "sit & wait"]
 LABELS = [0, 0, 0, 1, 1, 2, 2, 2]

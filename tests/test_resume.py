@@ -8,7 +8,7 @@ import torch
 from conftest import run_processes, run_tool
 from test_command_line import motions, small  # noqa: F401
 
-from octvideo.checkpoints import verify
+from octvideo.files import verify
 
 STEPS = 12
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from octvideo import Octaves, OctConv3d, create_model, octavize
-from octvideo.models import NonLocalBlock
+from octvideo.models.zoo import NonLocalBlock
 
 NAMES = ["i3d_r50", "slowfast_r50"]
 ONE_STAGE = (0, 0.25, 0, 0)  # octave, with what leads into it and out of it: of more, compilers take minutes

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from octvideo.schedule import Schedule
+from octvideo.training.schedule import Schedule
 
 SCRATCH = Schedule(0.1, 196, 0.01, 34)
 IMAGENET = Schedule(0.01, 82, milestones=(41, 205 / 3))  # of 300k iterations, at 150k and 250k

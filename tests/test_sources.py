@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from octvideo.data.annotations import ListError
-from octvideo.data.sources import Entry, read_sources
+from octvideo.data.preparation.sources import Entry, read_sources
+from octvideo.errors import ListError
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""tools/sweep.py and tools/allocate.py: what they train, keep, write and refuse."""
+"""tools/sweep.py and experiments/allocation.py: what they train, keep, write and refuse."""
 
 import hashlib
 import importlib
@@ -14,8 +14,8 @@ import yaml
 from conftest import run_tool
 from test_command_line import CONFIG, assert_one_line, motions, small, trained  # noqa: F401
 
-from octvideo.octavize import octavize
-from octvideo.trained import load_trained
+from octvideo.models.checkpoint import load_trained
+from octvideo.models.octavize import octavize
 
 QUICK = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--model.warmup_epochs=0"]
 
@@ -68,7 +68,7 @@ def allocation(trained, motions, tmp_path_factory):  # noqa: F811
 
 def allocate(data, run, folder, *options):
     common = [*small(data, folder), f"--ckpt={run / 'checkpoints' / 'last.ckpt'}", f"--output={folder / 'a.yaml'}"]
-    return run_tool("allocate.py", *common, "--alphas=.5", "--batches=2", r"--skip=['blocks\.[345]']", *options)
+    return run_tool("allocation.py", *common, "--alphas=.5", "--batches=2", r"--skip=['blocks\.[345]']", *options)
 
 
 def test_an_allocation_meets_its_budget_and_is_kept_for_training(allocation, trained):  # noqa: F811

@@ -16,7 +16,10 @@ import pytest
 from av.stream import Disposition
 from conftest import frame_numbers
 
-from octvideo.data.video import DecodeError, KnownVideo, PyAvReader, UnreadableError, Video
+from octvideo.data.pyav_reader import PyAvReader
+from octvideo.data.reader import KnownVideo
+from octvideo.data.video import Video
+from octvideo.errors import DecodeError, UnreadableError
 
 
 def test_frames_are_the_ones_shown_at_the_moments_in_any_order(numbered_video):
@@ -319,7 +322,7 @@ def test_two_frames_of_one_moment_leave_the_others_where_they_are(tmp_path):
                 container.mux(packet)
     for buffered in (64 * 2**20, 0):  # by packets, and by decoding all
         with pytest.MonkeyPatch.context() as patch, Video(tmp_path / "d.mkv") as video:
-            patch.setattr("octvideo.data.video.BUFFERED_BYTES", buffered)
+            patch.setattr("octvideo.data.pyav_reader.BUFFERED_BYTES", buffered)
             assert frame_numbers(video.frames_at([0.045, 0.09, 0.17, 0.9, 1.25, 2.0, 2.6])) == [1, 3, 4, 6, 8, 9, 12]
 
 
@@ -350,7 +353,7 @@ def test_the_index_error_of_pyav_after_the_last_packet_is_the_end_of_the_file(nu
     monkeypatch.setattr(reader, "_container", failing)
     assert frame_numbers(np.stack(reader.read([1.0, 1.99], None))) == [30, 59]
     monkeypatch.setattr(reader, "_open", lambda: None)
-    monkeypatch.setattr("octvideo.data.video.BUFFERED_BYTES", 0)
+    monkeypatch.setattr("octvideo.data.pyav_reader.BUFFERED_BYTES", 0)
     assert frame_numbers(np.stack(reader.read([1.0, 1.99], None))) == [30, 59]
     reader._seek(0)
     last, count = reader._read_timestamps()
@@ -568,7 +571,7 @@ def test_time_between_moments_is_left_out_where_key_frames_lie_in_it(numbered_vi
 
 
 def test_without_packets_that_lead_to_frames_all_are_decoded(numbered_video, monkeypatch):
-    monkeypatch.setattr("octvideo.data.video.BUFFERED_BYTES", 100)
+    monkeypatch.setattr("octvideo.data.pyav_reader.BUFFERED_BYTES", 100)
     with Video(numbered_video, "pyav") as video:
         assert frame_numbers(video.frames_at(np.array([3, 25, 26, 59]) / 30)) == [3, 25, 26, 59]
         assert video.frames_decoded >= 57

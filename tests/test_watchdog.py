@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from octvideo.data.video import DecodeError
 from octvideo.data.watchdog import HungError, Watchdog, still_alive
+from octvideo.errors import DecodeError
 
 
 def hold_the_interpreter(_):

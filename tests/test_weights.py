@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from octvideo import create_model, octavize
-from octvideo.weights import load_weights
+from octvideo.models.weights import load_weights
 
 WIDTH = 16
 CROP = 64  # maps of 2 x 2 before the classifier

@@ -1,1 +1,1 @@
-"""From video files to clips: list files, decoding, sampling, data sets, the Lightning data module."""
+"""From video files to batches of clips."""

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from octvideo.data.files import appearing
+from octvideo.errors import IndexFileError
+from octvideo.files import appearing
 
 FILE = "index.bin"
 # A file is these bytes, the numbers N of videos and K of key frames, and the columns; eight bytes a number.
@@ -26,10 +27,6 @@ COLUMNS = {
     "ends": "<i8",  # where the videos' parts of the last column end
     "keyframes": "<f8",  # K
 }
-
-
-class IndexFileError(ValueError):
-    """An index that is missing, cut off, or of another version; the message names the file."""
 
 
 class IndexedVideo(NamedTuple):

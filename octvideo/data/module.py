@@ -14,25 +14,17 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
-from octvideo.data.annotations import ListError, Paths, VideoList, read_class_names, read_list
-from octvideo.data.dataset import (
-    Batch,
-    Decoding,
-    EpochSampler,
-    Loader,
-    Sample,
-    TestViews,
-    TrainingBatches,
-    TrainingClips,
-    TrainingLoader,
-    collate,
-)
+from octvideo.data.augmentation import BatchAugmentation
+from octvideo.data.clips import Decoding, Sample, TestViews, TrainingClips
 from octvideo.data.index import FILE, VideoIndex
+from octvideo.data.lists import Paths, VideoList, read_class_names, read_list
+from octvideo.data.loading import Batch, EpochSampler, Loader, TrainingBatches, TrainingLoader, collate
 from octvideo.data.multigrid import LONG_CYCLE, ClipShape, Multigrid, share_of_side
+from octvideo.data.reader import Backend
 from octvideo.data.sampling import Sampling, ShortVideos
-from octvideo.data.transforms import BatchAugmentation
-from octvideo.data.video import READERS, Backend
+from octvideo.data.video import READERS
 from octvideo.data.watchdog import outlive_signals
+from octvideo.errors import ListError, UserError
 
 _STATISTICS = 1  # of the same seed, what the statistics' order and clips derive from
 EVALUATED_TOGETHER = 30  # clips in a batch of validation or testing
@@ -51,7 +43,7 @@ class VideoData(LightningDataModule):
     project's recipe for Kinetics: 8 frames out of 64 at 30 a second; crops of 224 from a short side of 256 to 320;
     tests of 10 x 3 views of 256.
 
-    Class names and preprocessing become part of the checkpoints: `octvideo.weights.read_labels` and
+    Class names and preprocessing become part of the checkpoints: `octvideo.models.checkpoint.read_labels` and
     `read_preprocessing` read them there.
 
     Args:
@@ -145,25 +137,25 @@ class VideoData(LightningDataModule):
         }
         for name, value in counts.items():
             if value < 1:
-                raise ValueError(f"data.{name} must be at least 1, got {value}")
+                raise UserError(f"data.{name} must be at least 1, got {value}")
         if num_workers < 0:
-            raise ValueError(f"data.num_workers must be at least 0, got {num_workers}")
+            raise UserError(f"data.num_workers must be at least 0, got {num_workers}")
         if batch_size % clips_per_video:
-            raise ValueError(
+            raise UserError(
                 f"data.batch_size must be a multiple of clips_per_video {clips_per_video}, got {batch_size}"
             )
         if decode_timeout_seconds is not None and decode_timeout_seconds <= 0:
-            raise ValueError(f"data.decode_timeout_seconds must be positive or null, got {decode_timeout_seconds}")
+            raise UserError(f"data.decode_timeout_seconds must be positive or null, got {decode_timeout_seconds}")
         if backend != "auto" and backend not in READERS:
-            raise ValueError(f"data.backend must be auto, {', '.join(READERS)}, got {backend}")
+            raise UserError(f"data.backend must be auto, {', '.join(READERS)}, got {backend}")
         Sampling(clip_frames, frame_stride, sampling, target_fps, short_videos)  # refuses what it cannot take
         if not crop_size <= short_side[0] <= short_side[1]:
-            raise ValueError(
+            raise UserError(
                 f"data.short_side must be two sizes from crop_size {crop_size} upwards, the smaller first, "
                 f"got {short_side}"
             )
         if not separator:
-            raise ValueError("data.separator must be at least one character")
+            raise UserError("data.separator must be at least one character")
         if multigrid is not None:
             for frames, side, factor in LONG_CYCLE if multigrid.long_cycle else ():
                 multigrid.scaled(ClipShape(clip_frames, frame_stride, crop_size, short_side), frames, side, factor)
@@ -263,7 +255,7 @@ class VideoData(LightningDataModule):
         """
         position = self._position or {"epoch": 0, "batches": 0}
         if position["batches"] and position["dealt"] != (dealt := self._dealt(position["epoch"])):
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint was written after {position['batches']} batches of epoch {position['epoch']}, which "
                 f"had {_say(position['dealt'])}; now it would have {_say(dealt)}. Going on in the middle of an epoch "
                 "needs the same trainer.devices x num_nodes x data.batch_size / clips_per_video, accumulated batches, "

@@ -1,11 +1,7 @@
-"""The motions data set: made videos of eight movements, which no single frame tells apart.
-
-python -m octvideo.data.motions data/motions
-"""
+"""The motions data set: made videos of eight movements, which no single frame tells apart."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -19,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from rich.progress import track
+
+from octvideo.errors import UserError
 
 CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "grow", "shrink")
 SIZE = 72  # pixels
@@ -130,7 +128,7 @@ def make_data_set(folder: Path, num_train: int = 480, num_val: int = 160, seed: 
         ValueError: fewer than one video of each class.
     """
     if min(num_train, num_val) < len(CLASSES):
-        raise ValueError(f"each split needs at least {len(CLASSES)} videos, got {num_train} and {num_val}")
+        raise UserError(f"each split needs at least {len(CLASSES)} videos, got {num_train} and {num_val}")
     settings = {"num_train": num_train, "num_val": num_val, "seed": seed}
     done = folder / "motions.json"
     if done.exists() and json.loads(done.read_text()) == settings:
@@ -153,23 +151,3 @@ def make_data_set(folder: Path, num_train: int = 480, num_val: int = 160, seed: 
         (folder / f"{part}.csv").write_text(lines)
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     done.write_text(json.dumps(settings))
-
-
-def main() -> None:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m octvideo.data.motions", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("folder", type=Path, help="where to write the videos and lists")
-    parser.add_argument("--num-train", type=int, default=480, help="training videos (default: 480)")
-    parser.add_argument("--num-val", type=int, default=160, help="validation videos (default: 160)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
-    arguments = parser.parse_args()
-    try:
-        make_data_set(arguments.folder, arguments.num_train, arguments.num_val, arguments.seed)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from octvideo.errors import UserError
+
 SMALLEST_SIDE = 32  # pixels: one position is left after a stride of 32
 SIDE_MULTIPLE = 8
 # Share of the frames, share of the side, and how many times as many clips a batch has.
@@ -62,9 +64,9 @@ class Multigrid:
     def __post_init__(self) -> None:
         for name in ("cycles", "frames_multiple"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.multigrid.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"data.multigrid.{name} must be at least 1, got {getattr(self, name)}")
         if not (self.long_cycle or self.short_cycle):
-            raise ValueError("data.multigrid must have long_cycle, short_cycle or both; null turns it off")
+            raise UserError("data.multigrid must have long_cycle, short_cycle or both; null turns it off")
 
     def shapes(self, full: ClipShape, epoch: int, max_epochs: int | None) -> list[ClipShape]:
         """The shapes that the batches of an epoch have by turns; the last one is that of the long cycle.
@@ -80,7 +82,7 @@ class Multigrid:
         stage = LONG_CYCLE[-1]
         if self.long_cycle:
             if max_epochs is None:
-                raise ValueError("data.multigrid.long_cycle needs to know the last epoch: set trainer.max_epochs")
+                raise UserError("data.multigrid.long_cycle needs to know the last epoch: set trainer.max_epochs")
             stages = long_cycle(max_epochs, self.cycles)
             stage = LONG_CYCLE[stages[min(epoch, len(stages) - 1)]]
         frames, side, factor = stage
@@ -95,7 +97,7 @@ class Multigrid:
         """
         multiple = self.frames_multiple
         if full.clip_frames % multiple:
-            raise ValueError(
+            raise UserError(
                 f"data.clip_frames must be a multiple of data.multigrid.frames_multiple {multiple}, "
                 f"got {full.clip_frames}"
             )
@@ -103,7 +105,7 @@ class Multigrid:
         frames = min(full.clip_frames, max(least, multiple * round(full.clip_frames * frames_share / multiple)))
         window = full.clip_frames * full.frame_stride
         if window % frames:
-            raise ValueError(
+            raise UserError(
                 f"data.multigrid takes {frames} of {full.clip_frames} frames, which do not divide the window of "
                 f"data.clip_frames {full.clip_frames} x data.frame_stride {full.frame_stride}: change one of them"
             )

@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-ROUNDING = 1e-6  # frames: a position so little below a whole frame is that frame, and rounding moved it
+from octvideo.errors import UserError
 
+ROUNDING = 1e-6  # frames: a position so little below a whole frame is that frame, and rounding moved it
 ShortVideos = Literal["hold", "loop", "spread"]
 
 
@@ -67,13 +68,13 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("clip_frames", "frame_stride"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+            raise UserError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
         if self.target_fps is not None and not 0 < self.target_fps < math.inf:
-            raise ValueError(f"target_fps must be positive and finite, or None, got {self.target_fps}")
+            raise UserError(f"target_fps must be positive and finite, or None, got {self.target_fps}")
         if self.short_videos is not None and self.short_videos not in SHORT_VIDEOS:
-            raise ValueError(f"short_videos must be {', '.join(SHORT_VIDEOS)} or None, got {self.short_videos!r}")
+            raise UserError(f"short_videos must be {', '.join(SHORT_VIDEOS)} or None, got {self.short_videos!r}")
 
     def train_clips(self, num_frames: int, fps: float, num_clips: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """Random clips.
@@ -105,9 +106,9 @@ class Sampling:
 
     def _window(self, num_frames: int, fps: float, num_clips: int) -> Window:
         if num_frames < 1 or num_clips < 1:
-            raise ValueError(f"num_frames and num_clips must be at least 1, got {num_frames} and {num_clips}")
+            raise UserError(f"num_frames and num_clips must be at least 1, got {num_frames} and {num_clips}")
         if not 0 < fps < math.inf:
-            raise ValueError(f"fps must be positive and finite, got {fps}")
+            raise UserError(f"fps must be positive and finite, got {fps}")
         span = float(self.clip_frames * self.frame_stride)
         if self.target_fps is None:
             return Window(num_frames, span, self.clip_frames, self.frame_stride)

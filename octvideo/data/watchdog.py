@@ -25,10 +25,8 @@ CALLS_A_TRIM = 20  # glibc keeps what is free between used pieces, some 40 MB af
 KILL_SECONDS = 5.0  # until a killed process is given up
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 _BEAT, _RESULT, _ERROR = b"beat", b"result", b"error"
-
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
-
 _beat: Callable[[], None] | None = None  # in a watched process: how it shows that it is alive
 _starting = threading.Lock()  # a process must not inherit the other end of a pipe that another thread makes
 

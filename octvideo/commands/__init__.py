@@ -1,0 +1,1 @@
+"""The sub-commands of `octvideo`; tools/ has a script for each."""

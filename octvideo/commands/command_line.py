@@ -1,0 +1,196 @@
+"""The command line that train_net.py and test_net.py share: YAML, typed options, one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import warnings
+from argparse import SUPPRESS
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from octvideo.commands.options import fail
+from octvideo.data.module import VideoData
+from octvideo.errors import DamagedCheckpointError, UserError
+from octvideo.files import verify
+from octvideo.models.checkpoint import NETWORK_OPTIONS
+from octvideo.training.alpha_schedule import AlphaSchedule
+from octvideo.training.callbacks import BadVideos
+from octvideo.training.recognizer import Recognizer
+
+# Of Lightning and its libraries, about their own inside; nothing that a user of octvideo could change.
+for message in (
+    *(".*LeafSpec.*", ".*smaller than the logging interval.*", ".*callbacks used to create.*"),
+    r".*args parameter is intended to run from within Python.*",
+    *(".*WeightAveraging callback with a model that overrides.*", r".*module\(s\) in eval mode at the start.*"),
+):
+    warnings.filterwarnings("ignore", message)
+
+
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+
+
+# What makes a network what it is, besides its weights.
+CHECKPOINT_OPTIONS = (*NETWORK_OPTIONS, "mean", "std")
+LoggerName = Literal["tensorboard", "csv", "wandb"]
+# Of a training run, besides model, data and trainer; a YAML file that has them serves for testing too.
+TRAINING_OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "save_every_n_steps": (int | None, None, "optimiser steps after which to write a checkpoint, besides each epoch's"),
+    "keep_checkpoints": (int, 3, "newest checkpoints to keep, besides the best"),
+    "ema_decay": (
+        float | None,
+        None,
+        "share that a moving average of the weights keeps, such as .999, to validate and save it",
+    ),
+    "precise_bn": (int, 0, "training batches to compute batch-norm statistics from after each epoch; 0: running ones"),
+    "alpha_schedule": (AlphaSchedule | None, None, "train at other alphas before the model's own"),
+    "loggers": (list[LoggerName], ["tensorboard", "csv"], "where figures go; wandb takes `pip install wandb`"),
+}
+Cli = TypeVar("Cli", bound="CommandLine")
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, with errors of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the program; jsonargparse would print its usage first."""
+        # Of an option that may be null, it says too that the value is not null: only the other reason helps.
+        reasons = [line.strip()[2:] for line in str(message).splitlines() if line.strip().startswith("- ")]
+        if "Union subtypes" in str(message) and (useful := [reason for reason in reasons if "NoneType" not in reason]):
+            message = f"{str(message).splitlines()[0].partition('Does not validate')[0]}{useful[0]}"
+        fail(str(message))
+
+
+class KeptOptions(SaveConfigCallback):
+    """Writes the options of a run to config.yaml in its folder, whatever its logs are."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes them, in the first process."""
+        path = Path(trainer.default_root_dir) / self.config_filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+
+
+class CommandLine(LightningCLI):
+    """Builds trainer, model and data from the options, without starting anything.
+
+    Args:
+        description: first lines of --help.
+        keep_options: write the resolved options to config.yaml in the run folder.
+    """
+
+    trains = False  # else --help says nothing of TRAINING_OPTIONS
+
+    def __init__(self, description: str, arguments: list[str], keep_options: bool) -> None:
+        self.words = arguments
+        super().__init__(
+            Recognizer,
+            VideoData,
+            save_config_callback=KeptOptions if keep_options else None,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"description": description, "default_env": False},
+            trainer_defaults={"use_distributed_sampler": False, "callbacks": [BadVideos()]},
+            run=False,
+            args=arguments,
+            auto_configure_optimizers=False,  # the recipe's is the recognizer's
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """As Lightning's, with --cfg for the YAML file."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--cfg", action=ActionConfigFile, help="YAML file of options; later options override it"
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Data and model agree on the classes, and everything on the seed."""
+        parser.link_arguments("model.num_classes", "data.num_classes")
+        parser.link_arguments("data.batch_size", "model.batch_size")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.set_defaults({"trainer.default_root_dir": "runs/default"})
+        for name, (kind, default, what) in TRAINING_OPTIONS.items():
+            parser.add_argument(f"--{name}", type=kind, default=default, help=what if self.trains else SUPPRESS)
+
+    def take_network_of(self, path: str | Path, option: str) -> None:
+        """Takes the network's options from a checkpoint where the command line does not give them.
+
+        Its weights fit at every alpha, so another one in the YAML file would change the network without a word. They
+        also take the place of model.weights, which is not read again.
+        """
+        try:
+            verify(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Older checkpoints do not name what there was no choice of.
+            known = {"downsample": "conv", "round_to": 1} | checkpoint["hyper_parameters"]
+            trained = {key: known[key] for key in CHECKPOINT_OPTIONS}
+        except FileNotFoundError as error:
+            raise UserError(f"{option} {path}: no such file") from error
+        except DamagedCheckpointError as error:
+            raise UserError(f"{option} {error}") from error
+        except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, OSError) as error:
+            raise UserError(f"{option} {path}: not a checkpoint of train_net.py: {error}") from error
+        options = self.config["model"]
+        for key in CHECKPOINT_OPTIONS:
+            given = any(argument.split("=")[0] == f"--model.{key}" for argument in self.words)
+            if not given and options[key] != trained[key]:
+                print(f"model.{key} {trained[key]} as in the checkpoint; the options say {options[key]}")
+                options[key] = trained[key]
+        self.config["data"]["num_classes"] = options["num_classes"]
+        options["weights"] = None
+
+    def take_processes_of_launcher(self) -> None:
+        """Takes the numbers of devices and nodes from torchrun or Slurm, which have started the processes already."""
+        environment = os.environ
+        if TorchElasticEnvironment.detect():
+            local, world = int(environment["LOCAL_WORLD_SIZE"]), int(environment["WORLD_SIZE"])
+        elif SLURMEnvironment.detect():
+            world = int(environment["SLURM_NTASKS"])
+            local = int(environment.get("SLURM_NTASKS_PER_NODE", world // int(environment.get("SLURM_NNODES", 1))))
+        else:
+            return
+        if world % local:
+            raise UserError(f"every node must have equally many processes, got {world} in all and {local} on this one")
+        self.config["trainer"]["devices"] = local
+        self.config["trainer"]["num_nodes"] = world // local
+
+    def instantiate_classes(self) -> None:
+        """Refuses clips that the network cannot divide."""
+        model, data = self.config["model"], self.config["data"]
+        if model["name"].startswith("slowfast") and data["clip_frames"] % max(1, model["frame_ratio"]):
+            raise UserError(
+                f"data.clip_frames must be a multiple of model.frame_ratio {model['frame_ratio']} for SlowFast, "
+                f"got {data['clip_frames']}"
+            )
+        multiple = 0 if data["multigrid"] is None else data["multigrid"]["frames_multiple"]
+        if model["name"].startswith("slowfast") and multiple % max(1, model["frame_ratio"]):
+            raise UserError(
+                f"data.multigrid.frames_multiple must be a multiple of model.frame_ratio {model['frame_ratio']} for "
+                f"SlowFast, got {multiple}"
+            )
+        super().instantiate_classes()
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run keeps its checkpoints, logs and results."""
+        return Path(self.config["trainer"]["default_root_dir"])
+
+
+def start(command_line: Callable[[], Cli]) -> Cli:
+    """Builds a command line; a mistake of the user's ends the program with its one line."""
+    try:
+        return command_line()
+    except (ValueError, MisconfigurationException) as error:
+        fail(str(error))

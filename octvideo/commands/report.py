@@ -1,0 +1,98 @@
+"""Writes what runs' folders hold into one HTML file: curves, accuracies, confusions, mistakes, cost.
+
+python tools/report.py RUN_DIR [RUN_DIR ...] [--output FILE] [--rounds N]
+
+A RUN_DIR is a folder of train_net.py. predictions.json and alphas.json of test_net.py are in it or in its folder test,
+and taken to be of its last.ckpt (or best.ckpt, if that is all there is). The report of several runs compares them. What
+a folder lacks is left out, and the report says so. The times of the networks are measured here and now. Videos are
+looked for at the paths that predictions.json names, from the present folder on.
+
+Exit status: 0 written; 2 a mistake in the command, or a folder with nothing to report on.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.io import encode_jpeg
+
+from octvideo.commands.options import Parser, fail
+from octvideo.data.video import Video
+from octvideo.errors import DecodeError
+from octvideo.evaluation.report import Run, measure, read_run, render
+from octvideo.files import appearing
+from octvideo.models.cost import hardware
+
+FRAMES = 4  # of a picture
+SHORT_SIDE = 112  # pixels of each
+ROUNDS = 10
+
+
+def picture(path: str) -> bytes | str:
+    """A JPEG of frames spread over a video, side by side or, wide ones, two by two; or the reason why there is none."""
+    try:
+        with Video(path) as video:
+            moments = (np.arange(FRAMES) + 0.5) / FRAMES * video.duration_seconds
+            frames = video.frames_at(moments, SHORT_SIDE)
+    except DecodeError as error:
+        return error.reason
+    frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)  # a line between them
+    wide = frames.shape[2] > 1.2 * frames.shape[1]
+    rows = [frames[:2], frames[2:]] if wide else [frames]
+    image = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    return encode_jpeg(torch.from_numpy(image).permute(2, 0, 1).contiguous(), quality=80).numpy().tobytes()
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The ends of different folders' paths that tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    length = next(n for n in range(1, 1 + max(map(len, parts))) if len({part[-n:] for part in parts}) == len(parts))
+    return [str(Path(*part[-length:])) for part in parts]
+
+
+def write_report(runs: Sequence[Run], path: Path, rounds: int = ROUNDS) -> None:
+    """Measures the runs' networks and writes their report."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    measured = measure(runs, rounds=rounds, device=device)
+    versions = [f"{name} {metadata.version(name)}" for name in ("octvideo", "torch", "lightning", "av")]
+    made = f"{time.strftime('%Y-%m-%d %H:%M')}, with {', '.join(versions)}, Python {platform.python_version()}"
+    machine = f"{hardware(device)}, threads: {torch.get_num_threads()}, batch: 1, float32, rounds: {rounds}"
+    html = render(measured, picture, made=made, machine=machine)
+    with appearing(path) as partial:
+        partial.write_text(html, "utf-8")
+    print(f"report: {path}")
+
+
+def main(words: list[str]) -> None:
+    """Runs the tool."""
+    parser = Parser(__doc__)
+    parser.add_argument("folders", metavar="RUN_DIR", nargs="+", type=Path, help="folder of a run")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="file to write; default: report.html in the first RUN_DIR"
+    )
+    parser.add_argument(
+        "--rounds",
+        metavar="N",
+        type=int,
+        default=ROUNDS,
+        help=f"measurements of each network's time; 0: none; default: {ROUNDS}",
+    )
+    arguments = parser.parse_args(words)
+    if arguments.rounds < 0:
+        fail(f"--rounds must be at least 0, got {arguments.rounds}")
+    folders = list({folder.resolve(): folder for folder in arguments.folders}.values())
+    try:
+        runs = [replace(read_run(one), name=name) for one, name in zip(folders, names_of(folders), strict=True)]
+        for run in runs:
+            for sentence in run.missing:
+                print(f"{run.name}: {sentence}")
+        write_report(runs, arguments.output or folders[0] / "report.html", arguments.rounds)
+    except (ValueError, OSError) as error:
+        fail(str(error))

@@ -1,0 +1,167 @@
+"""Trains a network on list files of videos, from a YAML file of options.
+
+python tools/train_net.py --cfg configs/oct_i3d.yaml [--model.alpha 0.125 --trainer.max_epochs 5 ...]
+torchrun --nproc_per_node 8 tools/train_net.py --cfg configs/oct_i3d.yaml [--trainer.strategy fsdp]
+sbatch tools/slurm_train.sbatch --cfg configs/oct_i3d.yaml
+
+Exit codes: 0 trained; 75 saved and left at SIGTERM or SIGUSR1, to go on with --ckpt_path last; 2 a mistake in options
+or files, or a loss that is not finite; others: an error of the program.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from octvideo.commands.command_line import CommandLine, LoggerName, start
+from octvideo.commands.options import one_line_errors
+from octvideo.errors import UserError
+from octvideo.training.callbacks import EpochLines, FiniteLoss, Memory, MovingAverage, Throughput, naming_killed_loaders
+from octvideo.training.checkpoints import EXIT_PREEMPTED, Preempted, RunCheckpoints, newest_intact
+from octvideo.training.loggers import PatientCSVLogger, PatientTensorBoardLogger
+from octvideo.training.precise_bn import PreciseBatchNorm
+from octvideo.training.self_test import SelfTest
+from octvideo.training.sharding import FullyShardedStrategy
+
+
+class Training(CommandLine):
+    """Options and parts of a training run; everything it writes goes to trainer.default_root_dir."""
+
+    trains = True
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds --ckpt_path."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="checkpoint to go on from: a file; 'last' for the run folder's newest one that is whole; 'auto' for "
+            "that one if there is any, else a start from scratch",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses to train over a finished or interrupted run, or to go on from nothing."""
+        self.take_processes_of_launcher()
+        self.ckpt_path = ckpt_path = self.config.pop("ckpt_path")  # not to be kept in the run's config.yaml
+        if self.config["ema_decay"] is not None and self.config["trainer"]["strategy"] == "fsdp":
+            raise UserError("ema_decay needs whole weights in every process: leave it out, or trainer.strategy fsdp")
+        if self.config["precise_bn"] < 0:
+            raise UserError(f"precise_bn must be at least 0, got {self.config['precise_bn']}")
+        for option in ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val"):
+            value = self.config["trainer"][option]
+            if value is not None and (value < 0 or (value == 0 and option != "gradient_clip_val")):
+                raise UserError(f"trainer.{option} must be positive, got {value}")
+        model, folder = self.config["model"], self.run_folder / "checkpoints"
+        begun = any(folder.glob("*.ckpt"))
+        own = ckpt_path in ("last", "auto") or (
+            ckpt_path is not None and Path(ckpt_path).absolute().parent == folder.absolute()
+        )
+        if begun and not own:
+            raise UserError(
+                f"{self.run_folder} already holds a run: go on with it by --ckpt_path last, "
+                "or choose another folder by --trainer.default_root_dir"
+            )
+        if ckpt_path == "auto" and not begun:
+            self.ckpt_path = None
+        elif ckpt_path in ("last", "auto"):
+            self.ckpt_path = self._newest(folder)
+        if self.ckpt_path is not None:
+            self.take_network_of(self.ckpt_path, "--ckpt_path")
+        elif model["weights"] is None and (model["freeze"] or model["normalization"] == "frozen"):
+            raise UserError(
+                "model.freeze and model.normalization frozen keep what a trained network knows: name one by "
+                "--model.weights FILE"
+            )
+
+    def _newest(self, folder: Path) -> str:
+        """The newest whole checkpoint of the run, with a line for each damaged one."""
+        path, damaged = newest_intact(folder)
+        for other, reason in damaged:
+            print(f"{other} is passed over: {reason}", file=sys.stderr)
+        print(f"going on from {path}")
+        return str(path)
+
+    def instantiate_classes(self) -> None:
+        """Reads the lists too, so that what is wrong with them shows before anything starts."""
+        super().instantiate_classes()
+        if (schedule := self.config_init["alpha_schedule"]) is not None:
+            schedule.check(self.model.network, self.model.hparams["alpha"])
+        self.datamodule.read("train_list")
+        if self.datamodule.lists["val_list"] is not None:
+            self.datamodule.read("val_list")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds logs, checkpoints and the callbacks that the options name."""
+        options = self.config["trainer"]
+        if options["logger"] in (None, True):
+            kwargs["logger"] = [self._logger(name) for name in self.config["loggers"]] or False
+        if options["strategy"] == "fsdp":
+            kwargs["strategy"] = FullyShardedStrategy()
+        if SLURMEnvironment.detect() and options["plugins"] is None:
+            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # tools/slurm_train.sbatch requeues
+        if self.config["data"]["multigrid"] is not None:
+            kwargs["reload_dataloaders_every_n_epochs"] = 1
+        self.trainer_defaults["callbacks"] += self._callbacks()
+        return super().instantiate_trainer(**kwargs)
+
+    def _logger(self, name: LoggerName) -> Logger:
+        folder = self.run_folder
+        if name == "tensorboard":
+            return PatientTensorBoardLogger(folder, name="", version="")
+        if name == "csv":
+            return PatientCSVLogger(folder, name="csv")
+        try:
+            return WandbLogger(save_dir=folder, name=folder.name, project="octvideo")
+        except ModuleNotFoundError as error:
+            raise UserError("loggers: wandb is not installed: pip install wandb, or leave it out") from error
+
+    def _callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = [SelfTest(), FiniteLoss(), Throughput(), Memory()]
+        if not sys.stdout.isatty():
+            callbacks.append(EpochLines())
+        if (schedule := self.config_init["alpha_schedule"]) is not None:
+            callbacks.append(schedule)
+        if (decay := self.config["ema_decay"]) is not None:
+            callbacks.append(MovingAverage(decay))
+        if self.config["precise_bn"] > 0:
+            callbacks.append(PreciseBatchNorm(self.config["precise_bn"]))
+        options = self.config["trainer"]
+        if options["enable_checkpointing"] is not False and not options["fast_dev_run"]:
+            monitor = None if self.datamodule.lists["val_list"] is None else "val/top1"
+            callbacks.append(
+                RunCheckpoints(
+                    self.run_folder / "checkpoints",
+                    every_n_steps=self.config["save_every_n_steps"],
+                    keep=self.config["keep_checkpoints"],
+                    monitor=monitor,
+                    start=self.ckpt_path,
+                )
+            )
+        return callbacks
+
+
+def main(arguments: list[str]) -> None:
+    """Trains."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # before and after fit, in which RunCheckpoints takes them
+        signal.signal(number, lambda *_: sys.exit(EXIT_PREEMPTED))
+    cli = start(lambda: Training(__doc__ or "", arguments, keep_options=True))
+    try:
+        with one_line_errors(), naming_killed_loaders(cli.trainer):
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
+    except Preempted:
+        environment = getattr(cli.trainer.strategy, "cluster_environment", None)  # a single process has none
+        if isinstance(environment, LightningEnvironment) and not cli.trainer.is_global_zero:
+            return  # the process that started this one would be killed if it ended with another code than 0
+        raise
+    if cli.trainer.is_global_zero:
+        print(f"checkpoints: {cli.run_folder / 'checkpoints'}")
+        if "tensorboard" in cli.config["loggers"]:
+            print(f"logs: tensorboard --logdir {cli.run_folder}")

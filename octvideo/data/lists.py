@@ -1,0 +1,125 @@
+"""List files: which videos there are, and their classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from octvideo.errors import ListError
+
+MOST_CLASSES = 2**31  # more is no class number
+
+
+class Paths(Sequence[str]):
+    """File paths, kept as bytes in shared memory.
+
+    Worker processes copy a list of strings one by one as they count references to them, until each holds all of it.
+
+    Args:
+        paths: the file paths.
+    """
+
+    def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self._bytes = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()).share_memory_()
+        self._ends = torch.from_numpy(ends).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        start = int(self._ends[place - 1]) if place > 0 else 0
+        return os.fsdecode(self._bytes[start : int(self._ends[place])].numpy().tobytes())
+
+
+class VideoList(NamedTuple):
+    """Videos and their classes.
+
+    Args:
+        paths: N file paths.
+        labels: N class numbers from 0.
+    """
+
+    paths: Sequence[str]
+    labels: NDArray[np.int64]
+
+
+def read_list(
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    separator: str = " ",
+    header: bool = False,
+    num_classes: int | None = None,
+) -> VideoList:
+    """Reads a list file: on each line a video's path and its class number.
+
+    Args:
+        path: the list file, in UTF-8. Blank lines are skipped.
+        root: folder that the paths start from; absolute paths stay as they are. Default: the present folder.
+        separator: what stands between path and class number; the last one on a line counts, so paths may hold it too.
+        header: skip the first line.
+        num_classes: if given, class numbers must be below it.
+
+    Raises:
+        ListError: no such file, no line in it, or a line that is not a path and a class number.
+    """
+    lines = _lines(path)
+    paths, labels = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (header and number == 1):
+            continue
+        video, _, label = (entry.strip() for entry in line.strip().rpartition(separator))
+        if not video or not label.removeprefix("-").isdecimal():
+            raise ListError(f"{path}:{number}: expected 'path{separator}class number', got {line!r}")
+        most = MOST_CLASSES if num_classes is None else num_classes
+        if not 0 <= int(label) < most:
+            allowed = f"0 to {most - 1}" + ("" if num_classes is None else f" (num_classes is {num_classes})")
+            raise ListError(f"{path}:{number}: class number must be {allowed}, got {label}")
+        paths.append(os.path.join(root, video) if root is not None else video)
+        labels.append(int(label))
+    if not paths:
+        raise ListError(f"{path}: no video in it; expected lines of 'path{separator}class number'")
+    return VideoList(Paths(paths), np.array(labels, dtype=np.int64))
+
+
+def read_class_names(path: str | os.PathLike[str], num_classes: int | None = None) -> list[str]:
+    """Reads the names of classes: one on each line, class 0 first.
+
+    Args:
+        path: a text file in UTF-8.
+        num_classes: if given, how many names there have to be.
+
+    Raises:
+        ListError: no such file, an empty line between names, or another number of names.
+    """
+    names = [line.strip() for line in "\n".join(_lines(path)).rstrip().split("\n")]
+    if "" in names:
+        raise ListError(
+            f"{path}:{names.index('') + 1}: expected the name of class {names.index('')}, got an empty line"
+        )
+    if num_classes is not None and len(names) != num_classes:
+        raise ListError(f"{path}: expected a line for each of {num_classes} classes (num_classes), got {len(names)}")
+    return names
+
+
+def _lines(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
+        raise ListError(f"{path}: {reason}") from error

@@ -1,0 +1,1 @@
+"""Preparing a data set: check, re-encode, list and index its videos."""

@@ -1,0 +1,1 @@
+"""Results to look at: predictions, reports, drawings and feature maps."""

@@ -1,0 +1,132 @@
+"""What a network costs: multiply-adds, parameters, memory that is kept for backward, seconds."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from octvideo.errors import UserError
+
+
+def count_macs(model: nn.Module, clip_size: Sequence[int] = (3, 8, 224, 224)) -> int:
+    """Multiply-adds of one forward pass: convolutions and the classifier, as the paper counts them.
+
+    The matrix products of attention and non-local blocks count too, which published figures leave out. Counted from
+    the operations that run, on tensors without data, so it takes a second for any size.
+
+    Args:
+        model: a network; it is neither run nor changed.
+        clip_size: size of its input without the batch dimension, (C, T, H, W).
+    """
+    model = copy.deepcopy(model).to("meta").eval()
+    return count_macs_of(lambda: model(torch.empty((1, *clip_size), device="meta")))
+
+
+def count_macs_of(call: Callable[[], Any]) -> int:
+    """Multiply-adds of what a function runs, without gradients: of one layer on its input, for example."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return int(counter.get_total_flops()) // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable and frozen parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward pass keeps for backward, each piece of memory once, without parameters and buffers.
+
+    Counts what autograd saves, the clip included where a convolution needs it, and under autocast the copies of weights
+    too; not what an autograd function keeps in other ways than by `save_for_backward`.
+
+    Args:
+        model: the network, whose parameters and buffers exist anyhow.
+        forward: runs it, with gradients on, and returns what depends on all that it computed, such as a loss.
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = forward()  # keeps the graph, or a freed piece of memory could be counted as another
+    del kept
+    return sum(saved.values())
+
+
+def measure_peak_bytes(call: Callable[[], Any]) -> int:
+    """Bytes of CUDA memory that a call needs at most, beyond what was allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def time_interleaved(
+    calls: Sequence[Callable[[], Any]],
+    *,
+    rounds: int,
+    warmup: int = 1,
+    device: str | torch.device = "cpu",
+    after_each: Callable[[], Any] = lambda: None,
+) -> list[list[float]]:
+    """Seconds that each of several functions takes, called in turn: A B C, A B C, ...
+
+    A machine that gets slower or faster does so for all of them, so ratios within a round stay true.
+
+    Args:
+        calls: the functions.
+        rounds: how often each is measured.
+        warmup: rounds before those, which are not measured.
+        device: on "cuda", each measurement waits for the device.
+        after_each: called after every call, outside the measured time; shows progress.
+
+    Returns:
+        For each function its seconds, a number a round.
+
+    Raises:
+        ValueError: rounds below 1, or warmup below 0.
+    """
+    if rounds < 1 or warmup < 0:
+        raise UserError(f"rounds must be at least 1 and warmup at least 0, got {rounds} and {warmup}")
+    on_cuda = torch.device(device).type == "cuda"
+    seconds: list[list[float]] = [[] for _ in calls]
+    for current in range(-warmup, rounds):
+        for call, taken in zip(calls, seconds, strict=True):
+            if on_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            if on_cuda:
+                torch.cuda.synchronize()
+            if current >= 0:
+                taken.append(time.perf_counter() - start)
+            after_each()
+    return seconds
+
+
+def hardware(device: str) -> str:
+    """The name of the GPU, or of the CPU and its number of cores."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    information = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", information.read_text()) if information.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

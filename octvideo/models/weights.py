@@ -1,0 +1,338 @@
+"""Load, import and inflate checkpoints; read the labels and preprocessing that travel inside ours."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from octvideo.errors import UserError
+
+WRAPPERS = ("module", "network", "model")  # what DDP, Lightning modules and others put before every name
+CONTAINERS = ("state_dict", "model_state", "model")  # keys under which a checkpoint keeps its tensors
+BATCH_NORM_EPSILON = 1e-5  # PySlowFast's
+SHOWN = 6  # names a report shows of each kind
+# What other projects call a layer of our networks. A name is first written "stage.pathway.rest" (1 the stem, 2 to 5 the
+# stages, 6 the head), then every pattern is replaced in turn; what still starts with a digit has no counterpart.
+PYSLOWFAST = (
+    (r"^(\d)\.0\.multipathway_fusion\.conv_fast_to_slow", r"s\1_fuse.conv_f2s"),
+    (r"^(\d)\.0\.multipathway_fusion\.norm", r"s\1_fuse.bn"),
+    (r"^1\.(\d)\.conv\.conv_t", r"s1.pathway\1_stem.conv_xy"),  # X3D's: reads RGB, one frame at a time
+    (r"^1\.(\d)\.conv(\.conv_xy)?", r"s1.pathway\1_stem.conv"),
+    (r"^1\.(\d)\.norm", r"s1.pathway\1_stem.bn"),
+    (r"^(\d)\.(\d)\.res_blocks\.(\d+)\.non_local\.norm", r"s\1.pathway\2_nonlocal\3.bn"),
+    (r"^(\d)\.(\d)\.res_blocks\.(\d+)\.non_local", r"s\1.pathway\2_nonlocal\3"),
+    (r"^(\d)\.(\d)\.res_blocks\.(\d+)", r"s\1.pathway\2_res\3"),
+    (r"branch1_conv", "branch1"),
+    (r"branch1_norm", "branch1_bn"),
+    (r"branch2\.conv_([abc])", r"branch2.\1"),
+    (r"branch2\.norm_b\.1\.block\.0", "branch2.se.fc1"),
+    (r"branch2\.norm_b\.1\.block\.2", "branch2.se.fc2"),
+    (r"branch2\.norm_([abc])(\.0)?", r"branch2.\1_bn"),
+    (r"^6\.0\.pool\.pre_conv", "head.conv_5"),
+    (r"^6\.0\.pool\.pre_norm", "head.conv_5_bn"),
+    (r"^6\.0\.pool\.post_conv", "head.lin_5"),
+    (r"^6\.0\.proj", "head.projection"),
+)
+IMAGE_RESNET = (  # torchvision's and timm's
+    (r"^1\.0\.conv", "conv1"),
+    (r"^1\.0\.norm", "bn1"),
+    (r"^2\.0\.res_blocks", "layer1"),
+    (r"^3\.0\.res_blocks", "layer2"),
+    (r"^4\.0\.res_blocks", "layer3"),
+    (r"^5\.0\.res_blocks", "layer4"),
+    (r"branch1_conv", "downsample.0"),
+    (r"branch1_norm", "downsample.1"),
+    (r"branch2\.(conv|norm)_a", r"\g<1>1"),
+    (r"branch2\.(conv|norm)_b", r"\g<1>2"),
+    (r"branch2\.(conv|norm)_c", r"\g<1>3"),
+    (r"norm(\d)", r"bn\1"),
+    (r"^6\.0\.proj", "fc"),
+)
+# What torch.load raises for other files, cut ones and ones with changed bytes.
+UNREADABLE = (
+    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError),
+    *(LookupError, TypeError, AttributeError, AssertionError),
+)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint's tensors; printed, it is a few lines.
+
+    A name stands in one of `matched`, `inflated`, `joined` and `missing`, all of which hold names of the model's
+    parameters and floating-point buffers. (Batch norms' counts of batches are loaded, but neither listed nor counted.)
+
+    Args:
+        path: the checkpoint.
+        source: whose names it has.
+        matched: took a tensor as it is.
+        inflated: took a 2-D weight, spread over the frames of a temporal kernel.
+        joined: took several tensors in one: an octave layer's four blocks, or a norm folded into its convolution.
+        skipped: reasons why tensors were not taken, by their name in the model, or in the file if the model has none.
+        missing: kept the values they had.
+    """
+
+    path: str
+    source: str
+    matched: tuple[str, ...]
+    inflated: tuple[str, ...]
+    joined: tuple[str, ...]
+    skipped: Mapping[str, str]
+    missing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        loaded = len(self.matched) + len(self.inflated) + len(self.joined)
+        text = (
+            f"weights from {self.path} ({self.source}): {loaded} of {loaded + len(self.missing)} tensors: "
+            f"{len(self.matched)} matched, {len(self.inflated)} inflated, {len(self.joined)} joined"
+        )
+        if self.skipped:
+            text += f"\n  skipped: {_some(f'{name} ({reason})' for name, reason in self.skipped.items())}"
+        if untouched := [name for name in self.missing if name not in self.skipped]:
+            text += f"\n  not in the file: {_some(untouched)}"
+        return text
+
+
+def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean", "center"] = "mean") -> LoadReport:
+    """Loads a checkpoint into a network, in place, and prints what became of its tensors.
+
+    Its names tell whose it is: octvideo's own and any plain state dict; pytorchvideo's; PySlowFast's; octave networks
+    whose layers keep their four blocks as separate convolutions (conv_h2h, conv_l2h, conv_h2l, conv_l2l), which are
+    joined into the one weight; 2-D ResNets with torchvision's or timm's names, which are inflated. The share of low
+    channels is no part of a checkpoint: all load at every alpha, and mean the same at the alpha of their training.
+    (Octave ResNets of four blocks pool for a stride of 2 in their vanilla stage too: what they compute is
+    `octavize(resnet50, {"layer[123]": 0.5, "layer4": 0}, downsample="pool")`.)
+
+    A tensor that does not fit stays out with its reason; so does a classifier of other classes, as a whole. From a 2-D
+    ResNet, SlowFast takes its slow pathway.
+
+    Args:
+        model: a network of `create_model`, or any other whose names the checkpoint has.
+        path: a file that torch.save wrote.
+        inflate: "mean" divides a 2-D weight (O, I, H, W) by the temporal kernel's T frames and puts it in each, so
+            that on a still clip the network does what it did on the image; "center" puts it in the middle frame, with
+            zeros around it.
+
+    Returns:
+        The report that it prints.
+
+    Raises:
+        ValueError: no such file, none that torch.load(weights_only=True) reads, no tensor in it, an unknown `inflate`,
+            or values for fewer than half of the tensors that such a checkpoint can give the model; then the model is
+            unchanged.
+    """
+    if inflate not in ("mean", "center"):
+        raise UserError(f"inflate must be 'mean' or 'center', got {inflate!r}")
+    state = model.state_dict()
+    checkpoint = read_checkpoint(path)
+    tensors = _unwrap(_tensors(checkpoint, path), own={name.split(".")[0] for name in state})
+    source = _source(tensors, checkpoint)
+    joints = _join_four_blocks(tensors)
+    names = _names(state, tensors)
+    joints |= _fold_shortcut_norms(tensors, names)
+
+    values, skipped = {}, _take_out_foreign_head(model, state, tensors, names)
+    matched: list[str] = []
+    inflated: list[str] = []
+    joined: list[str] = []
+    for name, other in names.items():
+        if other not in tensors:
+            continue
+        tensor, wanted = tensors.pop(other), state[name].shape
+        groups = getattr(model.get_submodule(name.rpartition(".")[0]), "groups", 1)
+        flat = tensor.dim() == 4 and len(wanted) == 5 and tensor.shape == (*wanted[:2], *wanted[3:])
+        if other in joints and groups > 1:
+            skipped[name] = f"the four blocks of a layer of {groups} groups make no one weight"
+        elif not flat and tensor.shape != wanted:
+            skipped[name] = f"shape {tuple(tensor.shape)} does not fit {tuple(wanted)}"
+        else:
+            values[name] = _inflate(tensor, wanted[2], inflate) if flat else tensor
+            if state[name].is_floating_point():
+                (joined if other in joints else inflated if flat else matched).append(name)
+    skipped |= {name: "not in the model" for name in tensors if not name.endswith("num_batches_tracked")}
+    missing = [name for name in state if name not in values and state[name].is_floating_point()]
+    report = LoadReport(str(path), source, tuple(matched), tuple(inflated), tuple(joined), skipped, tuple(missing))
+    loaded = len(matched) + len(inflated) + len(joined)
+    if not loaded or loaded < sum(name in names for name in missing):
+        raise UserError(
+            f"{path} ({source}) has values for {loaded} of {loaded + len(missing)} tensors of {type(model).__name__}, "
+            f"fewer than half; the model is unchanged. Left over in the file: "
+            f"{_some(f'{name} ({reason})' for name, reason in skipped.items())}. "
+            f"Without a value in the model: {_some(missing)}"
+        )
+    model.load_state_dict(values, strict=False)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a training run load; one on each machine says so
+        print(report)
+    return report
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return (", ".join(names[:SHOWN]) or "nothing") + rest
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a file of torch.save that holds a dict, on the CPU.
+
+    Raises:
+        ValueError: no such file, or none that torch.load(weights_only=True) reads.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except UNREADABLE as error:
+        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        reason = f"it holds a {foreign[1]}; save a state_dict() alone" if foreign else "cut, damaged or of another kind"
+        raise UserError(f"{path}: no checkpoint that torch.load(weights_only=True) reads: {reason}") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: expected a dict of tensors, got {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def _tensors(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by their names in it."""
+    inner = next((checkpoint[key] for key in CONTAINERS if isinstance(checkpoint.get(key), dict)), checkpoint)
+    tensors = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise UserError(f"{path}: no tensors in it; it holds {_some(str(key) for key in checkpoint)}")
+    return tensors
+
+
+def _unwrap(tensors: Mapping[str, Tensor], own: set[str]) -> dict[str, Tensor]:
+    """Removes what torch.compile, DDP and Lightning modules add to names, unless it is one of the model's own parts."""
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    while len(first := {name.split(".")[0] for name in tensors}) == 1 and first <= set(WRAPPERS) - own:
+        tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _source(tensors: Iterable[str], checkpoint: Mapping[str, Any]) -> str:
+    """Whose names these are, in words for the report."""
+    if any(re.match(r"s\d\.pathway\d_", name) for name in tensors):
+        return "PySlowFast"
+    if any(re.search(r"conv_[hl]2[hl]\.weight$", name) for name in tensors):
+        return "octave layers of four blocks"
+    if "layer1.0.conv1.weight" in tensors:
+        return "2-D ResNet"
+    if any(name.startswith("blocks.") for name in tensors):
+        return "octvideo" if "hyper_parameters" in checkpoint else "pytorchvideo"
+    return "state dict"
+
+
+def _names(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What the checkpoint calls the model's tensors; those that its kind of network does not have are left out."""
+    names = {name: name.replace("_orig_mod.", "") for name in state}
+    patterns: Iterable[tuple[str, str]]
+    if any(re.match(r"s\d\.pathway\d_", name) for name in tensors):
+        patterns = PYSLOWFAST
+    elif "layer1.0.conv1.weight" in tensors:
+        patterns = IMAGE_RESNET
+    else:
+        return names
+    places = {
+        name: place
+        for name, other in names.items()
+        if (place := re.match(r"blocks\.(\d+)\.(?:multipathway_blocks\.(\d)\.)?(.*)", other))
+    }
+    blocks = sorted({place[1] for place in places.values()}, key=int)  # of those that hold weights, not the pools
+    for name, place in places.items():
+        names[name] = f"{blocks.index(place[1]) + 1}.{place[2] or 0}.{place[3]}"
+        for pattern, replacement in patterns:
+            names[name] = re.sub(pattern, replacement, names[name])
+    return {name: other for name, other in names.items() if not other[0].isdigit()}
+
+
+def _join_four_blocks(tensors: dict[str, Tensor]) -> set[str]:
+    """Joins octave layers kept as four convolutions, in place; returns the names that arose.
+
+    A layer "conv1" that holds both a convolution and its two batch norms (conv1.conv.conv_h2h, conv1.bn_h, conv1.bn_l)
+    becomes a pair conv1 and bn1, and downsample.0 becomes downsample.0 and downsample.1. A bias is the sum of the two
+    that are added to the same map.
+    """
+    joints: dict[str, Tensor] = {}
+    layers = {match[1] for name in tensors if (match := re.match(r"(.*)\.conv_[hl]2[hl]\.weight$", name))}
+    for layer in layers:
+        parent = layer.removesuffix(".conv")
+        whole = any(f"{parent}.bn_{side}.weight" in tensors for side in "hl")
+        for kind in ("weight", "bias"):
+            blocks = {
+                way: tensors.pop(name)
+                for way in ("h2h", "l2h", "h2l", "l2l")
+                if (name := f"{layer}.conv_{way}.{kind}") in tensors
+            }
+            rows = [[block for way, block in blocks.items() if way[2] == side] for side in "hl"]
+            if blocks:
+                joints[f"{parent if whole else layer}.{kind}"] = torch.cat(
+                    [torch.cat(row, 1) if kind == "weight" else torch.stack(row).sum(0) for row in rows if row]
+                )
+        norm = re.sub(r"conv(\d*)$", r"bn\1", re.sub(r"downsample\.0$", "downsample.1", parent))
+        norm += ".bn" if norm == parent else ""
+        for entry in ("weight", "bias", "running_mean", "running_var") if whole else ():
+            parts = [tensors.pop(name) for side in "hl" if (name := f"{parent}.bn_{side}.{entry}") in tensors]
+            if parts:
+                joints[f"{norm}.{entry}"] = torch.cat(parts)
+        for side in "hl" if whole else ():
+            count = tensors.pop(f"{parent}.bn_{side}.num_batches_tracked", None)
+            if count is not None:
+                joints[f"{norm}.num_batches_tracked"] = count
+    tensors.update(joints)
+    return set(joints)
+
+
+def _fold_shortcut_norms(tensors: dict[str, Tensor], names: Mapping[str, str]) -> set[str]:
+    """Folds PySlowFast's batch norms of X3D shortcuts that ours have none for, in place; returns the changed names.
+
+    PySlowFast normalises every shortcut, pytorchvideo only those that change the number of channels. In testing a
+    batch norm is a scale, which goes into the shortcut's convolution, and a shift, which goes into the block's last
+    batch norm: both are added.
+    """
+    known, changed = set(names.values()), set()
+    for norm in [name.removesuffix(".weight") for name in tensors if name.endswith("branch1_bn.weight")]:
+        convolution, last = f"{norm.removesuffix('_bn')}.weight", norm.replace("branch1_bn", "branch2.c_bn.bias")
+        if f"{norm}.weight" not in known and {convolution, last} <= known & tensors.keys():
+            weight, bias, mean, variance = (
+                tensors.pop(f"{norm}.{entry}") for entry in ("weight", "bias", "running_mean", "running_var")
+            )
+            scale = weight / (variance + BATCH_NORM_EPSILON).sqrt()
+            tensors[convolution] = tensors[convolution] * scale.reshape(-1, 1, 1, 1, 1)
+            tensors[last] = tensors[last] + bias - mean * scale
+            changed |= {convolution, last}
+    return changed
+
+
+def _take_out_foreign_head(
+    model: nn.Module, state: Mapping[str, Tensor], tensors: dict[str, Tensor], names: Mapping[str, str]
+) -> dict[str, str]:
+    """Takes the classifier (the last linear layer) out of the tensors, as a whole, if it does not fit: with reasons."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = [name for name in names if linear and name.rpartition(".")[0] == linear[-1] and names[name] in tensors]
+    if all(tensors[names[name]].shape == state[name].shape for name in head):
+        return {}
+    reasons = {}
+    for name in head:
+        got, wanted = tensors.pop(names[name]).shape, state[name].shape
+        if got[:1] != wanted[:1]:
+            reasons[name] = f"{got[0]} -> {wanted[0]} classes: new head"
+        else:
+            reasons[name] = f"shape {tuple(got)} for {tuple(wanted)}: new head"
+    return reasons
+
+
+def _inflate(weight: Tensor, frames: int, inflate: str) -> Tensor:
+    """(O, I, H, W) to (O, I, frames, H, W)."""
+    if inflate == "mean":
+        return (weight / frames).unsqueeze(2).repeat(1, 1, frames, 1, 1)
+    inflated = weight.new_zeros((*weight.shape[:2], frames, *weight.shape[2:]))
+    inflated[:, :, frames // 2] = weight
+    return inflated

@@ -1,0 +1,77 @@
+"""The learning rate over a run, as a function of epochs: the same however many devices share the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from octvideo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Half a cosine or steps, reached through a linear warm-up (the recipes of SlowFast and of non-local networks).
+
+    The cosine runs over all epochs; the warm-up leads in a line from `warmup_start` to where the curve is at its end.
+
+    Args:
+        peak: learning rate at the curve's start.
+        epochs: length of the run.
+        warmup_start: learning rate at the start of the warm-up.
+        warmup_epochs: length of the warm-up.
+        milestones: epochs, in order, at each of which the rate falls to `decay` of what it was; empty: half a cosine
+            from the peak to 0.
+        decay: factor at each milestone.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    peak: float
+    epochs: float
+    warmup_start: float = 0.0
+    warmup_epochs: float = 0.0
+    milestones: tuple[float, ...] = ()
+    decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.peak <= 0 or self.warmup_start < 0 or self.warmup_epochs < 0 or self.epochs <= 0:
+            raise UserError(
+                "learning_rate must be positive, warmup_start and warmup_epochs at least 0, and the run longer than 0 "
+                f"epochs, got {self.peak}, {self.warmup_start}, {self.warmup_epochs} and {self.epochs}"
+            )
+        if any(milestone <= 0 for milestone in self.milestones) or list(self.milestones) != sorted(self.milestones):
+            raise UserError(f"milestones must be epochs above 0, the first one first, got {list(self.milestones)}")
+        if not 0 < self.decay < 1:
+            raise UserError(f"decay must lie between 0 and 1, got {self.decay}")
+
+    def at(self, epoch: float) -> float:
+        """The learning rate.
+
+        Args:
+            epoch: epochs since the start of the run, with fractions.
+        """
+        if epoch < self.warmup_epochs:
+            end = self._curve(self.warmup_epochs)
+            return self.warmup_start + (end - self.warmup_start) * epoch / self.warmup_epochs
+        return self._curve(epoch)
+
+    def _curve(self, epoch: float) -> float:
+        if self.milestones:
+            return self.peak * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / self.epochs)))
+
+    def scaled(self, factor: float) -> Schedule:
+        """The schedule for `factor` times as many clips a step (linear scaling, Goyal et al., 2017)."""
+        return dataclasses.replace(self, peak=self.peak * factor, warmup_start=self.warmup_start * factor)
+
+    def __str__(self) -> str:
+        if self.milestones:
+            places = ", ".join(f"{milestone:g}" for milestone in self.milestones)
+            curve = f"{self.peak:.6g}, times {self.decay:g} at epoch {places} of {self.epochs:g}"
+        else:
+            curve = f"half a cosine from {self.peak:.6g} to 0 over {self.epochs:g} epochs"
+        if self.warmup_epochs:
+            curve += f", warm-up from {self.warmup_start:.6g} in {self.warmup_epochs:g} epochs"
+        return curve

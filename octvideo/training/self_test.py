@@ -1,0 +1,264 @@
+"""A check before training: whether this device's 16-bit convolutions compute what its 32-bit ones do."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from octvideo.layers.octaves import Octaves
+
+# In I3D, SlowFast, X3D and R(2+1)D at alphas from 0 to 0.5 bfloat16 differed from float32 by at most 0.46 % in every
+# layer's output and gradients, and float16 by 0.12 %: rounding. oneDNN's wrong gradients were off by 87 % or more.
+TOLERANCE = 0.02
+QUANTITIES = ("output", "input gradient", "weight gradient")
+
+
+@dataclass
+class Convolution:
+    """A convolution of a network as it runs for some clips.
+
+    Attributes:
+        name: of the first module of this kind, in the network.
+        module: that module.
+        input: shapes and memory layout of what it takes, on the meta device.
+        conv3d_calls: (kernel's length, frames) of the calls of torch's conv3d that it is made of.
+    """
+
+    name: str
+    module: nn.Module
+    input: Tensor | Octaves
+    conv3d_calls: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Difference(NamedTuple):
+    """How far 16 bits are from 32: `error` is the norm of the difference for a norm of 1; nan where there are nans."""
+
+    layer: str
+    quantity: str
+    error: float
+
+    @property
+    def tolerable(self) -> bool:
+        """Whether rounding explains it."""
+        return self.error <= TOLERANCE
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes every kind of convolution that a network runs, once, and the calls of conv3d inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: dict[str, Convolution] = {}
+        self._latest = ""
+
+    def note(self, name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """The forward pre-hook of the module of that name."""
+        maps = [torch.empty_like(x, device="meta") for x in _maps(arguments[0])]
+        self._latest = f"{module} {[(x.shape, x.stride()) for x in maps]}"
+        self.kinds.setdefault(self._latest, Convolution(name, module, _like(arguments[0], maps)))
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.conv3d and self._latest:
+            call = (args[1].shape[2], args[0].shape[2])
+            calls = self.kinds[self._latest].conv3d_calls
+            if call not in calls:
+                calls.append(call)
+        return func(*args, **(kwargs or {}))
+
+
+def _maps(x: Tensor | Octaves) -> list[Tensor]:
+    return list(x) if isinstance(x, Octaves) else [x]
+
+
+def _like(x: Tensor | Octaves, maps: list[Tensor]) -> Tensor | Octaves:
+    return Octaves(maps[0], maps[1], x.parts) if isinstance(x, Octaves) else maps[0]
+
+
+def find_convolutions(network: nn.Module, clips: Tensor) -> list[Convolution]:
+    """The kinds of convolutions that a network runs for some clips, in their order.
+
+    Layers with the same options and inputs of one shape are one kind. One forward pass, in evaluation and without a
+    compiler; the network and the random generators are afterwards as they were.
+
+    Args:
+        network: takes the clips.
+        clips: (B, C, T, H, W).
+    """
+    recorder = _Recorder()
+    modes = [(module, module.training) for module in network.modules()]
+    hooks = [
+        module.register_forward_pre_hook(functools.partial(recorder.note, name))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
+    ]
+    on_gpu = clips.device.type == "cuda"
+    try:
+        network.eval()
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            torch.random.fork_rng([clips.device] if on_gpu else []),
+            recorder,
+        ):
+            network(clips)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    return list(recorder.kinds.values())
+
+
+def compare(convolution: Convolution, dtype: torch.dtype, device: torch.device) -> list[Difference]:
+    """Runs one convolution in float32 and under autocast, forward and backward, on random numbers.
+
+    Weights are random too: a kernel's faults depend on shapes, and trained ones may be sharded.
+
+    Args:
+        convolution: what `find_convolutions` gave.
+        dtype: torch.bfloat16 or torch.float16.
+        device: where to.
+
+    Returns:
+        One for each of QUANTITIES.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(x: Tensor) -> Tensor:
+        return torch.empty_like(x, dtype=torch.float32, device=device).normal_(generator=generator)
+
+    layer = copy.copy(convolution.module)
+    layer._parameters = {
+        name: None if x is None else nn.Parameter(normal(torch.empty(x.shape, device="meta")))
+        for name, x in layer._parameters.items()
+    }
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    maps = [normal(x).requires_grad_() for x in _maps(convolution.input)]
+    gradients: list[Tensor] = []
+
+    def run(enabled: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        with torch.enable_grad(), torch.autocast(device.type, dtype, enabled=enabled):
+            outputs = _maps(layer.forward(_like(convolution.input, maps)))  # past the hooks of sharded layers
+        gradients[:] = gradients or [normal(x) for x in outputs]
+        given = [gradient.to(x.dtype) for gradient, x in zip(gradients, outputs, strict=True)]
+        *to_maps, to_weight = torch.autograd.grad(outputs, [*maps, weight], given)
+        return outputs, to_maps, [to_weight]
+
+    return [
+        Difference(convolution.name, quantity, max(map(_relative_error, exact, rounded), key=_nan_first))
+        for quantity, exact, rounded in zip(QUANTITIES, run(False), run(True), strict=True)
+    ]
+
+
+def _relative_error(exact: Tensor, rounded: Tensor) -> float:
+    """||exact - rounded|| / ||exact||; 0 of two maps without channels."""
+    difference = torch.linalg.vector_norm(exact - rounded).item()
+    return difference / torch.linalg.vector_norm(exact).item() if difference else 0.0
+
+
+def _nan_first(error: float) -> float:
+    return math.inf if math.isnan(error) else error
+
+
+def known_faults(convolutions: Sequence[Convolution], dtype: torch.dtype, device: torch.device) -> list[str]:
+    """The faults of libraries that shapes and versions tell, in a sentence each.
+
+    A comparison can miss them: oneDNN's shows only where the memory that it reads happens to hold other numbers, and
+    cuDNN's for large inputs only.
+
+    Args:
+        convolutions: what `find_convolutions` gave.
+        dtype: torch.bfloat16 or torch.float16.
+        device: where the network is to be trained.
+    """
+    faults = []
+    version = torch.backends.cudnn.version() or 0 if device.type == "cuda" else 0
+    if 90800 <= version <= 91002 and any(convolution.conv3d_calls for convolution in convolutions):
+        faults.append(
+            f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100} computes some 16-bit Conv3d wrongly, or "
+            "torch goes round it and is four times slower (pytorch#163539, #166122): install nvidia-cudnn 9.15 or newer"
+        )
+    if device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        faults += [
+            f"{convolution.name} has a kernel of {kernel} frames for {frames}: oneDNN's bf16 weight gradient of such a "
+            "Conv3d reads memory that nobody wrote, and may be nan: take more data.clip_frames, or train with "
+            "--trainer.precision 32-true"
+            for convolution in convolutions
+            for kernel, frames in convolution.conv3d_calls
+            if 1 < frames < kernel
+        ]
+    return faults
+
+
+class SelfTest(Callback):
+    """Compares, before a training in 16 bits, the network's convolutions with the same ones in 32, on this device.
+
+    Some releases of cuDNN and oneDNN compute 16-bit 3-D convolutions wrongly, and such a run only learns worse. What
+    differs is named in a warning each; if nothing does, a line says so. In 32 bits there is nothing to compare.
+
+    Every process runs one forward pass of two clips, as sharded weights are gathered by all; the first process then
+    compares, and the others wait for it. (One clip would take other kernels than a batch.) On 2 busy cores I3D of 8 x
+    224 x 224 took 45 s. Weights, gradients, statistics and random generators stay as they are.
+
+    The clips' size is the data module's `clip_frames` and `crop_size`; a schedule of other sizes is not tested.
+
+    Args:
+        limit_seconds: after which no further kind of convolution is compared.
+    """
+
+    def __init__(self, limit_seconds: float = 60) -> None:
+        self.limit_seconds = limit_seconds
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compares, warns, prints."""
+        bits = trainer.precision.partition("-")[0]
+        dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(bits)
+        if dtype is None:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        size = (2, 3, data.clip_frames, data.crop_size, data.crop_size)
+        with trainer.precision_plugin.forward_context():
+            kinds = find_convolutions(pl_module, torch.zeros(size, dtype=torch.uint8, device=pl_module.device))
+        if not trainer.is_global_zero:
+            return
+        name = "bf16" if bits == "bf16" else "fp16"
+        for fault in known_faults(kinds, dtype, pl_module.device):
+            rank_zero_warn(f"self-test: {fault}")
+        start, compared = perf_counter(), list[Difference]()
+        for kind in kinds:
+            if perf_counter() - start > self.limit_seconds:
+                break
+            compared += compare(kind, dtype, pl_module.device)
+        wrong = [difference for difference in compared if not difference.tolerable]
+        for layer, quantity, error in wrong:
+            rank_zero_warn(
+                f"self-test: {layer}: its {quantity} in {name} is off by {100 * error:.3g} % on this device, where "
+                f"rounding explains {100 * TOLERANCE:g}: train with --trainer.precision 32-true, or with other "
+                "versions of torch and cuDNN"
+            )
+        num_compared = len(compared) // len(QUANTITIES)
+        if compared and not wrong:
+            worst = max(difference.error for difference in compared)
+            of_all = "" if num_compared == len(kinds) else f" (of {len(kinds)}, in {self.limit_seconds:g} s)"
+            print(
+                f"self-test: {num_compared} kinds of convolution{of_all} agree in {name} within {100 * worst:.2g} %",
+                flush=True,
+            )

@@ -1,0 +1,381 @@
+"""experiments/speed.py as users and other programs run it; no speeds are asserted."""
+
+import copy
+import importlib
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_tool
+from matplotlib import image
+from networks import settle
+from torch import nn
+
+from octvideo import MODELS, Octaves, OctConv3d, create_model
+from octvideo.models.cost import count_macs, count_parameters
+
+SIZE = (4, 32, 32)
+SMALL = ("--width=8", "--size=4x32x32", "--rounds=2", "--warmup=1", "--threads=1", "--device=cpu")
+CONTRACT = {"model", "form", "alpha", "batch", "mode", "dtype", "compiled", "params", "macs", "seconds", "saved_bytes"}
+CONTRACT |= {"time_ratio", "mac_ratio"}
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The script as a module."""
+    return importlib.import_module("benchmark")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny networks, and --threads sets what other tests would keep."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run_here(benchmark, tmp_path):
+    """Runs the tool in this process; gives the rows of its JSON file."""
+
+    def run(*options):
+        benchmark.main([*SMALL, f"--json={tmp_path / 'rows.json'}", *options])
+        return json.loads((tmp_path / "rows.json").read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run with every output: the process, and the folder with rows.json, layers.json and plot.png."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    files = (f"--json={folder / 'rows.json'}", f"--plot={folder / 'plot.png'}")
+    layers = ("--layers", f"--layers-json={folder / 'layers.json'}")
+    process = run_tool("speed.py", *SMALL, "--alphas=.5", "--mode=inference,train", *files, *layers)
+    assert process.returncode == 0, process.stderr
+    return process, folder
+
+
+@pytest.fixture(scope="session")
+def rows(finished):
+    return json.loads((finished[1] / "rows.json").read_text())
+
+
+def test_rows_have_the_keys_and_values_of_the_contract(rows):
+    networks = [(row["mode"], row["form"], row["alpha"]) for row in rows]
+    forms = [("octvideo", 0), ("octvideo", 0.5), ("shipped", 0), ("textbook", 0.5)]
+    assert networks == [(mode, *form) for mode in ("inference", "train") for form in forms]
+    for row in rows:
+        assert row.keys() >= CONTRACT
+        network = create_model("i3d_r50", alpha=row["alpha"], width=8)
+        assert row["params"] == count_parameters(network)
+        assert row["macs"] == count_macs(network, (3, *SIZE))
+        assert (row["model"], row["batch"], row["dtype"], row["compiled"]) == ("i3d_r50", 1, "fp32", False)
+        assert (row["size"], row["device"], row["threads"]) == ("4x32x32", "cpu", 1)
+        assert (row["torch"], row["rounds"], row["fused"]) == (torch.__version__, 2, False)
+        assert row["peak_bytes"] is None
+        assert (row["saved_bytes"] is None) == (row["mode"] == "inference")
+
+
+def test_ratios_are_against_octvideo_at_alpha_0_of_the_same_group(rows):
+    for group in (rows[:4], rows[4:]):
+        vanilla = group[0]
+        assert (vanilla["time_ratio"], vanilla["mac_ratio"]) == (1, 1)
+        for row in group:
+            assert row["mac_ratio"] == row["macs"] / vanilla["macs"]
+            assert row["time_over_mac"] == row["time_ratio"] / row["mac_ratio"]
+            assert 0 < row["seconds_min"] <= row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
+            assert row["clips_per_second"] == pytest.approx(1 / row["seconds"])
+
+
+def test_octave_networks_save_fewer_bytes_for_backward(rows):
+    vanilla, octave, shipped, textbook = (row["saved_bytes"] for row in rows[4:])
+    assert octave < vanilla
+    assert textbook < shipped
+
+
+def test_output_names_hardware_versions_and_command_and_shows_no_bar_without_a_terminal(finished):
+    process, _ = finished
+    first, second, *_ = process.stdout.splitlines()
+    assert re.search(rf"\d+ cores, 1 threads, torch {re.escape(torch.__version__)}", first)
+    assert second.startswith("experiments/speed.py --width=8 --size=4x32x32")
+    assert "model i3d_r50, batch 1, clip 4x32x32, dtype fp32, params 539,128" in " ".join(process.stdout.split())
+    assert "textbook" in process.stdout
+    assert process.stderr == ""
+
+
+def test_the_plot_is_a_picture_with_content(finished):
+    pixels = image.imread(finished[1] / "plot.png", format="png")
+    assert min(pixels.shape[:2]) > 300
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
+
+
+def test_layers_are_compared_with_their_vanilla_counterparts(finished):
+    process, folder = finished
+    layers = json.loads((folder / "layers.json").read_text())
+    assert {layer["mode"] for layer in layers} == {"inference", "train"}
+    inference = [layer for layer in layers if layer["mode"] == "inference"]
+    # res2 to res4 have 3 * (3 + 4 + 6) convolutions and 3 shortcuts, and two of res5 read octaves
+    assert sum(len(layer["layers"]) for layer in inference) == 42 + 2
+    names = {name: layer for layer in inference for name in layer["layers"]}
+    middle = names["blocks.1.res_blocks.1.branch2.conv_b"]
+    assert (middle["kernel"], middle["in_channels"], middle["out_channels"]) == ("1x3x3", 8, 8)
+    assert middle["input"] == "4x4x8x8 + 4x4x4x4"
+    assert middle["mac_ratio"] == pytest.approx(1 - 3 / 4 * 0.5 * (2 - 0.5))  # section 3.2 of the paper
+    assert middle["macs"] == round(8 * 8 * 9 * 4 * 8 * 8 * middle["mac_ratio"])
+    assert names["blocks.1.res_blocks.0.branch1_conv"]["input"] == "8x4x8x8"
+    for layer in layers:
+        assert layer["time_over_mac"] == pytest.approx(layer["time_ratio"] / layer["mac_ratio"])
+    tables = process.stdout.split("layers, by time / MAC")[1:]
+    worst = [re.findall(r"^ +blocks.* ([\d.]+) *$", table, re.MULTILINE) for table in tables]
+    assert [len(column) for column in worst] == [20, 20]
+    assert all(column == sorted(column, key=float, reverse=True) for column in worst)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--models=i3d"], ["no model 'i3d'; there are c2d_r50, c2d_r50_nonlocal, i3d_r50"]),
+        (["--alphas=0,1.5"], ["alpha must lie in [0, 1], got '1.5'"]),
+        (["--alphas=0,half"], ["alpha must lie in [0, 1], got 'half'"]),
+        (["--alphas=nan"], ["alpha must lie in [0, 1], got 'nan'"]),
+        (["--size=8x224"], ["TxHxW is wanted, such as 8x224x224, got '8x224'"]),
+        (["--size=8x0x224"], ["got '8x0x224'"]),
+        (["--batch=0"], ["a whole number from 1 is wanted, got '0'"]),
+        (["--dtype=fp16"], ["no dtype 'fp16'; there are fp32, bf16"]),
+        (["--mode=test"], ["no mode 'test'; there are inference, train"]),
+        (["--forms=mine"], ["no form 'mine'; there are octvideo, shipped, textbook"]),
+        (["--alhpas=0"], ["unrecognized arguments: --alhpas=0"]),
+        (["--json=nowhere/rows.json"], ["--json nowhere/rows.json: No such file or directory"]),
+        (["--plot=tests"], ["--plot tests: this is a folder"]),
+        (["--layers-json=rows.json"], ["--layers-json needs --layers"]),
+        (["--compile-mode=max-autotune"], ["--compile-mode needs --compile"]),
+        (["--layers", "--alphas=0"], ["--layers needs an alpha above 0"]),
+        (["--fuse", "--mode=inference,train"], ["--fuse folds batch norm in, which training cannot"]),
+        (["--size=1x32x32"], ["i3d_r50 does not take clips of 1x32x32"]),
+        (["--models=slowfast_r50", "--size=6x32x32"], ["multiple of 4 frames, got 6"]),
+        (["--models=x3d_s", "--width=9"], ["width must be a multiple of 8 for x3d_s, got 9"]),
+        (["--mode=train", "--size=2x32x32", "--forms=octvideo", "--alphas=0"], ["more than 1 value"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_ends_the_tool_with_one_clear_line(benchmark, monkeypatch, capsys, options, parts):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["speed.py"])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main([*SMALL, *options])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmark.py: error: ")
+    for part in parts:
+        assert part in line
+
+
+def test_a_mistake_ends_the_process_too():
+    process = run_tool("speed.py", "--models=i3d")
+    assert process.returncode == 2
+    assert process.stderr.startswith("benchmark.py: error: argument --models: no model 'i3d'")
+    assert process.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_a_mistake(benchmark, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--device=cuda"])
+    assert "--device cuda: torch sees no GPU" in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_a_mistake(benchmark, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--plot=plot.png"])
+    assert "--plot needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_help_explains_the_forms_and_the_step(benchmark, capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.parse(["--help"])
+    assert ended.value.code == 0
+    assert "no step of an optimiser" in " ".join(capsys.readouterr().out.split())
+
+
+def test_quick_gives_way_to_other_options(benchmark):
+    quick = benchmark.parse(["--quick"])
+    assert (quick.models, quick.alphas, quick.size) == (("i3d_r50",), (0, 0.25, 0.5), (8, 112, 112))
+    other = benchmark.parse(["--quick", "--alphas=.125,.125", "--models=c2d_r50,slow_r50"])
+    assert (other.models, other.alphas, other.size) == (("c2d_r50", "slow_r50"), (0.125,), (8, 112, 112))
+
+
+def test_clips_are_the_readmes(benchmark):
+    table = re.findall(r"^\| `(\w+)` \| (\d+) x (\d+) x (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(table) == len(MODELS)
+    for name, *size in table:
+        assert benchmark.CLIPS.get(name, benchmark.CLIP) == tuple(map(int, size))
+
+
+def test_the_plan_is_every_combination_and_always_starts_with_vanilla(benchmark):
+    options = ["--models=c2d_r50,x3d_xs", "--width=8", "--alphas=.5,.25", "--forms=textbook", "--batch=2,1"]
+    told = []
+    groups = benchmark.plan(benchmark.parse([*options, "--mode=train", "--dtype=fp32,bf16"]), told.append)
+    sizes = {"c2d_r50": (8, 224, 224), "x3d_xs": (4, 160, 160)}
+    assert [(group.model, group.size, group.dtype, group.batch) for group in groups] == [
+        (name, size, dtype, batch) for name, size in sizes.items() for dtype in ("fp32", "bf16") for batch in (2, 1)
+    ]
+    for group in groups:
+        textbook = [] if group.model == "x3d_xs" else [("textbook", 0.5), ("textbook", 0.25)]
+        assert [(variant.form, variant.alpha) for variant in group.variants] == [("octvideo", 0), *textbook]
+    assert len(told) == 2
+
+
+def test_a_ratio_is_the_median_of_the_ratios_within_a_round(benchmark):
+    vanilla, octave = benchmark.Variant("octvideo", 0, 10, 100), benchmark.Variant("octvideo", 0.5, 10, 50)
+    group = benchmark.Group("i3d_r50", SIZE, 2, "train", "fp32", (vanilla, octave))
+    row = benchmark.row_of(group, octave, benchmark.parse([]), [1, 4, 9], [1, 1, 3])
+    assert row["seconds"] == 4
+    assert row["time_ratio"] == 3  # of 1, 4 and 3; the ratio of the medians would be 4
+    assert (row["mac_ratio"], row["time_over_mac"], row["clips_per_second"]) == (0.5, 6, 0.5)
+
+
+def test_every_finished_group_is_in_the_json_file(benchmark, monkeypatch, run_here, tmp_path):
+    def measure(group, options, tick):
+        if group.batch == 3:
+            raise KeyboardInterrupt
+        return [{"batch": group.batch}]
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        run_here("--batch=1,2,3", "--forms=shipped")
+    assert json.loads((tmp_path / "rows.json").read_text()) == [{"batch": 1}, {"batch": 2}]
+
+
+def test_a_json_file_that_cannot_be_finished_stays_as_it_was(benchmark, tmp_path):
+    benchmark.write_json([{"alpha": 0.5}], tmp_path / "rows.json")
+    with pytest.raises(TypeError):
+        benchmark.write_json([{"alpha": object()}], tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text()) == [{"alpha": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("i3d_r50", (4, 32, 32)),
+        ("i3d_r50", (4, 72, 88)),
+        ("slowfast_r50", (8, 48, 48)),
+        ("r2plus1d_r50", (8, 40, 40)),
+        ("c2d_r50_nonlocal", (4, 64, 64)),
+    ],
+)
+@pytest.mark.parametrize("alpha", [0.125, 0.5])
+def test_textbook_networks_have_octvideos_logits(benchmark, name, size, alpha):
+    torch.manual_seed(0)
+    vanilla = settle(create_model(name, width=16, num_classes=5))
+    octave = create_model(name, alpha=alpha, width=16, num_classes=5).eval()
+    octave.load_state_dict(vanilla.state_dict())
+    textbook = benchmark.textbook(vanilla, copy.deepcopy(octave).to("meta"), size).eval()
+    clip = torch.randn(2, 3, *size)
+    with torch.inference_mode():
+        expected = octave(clip)
+        torch.testing.assert_close(textbook(clip), expected, atol=1e-4 * expected.abs().max().item(), rtol=1e-4)
+    assert not any(isinstance(module, OctConv3d) for module in textbook.modules())
+    assert count_macs(textbook, (3, *size)) == count_macs(octave, (3, *size))
+
+
+def test_a_textbook_layer_is_four_convolutions_and_a_norm_for_each_map(benchmark):
+    layer = benchmark.TextbookConv3d(nn.Conv3d(8, 12, 3, padding=1), 0.25, ((6, 2),))
+    shapes = [tuple(module.weight.shape[:2]) for module in layer.children() if isinstance(module, nn.Conv3d)]
+    assert shapes == [(9, 6), (9, 2), (3, 6), (3, 2)]
+    norm = benchmark.TextbookNorm(nn.BatchNorm3d(12), ((9, 3),))
+    assert (norm.high.num_features, norm.low.num_features) == (9, 3)
+    output = norm(layer(Octaves(torch.randn(1, 6, 2, 7, 7), torch.randn(1, 2, 2, 4, 4))))
+    assert (output.high.shape, output.low.shape) == ((1, 9, 2, 7, 7), (1, 3, 2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "alpha", "parts", "reason"),
+    [
+        (nn.Conv3d(8, 8, 1, groups=8), 0.5, ((4, 4),), "a convolution of 8 groups"),
+        (nn.Conv3d(8, 8, 1), 1, ((4, 4),), "a convolution without high channels"),
+        (nn.Conv3d(8, 8, 1), 0.5, ((0, 8),), "a convolution without high channels"),
+    ],
+)
+def test_layers_without_a_textbook_form_are_refused(benchmark, layer, alpha, parts, reason):
+    with pytest.raises(benchmark.NoTextbookError, match=reason):
+        benchmark.TextbookConv3d(layer, alpha, parts)
+
+
+def test_networks_without_a_textbook_form_are_measured_without_it(run_here, capsys):
+    rows = run_here("--models=x3d_xs", "--alphas=.25")
+    assert [(row["form"], row["alpha"]) for row in rows] == [("octvideo", 0), ("octvideo", 0.25), ("shipped", 0)]
+    assert "x3d_xs: no textbook form at alpha 0.25: blocks.1.res_blocks.0.branch2.conv_b" in capsys.readouterr().err
+
+
+def test_bf16_is_measured_and_a_textbook_form_that_torch_lacks_is_named(benchmark, run_here, capsys):
+    rows = run_here("--alphas=.25", "--dtype=bf16", "--batch=2")
+    has_textbook = benchmark.has_average_pool(torch.bfloat16, "cpu")
+    assert [row["form"] for row in rows] == ["octvideo", "octvideo", "shipped", *["textbook"] * has_textbook]
+    assert ("no textbook form in bf16" in capsys.readouterr().err) != has_textbook
+    assert {(row["dtype"], row["batch"]) for row in rows} == {("bf16", 2)}
+
+
+def test_all_forms_start_from_the_same_weights(benchmark):
+    options = benchmark.parse([*SMALL, "--alphas=.25"])
+    (group,) = benchmark.plan(options, pytest.fail)
+    clip, _ = benchmark.random_clips(group, "cpu")
+    with torch.inference_mode():
+        vanilla, octave, shipped, textbook = (
+            benchmark.prepare(group, variant, options)(clip) for variant in group.variants
+        )
+    assert vanilla.isfinite().all()
+    torch.testing.assert_close(vanilla, shipped, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(octave, textbook, atol=1e-4, rtol=1e-4)
+    assert (octave - vanilla).abs().max() > 1e-3
+
+
+def test_layers_are_timed_under_autocast_too(run_here, tmp_path):
+    layers = tmp_path / "layers.json"
+    options = ("--alphas=.5", "--forms=octvideo", "--rounds=1", "--layers", f"--layers-json={layers}")
+    run_here("--mode=train", "--dtype=bf16", *options)
+    assert {(layer["mode"], layer["dtype"], layer["alpha"]) for layer in json.loads(layers.read_text())} == {
+        ("train", "bf16", 0.5)
+    }
+
+
+def test_a_layers_input_has_the_layout_that_it_has_in_the_network(benchmark):
+    options = benchmark.parse([*SMALL, "--alphas=.25"])
+    (group,) = benchmark.plan(options, pytest.fail)
+    seen = benchmark.seen_in(group, 0.25, options)["blocks.1.res_blocks.1.branch2.conv_b"]
+    x = benchmark.random_like(seen.input, "cpu")
+    assert (x.high.shape, x.low.shape) == ((1, 6, 4, 8, 8), (1, 2, 4, 4, 4))
+    for part in x:
+        assert part.is_contiguous(memory_format=torch.channels_last_3d)
+        assert part.std() > 0.5
+
+
+def test_fused_networks_are_octvideos_only(run_here):
+    rows = run_here("--alphas=.25", "--fuse")
+    assert [row["form"] for row in rows if row["fused"]] == ["octvideo", "octvideo"]
+    assert len(rows) == 4
+
+
+class TinyNetwork(nn.Sequential):
+    """Compiles in seconds."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 400)
+        )
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_measured(benchmark, monkeypatch, run_here):
+    monkeypatch.setattr(benchmark, "FORMS", {"octvideo": lambda *arguments: TinyNetwork()})
+    rows = run_here("--alphas=.25,.5", "--forms=octvideo", "--compile", "--mode=inference,train")
+    assert [(row["mode"], row["compiled"], row["fused"]) for row in rows] == [
+        *[("inference", True, True)] * 3,
+        *[("train", True, False)] * 3,
+    ]
+    assert all(row["saved_bytes"] > 0 for row in rows[3:])
