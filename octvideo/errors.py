@@ -1,4 +1,4 @@
-"""The errors that end a command with one line; any other exception is a fault of the program and keeps its traceback."""
+"""The errors that end a command with one line; any other exception keeps its traceback."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _be_tool(arguments, folder, environment):
     os.chdir(ROOT)
     os.setpgrp()  # as a shell does: signals to the group are for this process and those that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where Ctrl-C is ignored
-    os.environ.update({"PYTHONPATH": str(ROOT / "tests"), **environment})
+    os.environ.update({"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment})
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a user starts
     sys.argv = arguments
     sys.path.insert(0, str(ROOT))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from octvideo import Octaves, OctConv2d, OctConv3d
-from octvideo.layers.convolution import groups_alike, split_channels
+from octvideo.layers.convolution import OctaveOptions, groups_alike, split_channels
 
 PAD = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
@@ -399,7 +399,7 @@ def test_depthwise_layer_keeps_each_channel_in_its_octave():
     assert y.high.shape == x.high.shape
     plain = layer(torch.randn(1, 8, 3, 8, 8))
     assert plain.low.shape == (1, 2, 3, 4, 4)
-    layer.set_alpha(0)
+    layer.set_options(OctaveOptions(0))
     assert layer(x).shape == (1, 8, 3, 8, 8)
 
 
@@ -525,7 +525,7 @@ def test_an_empty_batch_gives_empty_maps(channels):
     layer = OctConv3d(channels, filters, 3, (1, 2, 2), 1, groups=groups, alpha=0.5)
     y = layer(torch.zeros(0, channels, 4, 7, 8))
     assert (y.high.shape, y.low.shape) == ((0, filters // 2, 4, 4, 4), (0, filters // 2, 4, 2, 2))
-    assert layer.set_alpha(0) is None
+    assert layer.set_options(OctaveOptions(0)) is None
     if channels == filters:
         assert layer(y).shape == (0, filters, 4, 2, 2)
 
@@ -541,7 +541,7 @@ def test_grouped_layers_keep_the_vanilla_meaning_of_their_channels():
     x = torch.randn(2, 4, 1, 1, dtype=torch.float64).expand(2, 4, 6, 5)
     y = network(x)
     for layer in network:
-        layer.set_alpha(0)
+        layer.set_options(OctaveOptions(0))
     torch.testing.assert_close(y, network(x), rtol=1e-12, atol=1e-12)
 
 

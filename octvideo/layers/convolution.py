@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -47,35 +48,6 @@ def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int,
     return channels - low, low
 
 
-def check_groups(convolution: nn.modules.conv._ConvNd, alpha: float, round_to: int = 1) -> None:
-    """Raises ValueError if a convolution's groups cannot be split at this alpha."""
-    high, low = split_channels(convolution.out_channels, alpha, round_to)
-    if is_depthwise(convolution):
-        multiplier = convolution.out_channels // convolution.in_channels
-        if low % multiplier:
-            raise UserError(
-                f"alpha {alpha} gives {high} high output channels, not a multiple of the {multiplier} "
-                "outputs that each depthwise filter has"
-            )
-        low_in = split_channels(convolution.in_channels, alpha, round_to)[1]
-        if low != multiplier * low_in:
-            raise UserError(
-                f"alpha {alpha} with round_to {round_to} gives {low} low output channels, but {low_in} low input "
-                f"channels of a depthwise convolution with {multiplier} outputs for each"
-            )
-    elif low % convolution.groups:
-        raise UserError(
-            f"alpha {alpha} splits {convolution.out_channels} output channels into {high} high and {low} low ones: "
-            f"groups {convolution.groups} must divide both"
-        )
-
-
-def check_downsample(downsample: str) -> None:
-    """Raises ValueError for a way to downsample that there is not."""
-    if downsample not in ("conv", "pool"):
-        raise UserError(f'downsample must be "conv" or "pool", got {downsample!r}')
-
-
 def misalignment(convolution: nn.modules.conv._ConvNd, temporal: bool) -> str:
     """Why a convolution would move the high and the low map apart; empty if it does not.
 
@@ -101,6 +73,63 @@ def misalignment(convolution: nn.modules.conv._ConvNd, temporal: bool) -> str:
 def is_depthwise(convolution: nn.modules.conv._ConvNd) -> bool:
     """Whether each filter reads one channel of several."""
     return convolution.groups == convolution.in_channels > 1
+
+
+@dataclass(frozen=True)
+class OctaveOptions:
+    """How a convolution handles octaves: everything that nn.Conv3d does not know.
+
+    Args:
+        alpha: share of the output channels held at low resolution, in [0, 1].
+        temporal: halve time as well as height and width (3-D only).
+        downsample: what a spatial stride of 2 does between plain Tensors: "conv" strides as nn.Conv3d does, "pool"
+            averages first, as it does wherever octaves are on either side (the fair control at alpha 0).
+        channels_last: between plain Tensors too, use the channels_last memory format and run factorised convolutions
+            as 2-D ones, as with octaves: faster, and equal to nn.Conv3d up to rounding.
+        round_to: rounds the number of low channels to a multiple; see `split_channels`.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    alpha: float = 0.25
+    temporal: bool = False
+    downsample: Literal["conv", "pool"] = "conv"
+    channels_last: bool = False
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        self.split(1)
+        if self.downsample not in ("conv", "pool"):
+            raise UserError(f'downsample must be "conv" or "pool", got {self.downsample!r}')
+
+    def split(self, channels: int) -> tuple[int, int]:
+        """How many of `channels` are (high, low)."""
+        return split_channels(channels, self.alpha, self.round_to)
+
+    def check(self, convolution: nn.modules.conv._ConvNd) -> None:
+        """Raises UserError if a convolution cannot have these options."""
+        if self.temporal and len(convolution.kernel_size) == 2:
+            raise UserError("temporal=True needs a 3-D convolution, got a 2-D one")
+        high, low = self.split(convolution.out_channels)
+        if is_depthwise(convolution):
+            multiplier = convolution.out_channels // convolution.in_channels
+            if low % multiplier:
+                raise UserError(
+                    f"alpha {self.alpha} gives {high} high output channels, not a multiple of the {multiplier} "
+                    "outputs that each depthwise filter has"
+                )
+            low_in = self.split(convolution.in_channels)[1]
+            if low != multiplier * low_in:
+                raise UserError(
+                    f"alpha {self.alpha} with round_to {self.round_to} gives {low} low output channels, but {low_in} "
+                    f"low input channels of a depthwise convolution with {multiplier} outputs for each"
+                )
+        elif low % convolution.groups:
+            raise UserError(
+                f"alpha {self.alpha} splits {convolution.out_channels} output channels into {high} high and {low} low "
+                f"ones: groups {convolution.groups} must divide both"
+            )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -141,11 +170,7 @@ def groups_alike(parts: Parts, groups: int) -> tuple[tuple[int, Parts], ...]:
 class _OctConv(nn.modules.conv._ConvNd):
     """What OctConv2d and OctConv3d share: everything but the number of dimensions."""
 
-    alpha: float
-    temporal: bool
-    downsample: Literal["conv", "pool"] = "conv"
-    channels_last: bool = False
-    round_to: int = 1
+    options: OctaveOptions
 
     def __init__(
         self,
@@ -180,40 +205,41 @@ class _OctConv(nn.modules.conv._ConvNd):
             device,
             dtype,
         )
-        self.set_alpha(alpha, temporal, downsample, channels_last, round_to)
+        self.set_options(OctaveOptions(alpha, temporal, downsample, channels_last, round_to))
 
-    def set_alpha(
-        self,
-        alpha: float,
-        temporal: bool = False,
-        downsample: Literal["conv", "pool"] = "conv",
-        channels_last: bool = False,
-        round_to: int = 1,
-    ) -> None:
-        """Changes the share of low output channels; the weight stays.
-
-        Args:
-            alpha: share of the output channels held at low resolution, in [0, 1].
-            temporal: halve time as well as height and width (3-D only).
-            downsample: what a spatial stride of 2 does between plain Tensors: "conv" strides as nn.Conv3d does, "pool"
-                averages first, as it does wherever octaves are on either side (the fair control at alpha 0).
-            channels_last: between plain Tensors too, lay channels last in memory and run factorised convolutions as 2-D
-                ones, as it does wherever octaves are on either side: faster, and equal to nn.Conv3d up to rounding.
-            round_to: rounds the number of low channels to a multiple; see `split_channels`.
+    def set_options(self, options: OctaveOptions) -> None:
+        """Changes the octave options; the weight stays.
 
         Raises:
-            ValueError: alpha outside [0, 1], groups that do not divide the low channels, temporal in 2-D, or an unknown
-                downsample.
+            UserError: options that this convolution cannot have; then it is unchanged.
         """
-        check_groups(self, alpha, round_to)
-        check_downsample(downsample)
-        if temporal and len(self.kernel_size) == 2:
-            raise UserError("temporal=True needs a 3-D convolution, got a 2-D one")
-        self.alpha = alpha
-        self.temporal = temporal
-        self.downsample = downsample
-        self.channels_last = channels_last
-        self.round_to = round_to
+        options.check(self)
+        self.options = options
+
+    @property
+    def alpha(self) -> float:
+        """Share of the output channels held at low resolution."""
+        return self.options.alpha
+
+    @property
+    def temporal(self) -> bool:
+        """Whether low maps have half the frames too."""
+        return self.options.temporal
+
+    @property
+    def downsample(self) -> Literal["conv", "pool"]:
+        """What a spatial stride of 2 does between plain Tensors."""
+        return self.options.downsample
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether plain Tensors are laid out channels_last too."""
+        return self.options.channels_last
+
+    @property
+    def round_to(self) -> int:
+        """What numbers of low channels are multiples of."""
+        return self.options.round_to
 
     @property
     def _factors(self) -> tuple[int, ...]:

@@ -12,14 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 from octvideo.errors import UserError
-from octvideo.layers.convolution import (
-    OctConv2d,
-    OctConv3d,
-    check_downsample,
-    check_groups,
-    misalignment,
-    split_channels,
-)
+from octvideo.layers.convolution import OctaveOptions, OctConv2d, OctConv3d, misalignment, split_channels
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -108,7 +101,7 @@ def octavize(
             matches or that gives an alpha to one whose stride or padding moves the maps apart, or no convolution that
             could become octave, as in a transformer.
     """
-    check_downsample(downsample)
+    OctaveOptions(0, temporal, downsample, channels_last, round_to)
     convolutions = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)
     }
@@ -130,7 +123,7 @@ def octavize(
         raise UserError(f"{_describe(model)} has no convolution that could become octave: {lines}")
     for name in possible:  # before anything changes
         try:
-            check_groups(convolutions[name], alphas[name], round_to)
+            OctaveOptions(alphas[name], round_to=round_to).check(convolutions[name])
         except ValueError as error:
             raise UserError(f"{name}: {error}; skip it, or choose another alpha for it") from error
         problem = misalignment(convolutions[name], temporal)
@@ -144,16 +137,18 @@ def octavize(
         if not vanilla:
             _swap_class(module, octave)
             pools = name not in reasons and not misalignment(module, temporal)
-            module.set_alpha(
-                alphas[name],
-                temporal=temporal and octave is OctConv3d,
-                downsample=downsample if pools else "conv",
-                channels_last=channels_last,
-                round_to=round_to,
+            module.set_options(
+                OctaveOptions(
+                    alphas[name],
+                    temporal=temporal and octave is OctConv3d,
+                    downsample=downsample if pools else "conv",
+                    channels_last=channels_last,
+                    round_to=round_to,
+                )
             )
         elif isinstance(module, (OctConv2d, OctConv3d)):
             _swap_class(module, getattr(module, "_vanilla_class", nn.Conv2d if octave is OctConv2d else nn.Conv3d))
-            for attribute in ("alpha", "temporal", "downsample", "channels_last", "round_to", "_vanilla_class"):
+            for attribute in ("options", "_vanilla_class"):
                 module.__dict__.pop(attribute, None)
     exchanged = _exchange_swish(model, vanilla)
     model.__dict__.pop("octave_report", None)
