@@ -52,7 +52,7 @@ from rich.table import Table
 from rich.text import Text
 
 from octvideo.commands.options import Parser, fail, one_line_errors
-from octvideo.data.preparation.sources import HEADERS, NOT_VIDEOS
+from octvideo.data.lists import HEADERS, NOT_VIDEOS
 from octvideo.data.video import READERS
 from octvideo.data.watchdog import HungError
 from octvideo.errors import DecodeError, ListError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from octvideo.errors import ListError
 
+# FFmpeg would read texts and pictures as videos.
+NOT_VIDEOS = {".txt", ".csv", ".json", ".md", ".xml", ".srt", ".vtt", ".jpg", ".jpeg", ".png"}
+HEADERS = {"path", "file", "filename", "video"}  # a list's first line, if it starts so
 MOST_CLASSES = 2**31  # more is no class number
 
 
@@ -78,7 +81,7 @@ def read_list(
     Raises:
         ListError: no such file, no line in it, or a line that is not a path and a class number.
     """
-    lines = _lines(path)
+    lines = read_lines(path)
     paths, labels = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip() or (header and number == 1):
@@ -107,7 +110,7 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int | None = Non
     Raises:
         ListError: no such file, an empty line between names, or another number of names.
     """
-    names = [line.strip() for line in "\n".join(_lines(path)).rstrip().split("\n")]
+    names = [line.strip() for line in "\n".join(read_lines(path)).rstrip().split("\n")]
     if "" in names:
         raise ListError(
             f"{path}:{names.index('') + 1}: expected the name of class {names.index('')}, got an empty line"
@@ -117,9 +120,44 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int | None = Non
     return names
 
 
-def _lines(path: str | os.PathLike[str]) -> list[str]:
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a text file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        ListError: no such file, or not text.
+    """
     try:
         return Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
         raise ListError(f"{path}: {reason}") from error
+
+
+def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, int]] = ()) -> Iterator[str]:
+    """Files at any depth below a folder that may be videos, as paths from it, in the order of their names.
+
+    Hidden files, files without an extension, texts and pictures are left out. A link to a folder that contains it is
+    not followed.
+
+    Args:
+        folder: where to look.
+        skip: (device, inode) of folders that are not entered.
+
+    Raises:
+        ListError: a folder that cannot be read.
+    """
+    try:
+        status = os.stat(folder)
+        children = sorted(os.scandir(folder), key=lambda child: child.name)
+    except OSError as error:
+        raise ListError(f"{folder}: {error.strerror}") from error
+    here = (status.st_dev, status.st_ino)
+    if here in skip:
+        return
+    for child in children:
+        if child.name.startswith("."):
+            continue
+        if child.is_dir():
+            yield from (f"{child.name}/{path}" for path in video_files(child.path, skip=(*skip, here)))
+        elif (suffix := os.path.splitext(child.name)[1].lower()) and suffix not in NOT_VIDEOS:
+            yield child.name

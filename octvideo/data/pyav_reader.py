@@ -6,9 +6,9 @@ import bisect
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import av
 import numpy as np
@@ -82,6 +82,30 @@ def to_the_end(read: Iterator[Item]) -> Iterator[Item]:
     """
     with contextlib.suppress(IndexError):
         yield from read
+
+
+def decode_all(
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    step: int,
+    see_packet: Callable[[av.Packet[Any]], None] | None = None,
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Decodes a stream to its end: (time, frame), times in units of stream.time_base from the stream's start.
+
+    Args:
+        container: the open file.
+        stream: one of its video streams.
+        step: time between two frames, for those whose timestamps are missing or guessed.
+        see_packet: called with every packet of every stream of the file.
+    """
+    counted, start, time = has_guessed_times(container, stream), stream.start_time or 0, -step
+    for packet in to_the_end(container.demux() if see_packet else container.demux(stream)):
+        if see_packet is not None:
+            see_packet(packet)
+        for frame in packet.decode() if packet.stream.index == stream.index else ():
+            assert isinstance(frame, av.VideoFrame)
+            time = time + step if counted or frame.pts is None else frame.pts - start
+            yield time, frame
 
 
 class PyAvReader(Reader):

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from octvideo.data.lists import MOST_CLASSES, read_class_names
+from octvideo.data.lists import HEADERS, MOST_CLASSES, NOT_VIDEOS, read_class_names
 from octvideo.errors import ListError
 
 SPLITS = {
@@ -22,9 +22,6 @@ SPLITS = {
 LISTS = ("train.csv", "val.csv", "test.csv")  # a folder that holds one of them is read as these lists
 LABELS = "labels.txt"
 PREFERRED = (".mp4", ".mkv", ".webm", ".avi")  # of several files with one name, in this order
-# FFmpeg would read texts and pictures as videos.
-NOT_VIDEOS = {".txt", ".csv", ".json", ".md", ".xml", ".srt", ".vtt", ".jpg", ".jpeg", ".png"}
-HEADERS = {"path", "file", "filename", "video"}  # a list's first line, if it starts so
 
 
 class Entry(NamedTuple):
