@@ -1,10 +1,12 @@
-"""The command line that train_net.py and test_net.py share: YAML, typed options, one-line errors."""
+"""The command line that training and testing share: YAML, typed options, errors of one line."""
 
 from __future__ import annotations
 
 import logging
 import os
 import pickle
+import re
+import sys
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable
@@ -18,42 +20,41 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from octvideo.commands.options import fail
+from octvideo.commands.options import fail, with_config_files
 from octvideo.data.module import VideoData
 from octvideo.errors import DamagedCheckpointError, UserError
 from octvideo.files import verify
 from octvideo.models.checkpoint import NETWORK_OPTIONS
 from octvideo.training.alpha_schedule import AlphaSchedule
 from octvideo.training.callbacks import BadVideos
+from octvideo.training.console import ProgressBar
 from octvideo.training.recognizer import Recognizer
 
-# Of Lightning and its libraries, about their own inside; nothing that a user of octvideo could change.
+# Warnings and notes of Lightning about its own inside; a user of octvideo could change nothing.
 for message in (
-    *(".*LeafSpec.*", ".*smaller than the logging interval.*", ".*callbacks used to create.*"),
-    r".*args parameter is intended to run from within Python.*",
+    *(".*LeafSpec.*", ".*smaller than the logging interval.*", ".*callbacks used to create.*", ".*args parameter.*"),
     *(".*WeightAveraging callback with a model that overrides.*", r".*module\(s\) in eval mode at the start.*"),
 ):
     warnings.filterwarnings("ignore", message)
+NOTES = re.compile(r"Tip:|PU available:|Trainer\.fit. stopped|Seed set to")
+for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    logging.getLogger(name).addFilter(lambda record: not NOTES.search(record.getMessage()))
 
-
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
-
-
-# What makes a network what it is, besides its weights.
 CHECKPOINT_OPTIONS = (*NETWORK_OPTIONS, "mean", "std")
 LoggerName = Literal["tensorboard", "csv", "wandb"]
-# Of a training run, besides model, data and trainer; a YAML file that has them serves for testing too.
+# Options of training besides model, data and trainer; testing accepts them, so that one YAML file serves both.
 TRAINING_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "save_every_n_steps": (int | None, None, "optimiser steps after which to write a checkpoint, besides each epoch's"),
     "keep_checkpoints": (int, 3, "newest checkpoints to keep, besides the best"),
     "ema_decay": (
         float | None,
         None,
-        "share that a moving average of the weights keeps, such as .999, to validate and save it",
+        "decay of a moving average of the weights, such as .999; the averages are validated and saved",
     ),
     "precise_bn": (int, 0, "training batches to compute batch-norm statistics from after each epoch; 0: running ones"),
     "alpha_schedule": (AlphaSchedule | None, None, "train at other alphas before the model's own"),
-    "loggers": (list[LoggerName], ["tensorboard", "csv"], "where figures go; wandb takes `pip install wandb`"),
+    "self_test": (bool, False, "before training in 16 bits, compare each kind of convolution with its 32-bit result"),
+    "loggers": (list[LoggerName], ["tensorboard", "csv"], "where metrics go; wandb needs `pip install wandb`"),
 }
 Cli = TypeVar("Cli", bound="CommandLine")
 
@@ -63,7 +64,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends the program; jsonargparse would print its usage first."""
-        # Of an option that may be null, it says too that the value is not null: only the other reason helps.
+        # Of an option that may be null jsonargparse also reports that the value is not null: the other reason helps.
         reasons = [line.strip()[2:] for line in str(message).splitlines() if line.strip().startswith("- ")]
         if "Union subtypes" in str(message) and (useful := [reason for reason in reasons if "NoneType" not in reason]):
             message = f"{str(message).splitlines()[0].partition('Does not validate')[0]}{useful[0]}"
@@ -71,10 +72,10 @@ class Parser(LightningArgumentParser):
 
 
 class KeptOptions(SaveConfigCallback):
-    """Writes the options of a run to config.yaml in its folder, whatever its logs are."""
+    """Writes the options of a run to config.yaml in its folder, whatever its loggers are."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes them, in the first process."""
+        """Writes them, on rank 0."""
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, path, skip_none=False, overwrite=True)
@@ -85,13 +86,16 @@ class CommandLine(LightningCLI):
 
     Args:
         description: first lines of --help.
+        words: the command line.
         keep_options: write the resolved options to config.yaml in the run folder.
     """
 
     trains = False  # else --help says nothing of TRAINING_OPTIONS
 
-    def __init__(self, description: str, arguments: list[str], keep_options: bool) -> None:
-        self.words = arguments
+    def __init__(self, description: str, words: list[str], keep_options: bool) -> None:
+        self.words = words
+        self.shows_progress = sys.stdout.isatty()
+        progress = [ProgressBar()] if self.shows_progress else []
         super().__init__(
             Recognizer,
             VideoData,
@@ -100,18 +104,17 @@ class CommandLine(LightningCLI):
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={"description": description, "default_env": False},
-            trainer_defaults={"use_distributed_sampler": False, "callbacks": [BadVideos()]},
+            trainer_defaults={"use_distributed_sampler": False, "callbacks": [*progress, BadVideos()]},
             run=False,
-            args=arguments,
+            args=with_config_files(words),
             auto_configure_optimizers=False,  # the recipe's is the recognizer's
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """As Lightning's, with --cfg for the YAML file."""
+        """Lightning's, with --cfg for the YAML file."""
         parser = self.parser_class(**kwargs)
-        parser.add_argument(
-            "-c", "--cfg", action=ActionConfigFile, help="YAML file of options; later options override it"
-        )
+        what = "YAML file of options, or the name of an installed one, such as quickstart; later options override it"
+        parser.add_argument("-c", "--cfg", action=ActionConfigFile, help=what)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -120,7 +123,7 @@ class CommandLine(LightningCLI):
         parser.link_arguments("data.batch_size", "model.batch_size")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        parser.set_defaults({"trainer.default_root_dir": "runs/default"})
+        parser.set_defaults({"trainer.default_root_dir": "runs/default", "trainer.enable_model_summary": False})
         for name, (kind, default, what) in TRAINING_OPTIONS.items():
             parser.add_argument(f"--{name}", type=kind, default=default, help=what if self.trains else SUPPRESS)
 
@@ -181,6 +184,12 @@ class CommandLine(LightningCLI):
                 f"SlowFast, got {multiple}"
             )
         super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """No progress bar where there is no terminal."""
+        if not self.shows_progress and self.config_init["trainer"]["enable_progress_bar"] is None:
+            kwargs["enable_progress_bar"] = False
+        return super().instantiate_trainer(**kwargs)
 
     @property
     def run_folder(self) -> Path:

@@ -1,4 +1,4 @@
-"""What the command lines of the tools share: errors of one line, and types of options."""
+"""What all sub-commands share: errors of one line, types of options, and the configurations that are installed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
+from octvideo import errors
 from octvideo.errors import UserError
 
-program = ""  # what messages call this program; empty: the name of its script
+program = ""  # the name of this program in its messages; empty: the script's
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
@@ -23,24 +25,20 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Ends the program with one line for what its user can put right; other errors keep their traceback."""
+    """Ends the program with one line for errors that its user can put right; others keep their traceback."""
     try:
         yield
     except (UserError, OSError) as error:
-        # An error of a data-loading process comes with that process's traceback in front.
+        # The error of a data-loading process has that process's traceback in front.
         fail(str(error).strip().splitlines()[-1].removeprefix("octvideo.errors.DecodeError: "))
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with errors of one line; what it describes is printed as it stands."""
+    """argparse's, with errors of one line and a description printed as it stands."""
 
     def __init__(self, description: str | None) -> None:
-        super().__init__(
-            program or None,
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(program or None, description=description, formatter_class=layout, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         """Ends the program; argparse would print its usage first."""
@@ -48,16 +46,44 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(text: str) -> int:
-    """An option's type for a number of things."""
+    """The type of an option that counts something."""
     if not re.fullmatch(r"0*[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"a whole number from 1 is wanted, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
     return int(text)
 
 
 def clip_size(text: str) -> tuple[int, int, int]:
-    """An option's type for frames, height and width of a clip."""
+    """The type of an option for frames, height and width of a clip."""
     sizes = text.lower().split("x")
     if len(sizes) != 3 or not all(re.fullmatch(r"0*[1-9]\d*", size) for size in sizes):
-        raise argparse.ArgumentTypeError(f"TxHxW is wanted, such as 8x224x224, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be TxHxW, such as 8x224x224, got {text!r}")
     frames, height, width = map(int, sizes)
     return frames, height, width
+
+
+def config_file(text: str) -> str:
+    """The file that --cfg names: a path, or the name of an installed configuration such as quickstart.
+
+    Raises:
+        UserError: neither.
+    """
+    if os.path.isfile(text):
+        return text
+    package = Path(errors.__file__).parent
+    folder = next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+    named = folder / f"{text.removesuffix('.yaml')}.yaml"
+    if os.sep in text or not named.is_file():
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise UserError(f"--cfg {text}: no such file, and no configuration of that name; there are {names}")
+    return str(named)
+
+
+def with_config_files(words: list[str]) -> list[str]:
+    """A command line whose --cfg options name files; see `config_file`."""
+    found = []
+    for word, before in zip(words, ["", *words], strict=False):
+        option, _, value = word.partition("=")
+        if option in ("--cfg", "-c") and value:
+            word = f"{option}={config_file(value)}"
+        found.append(config_file(word) if before in ("--cfg", "-c") else word)
+    return found

@@ -1,11 +1,12 @@
-"""Trains a network on list files of videos, from a YAML file of options.
+"""Trains a network on lists of videos, from a YAML file of options.
 
-python tools/train_net.py --cfg configs/oct_i3d.yaml [--model.alpha 0.125 --trainer.max_epochs 5 ...]
+octvideo train --cfg oct_i3d [--model.alpha 0.125 --trainer.max_epochs 5 ...]
 torchrun --nproc_per_node 8 tools/train_net.py --cfg configs/oct_i3d.yaml [--trainer.strategy fsdp]
 sbatch tools/slurm_train.sbatch --cfg configs/oct_i3d.yaml
 
-Exit codes: 0 trained; 75 saved and left at SIGTERM or SIGUSR1, to go on with --ckpt_path last; 2 a mistake in options
-or files, or a loss that is not finite; others: an error of the program.
+python tools/train_net.py is the same command. Exit status: 0 trained; 75 saved and stopped by SIGTERM or SIGUSR1, to be
+resumed with --ckpt_path last; 2 a mistake in options or files, or a loss that is not finite; others: a fault of the
+program.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from octvideo.commands.command_line import CommandLine, LoggerName, start
 from octvideo.commands.options import one_line_errors
 from octvideo.errors import UserError
-from octvideo.training.callbacks import EpochLines, FiniteLoss, Memory, MovingAverage, Throughput, naming_killed_loaders
+from octvideo.training.callbacks import FiniteLoss, Memory, MovingAverage, Throughput, naming_killed_loaders
 from octvideo.training.checkpoints import EXIT_PREEMPTED, Preempted, RunCheckpoints, newest_intact
+from octvideo.training.console import EpochLines, RunSummary
 from octvideo.training.loggers import PatientCSVLogger, PatientTensorBoardLogger
 from octvideo.training.precise_bn import PreciseBatchNorm
 from octvideo.training.self_test import SelfTest
@@ -124,9 +126,8 @@ class Training(CommandLine):
             raise UserError("loggers: wandb is not installed: pip install wandb, or leave it out") from error
 
     def _callbacks(self) -> list[Callback]:
-        callbacks: list[Callback] = [SelfTest(), FiniteLoss(), Throughput(), Memory()]
-        if not sys.stdout.isatty():
-            callbacks.append(EpochLines())
+        callbacks: list[Callback] = [SelfTest()] if self.config["self_test"] else []
+        callbacks += [RunSummary(), FiniteLoss(), Throughput(), Memory(), EpochLines()]
         if (schedule := self.config_init["alpha_schedule"]) is not None:
             callbacks.append(schedule)
         if (decay := self.config["ema_decay"]) is not None:
@@ -148,11 +149,11 @@ class Training(CommandLine):
         return callbacks
 
 
-def main(arguments: list[str]) -> None:
+def main(words: list[str]) -> None:
     """Trains."""
     for number in (signal.SIGTERM, signal.SIGUSR1):  # before and after fit, in which RunCheckpoints takes them
         signal.signal(number, lambda *_: sys.exit(EXIT_PREEMPTED))
-    cli = start(lambda: Training(__doc__ or "", arguments, keep_options=True))
+    cli = start(lambda: Training(__doc__ or "", words, keep_options=True))
     try:
         with one_line_errors(), naming_killed_loaders(cli.trainer):
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)

@@ -1,11 +1,11 @@
-"""A check before training: whether this device's 16-bit convolutions compute what its 32-bit ones do."""
+"""A test before training in 16 bits, if asked for: do this device's convolutions compute what its 32-bit ones do?"""
 
 from __future__ import annotations
 
 import copy
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -26,13 +26,13 @@ QUANTITIES = ("output", "input gradient", "weight gradient")
 
 @dataclass
 class Convolution:
-    """A convolution of a network as it runs for some clips.
+    """A convolution as it runs for some clips; one stands for all with the same options, input shapes and layouts.
 
     Attributes:
-        name: of the first module of this kind, in the network.
+        name: of the first such module in the network.
         module: that module.
-        input: shapes and memory layout of what it takes, on the meta device.
-        conv3d_calls: (kernel's length, frames) of the calls of torch's conv3d that it is made of.
+        input: shapes and memory layout of its input, on the meta device.
+        conv3d_calls: (kernel length, frames) of the calls of torch.conv3d that it makes.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Convolution:
 
 
 class Difference(NamedTuple):
-    """How far 16 bits are from 32: `error` is the norm of the difference for a norm of 1; nan where there are nans."""
+    """How far 16 bits are from 32: the norm of the difference relative to the 32-bit norm; nan where there are nans."""
 
     layer: str
     quantity: str
@@ -55,7 +55,7 @@ class Difference(NamedTuple):
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes every kind of convolution that a network runs, once, and the calls of conv3d inside it."""
+    """Notes each kind of convolution that a network runs, once, and the calls of conv3d inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,13 +68,7 @@ class _Recorder(TorchFunctionMode):
         self._latest = f"{module} {[(x.shape, x.stride()) for x in maps]}"
         self.kinds.setdefault(self._latest, Convolution(name, module, _like(arguments[0], maps)))
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.conv3d and self._latest:
             call = (args[1].shape[2], args[0].shape[2])
             calls = self.kinds[self._latest].conv3d_calls
@@ -92,14 +86,9 @@ def _like(x: Tensor | Octaves, maps: list[Tensor]) -> Tensor | Octaves:
 
 
 def find_convolutions(network: nn.Module, clips: Tensor) -> list[Convolution]:
-    """The kinds of convolutions that a network runs for some clips, in their order.
+    """The kinds of convolutions that a network runs for clips (B, C, T, H, W), in their order.
 
-    Layers with the same options and inputs of one shape are one kind. One forward pass, in evaluation and without a
-    compiler; the network and the random generators are afterwards as they were.
-
-    Args:
-        network: takes the clips.
-        clips: (B, C, T, H, W).
+    One forward pass in evaluation mode, uncompiled; the network and the random generators are left as they were.
     """
     recorder = _Recorder()
     modes = [(module, module.training) for module in network.modules()]
@@ -108,15 +97,11 @@ def find_convolutions(network: nn.Module, clips: Tensor) -> list[Convolution]:
         for name, module in network.named_modules()
         if isinstance(module, nn.modules.conv._ConvNd)
     ]
-    on_gpu = clips.device.type == "cuda"
+    devices = [clips.device] if clips.device.type == "cuda" else []
+    eager = torch.compiler.set_stance("force_eager")
     try:
         network.eval()
-        with (
-            torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),
-            torch.random.fork_rng([clips.device] if on_gpu else []),
-            recorder,
-        ):
+        with torch.no_grad(), eager, torch.random.fork_rng(devices), recorder:
             network(clips)
     finally:
         for hook in hooks:
@@ -127,17 +112,9 @@ def find_convolutions(network: nn.Module, clips: Tensor) -> list[Convolution]:
 
 
 def compare(convolution: Convolution, dtype: torch.dtype, device: torch.device) -> list[Difference]:
-    """Runs one convolution in float32 and under autocast, forward and backward, on random numbers.
+    """Runs one convolution in float32 and under autocast to `dtype`, forward and backward: one Difference a quantity.
 
-    Weights are random too: a kernel's faults depend on shapes, and trained ones may be sharded.
-
-    Args:
-        convolution: what `find_convolutions` gave.
-        dtype: torch.bfloat16 or torch.float16.
-        device: where to.
-
-    Returns:
-        One for each of QUANTITIES.
+    Input, weight and gradient are random: a kernel's faults depend on shapes, and trained weights may be sharded.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -169,7 +146,7 @@ def compare(convolution: Convolution, dtype: torch.dtype, device: torch.device) 
 
 
 def _relative_error(exact: Tensor, rounded: Tensor) -> float:
-    """||exact - rounded|| / ||exact||; 0 of two maps without channels."""
+    """||exact - rounded|| / ||exact||; 0 for two maps without channels."""
     difference = torch.linalg.vector_norm(exact - rounded).item()
     return difference / torch.linalg.vector_norm(exact).item() if difference else 0.0
 
@@ -179,27 +156,21 @@ def _nan_first(error: float) -> float:
 
 
 def known_faults(convolutions: Sequence[Convolution], dtype: torch.dtype, device: torch.device) -> list[str]:
-    """The faults of libraries that shapes and versions tell, in a sentence each.
+    """The faults of library versions that shapes reveal, a sentence each; a comparison can miss them.
 
-    A comparison can miss them: oneDNN's shows only where the memory that it reads happens to hold other numbers, and
-    cuDNN's for large inputs only.
-
-    Args:
-        convolutions: what `find_convolutions` gave.
-        dtype: torch.bfloat16 or torch.float16.
-        device: where the network is to be trained.
+    oneDNN's shows only where the memory that it reads happens to hold other numbers, cuDNN's for large inputs only.
     """
     faults = []
     version = torch.backends.cudnn.version() or 0 if device.type == "cuda" else 0
     if 90800 <= version <= 91002 and any(convolution.conv3d_calls for convolution in convolutions):
         faults.append(
             f"cuDNN {version // 10000}.{version // 100 % 100}.{version % 100} computes some 16-bit Conv3d wrongly, or "
-            "torch goes round it and is four times slower (pytorch#163539, #166122): install nvidia-cudnn 9.15 or newer"
+            "torch avoids it and is four times slower (pytorch#163539, #166122): install nvidia-cudnn 9.15 or newer"
         )
     if device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512":
         faults += [
             f"{convolution.name} has a kernel of {kernel} frames for {frames}: oneDNN's bf16 weight gradient of such a "
-            "Conv3d reads memory that nobody wrote, and may be nan: take more data.clip_frames, or train with "
+            "Conv3d reads uninitialised memory, and may be nan: raise data.clip_frames, or train with "
             "--trainer.precision 32-true"
             for convolution in convolutions
             for kernel, frames in convolution.conv3d_calls
@@ -209,19 +180,17 @@ def known_faults(convolutions: Sequence[Convolution], dtype: torch.dtype, device
 
 
 class SelfTest(Callback):
-    """Compares, before a training in 16 bits, the network's convolutions with the same ones in 32, on this device.
+    """Compares the network's convolutions in 16 bits with the same ones in 32 before training, on this device.
 
-    Some releases of cuDNN and oneDNN compute 16-bit 3-D convolutions wrongly, and such a run only learns worse. What
-    differs is named in a warning each; if nothing does, a line says so. In 32 bits there is nothing to compare.
+    Some releases of cuDNN and oneDNN compute 16-bit 3-D convolutions wrongly, and such a run merely learns worse. Each
+    difference is a warning; if there is none, a line says so. In 32 bits there is nothing to compare.
 
-    Every process runs one forward pass of two clips, as sharded weights are gathered by all; the first process then
-    compares, and the others wait for it. (One clip would take other kernels than a batch.) On 2 busy cores I3D of 8 x
-    224 x 224 took 45 s. Weights, gradients, statistics and random generators stay as they are.
-
-    The clips' size is the data module's `clip_frames` and `crop_size`; a schedule of other sizes is not tested.
+    Every rank runs one forward pass of two clips of the data module's `clip_frames` and `crop_size` (sharded weights
+    are gathered by all; one clip would use other kernels than a batch), then rank 0 compares and the others wait. I3D
+    at 8 x 224 x 224 took 45 s on 2 busy cores. Weights, gradients, statistics and random generators stay.
 
     Args:
-        limit_seconds: after which no further kind of convolution is compared.
+        limit_seconds: no further kind of convolution is compared after this time.
     """
 
     def __init__(self, limit_seconds: float = 60) -> None:
@@ -254,11 +223,10 @@ class SelfTest(Callback):
                 f"rounding explains {100 * TOLERANCE:g}: train with --trainer.precision 32-true, or with other "
                 "versions of torch and cuDNN"
             )
-        num_compared = len(compared) // len(QUANTITIES)
         if compared and not wrong:
-            worst = max(difference.error for difference in compared)
-            of_all = "" if num_compared == len(kinds) else f" (of {len(kinds)}, in {self.limit_seconds:g} s)"
+            worst = 100 * max(difference.error for difference in compared)
+            of_all = "" if len(compared) == 3 * len(kinds) else f" (of {len(kinds)}, in {self.limit_seconds:g} s)"
             print(
-                f"self-test: {num_compared} kinds of convolution{of_all} agree in {name} within {100 * worst:.2g} %",
+                f"self-test: {len(compared) // 3} kinds of convolution{of_all} agree in {name} within {worst:.2g} %",
                 flush=True,
             )
