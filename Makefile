@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 train: $(INSTALLED)
-	.venv/bin/python -m octvideo motions data/motions
+	.venv/bin/octvideo motions data/motions
 	rm -rf $(RUN)
 	.venv/bin/python tools/train_net.py --cfg configs/quickstart.yaml
 	.venv/bin/python tools/test_net.py --cfg configs/quickstart.yaml --ckpt $(RUN)/checkpoints/last.ckpt --output $(RUN)/test --report

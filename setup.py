@@ -1,5 +1,8 @@
-"""A shim for tools that still ask for setup.py; everything is in pyproject.toml."""
+"""Adds configs/ to the installed package, as octvideo/configs; everything else is in pyproject.toml."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+setup(
+    packages=[*find_packages(include=["octvideo*"]), "octvideo.configs"],
+    package_dir={"octvideo.configs": "configs"},
+)
