@@ -1,5 +1,6 @@
 # make train    environment, a small made data set, training of an Oct-I3D, test, report
 # make test     environment, every test
+# make check    lint and the fast tests
 # make lint     ruff and mypy
 # make docs     the documentation's pages, in site/
 # TEST_JOBS     processes that run tests, 2 by default
@@ -11,7 +12,7 @@ TEST_JOBS ?= 2
 RUN = runs/quickstart
 INSTALLED = .venv/.installed
 
-.PHONY: install train test lint docs clean
+.PHONY: install train test check lint docs clean
 
 install: $(INSTALLED)
 
@@ -28,6 +29,11 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal
+
+check: lint
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow" \
+		tests/test_layering.py tests/test_octaves.py tests/test_convolution.py tests/test_octavize.py tests/test_sampling.py \
+		tests/test_schedule.py tests/test_lists.py tests/test_sources.py tests/test_index.py tests/test_multigrid.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check

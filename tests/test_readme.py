@@ -1,4 +1,4 @@
-"""The README's Python snippets run, and its table of costs is true."""
+"""The README's Python snippets run, it is short, its files are there, and the table of costs in the docs is true."""
 
 import re
 
@@ -10,8 +10,9 @@ from octvideo import MODELS, create_model
 from octvideo.models.cost import count_macs, count_parameters
 
 README = (ROOT / "README.md").read_text()
+NETWORKS = (ROOT / "docs" / "networks.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-ROWS = re.findall(r"^\| `(\w+)` \| (\d+) x (\d+) x (\d+) \| ([\d,]+) \| (.*) \|$", README, re.MULTILINE)
+ROWS = re.findall(r"^\| `(\w+)` \| (\d+) x (\d+) x (\d+) \| ([\d,]+) \| (.*) \|$", NETWORKS, re.MULTILINE)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -33,3 +34,16 @@ def test_the_table_of_costs_is_true(row):
             network = create_model(name, alpha=alpha)
         assert f"{count_parameters(network):,}" == parameters
         assert f"{count_macs(network, (3, *map(int, clip))) / 1e9:.2f}" == giga_macs
+
+
+def test_it_is_short_and_what_it_links_to_exists():
+    assert len(README.splitlines()) <= 160
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_reading_tour_takes_an_hour():
+    tour = re.findall(r"^\d+\. \[.*?\]\((octvideo/.*?)\)", README, re.MULTILINE)
+    assert len(tour) == 12
+    assert sum(len((ROOT / path).read_text().splitlines()) for path in tour) <= 3200
