@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import pickle
@@ -63,12 +64,23 @@ class Parser(LightningArgumentParser):
     """Lightning's parser, with errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the program; jsonargparse would print its usage first."""
-        # Of an option that may be null jsonargparse also reports that the value is not null: the other reason helps.
-        reasons = [line.strip()[2:] for line in str(message).splitlines() if line.strip().startswith("- ")]
-        if "Union subtypes" in str(message) and (useful := [reason for reason in reasons if "NoneType" not in reason]):
-            message = f"{str(message).splitlines()[0].partition('Does not validate')[0]}{useful[0]}"
-        fail(str(message))
+        """Ends the program; jsonargparse would print its usage first, and its message is a paragraph."""
+        text = str(message)
+        reasons = [line.strip()[2:] for line in text.splitlines() if line.strip().startswith("- ")]
+        useful = [reason for reason in reasons if not reason.startswith("Expected a") and "NoneType" not in reason]
+        kind = re.search(r"Subtypes: \[(.*)\]", text) or re.search(r"Expected a (.*?)\. Got value", text)
+        value = re.search(r"(?:Given|Got) value: (.*)", text)
+        key = re.search(r'key "([^"]+)":', text)
+        if useful:
+            fail(f"{key[1]}: {useful[0]}" if key else useful[0])
+        if key and kind and value:
+            expected = re.sub(r"<class '([^']*)'>", r"\1", kind[1]).replace("typing.", "")
+            fail(f"{key[1]}: expected {expected}, got {value[1]}")
+        if unknown := re.match(r"unrecognized arguments: --([\w.]+)", text):
+            known = vars(self.get_defaults().as_flat())
+            close = difflib.get_close_matches(unknown[1], known, 1)
+            text += f"; did you mean --{close[0]}?" if close else ""
+        fail(text)
 
 
 class KeptOptions(SaveConfigCallback):
