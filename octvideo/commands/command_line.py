@@ -64,23 +64,26 @@ class Parser(LightningArgumentParser):
     """Lightning's parser, with errors of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the program; jsonargparse would print its usage first, and its message is a paragraph."""
-        text = str(message)
-        reasons = [line.strip()[2:] for line in text.splitlines() if line.strip().startswith("- ")]
-        useful = [reason for reason in reasons if not reason.startswith("Expected a") and "NoneType" not in reason]
-        kind = re.search(r"Subtypes: \[(.*)\]", text) or re.search(r"Expected a (.*?)\. Got value", text)
-        value = re.search(r"(?:Given|Got) value: (.*)", text)
-        key = re.search(r'key "([^"]+)":', text)
-        if useful:
-            fail(f"{key[1]}: {useful[0]}" if key else useful[0])
-        if key and kind and value:
-            expected = re.sub(r"<class '([^']*)'>", r"\1", kind[1]).replace("typing.", "")
-            fail(f"{key[1]}: expected {expected}, got {value[1]}")
-        if unknown := re.match(r"unrecognized arguments: --([\w.]+)", text):
-            known = vars(self.get_defaults().as_flat())
-            close = difflib.get_close_matches(unknown[1], known, 1)
-            text += f"; did you mean --{close[0]}?" if close else ""
-        fail(text)
+        """Ends the program; jsonargparse would print its usage first."""
+        unknown, near = re.match(r"unrecognized arguments: --([\w.]+)", str(message)), list[str]()
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], vars(self.get_defaults().as_flat()), 1)
+        fail(in_one_line(str(message)) + "".join(f"; did you mean --{name}?" for name in near))
+
+
+def in_one_line(message: str) -> str:
+    """The useful part of jsonargparse's message, which lists every type that a value might have had."""
+    reasons = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
+    useful = [reason for reason in reasons if not reason.startswith("Expected a") and "NoneType" not in reason]
+    key = re.search(r'key "([^"]+)":', message)
+    if useful:
+        return f"{key[1]}: {useful[0]}" if key else useful[0]
+    kind = re.search(r"Subtypes: \[(.*)\]", message) or re.search(r"Expected a (.*?)\. Got value", message)
+    value = re.search(r"(?:Given|Got) value: (.*)", message)
+    if key and kind and value:
+        expected = re.sub(r"<class '([^']*)'>", r"\1", kind[1]).replace("typing.", "")
+        return f"{key[1]}: expected {expected}, got {value[1]}"
+    return message
 
 
 class KeptOptions(SaveConfigCallback):
@@ -214,4 +217,4 @@ def start(command_line: Callable[[], Cli]) -> Cli:
     try:
         return command_line()
     except (ValueError, MisconfigurationException) as error:
-        fail(str(error))
+        fail(in_one_line(str(error)))
