@@ -276,10 +276,10 @@ def test_testing_all_odd_files_ends_and_names_the_bad_ones(real_videos, trained,
 def test_the_network_is_the_checkpoints_unless_the_command_line_says_otherwise(motions, trained, tmp_path):
     options = [*small(motions, trained), f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}", f"--output={tmp_path}"]
     finished = run_tool("test_net.py", *options)
-    assert "model.alpha 0.5 as in the checkpoint; the options say 0.25" in finished.stdout, finished.stderr
+    assert "model.alpha 0.5 taken from the checkpoint (config says 0.25)" in finished.stdout, finished.stderr
     as_trained = json.loads((tmp_path / "predictions.json").read_text())
     finished = run_tool("test_net.py", *options, "--model.alpha=0")
-    assert "as in the checkpoint" not in finished.stdout, finished.stderr
+    assert "taken from the checkpoint" not in finished.stdout, finished.stderr
     assert json.loads((tmp_path / "predictions.json").read_text())["videos"] != as_trained["videos"]
 
 
@@ -328,8 +328,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(motions, tmp_path):
     assert before["epoch"] < 3
     finished = run_tool("train_net.py", *options, "--ckpt_path=last")
     assert finished.returncode == 0, finished.stderr
-    assert "model.alpha 0.5 as in the checkpoint; the options say 0.25" in finished.stdout
-    assert f"going on from {last.parent / 'step_0000000'}" in finished.stdout
+    assert "model.alpha 0.5 taken from the checkpoint (config says 0.25)" in finished.stdout
+    assert f"resuming from {last.parent / 'step_0000000'}" in finished.stdout
     after = torch.load(last, weights_only=True)
     assert after["epoch"] == 3
     assert after["global_step"] == 16
@@ -357,7 +357,7 @@ def test_videos_that_are_all_bad_or_too_few_end_training_with_one_line(motions, 
 )
 def test_nodes_with_different_numbers_of_processes_are_refused(launcher):
     refused = run_tool("train_net.py", "--cfg=configs/oct_i3d.yaml", **launcher)
-    assert_one_line(refused, "every node must have equally many processes, got 3 in all and 2 on this one")
+    assert_one_line(refused, "every node must have the same number of processes, got 3 in all and 2 on this one")
 
 
 def test_another_runs_checkpoint_cannot_take_over_a_folder(motions, trained, tmp_path):

@@ -116,8 +116,8 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(motions, tmp_path
         file.truncate(random.randrange(newest.stat().st_size))
     finished = run_tool("train_net.py", *options, "--ckpt_path=last")
     assert finished.returncode == 0, finished.stderr
-    assert f"{newest} is passed over: " in finished.stderr
-    assert "going on from" in finished.stdout
+    assert f"{newest} is skipped: " in finished.stderr
+    assert "resuming from" in finished.stdout
     found = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
@@ -175,7 +175,7 @@ def test_a_run_that_was_not_begun_starts_by_auto_and_is_refused_by_last(motions,
     assert "holds no checkpoint to go on from: no step_*.ckpt there" in refused.stderr
     begun = run_tool("train_net.py", *options, "--ckpt_path=auto")
     assert begun.returncode == 0, begun.stderr
-    assert "going on from" not in begun.stdout
+    assert "resuming from" not in begun.stdout
     again = run_tool("train_net.py", *options, "--ckpt_path=auto", "--trainer.max_epochs=2")
     assert again.returncode == 0, again.stderr
     assert "step_00000001.ckpt" in again.stdout

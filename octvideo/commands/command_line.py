@@ -143,10 +143,9 @@ class CommandLine(LightningCLI):
             parser.add_argument(f"--{name}", type=kind, default=default, help=what if self.trains else SUPPRESS)
 
     def take_network_of(self, path: str | Path, option: str) -> None:
-        """Takes the network's options from a checkpoint where the command line does not give them.
+        """Takes the network's options from a checkpoint unless the command line gives them; model.weights is not read.
 
-        Its weights fit at every alpha, so another one in the YAML file would change the network without a word. They
-        also take the place of model.weights, which is not read again.
+        Its weights fit at every alpha, so another alpha in the YAML file would silently change the network.
         """
         try:
             verify(path)
@@ -164,13 +163,13 @@ class CommandLine(LightningCLI):
         for key in CHECKPOINT_OPTIONS:
             given = any(argument.split("=")[0] == f"--model.{key}" for argument in self.words)
             if not given and options[key] != trained[key]:
-                print(f"model.{key} {trained[key]} as in the checkpoint; the options say {options[key]}")
+                print(f"model.{key} {trained[key]} taken from the checkpoint (config says {options[key]})")
                 options[key] = trained[key]
         self.config["data"]["num_classes"] = options["num_classes"]
         options["weights"] = None
 
     def take_processes_of_launcher(self) -> None:
-        """Takes the numbers of devices and nodes from torchrun or Slurm, which have started the processes already."""
+        """Takes the numbers of devices and nodes from torchrun or Slurm, which started the processes."""
         environment = os.environ
         if TorchElasticEnvironment.detect():
             local, world = int(environment["LOCAL_WORLD_SIZE"]), int(environment["WORLD_SIZE"])
@@ -180,24 +179,21 @@ class CommandLine(LightningCLI):
         else:
             return
         if world % local:
-            raise UserError(f"every node must have equally many processes, got {world} in all and {local} on this one")
+            raise UserError(
+                f"every node must have the same number of processes, got {world} in all and {local} on this one"
+            )
         self.config["trainer"]["devices"] = local
         self.config["trainer"]["num_nodes"] = world // local
 
     def instantiate_classes(self) -> None:
-        """Refuses clips that the network cannot divide."""
+        """Refuses clips that SlowFast cannot divide."""
         model, data = self.config["model"], self.config["data"]
-        if model["name"].startswith("slowfast") and data["clip_frames"] % max(1, model["frame_ratio"]):
-            raise UserError(
-                f"data.clip_frames must be a multiple of model.frame_ratio {model['frame_ratio']} for SlowFast, "
-                f"got {data['clip_frames']}"
-            )
-        multiple = 0 if data["multigrid"] is None else data["multigrid"]["frames_multiple"]
-        if model["name"].startswith("slowfast") and multiple % max(1, model["frame_ratio"]):
-            raise UserError(
-                f"data.multigrid.frames_multiple must be a multiple of model.frame_ratio {model['frame_ratio']} for "
-                f"SlowFast, got {multiple}"
-            )
+        counts = {"data.clip_frames": data["clip_frames"]}
+        if data["multigrid"] is not None:
+            counts["data.multigrid.frames_multiple"] = data["multigrid"]["frames_multiple"]
+        for name, count in counts.items() if model["name"].startswith("slowfast") else ():
+            if count % max(1, ratio := model["frame_ratio"]):
+                raise UserError(f"{name} must be a multiple of model.frame_ratio {ratio} for SlowFast, got {count}")
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -213,7 +209,7 @@ class CommandLine(LightningCLI):
 
 
 def start(command_line: Callable[[], Cli]) -> Cli:
-    """Builds a command line; a mistake of the user's ends the program with its one line."""
+    """Builds a command line; a mistake in it ends the program with one line."""
     try:
         return command_line()
     except (ValueError, MisconfigurationException) as error:

@@ -42,17 +42,13 @@ class Training(CommandLine):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds --ckpt_path."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--ckpt_path",
-            type=str | None,
-            help="checkpoint to go on from: a file; 'last' for the run folder's newest one that is whole; 'auto' for "
-            "that one if there is any, else a start from scratch",
-        )
+        what = "checkpoint to resume from: a file; last: the run folder's newest intact one; auto: the same if there is any"
+        parser.add_argument("--ckpt_path", type=str | None, help=what)
 
     def before_instantiate_classes(self) -> None:
-        """Refuses to train over a finished or interrupted run, or to go on from nothing."""
+        """Refuses to train over another run, or to resume from nothing."""
         self.take_processes_of_launcher()
-        self.ckpt_path = ckpt_path = self.config.pop("ckpt_path")  # not to be kept in the run's config.yaml
+        self.ckpt_path = ckpt_path = self.config.pop("ckpt_path")  # config.yaml must not have it
         if self.config["ema_decay"] is not None and self.config["trainer"]["strategy"] == "fsdp":
             raise UserError("ema_decay needs whole weights in every process: leave it out, or trainer.strategy fsdp")
         if self.config["precise_bn"] < 0:
@@ -63,36 +59,31 @@ class Training(CommandLine):
                 raise UserError(f"trainer.{option} must be positive, got {value}")
         model, folder = self.config["model"], self.run_folder / "checkpoints"
         begun = any(folder.glob("*.ckpt"))
-        own = ckpt_path in ("last", "auto") or (
-            ckpt_path is not None and Path(ckpt_path).absolute().parent == folder.absolute()
-        )
-        if begun and not own:
+        named = ckpt_path in ("last", "auto")
+        if begun and not named and (ckpt_path is None or Path(ckpt_path).absolute().parent != folder.absolute()):
             raise UserError(
-                f"{self.run_folder} already holds a run: go on with it by --ckpt_path last, "
-                "or choose another folder by --trainer.default_root_dir"
+                f"{self.run_folder} already holds a run: resume it with --ckpt_path last, or choose another folder with "
+                "--trainer.default_root_dir"
             )
-        if ckpt_path == "auto" and not begun:
-            self.ckpt_path = None
-        elif ckpt_path in ("last", "auto"):
-            self.ckpt_path = self._newest(folder)
+        if named:
+            self.ckpt_path = self._newest(folder) if begun or ckpt_path == "last" else None
         if self.ckpt_path is not None:
             self.take_network_of(self.ckpt_path, "--ckpt_path")
         elif model["weights"] is None and (model["freeze"] or model["normalization"] == "frozen"):
             raise UserError(
-                "model.freeze and model.normalization frozen keep what a trained network knows: name one by "
-                "--model.weights FILE"
+                "model.freeze and normalization frozen need a trained network: name one by --model.weights FILE"
             )
 
     def _newest(self, folder: Path) -> str:
-        """The newest whole checkpoint of the run, with a line for each damaged one."""
+        """The newest intact checkpoint of the run, with a line for each damaged one."""
         path, damaged = newest_intact(folder)
         for other, reason in damaged:
-            print(f"{other} is passed over: {reason}", file=sys.stderr)
-        print(f"going on from {path}")
+            print(f"{other} is skipped: {reason}", file=sys.stderr)
+        print(f"resuming from {path}")
         return str(path)
 
     def instantiate_classes(self) -> None:
-        """Reads the lists too, so that what is wrong with them shows before anything starts."""
+        """Reads the lists too, so that mistakes in them show before anything starts."""
         super().instantiate_classes()
         if (schedule := self.config_init["alpha_schedule"]) is not None:
             schedule.check(self.model.network, self.model.hparams["alpha"])
@@ -101,7 +92,7 @@ class Training(CommandLine):
             self.datamodule.read("val_list")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds logs, checkpoints and the callbacks that the options name."""
+        """Adds loggers, checkpoints and the callbacks that the options name."""
         options = self.config["trainer"]
         if options["logger"] in (None, True):
             kwargs["logger"] = [self._logger(name) for name in self.config["loggers"]] or False
@@ -137,15 +128,8 @@ class Training(CommandLine):
         options = self.config["trainer"]
         if options["enable_checkpointing"] is not False and not options["fast_dev_run"]:
             monitor = None if self.datamodule.lists["val_list"] is None else "val/top1"
-            callbacks.append(
-                RunCheckpoints(
-                    self.run_folder / "checkpoints",
-                    every_n_steps=self.config["save_every_n_steps"],
-                    keep=self.config["keep_checkpoints"],
-                    monitor=monitor,
-                    start=self.ckpt_path,
-                )
-            )
+            every, keep = self.config["save_every_n_steps"], self.config["keep_checkpoints"]
+            callbacks.append(RunCheckpoints(self.run_folder / "checkpoints", every, keep, monitor, self.ckpt_path))
         return callbacks
 
 
@@ -160,7 +144,7 @@ def main(words: list[str]) -> None:
     except Preempted:
         environment = getattr(cli.trainer.strategy, "cluster_environment", None)  # a single process has none
         if isinstance(environment, LightningEnvironment) and not cli.trainer.is_global_zero:
-            return  # the process that started this one would be killed if it ended with another code than 0
+            return  # with another code than 0 Lightning would kill the process that started this one
         raise
     if cli.trainer.is_global_zero:
         print(f"checkpoints: {cli.run_folder / 'checkpoints'}")

@@ -27,15 +27,16 @@ class RunSummary(callbacks.Callback):
     """Prints what is trained on what before the first step: network, cost, classes, videos, device."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Counts the network's cost before it is sharded."""
+        """Counts the network's cost, before it is sharded."""
         if stage != "fit" or not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         size = (3, data.clip_frames, data.crop_size, data.crop_size)
         network: Any = pl_module.network
         options = pl_module.hparams
+        alpha = "per layer" if isinstance(options["alpha"], dict) else options["alpha"]
         self._network = (
-            f"{options['name']}, alpha {options['alpha']}, {count_parameters(network):,} parameters, "
+            f"{options['name']}, alpha {alpha}, {count_parameters(network):,} parameters, "
             f"{count_macs(network, size) / 1e9:.3g} GMACs a clip of {' x '.join(map(str, size[1:]))}"
         )
 

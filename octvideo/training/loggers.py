@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class _Patient:
-    """Of loggers: the disk is full or gone: the first error is a warning, and what cannot be written is left out."""
+    """Skips what cannot be written to a full or missing disk; the first error is a warning."""
 
     _warned = False
 

@@ -1,4 +1,4 @@
-"""Training with weights, gradients and momenta sharded over all processes."""
+"""Training with weights, gradients and momenta sharded over all ranks."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ from octvideo.files import verify
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all processes, whose checkpoints are those of any other strategy.
+    """FSDP2 over all ranks, with the checkpoints of any other strategy.
 
-    The model shards itself in `configure_model`. Lightning numbers the parameters of an optimiser's state in the order
-    of the model, torch in that of the optimiser's groups; with more than one group, each would give the other's momenta
-    to other parameters. Here they are numbered as torch does.
+    The model shards itself in `configure_model`. Lightning numbers the parameters of an optimiser's state in the model's
+    order, torch in that of the optimiser's groups, so with several groups momenta would be swapped. This follows torch.
     """
 
     def __init__(self) -> None:
         super().__init__(1, 1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        """Shards over as many processes as there are."""
+        """Shards over all ranks."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state in the first process, in the form of `optimizer.state_dict()`; nothing in the others."""
+        """The whole state on rank 0, in the form of `optimizer.state_dict()`; nothing on the others."""
         assert self.model is not None
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -54,11 +53,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         }
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads weights and momenta into their shards.
-
-        Raises:
-            DamagedCheckpointError: as `octvideo.files.verify`.
-        """
+        """Loads weights and momenta into their shards; raises DamagedCheckpointError as `octvideo.files.verify`."""
         assert self.model is not None
         verify(checkpoint_path)
         checkpoint: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
@@ -78,6 +73,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-    """The names of the parameters in each of an optimiser's groups."""
+    """Names of the parameters in each of an optimiser's groups."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
