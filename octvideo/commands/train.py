@@ -42,7 +42,7 @@ class Training(CommandLine):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds --ckpt_path."""
         super().add_arguments_to_parser(parser)
-        what = "checkpoint to resume from: a file; last: the run folder's newest intact one; auto: the same if there is any"
+        what = "checkpoint to resume from: a file; last: the newest intact one of this run; auto: that one, if there is any"
         parser.add_argument("--ckpt_path", type=str | None, help=what)
 
     def before_instantiate_classes(self) -> None:
@@ -62,7 +62,7 @@ class Training(CommandLine):
         named = ckpt_path in ("last", "auto")
         if begun and not named and (ckpt_path is None or Path(ckpt_path).absolute().parent != folder.absolute()):
             raise UserError(
-                f"{self.run_folder} already holds a run: resume it with --ckpt_path last, or choose another folder with "
+                f"{self.run_folder} already holds a run: resume it with --ckpt_path last, or choose another folder by "
                 "--trainer.default_root_dir"
             )
         if named:

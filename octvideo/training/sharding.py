@@ -22,7 +22,7 @@ from octvideo.files import verify
 class FullyShardedStrategy(ModelParallelStrategy):
     """FSDP2 over all ranks, with the checkpoints of any other strategy.
 
-    The model shards itself in `configure_model`. Lightning numbers the parameters of an optimiser's state in the model's
+    The model shards itself in `configure_model`. Lightning numbers an optimiser's parameters in the model's
     order, torch in that of the optimiser's groups, so with several groups momenta would be swapped. This follows torch.
     """
 
