@@ -42,7 +42,7 @@ class Training(CommandLine):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds --ckpt_path."""
         super().add_arguments_to_parser(parser)
-        what = "checkpoint to resume from: a file; last: the newest intact one of this run; auto: that one, if there is any"
+        what = "checkpoint to resume from: a file; last: the newest intact one of this run; auto: the same, if any"
         parser.add_argument("--ckpt_path", type=str | None, help=what)
 
     def before_instantiate_classes(self) -> None:
