@@ -26,12 +26,10 @@ QUANTITIES = ("output", "input gradient", "weight gradient")
 
 @dataclass
 class Convolution:
-    """A convolution as it runs for some clips; one stands for all with the same options, input shapes and layouts.
+    """A convolution as it runs for some clips; stands for all with the same options, input shapes and layouts.
 
     Attributes:
-        name: of the first such module in the network.
-        module: that module.
-        input: shapes and memory layout of its input, on the meta device.
+        input: on the meta device.
         conv3d_calls: (kernel length, frames) of the calls of torch.conv3d that it makes.
     """
 
@@ -42,7 +40,7 @@ class Convolution:
 
 
 class Difference(NamedTuple):
-    """How far 16 bits are from 32: the norm of the difference relative to the 32-bit norm; nan where there are nans."""
+    """The relative error, in norm, of 16-bit results against 32-bit ones; nan if they hold nans."""
 
     layer: str
     quantity: str
@@ -140,25 +138,24 @@ def compare(convolution: Convolution, dtype: torch.dtype, device: torch.device) 
         return outputs, to_maps, [to_weight]
 
     return [
-        Difference(convolution.name, quantity, max(map(_relative_error, exact, rounded), key=_nan_first))
+        Difference(
+            convolution.name,
+            quantity,
+            max(map(_relative_error, exact, rounded), key=lambda error: (math.isnan(error), error)),
+        )
         for quantity, exact, rounded in zip(QUANTITIES, run(False), run(True), strict=True)
     ]
 
 
 def _relative_error(exact: Tensor, rounded: Tensor) -> float:
-    """||exact - rounded|| / ||exact||; 0 for two maps without channels."""
     difference = torch.linalg.vector_norm(exact - rounded).item()
-    return difference / torch.linalg.vector_norm(exact).item() if difference else 0.0
-
-
-def _nan_first(error: float) -> float:
-    return math.inf if math.isnan(error) else error
+    return difference / torch.linalg.vector_norm(exact).item() if difference else 0.0  # of no channels
 
 
 def known_faults(convolutions: Sequence[Convolution], dtype: torch.dtype, device: torch.device) -> list[str]:
-    """The faults of library versions that shapes reveal, a sentence each; a comparison can miss them.
+    """Faults of library versions that shapes reveal, a sentence each.
 
-    oneDNN's shows only where the memory that it reads happens to hold other numbers, cuDNN's for large inputs only.
+    A comparison can miss them: oneDNN's shows only for some contents of unused memory, cuDNN's only for large inputs.
     """
     faults = []
     version = torch.backends.cudnn.version() or 0 if device.type == "cuda" else 0
@@ -183,14 +180,12 @@ class SelfTest(Callback):
     """Compares the network's convolutions in 16 bits with the same ones in 32 before training, on this device.
 
     Some releases of cuDNN and oneDNN compute 16-bit 3-D convolutions wrongly, and such a run merely learns worse. Each
-    difference is a warning; if there is none, a line says so. In 32 bits there is nothing to compare.
-
-    Every rank runs one forward pass of two clips of the data module's `clip_frames` and `crop_size` (sharded weights
-    are gathered by all; one clip would use other kernels than a batch), then rank 0 compares and the others wait. I3D
-    at 8 x 224 x 224 took 45 s on 2 busy cores. Weights, gradients, statistics and random generators stay.
+    difference is a warning; if there is none, a line says so. Every rank runs two training clips through the network
+    (sharded weights are gathered by all; one clip would use other kernels than a batch), then rank 0 compares. I3D at
+    8 x 224 x 224 took 45 s on 2 busy cores. Weights, gradients, statistics and random generators stay as they are.
 
     Args:
-        limit_seconds: no further kind of convolution is compared after this time.
+        limit_seconds: after this time no further kind of convolution is compared.
     """
 
     def __init__(self, limit_seconds: float = 60) -> None:
