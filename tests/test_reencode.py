@@ -1,5 +1,6 @@
 """One video: what decoding it to its end tells, and what is written again."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -92,8 +93,10 @@ def test_a_file_without_frame_rate_or_size_is_bad(numbered_video, monkeypatch):
         width = height = 0
         average_rate = guessed_rate = None
 
-    reader = reencoding._Reader(str(numbered_video))
-    with pytest.raises(DecodeError, match="frames of 0 x 0 pixels"), reader:
+    with (
+        contextlib.closing(reencoding._Reader(numbered_video)) as reader,
+        pytest.raises(DecodeError, match="frames of 0 x 0 pixels"),
+    ):
         reader._measure(0, Stopped())
     monkeypatch.setattr(reencoding, "frame_rate", lambda stream, path: frame_rate(Stopped(), path))
     with pytest.raises(DecodeError, match="the video stream has no frame rate"):
@@ -275,7 +278,7 @@ def test_an_output_that_does_not_hold_all_frames_does_not_appear(tmp_path, numbe
         raise DecodeError(str(path), "broken")
 
     monkeypatch.setattr(reencoding, "measure", refuse)
-    with pytest.raises(OSError, match="what was written cannot be read: broken"):
+    with pytest.raises(OSError, match="the output cannot be read: broken"):
         reencode(numbered_video, tmp_path / "o.mp4", 256)
     assert list(tmp_path.iterdir()) == []
 
@@ -288,9 +291,9 @@ def test_an_encoder_that_refuses_makes_the_video_bad(tmp_path, numbered_video, m
 
 
 def test_a_file_whose_frames_have_one_timestamp_is_bad(numbered_video):
-    with reencoding._Reader(str(numbered_video)) as reader:
+    with contextlib.closing(reencoding._Reader(numbered_video)) as reader:
         for _ in reader.decode():
             pass
-        reader._last_moment = 0
+        reader._last_time = 0
         with pytest.raises(DecodeError, match="its 60 frames have one timestamp"):
             reader.measurements()
