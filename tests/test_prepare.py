@@ -193,7 +193,7 @@ def test_missing_videos_folders_and_names_that_no_list_can_hold_are_reported(vid
     assert [outcome[1:3] for outcome in outcomes] == [
         ("missing", "no such file"),
         ("bad", "a folder"),
-        ("bad", "its name cannot stand in a list: rename it"),
+        ("bad", "a list cannot hold its name: rename it"),
         ("missing", "no such file"),
         ("bad", "File name too long"),
     ]
@@ -211,8 +211,8 @@ def test_videos_without_a_label_are_indexed_and_in_no_list(videos, tmp_path):
     assert VideoIndex.open(tmp_path / "out").find("train/yoga/a.mp4") is not None
 
 
-def refuse_to_work(work):
-    raise AssertionError(f"{work.path} is worked on again")
+def refuse_to_work(run, path):
+    raise AssertionError(f"{path} is worked on again")
 
 
 def test_a_run_after_a_complete_one_opens_no_video_and_changes_nothing(videos, tmp_path, monkeypatch):
@@ -220,8 +220,8 @@ def test_a_run_after_a_complete_one_opens_no_video_and_changes_nothing(videos, t
         run(videos, output, **options)
         before = content(output)
         with monkeypatch.context() as patch:
-            patch.setattr(preparation, "_check_one", refuse_to_work)
-            patch.setattr(preparation, "_fingerprint", refuse_to_work)
+            patch.setattr(preparation._Run, "_check_one", refuse_to_work)
+            patch.setattr(preparation._Run, "_fingerprint", refuse_to_work)
             assert not any(outcome.failed for outcome in run(videos, output, **options))
         assert content(output) == before
 
@@ -258,7 +258,7 @@ def test_what_is_known_of_other_sources_stays_known(videos, tmp_path, monkeypatc
     run(videos, tmp_path / "out", tmp_path / "val.csv")
     assert len(report(tmp_path / "out")) == 1
     assert not (tmp_path / "out" / "train.csv").exists()
-    monkeypatch.setattr(preparation, "_check_one", refuse_to_work)
+    monkeypatch.setattr(preparation._Run, "_check_one", refuse_to_work)
     assert not any(outcome.failed for outcome in run(videos, tmp_path / "out"))
     assert len(report(tmp_path / "out")) == 6
 
@@ -489,16 +489,17 @@ def test_what_a_full_disk_kept_out_of_the_journal_is_written_at_the_end(tmp_path
     journal = Journal(tmp_path / "journal.jsonl", {"version": 1})
     (tmp_path / "a.mp4").touch()
     status = os.stat(tmp_path / "a.mp4")
+    identity = ("a.mp4", status.st_size, status.st_mtime_ns)
     with monkeypatch.context() as patch:
         patch.setattr(journal, "_file", open("/dev/full", "ab", buffering=0))  # noqa: SIM115
-        journal.add("a.mp4", status, {"status": "ok"})
+        journal.add(journal.known(*identity) | {"status": "ok"})
         journal._file.close()
-    assert journal.known("a.mp4", status)["status"] == "ok"
+    assert journal.known(*identity)["status"] == "ok"
     assert b"a.mp4" not in journal.path.read_bytes()
     journal.write_in_order(["a.mp4"])
     journal.close()
     again = Journal(journal.path, {"version": 1})
-    assert again.known("a.mp4", status) == journal.known("a.mp4", status)
+    assert again.known(*identity) == journal.known(*identity)
     again.close()
 
 
@@ -507,7 +508,7 @@ def test_two_runs_on_one_folder_at_once_are_refused(videos, tmp_path):
     process = start(videos, tmp_path / "out", timeout_seconds=600.0)
     try:
         wait_until((tmp_path / "out" / "journal.jsonl").exists)
-        with pytest.raises(PreparationError, match="out: another run is at work on it"):
+        with pytest.raises(PreparationError, match="out: another run is working on it"):
             run(videos, tmp_path / "out")
     finally:
         process.kill()
@@ -517,7 +518,7 @@ def test_two_runs_on_one_folder_at_once_are_refused(videos, tmp_path):
 
 def test_options_that_make_no_sense_or_differ_from_the_former_run_are_refused(videos, tmp_path):
     for short_side in (0, 255, -2):
-        with pytest.raises(PreparationError, match=f"even number of pixels from 2 on, got {short_side}"):
+        with pytest.raises(PreparationError, match=f"even number of pixels, at least 2, got {short_side}"):
             run(videos, tmp_path / "out", short_side=short_side)
     with pytest.raises(PreparationError, match="workers and timeout must be positive, got 2 and 0"):
         run(videos, tmp_path / "out", timeout_seconds=0)
@@ -533,7 +534,7 @@ def test_sources_are_never_written_over(videos, tmp_path):
     before = content(tmp_path)
     for folder in (videos, videos / "train"):
         with pytest.raises(
-            PreparationError, match=r"videos is where re-encoded videos go, and .* is there: take another"
+            PreparationError, match=r"videos is where re-encoded videos go, and .* is there: give another output folder"
         ):
             run(folder, tmp_path, short_side=32)
     assert content(tmp_path) == before
