@@ -220,7 +220,7 @@ def test_a_run_after_a_complete_one_opens_no_video_and_changes_nothing(videos, t
         run(videos, output, **options)
         before = content(output)
         with monkeypatch.context() as patch:
-            patch.setattr(preparation._Run, "_check_one", refuse_to_work)
+            patch.setattr(preparation._Run, "_check", refuse_to_work)
             patch.setattr(preparation._Run, "_fingerprint", refuse_to_work)
             assert not any(outcome.failed for outcome in run(videos, output, **options))
         assert content(output) == before
@@ -258,7 +258,7 @@ def test_what_is_known_of_other_sources_stays_known(videos, tmp_path, monkeypatc
     run(videos, tmp_path / "out", tmp_path / "val.csv")
     assert len(report(tmp_path / "out")) == 1
     assert not (tmp_path / "out" / "train.csv").exists()
-    monkeypatch.setattr(preparation._Run, "_check_one", refuse_to_work)
+    monkeypatch.setattr(preparation._Run, "_check", refuse_to_work)
     assert not any(outcome.failed for outcome in run(videos, tmp_path / "out"))
     assert len(report(tmp_path / "out")) == 6
 

@@ -46,16 +46,15 @@ class Outcome(NamedTuple):
         entry: the video.
         status: ok, bad, missing or duplicate.
         reason: why; or what is odd about a good one.
+        facts: of a good video or its duplicate: `measured` describes the source file, `listed` the one in the lists.
         failed: the machine or this program is to blame, not the video; the next run tries again.
-        facts: what the journal knows of a good video or its duplicate: `measured` describes the source file, `listed`
-            the file that the lists name.
     """
 
     entry: Entry
     status: str
     reason: str
+    facts: Facts
     failed: bool = False
-    facts: Facts = {}
 
 
 def prepare(
@@ -84,14 +83,13 @@ def prepare(
             paths then start from output/videos, else from `videos`.
         workers: number of files processed at once.
         timeout_seconds: how long a decoder may show no sign of life.
-        progress: called with the stage (comparing or checking), the files done, the files to do, and the status of the
-            last one.
+        progress: called with the stage (comparing or checking), files done, files in all, and the last one's status.
 
     Returns:
         The outcome for each video, in the catalogue's order.
 
     Raises:
-        PreparationError: invalid options, or other ones than those of the run that is continued.
+        PreparationError: invalid options, or not those of the run that is continued.
         OSError: the results cannot be written.
     """
     if short_side is not None and (short_side < 2 or short_side % 2):
@@ -107,10 +105,10 @@ def prepare(
     with _locked(output):
         _clean(output, short_side is not None)
         _reserve(output, len(paths))
-        with contextlib.closing(
-            Journal(output / "journal.jsonl", {"version": VERSION, "reencode": short_side})
-        ) as journal:
-            run = _Run(videos, output / "videos", short_side, workers, timeout_seconds, progress, journal)
+        journal = Journal(output / "journal.jsonl", {"version": VERSION, "reencode": short_side})
+        with contextlib.closing(journal):
+            root = videos if short_side is None else output / "videos"
+            run = _Run(videos, root, short_side, workers, timeout_seconds, progress, journal)
             outcomes = run.outcomes(catalogue.entries)
         _clean(output, short_side is not None)  # what killed decoders left, and the reserve
         _write_results(output, catalogue, outcomes, short_side is not None)
@@ -156,23 +154,27 @@ def _reserve(output: Path, num_videos: int) -> None:
 
 @dataclass
 class _Run:
-    """One run over all files: `files` are the facts about each, `names` the paths of re-encoded files in `output`."""
+    """One run over all files: `files` are the facts about each; the files in the lists start from `root`."""
 
     videos: Path
-    output: Path
+    root: Path
     short_side: int | None
     workers: int
     timeout_seconds: float
     progress: Progress
     journal: Journal
     files: dict[str, Facts] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)  # of re-encoded files
 
     def outcomes(self, entries: Sequence[Entry]) -> list[Outcome]:
         """Does all that is left to do."""
         self.files = {path: self._look(path) for path in dict.fromkeys(entry.path for entry in entries)}
         first = self._find_copies()
-        self._check([path for path, facts in self.files.items() if "bytes" in facts and path not in first])
+        originals = [path for path, facts in self.files.items() if "bytes" in facts and path not in first]
+        if self.short_side is not None:
+            self.names = _output_names(originals)
+        left = [path for path in originals if not self._is_done(path)]
+        self._work("checking", self._check, left, len(originals))
         listed: dict[str, Entry] = {}
         return [self._outcome(entry, first.get(entry.path, entry.path), listed) for entry in entries]
 
@@ -200,29 +202,21 @@ class _Run:
         hashes = {path: self.files[path]["sha256"] for path in alike if "sha256" in self.files[path]}
         return {path: first[sha256] for path, sha256 in hashes.items() if first.setdefault(sha256, path) != path}
 
-    def _check(self, originals: Sequence[str]) -> None:
-        """Checks and re-encodes what the journal does not know."""
-        if self.short_side is not None:
-            self.names = _output_names(originals)
-        left = [path for path in originals if not self._is_done(path)]
-        self._work("checking", self._check_one, left, len(originals))
-
     def _is_done(self, path: str) -> bool:
-        facts = self.files[path]
+        facts, name = self.files[path], self.names.get(path, path)
         if facts.get("status") == "bad":
             return facts.get("timeout", self.timeout_seconds) >= self.timeout_seconds
-        name = self.names.get(path, path)
         if facts.get("status") != "ok" or facts["listed"]["path"] != name:
             return False
         try:
-            return self.short_side is None or os.stat(self.output / name).st_size == facts["listed"]["bytes"]
+            return os.stat(self.root / name).st_size == facts["listed"]["bytes"]
         except OSError:
             return False
 
     def _work(self, stage: str, function: Callable[[str], Facts], paths: Sequence[str], total: int) -> None:
         """Learns the facts that a function finds, in processes that are killed if they hang, `workers` at once."""
-        done = total - len(paths)
-        self.progress(stage, done, total, None)
+        before = total - len(paths)
+        self.progress(stage, before, total, None)
         if not paths:
             return
         thread = threading.local()
@@ -237,7 +231,7 @@ class _Run:
                 return path, self._trouble(error)
 
         with ThreadPool(min(self.workers, len(paths)), start) as pool:
-            for done, (path, found) in enumerate(pool.imap_unordered(call, paths), done + 1):
+            for done, (path, found) in enumerate(pool.imap_unordered(call, paths), before + 1):
                 if "failed" in found:
                     self.files[path] = found
                 else:
@@ -246,12 +240,12 @@ class _Run:
                 self.progress(stage, done, total, found.get("status"))
 
     def _trouble(self, error: Exception) -> Facts:
-        if not isinstance(error, HungError):
-            reason = getattr(error, "strerror", None) or f"unexpected {type(error).__name__}: {error}"
-            return {"status": "bad", "reason": reason, "failed": True}
-        if "SIGKILL" in str(error):  # killed from outside, perhaps for memory
-            return {"status": "bad", "reason": str(error), "failed": True}
-        return {"status": "bad", "reason": str(error), "timeout": self.timeout_seconds}
+        if isinstance(error, HungError) and "SIGKILL" not in str(error):
+            return {"status": "bad", "reason": str(error), "timeout": self.timeout_seconds}
+        reason = getattr(error, "strerror", None) or f"unexpected {type(error).__name__}: {error}"
+        if isinstance(error, HungError):  # killed from outside, perhaps for memory
+            reason = str(error)
+        return {"status": "bad", "reason": reason, "failed": True}
 
     def _fingerprint(self, path: str) -> Facts:
         digest = hashlib.sha256()
@@ -260,14 +254,13 @@ class _Run:
             still_alive()
         return {"sha256": digest.hexdigest()}
 
-    def _check_one(self, path: str) -> Facts:
-        name = self.names.get(path, path)
-        source, listed = os.path.join(self.videos, path), self.videos / path
+    def _check(self, path: str) -> Facts:
+        source, name = os.path.join(self.videos, path), self.names.get(path, path)
+        listed = self.root / name
         try:
             if self.short_side is None:
                 measured = written = measure(source)
             else:
-                listed = self.output / name
                 listed.unlink(missing_ok=True)
                 measured, written = reencode(source, listed, self.short_side)
         except DecodeError as error:
@@ -289,18 +282,18 @@ class _Run:
     def _outcome(self, entry: Entry, original: str, listed: dict[str, Entry]) -> Outcome:
         facts = self.files[original]
         if facts["status"] != "ok":
-            return Outcome(entry, facts["status"], facts["reason"], facts.get("failed", False))
+            return Outcome(entry, facts["status"], facts["reason"], {}, facts.get("failed", False))
         if original not in listed:
             listed[original] = entry
             notes = (facts["reason"], entry.note, "" if entry.label is not None else "no label: in no list")
-            return Outcome(entry, "ok", "; ".join(filter(None, notes)), facts=facts)
+            return Outcome(entry, "ok", "; ".join(filter(None, notes)), facts)
         former = listed[original]
         reason = "listed before" if entry.path == former.path else f"same content as {former.path}"
         if entry.split != former.split:
             reason += f", which is in {former.split}, not {entry.split}"
         if entry.label != former.label:
             reason += f", which has label {former.label}, not {entry.label}"
-        return Outcome(entry, "duplicate", reason, facts=facts)
+        return Outcome(entry, "duplicate", reason, facts)
 
 
 def _output_names(paths: Iterable[str]) -> dict[str, str]:
@@ -327,28 +320,28 @@ def _write_results(output: Path, catalogue: Catalogue, outcomes: Sequence[Outcom
         chosen = [(facts["listed"]["path"], entry.label) for entry, facts in good if entry.split == split]
         lines = [f"{path} {label}\n" for path, label in chosen if label is not None]
         if lines:
-            _write(output / f"{split}.csv", lines)
+            _write(output / f"{split}.csv", "".join(lines))
         else:
             (output / f"{split}.csv").unlink(missing_ok=True)
-    _write(output / "labels.txt", [f"{name}\n" for name in catalogue.class_names])
+    _write(output / "labels.txt", "".join(f"{name}\n" for name in catalogue.class_names))
     indexed = {}
     for _, facts in good:
         listed = facts["listed"]
-        numbers = [listed[name] for name in ("frames", "fps", "seconds")]
-        keyframes = np.array(listed["keyframes"], dtype=np.float64)
-        mtime_ns = 0 if reencoded else facts["mtime_ns"]
-        indexed[listed["path"]] = IndexedVideo(*numbers, keyframes, listed["bytes"], mtime_ns)
+        keyframes, mtime_ns = np.array(listed["keyframes"], np.float64), 0 if reencoded else facts["mtime_ns"]
+        indexed[listed["path"]] = IndexedVideo(
+            listed["frames"], listed["fps"], listed["seconds"], keyframes, listed["bytes"], mtime_ns
+        )
     write_index(output, indexed)
     rows = io.StringIO()
     table = csv.writer(rows, lineterminator="\n")
     table.writerow(["path", "status", "reason", *MEASURED])
-    for entry, status, reason, _, facts in outcomes:
+    for entry, status, reason, facts, _ in outcomes:
         values = [facts["measured"][name] if facts else "" for name in MEASURED]
         values = [round(value, 3) if isinstance(value, float) else value for value in values]
         table.writerow([entry.path, status, " ".join(reason.split()), *values])
-    _write(output / "report.csv", [rows.getvalue()])
+    _write(output / "report.csv", rows.getvalue())
 
 
-def _write(path: Path, parts: Iterable[str]) -> None:
+def _write(path: Path, text: str) -> None:
     with appearing(path) as partial:
-        partial.write_text("".join(parts), encoding="utf-8", errors="backslashreplace", newline="\n")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
