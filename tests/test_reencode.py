@@ -1,6 +1,5 @@
 """One video: what decoding it to its end tells, and what is written again."""
 
-import contextlib
 import errno
 import os
 import resource
@@ -15,7 +14,7 @@ from test_video import BAD, GOOD
 
 from octvideo.data.preparation import reencode as reencoding
 from octvideo.data.preparation.reencode import measure, reencode
-from octvideo.data.pyav_reader import frame_rate, open_stream
+from octvideo.data.pyav_reader import decode_all, frame_rate, open_stream
 from octvideo.errors import DecodeError
 
 
@@ -93,11 +92,10 @@ def test_a_file_without_frame_rate_or_size_is_bad(numbered_video, monkeypatch):
         width = height = 0
         average_rate = guessed_rate = None
 
-    with (
-        contextlib.closing(reencoding._Reader(numbered_video)) as reader,
-        pytest.raises(DecodeError, match="frames of 0 x 0 pixels"),
-    ):
-        reader._measure(0, Stopped())
+    with monkeypatch.context() as patch:
+        patch.setattr(reencoding, "decode_all", lambda *_: iter([(0, Stopped())]))
+        with pytest.raises(DecodeError, match="frames of 0 x 0 pixels"):
+            measure(numbered_video)
     monkeypatch.setattr(reencoding, "frame_rate", lambda stream, path: frame_rate(Stopped(), path))
     with pytest.raises(DecodeError, match="the video stream has no frame rate"):
         measure(numbered_video)
@@ -263,7 +261,7 @@ def test_an_index_error_of_a_decoder_is_not_taken_for_the_end(numbered_video, mo
     def fail(*_):
         raise IndexError("ours")
 
-    monkeypatch.setattr(reencoding._Reader, "_measure", fail)
+    monkeypatch.setattr(reencoding, "still_alive", fail)
     with pytest.raises(IndexError, match="ours"):
         measure(numbered_video)
 
@@ -290,10 +288,7 @@ def test_an_encoder_that_refuses_makes_the_video_bad(tmp_path, numbered_video, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_whose_frames_have_one_timestamp_is_bad(numbered_video):
-    with contextlib.closing(reencoding._Reader(numbered_video)) as reader:
-        for _ in reader.decode():
-            pass
-        reader._last_time = 0
-        with pytest.raises(DecodeError, match="its 60 frames have one timestamp"):
-            reader.measurements()
+def test_a_file_whose_frames_have_one_timestamp_is_bad(numbered_video, monkeypatch):
+    monkeypatch.setattr(reencoding, "decode_all", lambda *of: ((0, frame) for _, frame in decode_all(*of)))
+    with pytest.raises(DecodeError, match="its 60 frames have one timestamp"):
+        measure(numbered_video)

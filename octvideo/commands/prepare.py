@@ -32,8 +32,8 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import Progress, TaskID, TextColumn
+from rich.table import Column, Table
 
 from octvideo.commands.options import Parser, fail
 from octvideo.data.preparation.prepare import SPLITS, Outcome, prepare
@@ -49,9 +49,11 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        counts = TextColumn("files, {task.fields[counts]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), counts, TimeRemainingColumn())
-        # Few files an hour are a speed too.
+        columns = (
+            *Progress.get_default_columns(),
+            TextColumn("{task.completed}/{task.total} files, {task.fields[counts]}"),
+        )
+        # A few files an hour are a speed too.
         self.bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600)
         self._tasks: dict[str, TaskID] = {}
         self._counts: Counter[str | None] = Counter()
@@ -64,20 +66,18 @@ class Display:
         if stage not in self._tasks:
             self._tasks[stage] = self.bar.add_task(stage, total=total, completed=done, counts=counts)
             if done:
-                self.console.print(f"{done} of {total} files are known from an earlier run", highlight=False)
+                self.console.print(f"{done} of {total} files are known from an earlier run")
         self.bar.update(self._tasks[stage], completed=done, counts=counts)
         if not self.console.is_terminal and time.monotonic() > self._printed + SECONDS_A_LINE:
             seconds = self.bar.tasks[self._tasks[stage]].time_remaining
             left = "" if seconds is None else f", {seconds / 60:.0f} min left"
-            self.console.print(f"{stage} {done}/{total} files, {counts}{left}", highlight=False)
+            self.console.print(f"{stage} {done}/{total} files, {counts}{left}")
             self._printed = time.monotonic()
 
 
 def print_summary(console: Console, outcomes: Sequence[Outcome]) -> None:
     """Prints how many videos there are of each status and split."""
-    table = Table("split", *STATUSES, "all", box=box.SIMPLE)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("split", *(Column(name, justify="right") for name in (*STATUSES, "all")), box=box.SIMPLE)
     for split in (*SPLITS, "all"):
         counts = Counter(outcome.status for outcome in outcomes if split in (outcome.entry.split, "all"))
         if counts:
@@ -85,7 +85,7 @@ def print_summary(console: Console, outcomes: Sequence[Outcome]) -> None:
     console.print(table)
     unlabelled = sum(outcome.status == "ok" and outcome.entry.label is None for outcome in outcomes)
     if unlabelled:
-        console.print(f"{unlabelled} videos have no label: they are in index.bin and in no list", highlight=False)
+        console.print(f"{unlabelled} videos have no label: they are in index.bin and in no list")
 
 
 def main(words: list[str]) -> int:
@@ -103,11 +103,11 @@ def main(words: list[str]) -> int:
     videos, output = options.videos or options.sources[0], options.output
     if options.videos is None and (len(options.sources) != 1 or not videos.is_dir()):
         fail("--videos DIR is needed, the folder of the videos, unless SOURCE is one folder")
-    console = Console()
+    console = Console(highlight=False)
     display = Display(console)
     try:
         catalogue = read_sources(options.sources, videos, labels=options.labels, output=output)
-        console.print(f"{len(catalogue.entries)} videos, {len(catalogue.class_names)} classes", highlight=False)
+        console.print(f"{len(catalogue.entries)} videos, {len(catalogue.class_names)} classes")
         with display.bar:
             outcomes = prepare(
                 catalogue,

@@ -1,8 +1,7 @@
-"""Preparing a data set: every video checked to its end, re-encoded if wanted, listed and indexed; resumable anywhere.
+"""Preparing a data set: every video is decoded to its end, re-encoded if wanted, listed and indexed.
 
-The journal records what is known of a file as soon as it is known, so a killed run continues where it was. Results are
-in the sources' order and hold no times of their own, so a run that was killed and continued leaves the same bytes as
-one that was not.
+A journal records what is known of a file as soon as it is known, so a killed run continues where it was. Results are in
+the sources' order and contain no times of writing: a run leaves the same bytes whether it was killed or not.
 """
 
 from __future__ import annotations
@@ -40,21 +39,13 @@ Progress = Callable[[str, int, int, "str | None"], None]
 
 
 class Outcome(NamedTuple):
-    """What became of a source's video; a row of the report.
-
-    Args:
-        entry: the video.
-        status: ok, bad, missing or duplicate.
-        reason: why; or what is odd about a good one.
-        facts: of a good video or its duplicate: `measured` describes the source file, `listed` the one in the lists.
-        failed: the machine or this program is to blame, not the video; the next run tries again.
-    """
+    """What became of a source's video; a row of the report."""
 
     entry: Entry
-    status: str
-    reason: str
-    facts: Facts
-    failed: bool = False
+    status: str  # ok, bad, missing or duplicate
+    reason: str  # why, or what is odd about a good video
+    facts: Facts  # if ok or duplicate: `measured` is about the source file, `listed` about the file in the lists
+    failed: bool = False  # the machine or this program is to blame, not the video; the next run tries again
 
 
 def prepare(
@@ -69,11 +60,10 @@ def prepare(
 ) -> list[Outcome]:
     """Checks, re-encodes, lists and indexes the videos of a catalogue; continues what an earlier run left.
 
-    Writes into the output folder: train.csv, val.csv, test.csv (of splits that have good videos) and labels.txt, which
-    octvideo.data.lists reads; report.csv; index.bin, for VideoIndex; journal.jsonl; and, if re-encoded, videos/.
-
-    A video is bad if it does not decode to its end, and a duplicate if a good one before it has the same bytes. Videos
-    without a label are checked and indexed, but not listed.
+    Writes train.csv, val.csv, test.csv (of splits that have good videos) and labels.txt, which octvideo.data.lists
+    reads; report.csv; index.bin, for VideoIndex; journal.jsonl; and, if re-encoded, videos/. A video is bad if it does
+    not decode to its end, and a duplicate if a good one before it has the same bytes. Videos without a label are
+    checked and indexed, but not listed.
 
     Args:
         catalogue: the videos and classes.
@@ -100,7 +90,12 @@ def prepare(
         raise PreparationError(f"{videos}: no folder of videos")
     paths = list(dict.fromkeys(entry.path for entry in catalogue.entries))
     if short_side is not None:
-        _check_apart(paths, videos, output / "videos")
+        folder, written = videos.resolve(), (output / "videos").resolve()
+        for path in paths:
+            if Path(os.path.normpath(folder / path)).is_relative_to(written):
+                raise PreparationError(
+                    f"{written} is where re-encoded videos go, and {path} is there: give another output folder"
+                )
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
         _clean(output, short_side is not None)
@@ -114,16 +109,6 @@ def prepare(
         _write_results(output, catalogue, outcomes, short_side is not None)
         journal.write_in_order(paths)
     return outcomes
-
-
-def _check_apart(paths: Iterable[str], videos: Path, written: Path) -> None:
-    """Refuses to overwrite the sources."""
-    folder, start = os.path.realpath(videos), os.path.realpath(written) + os.sep
-    for path in paths:
-        if os.path.normpath(os.path.join(folder, path)).startswith(start):
-            raise PreparationError(
-                f"{written} is where re-encoded videos go, and {path} is there: give another output folder"
-            )
 
 
 @contextlib.contextmanager
@@ -206,12 +191,9 @@ class _Run:
         facts, name = self.files[path], self.names.get(path, path)
         if facts.get("status") == "bad":
             return facts.get("timeout", self.timeout_seconds) >= self.timeout_seconds
-        if facts.get("status") != "ok" or facts["listed"]["path"] != name:
+        if facts.get("status") != "ok" or facts["listed"]["path"] != name or not os.path.exists(self.root / name):
             return False
-        try:
-            return os.stat(self.root / name).st_size == facts["listed"]["bytes"]
-        except OSError:
-            return False
+        return os.path.getsize(self.root / name) == facts["listed"]["bytes"]
 
     def _work(self, stage: str, function: Callable[[str], Facts], paths: Sequence[str], total: int) -> None:
         """Learns the facts that a function finds, in processes that are killed if they hang, `workers` at once."""
@@ -227,8 +209,13 @@ class _Run:
         def call(path: str) -> tuple[str, Facts]:
             try:
                 return path, thread.watchdog(path)
+            except HungError as error:
+                killed = "SIGKILL" in str(error)  # from outside, perhaps for memory
+                why = {"failed": True} if killed else {"timeout": self.timeout_seconds}
+                return path, {"status": "bad", "reason": str(error), **why}
             except Exception as error:  # one file's trouble, which the report names
-                return path, self._trouble(error)
+                reason = getattr(error, "strerror", None) or f"unexpected {type(error).__name__}: {error}"
+                return path, {"status": "bad", "reason": reason, "failed": True}
 
         with ThreadPool(min(self.workers, len(paths)), start) as pool:
             for done, (path, found) in enumerate(pool.imap_unordered(call, paths), before + 1):
@@ -239,14 +226,6 @@ class _Run:
                     self.journal.add(self.files[path])
                 self.progress(stage, done, total, found.get("status"))
 
-    def _trouble(self, error: Exception) -> Facts:
-        if isinstance(error, HungError) and "SIGKILL" not in str(error):
-            return {"status": "bad", "reason": str(error), "timeout": self.timeout_seconds}
-        reason = getattr(error, "strerror", None) or f"unexpected {type(error).__name__}: {error}"
-        if isinstance(error, HungError):  # killed from outside, perhaps for memory
-            reason = str(error)
-        return {"status": "bad", "reason": reason, "failed": True}
-
     def _fingerprint(self, path: str) -> Facts:
         digest = hashlib.sha256()
         for block in blocks(self.videos / path):
@@ -256,28 +235,19 @@ class _Run:
 
     def _check(self, path: str) -> Facts:
         source, name = os.path.join(self.videos, path), self.names.get(path, path)
-        listed = self.root / name
+        file = self.root / name  # the source itself, unless re-encoded
         try:
             if self.short_side is None:
                 measured = written = measure(source)
             else:
-                listed.unlink(missing_ok=True)
-                measured, written = reencode(source, listed, self.short_side)
+                file.unlink(missing_ok=True)
+                measured, written = reencode(source, file, self.short_side)
         except DecodeError as error:
             return {"status": "bad", "reason": error.reason}
-        return {
-            "status": "ok",
-            "reason": measured.note,
-            "measured": {column: getattr(measured, column) for column in MEASURED},
-            "listed": {
-                "path": name,
-                "bytes": os.stat(listed).st_size,
-                "frames": written.frames,
-                "fps": written.fps,
-                "seconds": written.seconds,
-                "keyframes": written.keyframe_seconds,
-            },
-        }
+        listed = {"path": name, "bytes": file.stat().st_size, "keyframes": written.keyframe_seconds}
+        listed |= {"frames": written.frames, "fps": written.fps, "seconds": written.seconds}
+        numbers = {column: getattr(measured, column) for column in MEASURED}
+        return {"status": "ok", "reason": measured.note, "measured": numbers, "listed": listed}
 
     def _outcome(self, entry: Entry, original: str, listed: dict[str, Entry]) -> Outcome:
         facts = self.files[original]
@@ -297,9 +267,9 @@ class _Run:
 
 
 def _output_names(paths: Iterable[str]) -> dict[str, str]:
-    """For each file the path of its re-encoded one; an mp4 file keeps its own, and no two are the same.
+    """For each file a path for its re-encoded one, different from all others and from their folders.
 
-    None is the folder of another one, as x.mp4 for x.avi beside a folder x.mp4 would be.
+    An mp4 file keeps its path.
     """
     safe = {path: "/".join(part for part in path.split("/") if part not in ("", ".", "..")) for path in paths}
     names: dict[str, str] = {}

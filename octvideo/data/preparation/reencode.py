@@ -56,12 +56,10 @@ class _Reader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self.frames = 0
-        self._keyframes: list[float] = []
-        self._damaged = 0
-        self._last_time = 0
-        self._end = 0.0  # of the last frame
-        self._last_packet = 0.0  # of any stream
+        self.frames = self.damaged = self.last_time = 0
+        self.size = (0, 0)  # width and height, upright
+        self.keyframes: list[float] = []  # seconds
+        self.end = self.last_packet = 0.0  # of the last frame and of the last packet of any stream, in seconds
         with self._named_errors():
             self._container, self.stream = open_stream(self.path)
         assert self.stream.time_base is not None
@@ -70,48 +68,45 @@ class _Reader:
 
     def decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
         """All frames with their times, in units of the time base."""
+
+        def see_packet(packet: av.Packet[Any]) -> None:
+            if packet.pts is not None and packet.time_base is not None:
+                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                self.last_packet = max(self.last_packet, end)
+
         step = max(1, round(1 / (self.rate * self.time_base)))
         with self._named_errors():
-            for time, frame in decode_all(self._container, self.stream, step, self._see_packet):
-                self._measure(time, frame)
+            for time, frame in decode_all(self._container, self.stream, step, see_packet):
+                still_alive()
+                if min(frame.width, frame.height) < 1:
+                    raise DecodeError(self.path, f"frames of {frame.width} x {frame.height} pixels")
+                if not self.frames:
+                    self.size = (frame.height, frame.width) if upright_turns(frame) % 2 else (frame.width, frame.height)
+                self.frames += 1
+                self.damaged += frame.is_corrupt
+                self.last_time = max(self.last_time, time)
+                self.keyframes += [float(time * self.time_base)] if frame.key_frame else []
+                length = max(float(1 / self.rate), float((frame.duration or 0) * self.time_base))
+                self.end = max(self.end, float(time * self.time_base) + length)
                 yield time, frame
         if not self.frames:
             raise DecodeError(self.path, "no frame could be decoded")
 
-    def _see_packet(self, packet: av.Packet[Any]) -> None:
-        if packet.pts is not None and packet.time_base is not None:
-            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-            self._last_packet = max(self._last_packet, end)
-
-    def _measure(self, time: int, frame: av.VideoFrame) -> None:
-        still_alive()
-        if min(frame.width, frame.height) < 1:
-            raise DecodeError(self.path, f"frames of {frame.width} x {frame.height} pixels")
-        if not self.frames:
-            self._size = (frame.height, frame.width) if upright_turns(frame) % 2 else (frame.width, frame.height)
-        self.frames += 1
-        self._last_time = max(self._last_time, time)
-        self._damaged += frame.is_corrupt
-        if frame.key_frame:
-            self._keyframes.append(float(time * self.time_base))
-        length = max(float(1 / self.rate), float((frame.duration or 0) * self.time_base))
-        self._end = max(self._end, float(time * self.time_base) + length)
-
     def measurements(self) -> Measurements:
         """The measurements, once all is decoded; DecodeError if the file is truncated, or all timestamps are equal."""
-        if self.frames > 1 and self._last_time <= 0:
+        if self.frames > 1 and self.last_time <= 0:
             raise DecodeError(self.path, f"its {self.frames} frames have one timestamp")
-        stream, declared, end = self.stream, 0.0, self._end
+        stream, declared, end = self.stream, 0.0, self.end
         if stream.duration is not None:
             declared = float(stream.duration * self.time_base)
         elif self._container.duration is not None:  # Matroska's includes its sound, and the time before the first frame
-            declared, end = self._container.duration / av.time_base, max(end, self._last_packet)
+            declared, end = self._container.duration / av.time_base, max(end, self.last_packet)
         if end + EARLY_END_SECONDS < declared:
             raise DecodeError(self.path, f"ends after {end:.2f} s, and its header says {declared:.2f} s")
         notes = [f"its header says {stream.frames} frames"] if stream.frames not in (0, self.frames) else []
-        notes += [f"{self._damaged} frames are damaged"] if self._damaged else []
-        codec, keyframes = stream.codec_context.codec.canonical_name, sorted(self._keyframes)
-        return Measurements(self.frames, float(self.rate), *self._size, codec, self._end, keyframes, "; ".join(notes))
+        notes += [f"{self.damaged} frames are damaged"] if self.damaged else []
+        codec, keyframes = stream.codec_context.codec.canonical_name, sorted(self.keyframes)
+        return Measurements(self.frames, float(self.rate), *self.size, codec, self.end, keyframes, "; ".join(notes))
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:

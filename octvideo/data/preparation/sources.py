@@ -21,24 +21,18 @@ SPLITS = {
 }
 LISTS = ("train.csv", "val.csv", "test.csv")  # a folder that holds one of them is read as these lists
 LABELS = "labels.txt"
-PREFERRED = (".mp4", ".mkv", ".webm", ".avi")  # of files that differ in the extension alone, the first of these
+PREFERRED = {".mp4": 0, ".mkv": 1, ".webm": 2, ".avi": 3}  # of files that differ in their extension, the first counts
 
 
 class Entry(NamedTuple):
-    """A video that a source names.
+    """A video that a source names."""
 
-    Args:
-        path: the file, relative to the folder of videos, or absolute if it lies elsewhere; for a video that is named
-            by annotations and missing, its name without an extension.
-        label: class number, or None where the source has none, as in the official test splits.
-        split: train, val or test.
-        note: what is doubtful about the source's line.
-    """
-
-    path: str
-    label: int | None
-    split: str
-    note: str = ""
+    path: (
+        str  # relative to the folder of videos, or absolute; without extension if annotations name it and it is missing
+    )
+    label: int | None  # class number; None where the source has none, as in the official test splits
+    split: str  # train, val or test
+    note: str = ""  # what is doubtful about the source's line
 
 
 class Catalogue(NamedTuple):
@@ -61,24 +55,23 @@ class _Line(NamedTuple):
 def read_sources(
     sources: Sequence[Path], videos: Path, *, labels: Path | None = None, output: Path | None = None
 ) -> Catalogue:
-    """Reads folders, list files and annotations.
+    """Reads the videos of sources, each of which is one of
 
-    - A folder per class, DIR/<class>/<video>, or DIR/{train,val,test}/<class>/<video>. Videos deeper in a class folder
-      count too; videos beside the class folders have no label. `video_files` says which files count.
-    - A list file with a line `path label` or `path,label` for each video; its split is a word in the file's name
-      (kinetics_val_list.txt), else train. Or a folder with train.csv, val.csv or test.csv.
-    - The CSV files of Kinetics (a header with youtube_id, time_start and time_end) and its JSON files; the video is
-      `<id>_<start, 6 digits>_<end, 6 digits>.*` at any depth in the folder of videos.
-    - The JSON files of ActivityNet; the video is `v_<id>.*` or `<id>.*`.
+    - a folder per class: DIR/<class>/<video>, at any depth, or DIR/{train,val,test}/<class>/<video>; videos beside the
+      class folders have no label;
+    - a list file with lines `path label` or `path,label`, whose split is a word in its name (kinetics_val_list.txt),
+      else train; or a folder with train.csv, val.csv or test.csv;
+    - Kinetics' CSV or JSON; the video is `<id>_<start, 6 digits>_<end, 6 digits>.*` anywhere below `videos`;
+    - ActivityNet's JSON; the video is `v_<id>.*` or `<id>.*` anywhere below `videos`.
 
-    A source's class numbers are kept; their names come from labels.txt beside it. Classes without numbers are numbered
-    in the alphabetical order of their names, as Kinetics' are.
+    Class numbers are kept; their names come from labels.txt beside the list. Otherwise classes are numbered in the
+    alphabetical order of their names, as in Kinetics.
 
     Args:
         sources: folders and files.
         videos: the folder that relative paths start from.
         labels: text file with a class name on each line, class 0 first, that numbers the classes instead. Only labels
-            that it names, or labels.txt beside a list, may contain the separator of the list's lines.
+            in it, or in labels.txt beside a list, may contain the separator of the list's lines.
         output: a folder that is not searched for videos.
 
     Raises:
@@ -103,10 +96,7 @@ def read_sources(
 
 
 class _Reader:
-    """Reads sources whose videos are in one folder.
-
-    `labels` are the class names that the user gives, `names` those beside lists with class numbers.
-    """
+    """Reads sources; `labels` are the class names that the user gives, `names` those beside lists of class numbers."""
 
     def __init__(self, videos: Path, output: Path | None, labels: list[str] | None) -> None:
         self.videos = videos
@@ -118,15 +108,9 @@ class _Reader:
     @cached_property
     def by_stem(self) -> dict[str, str]:
         """The file for every name without extension; the folder is searched once, and only if a source needs it."""
-
-        def preference(file: str) -> tuple[int, str]:
-            suffix = os.path.splitext(file)[1].lower()
-            return PREFERRED.index(suffix) if suffix in PREFERRED else len(PREFERRED), file
-
-        found: dict[str, str] = {}
-        for file in sorted(video_files(self.videos, skip=self.skip), key=preference):
-            found.setdefault(os.path.splitext(os.path.basename(file))[0], file)
-        return found
+        files = [(*os.path.splitext(file), file) for file in video_files(self.videos, skip=self.skip)]
+        files.sort(key=lambda parts: (PREFERRED.get(parts[1].lower(), len(PREFERRED)), parts[2]))
+        return {os.path.basename(stem): file for stem, _, file in reversed(files)}
 
     def relative(self, path: str) -> str:
         """A path relative to the folder of videos, or absolute if it is absolute and lies elsewhere."""
@@ -138,27 +122,22 @@ class _Reader:
         lists = [source / name for name in LISTS if (source / name).is_file()]
         if lists:
             return [line for path in lists for line in self.read(path)]
-        if source.is_dir():
-            lines = self._read_classes(source)
-        elif source.suffix.lower() == ".json":
-            lines = list(self._read_json(source))
-        else:
-            lines = self._read_text(source)
+        is_json = source.suffix.lower() == ".json"
+        read = self._read_classes if source.is_dir() else self._read_json if is_json else self._read_text
+        lines = list(read(source))
         if not lines:
             raise ListError(f"{source}: no video in it")
         return lines
 
-    def _read_classes(self, source: Path) -> list[_Line]:
+    def _read_classes(self, source: Path) -> Iterator[_Line]:
         """A folder per class, inside a folder per split or not."""
         files = [file.split("/") for file in video_files(source, skip=self.skip)]
         folders = {parts[0] for parts in files if len(parts) > 1}
         has_splits = bool(folders) and folders <= set(SPLITS)
-        lines = []
         for *parents, name in files:
             path = self.relative(os.path.abspath(source.joinpath(*parents, name)))
             split = SPLITS[parents.pop(0)] if has_splits and parents else "train"
-            lines.append(_Line(path, parents[0] if parents else None, split, str(source)))
-        return lines
+            yield _Line(path, parents[0] if parents else None, split, str(source))
 
     def _read_text(self, source: Path) -> list[_Line]:
         text = read_lines(source)
