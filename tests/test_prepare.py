@@ -534,7 +534,7 @@ def test_sources_are_never_written_over(videos, tmp_path):
     before = content(tmp_path)
     for folder in (videos, videos / "train"):
         with pytest.raises(
-            PreparationError, match=r"videos is where re-encoded videos go, and .* is there: give another output folder"
+            PreparationError, match=r"videos is for re-encoded videos, but .* is there: give another output folder"
         ):
             run(folder, tmp_path, short_side=32)
     assert content(tmp_path) == before

@@ -61,10 +61,10 @@ def read_list(
     header: bool = False,
     num_classes: int | None = None,
 ) -> VideoList:
-    """Reads a list file: on each line a video's path and its class number. Blank lines are skipped.
+    """Reads a list file in UTF-8: on each line a video's path and its class number. Blank lines are skipped.
 
     Args:
-        path: the list file, in UTF-8.
+        path: the list file.
         root: folder that relative paths start from. Default: the current folder.
         separator: separates path and class number; the last one on a line counts, so paths may contain it.
         header: skip the first line.
@@ -92,11 +92,7 @@ def read_list(
 
 
 def read_class_names(path: str | os.PathLike[str], num_classes: int | None = None) -> list[str]:
-    """Reads class names from a text file in UTF-8: one on each line, class 0 first.
-
-    Raises:
-        ListError: no such file, an empty line between names, or not num_classes names.
-    """
+    """Reads class names from a text file, one on each line, class 0 first; ListError if there are not num_classes."""
     names = [line.strip() for line in "\n".join(read_lines(path)).rstrip().split("\n")]
     if "" in names:
         number = names.index("")
@@ -118,15 +114,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, int]] = ()) -> Iterator[str]:
     """Paths, relative to a folder, of the files at any depth below it that may be videos, sorted by name.
 
-    Hidden files, files without an extension, text files and pictures are left out. A link to a folder that contains the
-    link is not followed.
-
-    Args:
-        folder: where to look.
-        skip: (device, inode) of folders that are not entered.
-
-    Raises:
-        ListError: a folder that cannot be read.
+    Hidden files, files without an extension, text files and pictures are left out. Folders of which `skip` has (device,
+    inode) are not entered, nor is a link to a folder that contains it. ListError if a folder cannot be read.
     """
     try:
         status = os.stat(folder)
@@ -134,9 +123,7 @@ def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, i
     except OSError as error:
         raise ListError(f"{folder}: {error.strerror}") from error
     here = (status.st_dev, status.st_ino)
-    if here in skip:
-        return
-    for child in children:
+    for child in children if here not in skip else ():
         if child.name.startswith("."):
             continue
         if child.is_dir():

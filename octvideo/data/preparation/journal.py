@@ -18,11 +18,8 @@ IDENTITY = {"path": str, "bytes": int, "mtime_ns": int}  # a file with other val
 class Journal:
     """Facts about files, appended as lines of JSON, so a killed run loses at most the last one.
 
-    A later line about a file adds to the earlier ones. The first line holds the options, which all runs must share.
-
-    Raises:
-        PreparationError: the journal was written with other options.
-        OSError: it cannot be read or written.
+    The first line holds the options, which all runs must share (else PreparationError). A later line about a file adds
+    to the earlier ones.
     """
 
     def __init__(self, path: Path, options: Facts) -> None:
@@ -32,8 +29,8 @@ class Journal:
         records = []
         for line in path.read_bytes().split(b"\n") if path.exists() else ():
             with contextlib.suppress(ValueError):  # a torn line, or an empty one
-                records.append(json.loads(line))
-        records = [record for record in records if isinstance(record, dict)]
+                if isinstance(record := json.loads(line), dict):
+                    records.append(record)
         if records and records[0] != options:
             before, now = (", ".join(f"{key} {value}" for key, value in one.items()) for one in (records[0], options))
             raise PreparationError(

@@ -58,12 +58,12 @@ def prepare(
     timeout_seconds: float = 60.0,
     progress: Progress = lambda stage, done, total, status: None,
 ) -> list[Outcome]:
-    """Checks, re-encodes, lists and indexes the videos of a catalogue; continues what an earlier run left.
+    """Checks, re-encodes, lists and indexes the videos of a catalogue; returns what became of each, in its order.
 
-    Writes train.csv, val.csv, test.csv (of splits that have good videos) and labels.txt, which octvideo.data.lists
-    reads; report.csv; index.bin, for VideoIndex; journal.jsonl; and, if re-encoded, videos/. A video is bad if it does
-    not decode to its end, and a duplicate if a good one before it has the same bytes. Videos without a label are
-    checked and indexed, but not listed.
+    Continues where an earlier run was stopped. Writes train.csv, val.csv, test.csv (of splits that have good videos)
+    and labels.txt, which octvideo.data.lists reads; report.csv; index.bin, for VideoIndex; journal.jsonl; and, if
+    re-encoded, videos/. A video is bad if it does not decode to its end, and a duplicate if a good one before it has
+    the same bytes. Videos without a label are checked and indexed, but not listed.
 
     Args:
         catalogue: the videos and classes.
@@ -74,9 +74,6 @@ def prepare(
         workers: number of files processed at once.
         timeout_seconds: how long a decoder may show no sign of life.
         progress: called with the stage (comparing or checking), files done, files in all, and the last one's status.
-
-    Returns:
-        The outcome for each video, in the catalogue's order.
 
     Raises:
         PreparationError: invalid options, or not those of the run that is continued.
@@ -89,20 +86,19 @@ def prepare(
     if not videos.is_dir():
         raise PreparationError(f"{videos}: no folder of videos")
     paths = list(dict.fromkeys(entry.path for entry in catalogue.entries))
-    if short_side is not None:
-        folder, written = videos.resolve(), (output / "videos").resolve()
-        for path in paths:
-            if Path(os.path.normpath(folder / path)).is_relative_to(written):
-                raise PreparationError(
-                    f"{written} is where re-encoded videos go, and {path} is there: give another output folder"
-                )
+    folder, written = videos.resolve(), (output / "videos").resolve()
+    for path in paths if short_side is not None else ():
+        if Path(os.path.normpath(folder / path)).is_relative_to(written):
+            raise PreparationError(
+                f"{written} is for re-encoded videos, but {path} is there: give another output folder"
+            )
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
         _clean(output, short_side is not None)
         _reserve(output, len(paths))
         journal = Journal(output / "journal.jsonl", {"version": VERSION, "reencode": short_side})
         with contextlib.closing(journal):
-            root = videos if short_side is None else output / "videos"
+            root = videos if short_side is None else written
             run = _Run(videos, root, short_side, workers, timeout_seconds, progress, journal)
             outcomes = run.outcomes(catalogue.entries)
         _clean(output, short_side is not None)  # what killed decoders left, and the reserve
@@ -149,15 +145,14 @@ class _Run:
     progress: Progress
     journal: Journal
     files: dict[str, Facts] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)  # of re-encoded files
+    names: dict[str, str] = field(default_factory=dict)  # from `root` on
 
     def outcomes(self, entries: Sequence[Entry]) -> list[Outcome]:
         """Does all that is left to do."""
         self.files = {path: self._look(path) for path in dict.fromkeys(entry.path for entry in entries)}
         first = self._find_copies()
         originals = [path for path, facts in self.files.items() if "bytes" in facts and path not in first]
-        if self.short_side is not None:
-            self.names = _output_names(originals)
+        self.names = {path: path for path in originals} if self.short_side is None else _output_names(originals)
         left = [path for path in originals if not self._is_done(path)]
         self._work("checking", self._check, left, len(originals))
         listed: dict[str, Entry] = {}
@@ -188,7 +183,7 @@ class _Run:
         return {path: first[sha256] for path, sha256 in hashes.items() if first.setdefault(sha256, path) != path}
 
     def _is_done(self, path: str) -> bool:
-        facts, name = self.files[path], self.names.get(path, path)
+        facts, name = self.files[path], self.names[path]
         if facts.get("status") == "bad":
             return facts.get("timeout", self.timeout_seconds) >= self.timeout_seconds
         if facts.get("status") != "ok" or facts["listed"]["path"] != name or not os.path.exists(self.root / name):
@@ -234,8 +229,7 @@ class _Run:
         return {"sha256": digest.hexdigest()}
 
     def _check(self, path: str) -> Facts:
-        source, name = os.path.join(self.videos, path), self.names.get(path, path)
-        file = self.root / name  # the source itself, unless re-encoded
+        source, file = os.path.join(self.videos, path), self.root / self.names[path]  # the same, unless re-encoded
         try:
             if self.short_side is None:
                 measured = written = measure(source)
@@ -244,7 +238,7 @@ class _Run:
                 measured, written = reencode(source, file, self.short_side)
         except DecodeError as error:
             return {"status": "bad", "reason": error.reason}
-        listed = {"path": name, "bytes": file.stat().st_size, "keyframes": written.keyframe_seconds}
+        listed = {"path": self.names[path], "bytes": file.stat().st_size, "keyframes": written.keyframe_seconds}
         listed |= {"frames": written.frames, "fps": written.fps, "seconds": written.seconds}
         numbers = {column: getattr(measured, column) for column in MEASURED}
         return {"status": "ok", "reason": measured.note, "measured": numbers, "listed": listed}
@@ -267,10 +261,7 @@ class _Run:
 
 
 def _output_names(paths: Iterable[str]) -> dict[str, str]:
-    """For each file a path for its re-encoded one, different from all others and from their folders.
-
-    An mp4 file keeps its path.
-    """
+    """Paths of re-encoded files, different from each other and from their folders; an mp4 file keeps its path."""
     safe = {path: "/".join(part for part in path.split("/") if part not in ("", ".", "..")) for path in paths}
     names: dict[str, str] = {}
     taken = {str(folder) for path in safe.values() for folder in PurePosixPath(path).parents}
@@ -285,33 +276,29 @@ def _output_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _write_results(output: Path, catalogue: Catalogue, outcomes: Sequence[Outcome], reencoded: bool) -> None:
-    good = [(outcome.entry, outcome.facts) for outcome in outcomes if outcome.status == "ok"]
-    for split in SPLITS:
-        chosen = [(facts["listed"]["path"], entry.label) for entry, facts in good if entry.split == split]
-        lines = [f"{path} {label}\n" for path, label in chosen if label is not None]
-        if lines:
-            _write(output / f"{split}.csv", "".join(lines))
-        else:
-            (output / f"{split}.csv").unlink(missing_ok=True)
-    _write(output / "labels.txt", "".join(f"{name}\n" for name in catalogue.class_names))
-    indexed = {}
-    for _, facts in good:
-        listed = facts["listed"]
-        keyframes, mtime_ns = np.array(listed["keyframes"], np.float64), 0 if reencoded else facts["mtime_ns"]
-        indexed[listed["path"]] = IndexedVideo(
-            listed["frames"], listed["fps"], listed["seconds"], keyframes, listed["bytes"], mtime_ns
-        )
-    write_index(output, indexed)
-    rows = io.StringIO()
-    table = csv.writer(rows, lineterminator="\n")
+    lists: dict[str, list[str]] = {f"{split}.csv": [] for split in SPLITS}
+    indexed, report = {}, io.StringIO()
+    table = csv.writer(report, lineterminator="\n")
     table.writerow(["path", "status", "reason", *MEASURED])
     for entry, status, reason, facts, _ in outcomes:
         values = [facts["measured"][name] if facts else "" for name in MEASURED]
         values = [round(value, 3) if isinstance(value, float) else value for value in values]
         table.writerow([entry.path, status, " ".join(reason.split()), *values])
-    _write(output / "report.csv", rows.getvalue())
-
-
-def _write(path: Path, text: str) -> None:
-    with appearing(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+        if status != "ok":
+            continue
+        listed = facts["listed"]
+        if entry.label is not None:
+            lists[f"{entry.split}.csv"].append(f"{listed['path']} {entry.label}\n")
+        keyframes, mtime_ns = np.array(listed["keyframes"], np.float64), 0 if reencoded else facts["mtime_ns"]
+        indexed[listed["path"]] = IndexedVideo(
+            listed["frames"], listed["fps"], listed["seconds"], keyframes, listed["bytes"], mtime_ns
+        )
+    write_index(output, indexed)
+    texts = {name: "".join(lines) for name, lines in lists.items()}
+    texts |= {"labels.txt": "".join(f"{name}\n" for name in catalogue.class_names), "report.csv": report.getvalue()}
+    for name, text in texts.items():
+        if lists.get(name) == []:
+            (output / name).unlink(missing_ok=True)
+            continue
+        with appearing(output / name) as partial:
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
