@@ -345,7 +345,7 @@ def kill(process, journal, least_lines, delay_seconds):
 
 
 def kill_three_times_and_finish(videos, output, sources, num_files, **options):
-    """Kills runs at three random moments, each after it has finished some files, and lets a fourth one end."""
+    """Kills runs at three random times, each after it has finished some files, and lets a fourth one end."""
     rng, journal = random.Random(num_files), output / "journal.jsonl"
     for _ in range(3):
         least_lines = max(num_lines(journal), 1) + 1 + rng.randrange(num_files // 8 + 1)

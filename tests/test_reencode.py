@@ -18,16 +18,16 @@ from octvideo.data.pyav_reader import decode_all, frame_rate, open_stream
 from octvideo.errors import DecodeError
 
 
-def write_frames(path, images, moments_ms, codec="libx264", format="rgb24", **options):
-    """A video of the images (H, W, ...), each shown from its moment on."""
+def write_frames(path, images, times_ms, codec="libx264", format="rgb24", **options):
+    """A video of the images (H, W, ...), each shown from its time on."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30, options={"g": "250", **options})
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuv444p" if images[0].shape[0] % 2 else "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
-        for image, moment in zip(images, moments_ms, strict=True):
+        for image, time_ms in zip(images, times_ms, strict=True):
             frame = av.VideoFrame.from_ndarray(image, format=format)
-            frame.pts, frame.time_base = moment, Fraction(1, 1000)
+            frame.pts, frame.time_base = time_ms, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -37,7 +37,7 @@ def grey(count, height=48, width=64):
 
 
 def read(path):
-    """Moments in seconds and images (T, H, W, 3) of a file without rotation."""
+    """Timestamps in seconds and images (T, H, W, 3) of a file without rotation."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
         assert {frame.rotation for frame in frames} == {0}
@@ -101,12 +101,12 @@ def test_a_file_without_frame_rate_or_size_is_bad(numbered_video, monkeypatch):
         measure(numbered_video)
 
 
-def test_reencoded_frames_are_the_same_at_the_same_moments(tmp_path):
-    moments = [5000 + round(n * 1000 / 30) for n in range(70)] + [8000, 8500, 8517]
-    write_frames(tmp_path / "variable.mkv", grey(73), moments, bf="2")
+def test_reencoded_frames_are_the_same_at_the_same_timestamps(tmp_path):
+    times_ms = [5000 + round(n * 1000 / 30) for n in range(70)] + [8000, 8500, 8517]
+    write_frames(tmp_path / "variable.mkv", grey(73), times_ms, bf="2")
     source, output = reencode(tmp_path / "variable.mkv", tmp_path / "out" / "o.mp4", 256)
     seconds, images = read(tmp_path / "out" / "o.mp4")
-    assert seconds * 1000 == pytest.approx(np.array(moments) - 5000)
+    assert seconds * 1000 == pytest.approx(np.array(times_ms) - 5000)
     assert frame_numbers(images) == [number % 64 for number in range(73)]
     assert source.frames == output.frames == 73
     assert output.keyframe_seconds[0] == 0

@@ -85,7 +85,8 @@ class _Reader:
                 self.frames += 1
                 self.damaged += frame.is_corrupt
                 self.last_time = max(self.last_time, time)
-                self.keyframes += [float(time * self.time_base)] if frame.key_frame else []
+                if frame.key_frame:
+                    self.keyframes.append(float(time * self.time_base))
                 length = max(float(1 / self.rate), float((frame.duration or 0) * self.time_base))
                 self.end = max(self.end, float(time * self.time_base) + length)
                 yield time, frame

@@ -43,12 +43,12 @@ class Catalogue(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A source's line: its label is a class number or a name; `place` says where it stands, for errors."""
+    """A source's line: its label is a class number or a name; `where` it stands is for errors."""
 
     path: str
     label: int | str | None
     split: str
-    place: str
+    where: str
     note: str = ""
 
 
@@ -86,11 +86,11 @@ def read_sources(
         names = list(map(str, range(max(numbers) + 1))) if numbers else sorted(named)
     number_of = {name: number for number, name in enumerate(names)}
     entries = []
-    for path, label, split, place, note in lines:
+    for path, label, split, where, note in lines:
         number = number_of.get(label, -1) if isinstance(label, str) else label
         if number is not None and not 0 <= number < len(names):
             classes = f"the {len(names)} classes of {labels or LABELS}"
-            raise ListError(f"{place}: label {str(label)!r} is not one of {classes}")
+            raise ListError(f"{where}: label {str(label)!r} is not one of {classes}")
         entries.append(Entry(path, number, split, note))
     return Catalogue(entries, names)
 
@@ -152,10 +152,10 @@ class _Reader:
         """The official CSV files of Kinetics-400, -600 and -700."""
         rows = csv.DictReader(text, skipinitialspace=True)
         for row in rows:
-            place = f"{source}:{rows.line_num}"
-            stem = _clip_name(row["youtube_id"], row.get("time_start"), row.get("time_end"), place)
-            split = _split(row["split"], place) if row.get("split") else _split_of(source)
-            yield _Line(self.by_stem.get(stem, stem), row.get("label") or None, split, place)
+            where = f"{source}:{rows.line_num}"
+            stem = _clip_name(row["youtube_id"], row.get("time_start"), row.get("time_end"), where)
+            split = _split(row["split"], where) if row.get("split") else _split_of(source)
+            yield _Line(self.by_stem.get(stem, stem), row.get("label") or None, split, where)
 
     def _read_list(self, source: Path, text: list[str]) -> list[_Line]:
         """Lines of `path label` or `path,label`; the first label says whether all are numbers."""
@@ -172,12 +172,12 @@ class _Reader:
                 separator = "," if "," in line and not re.search(r"[./]", line.rpartition(",")[2]) else " "
                 if re.split(r"[, ]", line.lower())[0] in HEADERS:
                     continue
-            place = f"{source}:{number}"
-            path, label = _path_and_label(line, separator, known, place)
+            where = f"{source}:{number}"
+            path, label = _path_and_label(line, separator, known, where)
             numbered = label.isdecimal() if numbered is None else numbered
             if numbered and not (label.isdecimal() and int(label) < MOST_CLASSES):
-                raise ListError(f"{place}: expected a class number, as on the lines before, got {label!r}")
-            lines.append(_Line(self.relative(path), int(label) if numbered else label, split, place))
+                raise ListError(f"{where}: expected a class number, as on the lines before, got {label!r}")
+            lines.append(_Line(self.relative(path), int(label) if numbered else label, split, where))
         if numbered and names is not None and self.labels is None:
             if self.names not in (None, names):
                 raise ListError(f"{source}: the sources number their classes differently ({beside})")
@@ -194,27 +194,27 @@ class _Reader:
         if not isinstance(videos, dict):
             raise ListError(f"{source}: expected an object of videos, by their ids")
         for name, video in videos.items():
-            place = f"{source}: video {name!r}"
             try:
-                yield self._json_line(name, video, place)
+                yield self._json_line(name, video, f"{source}: video {name!r}")
             except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise ListError(f"{place}: expected 'subset', and 'annotations' with 'label' and 'segment'") from error
+                wanted = "'subset', and 'annotations' with 'label' and 'segment'"
+                raise ListError(f"{source}: video {name!r}: expected {wanted}") from error
 
-    def _json_line(self, name: str, video: Any, place: str) -> _Line:
-        split, annotations = _split(video["subset"], place), video.get("annotations") or []
+    def _json_line(self, name: str, video: Any, where: str) -> _Line:
+        split, annotations = _split(video["subset"], where), video.get("annotations") or []
         stems = [f"v_{name}", name]
         if isinstance(annotations, dict):  # a clip
-            stems = [_clip_name(name, annotations["segment"][0], annotations["segment"][1], place)]
+            stems = [_clip_name(name, annotations["segment"][0], annotations["segment"][1], where)]
             annotations = [annotations] if annotations.get("label") is not None else []
         labels = list(dict.fromkeys(annotation["label"] for annotation in annotations))
         if not all(isinstance(label, str) for label in labels):
             raise TypeError(f"a label that is not text: {labels}")
         path = next((self.by_stem[stem] for stem in stems if stem in self.by_stem), stems[0])
         note = f"its labels are {', '.join(map(repr, labels))}: listed with the first" if len(labels) > 1 else ""
-        return _Line(path, labels[0] if labels else None, split, place, note)
+        return _Line(path, labels[0] if labels else None, split, where, note)
 
 
-def _path_and_label(line: str, separator: str, known: Collection[str], place: str) -> tuple[str, str]:
+def _path_and_label(line: str, separator: str, known: Collection[str], where: str) -> tuple[str, str]:
     """A line's parts: its label is the longest known one, else what follows the last separator."""
     end = -1
     while (end := line.find(separator, end + 1)) >= 0:
@@ -222,28 +222,28 @@ def _path_and_label(line: str, separator: str, known: Collection[str], place: st
             return line[:end].strip(), label
     path, _, label = (part.strip() for part in line.rpartition(separator))
     if not path or not label:
-        raise ListError(f"{place}: expected 'path{separator}label', got {line!r}")
+        raise ListError(f"{where}: expected 'path{separator}label', got {line!r}")
     # a.mp4 arm wrestling: the text before the last separator does not end like a file name, but contains one.
     if not re.search(r"\.\w{2,4}$", path) and re.search(rf"\.\w{{2,4}}\s*{separator}[^/]*$", path):
         comma = "" if separator == "," else "separate them by a comma, or "
         raise ListError(
-            f"{place}: cannot tell where the path ends and the label starts in {line!r}: {comma}"
+            f"{where}: cannot tell where the path ends and the label starts in {line!r}: {comma}"
             "give class numbers, or a file of all labels"
         )
     return path, label
 
 
-def _clip_name(name: str, start: object, end: object, place: str) -> str:
+def _clip_name(name: str, start: object, end: object, where: str) -> str:
     """The official name of a Kinetics clip."""
     try:
         return f"{name}_{int(float(str(start))):06d}_{int(float(str(end))):06d}"
     except (ValueError, OverflowError) as error:
-        raise ListError(f"{place}: expected seconds where the clip starts and ends, got {start!r}, {end!r}") from error
+        raise ListError(f"{where}: expected seconds where the clip starts and ends, got {start!r}, {end!r}") from error
 
 
-def _split(name: str, place: str) -> str:
+def _split(name: str, where: str) -> str:
     if name not in SPLITS:
-        raise ListError(f"{place}: expected a split of {', '.join(SPLITS)}, got {name!r}")
+        raise ListError(f"{where}: expected a split of {', '.join(SPLITS)}, got {name!r}")
     return SPLITS[name]
 
 
