@@ -1,7 +1,6 @@
-"""tools/prepare_data.py as a user runs it."""
+"""octvideo prepare as a user runs it."""
 
 import csv
-import importlib
 import os
 import shutil
 import signal
@@ -13,6 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_tool
 
+from octvideo.commands import options
+from octvideo.commands import prepare as command
 from octvideo.data.lists import read_class_names, read_list
 from octvideo.data.motions import write_video
 
@@ -20,20 +21,14 @@ CLIPS = {"using segway": ("R6llTwEh07w", "SOX5yA1l24A", "WUzgd7C1pWA")}
 STAND_INS = {"arm wrestling": "arm_wrestling.mp4", "flipping pancake": "flipping_a_pancake.mkv"}
 
 
-@pytest.fixture(scope="module")
-def tool():
-    """The script as a module."""
-    return importlib.import_module("prepare_data")
-
-
 @pytest.fixture
-def run_here(tool, monkeypatch, capsys):
-    """Runs the tool in this process; gives its exit status and what it printed."""
+def run_here(monkeypatch, capsys):
+    """Runs the command in this process; gives its exit status and what it printed."""
 
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, options)])
+    def run(*words):
+        monkeypatch.setattr(options, "program", "prepare_data.py")
         try:
-            status = tool.main()
+            status = command.main([str(word) for word in words])
         except SystemExit as error:
             status = error.code
         return status, *capsys.readouterr()
@@ -62,15 +57,15 @@ def test_a_run_says_what_it_found_and_how_to_train(videos, tmp_path):
     assert ["split", "ok", "bad", "missing", "duplicate", "all"] in rows
     assert ["train", "2", "1", "0", "1", "4"] in rows
     out = tmp_path / "out"
-    options = f"--data.train_list={out}/train.csv --data.root={out}/videos --data.labels={out}/labels.txt"
-    assert f"train with  {options} --model.num_classes=2" in finished.stdout
+    lists = f"--data.train_list={out}/train.csv --data.root={out}/videos --data.labels={out}/labels.txt"
+    assert f"train with  {lists} --model.num_classes=2" in finished.stdout
     listed = read_list(out / "train.csv", root=out / "videos")
     assert [os.path.relpath(path, out / "videos") for path in listed.paths] == ["archery/b c.mp4", "yoga/a.mp4"]
     assert read_class_names(out / "labels.txt") == ["archery", "yoga"]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("words", "message"),
     [
         ([], "the following arguments are required: SOURCE, --output"),
         (["l.csv", "--output=out"], "--videos DIR is needed, the folder of the videos, unless SOURCE is one folder"),
@@ -84,28 +79,28 @@ def test_a_run_says_what_it_found_and_how_to_train(videos, tmp_path):
     ],
     ids=str,
 )
-def test_a_mistake_ends_the_run_with_one_clear_line(run_here, videos, monkeypatch, options, message):
+def test_a_mistake_ends_the_run_with_one_clear_line(run_here, videos, monkeypatch, words, message):
     monkeypatch.chdir(videos.parent)
     (videos.parent / "l.csv").write_text("yoga/a.mp4 0\n")
-    status, _, errors = run_here(*options)
+    status, _, errors = run_here(*words)
     assert status == 2
     assert errors.startswith(f"prepare_data.py: error: {message}")
     assert errors.count("\n") == 1
 
 
-def test_trouble_of_the_machine_is_in_the_exit_status(run_here, tool, videos, tmp_path, monkeypatch):
-    original = tool.prepare
+def test_trouble_of_the_machine_is_in_the_exit_status(run_here, videos, tmp_path, monkeypatch):
+    original = command.prepare
 
-    def troubled(*arguments, **options):
-        outcomes = original(*arguments, **options)
+    def troubled(*arguments, **named):
+        outcomes = original(*arguments, **named)
         return [outcomes[0]._replace(status="bad", reason="No space left on device", failed=True), *outcomes[1:]]
 
     with monkeypatch.context() as patch:
-        patch.setattr(tool, "prepare", troubled)
+        patch.setattr(command, "prepare", troubled)
         status, printed, errors = run_here(videos, "--output", tmp_path / "out")
     assert status == 1
     assert "report in" in printed
-    assert "1 files failed for reasons that are not theirs (1 x No space left on device)" in errors
+    assert "1 files failed through no fault of theirs (1 x No space left on device)" in errors
     (tmp_path / "file").touch()
     status, _, errors = run_here(videos, "--output", tmp_path / "file" / "out")
     assert status == 1
@@ -118,8 +113,8 @@ def test_a_second_run_says_that_all_is_known(run_here, videos, tmp_path):
     assert "3 of 3 files are known from an earlier run" in run_here(videos, "--output", tmp_path / "out")[1]
 
 
-def test_without_a_terminal_a_line_now_and_then_tells_how_far_it_is(run_here, tool, videos, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "SECONDS_A_LINE", 0.0)
+def test_without_a_terminal_a_line_now_and_then_tells_how_far_it_is(run_here, videos, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "SECONDS_A_LINE", 0.0)
     _, printed, _ = run_here(videos, "--output", tmp_path / "out")
     assert "comparing 2/2 files" in printed
     assert "checking 3/3 files, 2 ok, 1 bad, 0 min left" in printed
@@ -133,9 +128,9 @@ def test_unlabelled_videos_give_no_options_to_train_with(run_here, videos, tmp_p
 
 def test_ctrl_c_stops_a_run_that_the_same_command_continues(videos, tmp_path):
     os.mkfifo(videos / "yoga" / "pipe.mp4")
-    command = [sys.executable, ROOT / "tools" / "prepare_data.py", videos, "--output", tmp_path / "out"]
+    line = [sys.executable, ROOT / "tools" / "prepare_data.py", videos, "--output", tmp_path / "out"]
     process = subprocess.Popen(
-        command,
+        line,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

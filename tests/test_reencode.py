@@ -14,20 +14,20 @@ from test_video import BAD, GOOD
 
 from octvideo.data.preparation import reencode as reencoding
 from octvideo.data.preparation.reencode import measure, reencode
-from octvideo.data.pyav_reader import frame_rate, open_stream
+from octvideo.data.pyav_reader import decode_all, frame_rate, open_stream
 from octvideo.errors import DecodeError
 
 
-def write_frames(path, images, moments_ms, codec="libx264", format="rgb24", **options):
-    """A video of the images (H, W, ...), each shown from its moment on."""
+def write_frames(path, images, times_ms, codec="libx264", format="rgb24", **options):
+    """A video of the images (H, W, ...), each shown from its time on."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30, options={"g": "250", **options})
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuv444p" if images[0].shape[0] % 2 else "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
-        for image, moment in zip(images, moments_ms, strict=True):
+        for image, time_ms in zip(images, times_ms, strict=True):
             frame = av.VideoFrame.from_ndarray(image, format=format)
-            frame.pts, frame.time_base = moment, Fraction(1, 1000)
+            frame.pts, frame.time_base = time_ms, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -37,7 +37,7 @@ def grey(count, height=48, width=64):
 
 
 def read(path):
-    """Moments in seconds and images (T, H, W, 3) of a file without rotation."""
+    """Timestamps in seconds and images (T, H, W, 3) of a file without rotation."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
         assert {frame.rotation for frame in frames} == {0}
@@ -92,20 +92,21 @@ def test_a_file_without_frame_rate_or_size_is_bad(numbered_video, monkeypatch):
         width = height = 0
         average_rate = guessed_rate = None
 
-    reader = reencoding._Reader(str(numbered_video))
-    with pytest.raises(DecodeError, match="frames of 0 x 0 pixels"), reader:
-        reader._measure(0, Stopped())
+    with monkeypatch.context() as patch:
+        patch.setattr(reencoding, "decode_all", lambda *_: iter([(0, Stopped())]))
+        with pytest.raises(DecodeError, match="frames of 0 x 0 pixels"):
+            measure(numbered_video)
     monkeypatch.setattr(reencoding, "frame_rate", lambda stream, path: frame_rate(Stopped(), path))
     with pytest.raises(DecodeError, match="the video stream has no frame rate"):
         measure(numbered_video)
 
 
-def test_reencoded_frames_are_the_same_at_the_same_moments(tmp_path):
-    moments = [5000 + round(n * 1000 / 30) for n in range(70)] + [8000, 8500, 8517]
-    write_frames(tmp_path / "variable.mkv", grey(73), moments, bf="2")
+def test_reencoded_frames_are_the_same_at_the_same_timestamps(tmp_path):
+    times_ms = [5000 + round(n * 1000 / 30) for n in range(70)] + [8000, 8500, 8517]
+    write_frames(tmp_path / "variable.mkv", grey(73), times_ms, bf="2")
     source, output = reencode(tmp_path / "variable.mkv", tmp_path / "out" / "o.mp4", 256)
     seconds, images = read(tmp_path / "out" / "o.mp4")
-    assert seconds * 1000 == pytest.approx(np.array(moments) - 5000)
+    assert seconds * 1000 == pytest.approx(np.array(times_ms) - 5000)
     assert frame_numbers(images) == [number % 64 for number in range(73)]
     assert source.frames == output.frames == 73
     assert output.keyframe_seconds[0] == 0
@@ -260,7 +261,7 @@ def test_an_index_error_of_a_decoder_is_not_taken_for_the_end(numbered_video, mo
     def fail(*_):
         raise IndexError("ours")
 
-    monkeypatch.setattr(reencoding._Reader, "_measure", fail)
+    monkeypatch.setattr(reencoding, "still_alive", fail)
     with pytest.raises(IndexError, match="ours"):
         measure(numbered_video)
 
@@ -275,7 +276,7 @@ def test_an_output_that_does_not_hold_all_frames_does_not_appear(tmp_path, numbe
         raise DecodeError(str(path), "broken")
 
     monkeypatch.setattr(reencoding, "measure", refuse)
-    with pytest.raises(OSError, match="what was written cannot be read: broken"):
+    with pytest.raises(OSError, match="the output cannot be read: broken"):
         reencode(numbered_video, tmp_path / "o.mp4", 256)
     assert list(tmp_path.iterdir()) == []
 
@@ -287,10 +288,7 @@ def test_an_encoder_that_refuses_makes_the_video_bad(tmp_path, numbered_video, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_whose_frames_have_one_timestamp_is_bad(numbered_video):
-    with reencoding._Reader(str(numbered_video)) as reader:
-        for _ in reader.decode():
-            pass
-        reader._last_moment = 0
-        with pytest.raises(DecodeError, match="its 60 frames have one timestamp"):
-            reader.measurements()
+def test_a_file_whose_frames_have_one_timestamp_is_bad(numbered_video, monkeypatch):
+    monkeypatch.setattr(reencoding, "decode_all", lambda *of: ((0, frame) for _, frame in decode_all(*of)))
+    with pytest.raises(DecodeError, match="its 60 frames have one timestamp"):
+        measure(numbered_video)

@@ -128,7 +128,7 @@ def test_the_split_is_a_word_in_the_name_of_a_list(tmp_path, write, name, split)
 
 
 def test_a_list_with_two_splits_in_its_name_is_refused_unless_its_lines_have_splits(tmp_path, write):
-    with pytest.raises(ListError, match=r"train_val.csv: which split is it of, train or val"):
+    with pytest.raises(ListError, match=r"train_val.csv: is its split train or val"):
         read_sources([write("train_val.csv", "a.mp4 0\n")], tmp_path)
     lines = "youtube_id,time_start,time_end,split\na,4,14,test\n"
     assert read(write("train_val.csv", lines), videos=tmp_path)[0] == [("a_000004_000014", None, "test")]
@@ -247,9 +247,9 @@ def test_kinetics_json_names_clips(tmp_path, write):
         ("k.csv", "youtube_id,time_start,time_end\na,4,soon\n", r"k.csv:2: expected seconds .* got '4', 'soon'"),
         ("k.csv", "youtube_id,time_start,time_end\na,inf,5\n", r"k.csv:2: expected seconds .* got 'inf', '5'"),
         ("k.csv", "youtube_id,time_start,time_end\na,4,nan\n", r"k.csv:2: expected seconds .* got '4', 'nan'"),
-        ("k.csv", 'youtube_id,time_start,time_end\n"' + 200_000 * "a", r"k.csv: no CSV: field larger than"),
+        ("k.csv", 'youtube_id,time_start,time_end\n"' + 200_000 * "a", r"k.csv: invalid CSV: field larger than"),
         ("k.csv", "youtube_id,time_start,time_end,split\na,4,5,dev\n", r"k.csv:2: expected a split of .* got 'dev'"),
-        ("a.json", '{"database": {\n', r"a.json:2: no JSON"),
+        ("a.json", '{"database": {\n', r"a.json:2: invalid JSON"),
         ("b.json", None, r"b.json: No such file"),
         ("a.json", "[]", r"a.json: expected an object of videos"),
         ("a.json", '{"x": {"annotations": []}}', r"a.json: video 'x': expected 'subset'"),
@@ -287,10 +287,10 @@ def test_binary_files_and_missing_folders_are_errors(tmp_path, write):
 
 
 def test_labels_without_a_number_are_errors(tmp_path, write):
-    with pytest.raises(ListError, match=r"l.csv:2: label 'yoga' is none of the 1 classes of .*order.txt"):
+    with pytest.raises(ListError, match=r"l.csv:2: label 'yoga' is not one of the 1 classes of .*order.txt"):
         read_sources([write("l.csv", "a 0.mp4 dance\nb.mp4 yoga\n")], tmp_path, labels=write("order.txt", "dance\n"))
     write("one/labels.txt", "dance\n")
-    with pytest.raises(ListError, match=r"train.csv:1: label '3' is none of the 1 classes of labels.txt"):
+    with pytest.raises(ListError, match=r"train.csv:1: label '3' is not one of the 1 classes of labels.txt"):
         read_sources([write("one/train.csv", "a.mp4 3\n")], tmp_path)
     write("one/train.csv", "a.mp4 0\n")
     write("two/labels.txt", "yoga\n")

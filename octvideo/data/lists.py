@@ -1,4 +1,4 @@
-"""List files: which videos there are, and their classes."""
+"""List files and folders: which videos there are, and their classes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,16 @@ from numpy.typing import NDArray
 
 from octvideo.errors import ListError
 
-# FFmpeg would read texts and pictures as videos.
+# FFmpeg would open text files and pictures as videos.
 NOT_VIDEOS = {".txt", ".csv", ".json", ".md", ".xml", ".srt", ".vtt", ".jpg", ".jpeg", ".png"}
-HEADERS = {"path", "file", "filename", "video"}  # a list's first line, if it starts so
-MOST_CLASSES = 2**31  # more is no class number
+HEADERS = {"path", "file", "filename", "video"}  # how the first line of a list starts if it is a header
+MOST_CLASSES = 2**31
 
 
 class Paths(Sequence[str]):
     """File paths, kept as bytes in shared memory.
 
-    Worker processes copy a list of strings one by one as they count references to them, until each holds all of it.
-
-    Args:
-        paths: the file paths.
+    Every worker process would end up with its own copy of a list of strings, because counting references writes to it.
     """
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
@@ -43,19 +40,14 @@ class Paths(Sequence[str]):
     def __getitem__(self, index: slice) -> Sequence[str]: ...
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        start = int(self._ends[place - 1]) if place > 0 else 0
-        return os.fsdecode(self._bytes[start : int(self._ends[place])].numpy().tobytes())
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]
+        start = int(self._ends[i - 1]) if i > 0 else 0
+        return os.fsdecode(self._bytes[start : int(self._ends[i])].numpy().tobytes())
 
 
 class VideoList(NamedTuple):
-    """Videos and their classes.
-
-    Args:
-        paths: N file paths.
-        labels: N class numbers from 0.
-    """
+    """The paths of N videos and their N class numbers, from 0."""
 
     paths: Sequence[str]
     labels: NDArray[np.int64]
@@ -69,27 +61,26 @@ def read_list(
     header: bool = False,
     num_classes: int | None = None,
 ) -> VideoList:
-    """Reads a list file: on each line a video's path and its class number.
+    """Reads a list file in UTF-8: on each line a video's path and its class number. Blank lines are skipped.
 
     Args:
-        path: the list file, in UTF-8. Blank lines are skipped.
-        root: folder that the paths start from; absolute paths stay as they are. Default: the present folder.
-        separator: what stands between path and class number; the last one on a line counts, so paths may hold it too.
+        path: the list file.
+        root: folder that relative paths start from. Default: the current folder.
+        separator: separates path and class number; the last one on a line counts, so paths may contain it.
         header: skip the first line.
         num_classes: if given, class numbers must be below it.
 
     Raises:
-        ListError: no such file, no line in it, or a line that is not a path and a class number.
+        ListError: no such file, an empty one, or a line that is not a path and a class number.
     """
-    lines = read_lines(path)
+    most = MOST_CLASSES if num_classes is None else num_classes
     paths, labels = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip() or (header and number == 1):
             continue
         video, _, label = (entry.strip() for entry in line.strip().rpartition(separator))
         if not video or not label.removeprefix("-").isdecimal():
             raise ListError(f"{path}:{number}: expected 'path{separator}class number', got {line!r}")
-        most = MOST_CLASSES if num_classes is None else num_classes
         if not 0 <= int(label) < most:
             allowed = f"0 to {most - 1}" + ("" if num_classes is None else f" (num_classes is {num_classes})")
             raise ListError(f"{path}:{number}: class number must be {allowed}, got {label}")
@@ -101,31 +92,18 @@ def read_list(
 
 
 def read_class_names(path: str | os.PathLike[str], num_classes: int | None = None) -> list[str]:
-    """Reads the names of classes: one on each line, class 0 first.
-
-    Args:
-        path: a text file in UTF-8.
-        num_classes: if given, how many names there have to be.
-
-    Raises:
-        ListError: no such file, an empty line between names, or another number of names.
-    """
+    """Reads class names from a text file, one on each line, class 0 first; ListError if there are not num_classes."""
     names = [line.strip() for line in "\n".join(read_lines(path)).rstrip().split("\n")]
     if "" in names:
-        raise ListError(
-            f"{path}:{names.index('') + 1}: expected the name of class {names.index('')}, got an empty line"
-        )
+        number = names.index("")
+        raise ListError(f"{path}:{number + 1}: expected the name of class {number}, got an empty line")
     if num_classes is not None and len(names) != num_classes:
         raise ListError(f"{path}: expected a line for each of {num_classes} classes (num_classes), got {len(names)}")
     return names
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a text file in UTF-8, with or without a byte-order mark.
-
-    Raises:
-        ListError: no such file, or not text.
-    """
+    """The lines of a text file in UTF-8, with or without a byte-order mark; ListError if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -134,17 +112,10 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 
 
 def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, int]] = ()) -> Iterator[str]:
-    """Files at any depth below a folder that may be videos, as paths from it, in the order of their names.
+    """Paths, relative to a folder, of the files at any depth below it that may be videos, sorted by name.
 
-    Hidden files, files without an extension, texts and pictures are left out. A link to a folder that contains it is
-    not followed.
-
-    Args:
-        folder: where to look.
-        skip: (device, inode) of folders that are not entered.
-
-    Raises:
-        ListError: a folder that cannot be read.
+    Hidden files, files without an extension, text files and pictures are left out. Folders of which `skip` has (device,
+    inode) are not entered, nor is a link to a folder that contains it. ListError if a folder cannot be read.
     """
     try:
         status = os.stat(folder)
@@ -152,9 +123,7 @@ def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, i
     except OSError as error:
         raise ListError(f"{folder}: {error.strerror}") from error
     here = (status.st_dev, status.st_ino)
-    if here in skip:
-        return
-    for child in children:
+    for child in children if here not in skip else ():
         if child.name.startswith("."):
             continue
         if child.is_dir():

@@ -1,10 +1,9 @@
-"""What is known of files, written down as soon as it is known."""
+"""The journal of a preparation: what is known of each file, written as soon as it is known."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,88 +11,60 @@ from typing import Any
 from octvideo.errors import PreparationError
 from octvideo.files import appearing
 
+Facts = dict[str, Any]  # what is known of a file, as JSON has it
+IDENTITY = {"path": str, "bytes": int, "mtime_ns": int}  # a file with other values is another file
+
 
 class Journal:
-    """What is known of files: lines of JSON that are added one by one, so a killed run loses at most the last.
+    """Facts about files, appended as lines of JSON, so a killed run loses at most the last one.
 
-    A file is known by its path, size and time of change; a later line about a file adds to what earlier ones say.
-
-    Args:
-        path: the file; it is made if it is not there.
-        options: its first line, which all runs must share.
-
-    Raises:
-        PreparationError: the journal is of a run with other options.
-        OSError: it cannot be read or written.
+    The first line holds the options, which all runs must share (else PreparationError). A later line about a file adds
+    to the earlier ones.
     """
 
-    def __init__(self, path: Path, options: dict[str, Any]) -> None:
+    def __init__(self, path: Path, options: Facts) -> None:
         self.path = path
         self.options = options
-        self._known: dict[str, dict[str, Any]] = {}
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-        records = [record for record in map(_record, lines) if record is not None]
+        self._known: dict[str, Facts] = {}
+        records = []
+        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+            with contextlib.suppress(ValueError):  # a torn line, or an empty one
+                if isinstance(record := json.loads(line), dict):
+                    records.append(record)
         if records and records[0] != options:
-            there = ", ".join(f"{key} {value}" for key, value in records[0].items())
-            here = ", ".join(f"{key} {value}" for key, value in options.items())
+            before, now = (", ".join(f"{key} {value}" for key, value in one.items()) for one in (records[0], options))
             raise PreparationError(
-                f"{path.parent} was prepared with other options ({there}; now {here}): "
+                f"{path.parent} was prepared with other options ({before}; now {now}): "
                 "give the same ones, or another folder"
             )
         for record in records[1:]:
-            if _is_of_a_file(record):
-                self._learn(record)
+            if all(isinstance(record.get(key), kind) for key, kind in IDENTITY.items()):
+                self._known[record["path"]] = self.known(*(record[key] for key in IDENTITY)) | record
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self.close = self._file.close
         if not records:
             self._append(options)
 
-    def known(self, path: str, status: os.stat_result) -> dict[str, Any]:
-        """What is known of a file, if it is still the same file."""
-        record = self._known.get(path, {})
-        return record if record and _file_of(record) == (path, status.st_size, status.st_mtime_ns) else {}
+    def known(self, path: str, size: int, mtime_ns: int) -> Facts:
+        """The facts about a file; its identity alone if it is not the file that the journal knows."""
+        identity = dict(zip(IDENTITY, (path, size, mtime_ns), strict=True))
+        known = self._known.get(path, {})
+        return known if identity.items() <= known.items() else identity
 
-    def add(self, path: str, status: os.stat_result, facts: dict[str, Any]) -> None:
-        """Writes down what has become known of a file."""
-        record = {"path": path, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, **facts}
-        self._learn(record)
-        # On a full disk this is lost, unless there is room when the run ends.
-        with contextlib.suppress(OSError):
-            self._append(record)
+    def add(self, facts: Facts) -> None:
+        """Writes down the facts about a file."""
+        self._known[facts["path"]] = facts
+        with contextlib.suppress(OSError):  # a full disk; write_in_order has another go
+            self._append(facts)
 
-    def _learn(self, record: dict[str, Any]) -> None:
-        former = self._known.get(record["path"], {})
-        same = former and _file_of(former) == _file_of(record)
-        self._known[record["path"]] = {**former, **record} if same else record
-
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, record: Facts) -> None:
         # The line before may be torn, by a full disk or a killed run.
         self._file.write(b"\n" + json.dumps(record).encode() + b"\n")
 
     def write_in_order(self, paths: Sequence[str]) -> None:
-        """Writes the journal anew: a line a file, these first, then what is known of files of other sources."""
+        """Rewrites the journal with a line per file: first these, then files of other sources, sorted by path."""
         others = sorted(self._known.keys() - set(paths))
-        records = [self._known[path] for path in (*paths, *others) if path in self._known]
-        with appearing(self.path) as partial, open(partial, "w", encoding="ascii") as file:
-            for record in (self.options, *records):
-                file.write(json.dumps(record, sort_keys=record is not self.options) + "\n")
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:  # a torn line, or an empty one
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _is_of_a_file(record: dict[str, Any]) -> bool:
-    kinds = {"path": str, "bytes": int, "mtime_ns": int}
-    return all(isinstance(record.get(key), kind) for key, kind in kinds.items())
-
-
-def _file_of(record: dict[str, Any]) -> tuple[str, int, int]:
-    return record["path"], record["bytes"], record["mtime_ns"]
+        lines = [json.dumps(self.options)]
+        lines += [json.dumps(self._known[path], sort_keys=True) for path in (*paths, *others) if path in self._known]
+        with appearing(self.path) as partial:
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="ascii", newline="\n")
