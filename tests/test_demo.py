@@ -21,6 +21,7 @@ from test_predict import write_checkpoint
 from test_prediction import some
 
 from octvideo.commands import demo
+from octvideo.commands import options as command_options
 from octvideo.data.motions import write_video
 from octvideo.evaluation.feature_maps import Maps, heat, layers_of, maps_of
 from octvideo.evaluation.prediction import Predictor
@@ -235,9 +236,9 @@ def test_nobody_waits_at_an_interrupted_desk():
     ],
 )
 def test_wrong_options_are_one_line(monkeypatch, capsys, options, line):
-    monkeypatch.setattr(sys, "argv", ["demo.py", *options])
+    monkeypatch.setattr(command_options, "program", "demo.py")
     with pytest.raises(SystemExit, match="2"):
-        demo.read_arguments()
+        demo.read_arguments(options)
     assert capsys.readouterr().err == f"demo.py: error: {line}\n"
 
 
@@ -266,13 +267,13 @@ def test_a_port_in_use_is_named_before_anything_is_loaded():
 
 
 def test_without_gradio_the_tool_says_how_to_get_it(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo.py", f"--ckpt={checkpoint}", f"--port={free_port()}"])
+    monkeypatch.setattr(command_options, "program", "demo.py")
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     monkeypatch.setitem(sys.modules, "gradio", None)
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "NO_PROXY"):
         monkeypatch.setenv(name, "as it was")  # so that it is afterwards
     with pytest.raises(SystemExit, match="2"):
-        demo.main()
+        demo.main([f"--ckpt={checkpoint}", f"--port={free_port()}"])
     assert capsys.readouterr().err == "demo.py: error: the page needs gradio: pip install 'octvideo[demo]'\n"
 
 

@@ -1,6 +1,7 @@
-"""tools/export.py: what it writes, and that docs/export.md is true."""
+"""octvideo export: what it writes, and that docs/export.md is true."""
 
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess
@@ -16,6 +17,8 @@ from conftest import ROOT, run_tool
 from networks import settle
 from pytorchvideo.models import resnet
 
+from octvideo.commands import export
+from octvideo.commands import options as command_options
 from octvideo.data.clips import Decoding, Draw, TestViews
 from octvideo.data.lists import VideoList
 from octvideo.data.motions import write_video
@@ -45,23 +48,16 @@ def _few_blocks():
 
 
 @pytest.fixture(scope="module")
-def tool():
-    """The script as a module."""
-    return importlib.import_module("export")
-
-
-@pytest.fixture(scope="module")
-def run_here(tool):
+def run_here():
     """Runs the tool in this process; gives its exit status, or what it says as it ends."""
 
     def run(*options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["export.py", "--rounds=1", *map(str, options)])
+            patch.setattr(command_options, "program", "export.py")
             try:
-                tool.main()
+                return export.main(["--rounds=1", *map(str, options)])
             except SystemExit as error:
                 return error.code
-            return 0
 
     return run
 
@@ -178,15 +174,15 @@ def not_numbers(logits, clips):
 
 
 @pytest.mark.parametrize("change", [wrong_for_white_clips, wrong_for_two_clips, not_numbers])
-def test_a_file_that_gives_something_else_is_not_written(tool, run_here, checkpoint, tmp_path, monkeypatch, change):
+def test_a_file_that_gives_something_else_is_not_written(run_here, checkpoint, tmp_path, monkeypatch, change):
     trained = load_trained(checkpoint)
-    wrong = tool.Format(
+    wrong = export.Format(
         "another runtime",
         (),
         lambda program, path, about: path.write_text("this one"),
         lambda path: lambda clips: change(logits_of(trained, clips), clips),
     )
-    monkeypatch.setitem(tool.FORMATS, ".pt2", wrong)
+    monkeypatch.setitem(export.FORMATS, ".pt2", wrong)
     nothing = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
     monkeypatch.setattr(torch.export, "export", lambda *args, **options: nothing)  # which takes seconds
     path = tmp_path / "network.pt2"

@@ -257,8 +257,8 @@ def export(trained: Trained, size: Size, arguments: argparse.Namespace) -> None:
     print(f"{arguments.output}: {megabytes:.1f} MB; {about['output']} differ by {difference:.1g} of the largest")
 
 
-def main(words: list[str]) -> None:
-    """Runs the tool."""
+def main(words: list[str]) -> int:
+    """Runs the tool; returns its exit status."""
     arguments = read_arguments(words)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -271,3 +271,4 @@ def main(words: list[str]) -> None:
             size = arguments.clip
             trained = untrained(arguments.name, arguments.alpha or 0.0, arguments.num_classes or 400, size[0])
         export(trained, size, arguments)
+    return 0
