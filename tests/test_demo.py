@@ -117,7 +117,7 @@ def test_a_decoder_that_hangs_is_killed(sight, videos, tmp_path):
 def test_a_network_whose_training_diverged_says_so(sight, videos, monkeypatch):
     bias = sight.predictor.trained.network.blocks[-1].proj.bias
     monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
-    with pytest.raises(demo.RefusedError, match="cannot be shown: the network gives scores that are no numbers"):
+    with pytest.raises(demo.RefusedError, match="cannot be shown: the network's scores are not finite"):
         sight.predict(str(videos / "2.mp4"))
 
 

@@ -49,7 +49,7 @@ def _few_blocks():
 
 @pytest.fixture(scope="module")
 def run_here():
-    """Runs the tool in this process; gives its exit status, or what it says as it ends."""
+    """Runs the command in this process; gives its exit status."""
 
     def run(*options):
         with pytest.MonkeyPatch.context() as patch:
@@ -174,7 +174,7 @@ def not_numbers(logits, clips):
 
 
 @pytest.mark.parametrize("change", [wrong_for_white_clips, wrong_for_two_clips, not_numbers])
-def test_a_file_that_gives_something_else_is_not_written(run_here, checkpoint, tmp_path, monkeypatch, change):
+def test_a_file_that_gives_something_else_is_not_written(run_here, checkpoint, tmp_path, monkeypatch, capsys, change):
     trained = load_trained(checkpoint)
     wrong = export.Format(
         "another runtime",
@@ -187,11 +187,11 @@ def test_a_file_that_gives_something_else_is_not_written(run_here, checkpoint, t
     monkeypatch.setattr(torch.export, "export", lambda *args, **options: nothing)  # which takes seconds
     path = tmp_path / "network.pt2"
     path.write_text("the former one")
-    said = run_here("--ckpt", checkpoint, "--output", path)  # which Python prints, and ends with exit status 1
+    assert run_here("--ckpt", checkpoint, "--output", path) == 1
     assert re.fullmatch(
         r"export.py: error: another runtime gives logits that differ from PyTorch's by \S+ of the largest, more than "
-        r"--tolerance 0.0001: no file is written",
-        said,
+        r"--tolerance 0.0001: no file is written\n",
+        capsys.readouterr().err,
     )
     assert path.read_text() == "the former one"
     assert list(tmp_path.iterdir()) == [path]

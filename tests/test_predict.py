@@ -22,7 +22,7 @@ from octvideo.commands import options as command_options
 from octvideo.commands import predict
 from octvideo.data.motions import write_video
 from octvideo.data.video import Video
-from octvideo.errors import DecodeError
+from octvideo.errors import DecodeError, ListError
 from octvideo.evaluation import drawing
 from octvideo.evaluation.prediction import Prediction, Timeline
 from octvideo.training.recognizer import Recognizer
@@ -209,7 +209,7 @@ def test_folders_are_searched_in_natural_order_and_once(tmp_path):
     (tmp_path / "a2" / "up").symlink_to(tmp_path)
     found = [os.path.relpath(path, tmp_path) for path in predict.search(tmp_path)]
     assert found == ["a2/x.avi", "a10/x.avi", "B/clip1.MKV", "b/clip9.mp4", "b/clip10.mp4"]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ListError, match="nothing: No such file or directory"):
         predict.search(tmp_path / "nothing")
 
 
@@ -340,7 +340,7 @@ def test_a_video_that_breaks_while_it_is_annotated_is_bad(run_here, videos, tmp_
     def no_frames(container, stream, step):
         return iter(())
 
-    monkeypatch.setattr(drawing, "frames_of", no_frames)
+    monkeypatch.setattr(drawing, "decode_all", no_frames)
     status, printed, _ = run_here(videos / "clip10.mp4", "--save-video", tmp_path / "out")
     assert status == 1
     assert f"{videos / 'clip10.mp4'}: no frame could be decoded" in printed
@@ -349,7 +349,7 @@ def test_a_video_that_breaks_while_it_is_annotated_is_bad(run_here, videos, tmp_
         os.mkfifo(tmp_path / "pipe")
         return open(tmp_path / "pipe")
 
-    monkeypatch.setattr(drawing, "frames_of", hangs)
+    monkeypatch.setattr(drawing, "decode_all", hangs)
     status, printed, _ = run_here(
         videos / "clip10.mp4", "--save-video", tmp_path / "out", "--decode_timeout_seconds", 2
     )
@@ -401,22 +401,22 @@ def test_other_alphas_and_top_classes(run_here, videos, tmp_path):
     ("options", "message"),
     [
         ([], "the following arguments are required: VIDEO|FOLDER|LIST"),
-        (["missing.mp4"], "no videos found in missing.mp4: no file of the 1 that are named is there, such as missing"),
+        (["missing.mp4"], "no videos found in missing.mp4: none of the 1 files named exist, such as missing"),
         (["{folder}"], "no videos found in {folder}"),
         (["{folder}/missing.csv"], "{folder}/missing.csv: No such file or directory"),
         (["{folder}/wrong.txt"], "{folder}/wrong.txt:2: class number must be 0 to 2, got 3"),
         (["{folder}/negative.txt"], "{folder}/negative.txt:1: class number must be 0 to 2, got -1"),
         (["{folder}/binary.txt"], "{folder}/binary.txt: not a text file in UTF-8"),
-        (["{video}", "--clips=0"], "argument --clips: must be a whole number from 1, got '0'"),
-        (["{video}", "--top=two"], "argument --top: must be a whole number from 1, got 'two'"),
+        (["{video}", "--clips=0"], "argument --clips: a whole number from 1 is wanted, got '0'"),
+        (["{video}", "--top=two"], "argument --top: a whole number from 1 is wanted, got 'two'"),
         (["{video}", "--decode_timeout_seconds=0"], "must be a positive number or null, got '0'"),
         (["{video}", "--decode_timeout_seconds=long"], "must be a positive number or null, got 'long'"),
         (["{video}", "--device=abacus"], "--device abacus: "),
         (["{video}", "--alpha=2"], "alpha"),
         (["{video}", "--backend=gif"], "argument --backend: invalid choice: 'gif'"),
         (["{video}", "--json={folder}"], "--json {folder}: that is a folder"),
-        (["{video}", "--csv={video}"], "--csv {video}: that is read, or another result"),
-        (["{video}", "--json=a", "--csv=a"], "--csv a: that is read, or another result"),
+        (["{video}", "--csv={video}"], "--csv {video}: that is an input or another result"),
+        (["{video}", "--json=a", "--csv=a"], "--csv a: that is an input or another result"),
         (["{video}", "--save-video={folder}/wrong.txt"], "File exists: '{folder}/wrong.txt'"),
         (["{video}", "--ckpt=missing.ckpt"], "No such file or directory: 'missing.ckpt'"),
         (["{video}", "--ckpt={video}"], "clip10.mp4"),

@@ -41,13 +41,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from octvideo.commands.options import Parser, fail, one_line_errors
-from octvideo.data.clips import clips_of, cut
-from octvideo.data.sampling import even_crops
 from octvideo.data.video import Video
 from octvideo.data.watchdog import HungError
 from octvideo.evaluation.drawing import annotate, clock
 from octvideo.evaluation.feature_maps import Maps, heat, layers_of, maps_of
-from octvideo.evaluation.prediction import Prediction, Predictor, window_around
+from octvideo.evaluation.prediction import Prediction, Predictor, clips_around
 from octvideo.evaluation.report import say_alpha
 from octvideo.models.checkpoint import load_trained
 
@@ -149,23 +147,19 @@ class Sight:
         self.predictor = predictor
         self.max_seconds = max_seconds
         self.layers = layers_of(predictor.trained.network)
-        self._duration = predictor.decoding.watched(self._read_duration)
-        self._clip = predictor.decoding.watched(self._read_clip)
-        self._annotate = predictor.decoding.watched(partial(annotate, most_seconds=WRITING_SECONDS))
+        self._duration = predictor.watched(self._read_duration)
+        self._clip = predictor.watched(self._read_clip)
+        self._annotate = predictor.watched(partial(annotate, most_seconds=WRITING_SECONDS))
 
     def _read_duration(self, path: str) -> float:
-        with Video(path, self.predictor.decoding.backend) as video:
+        with Video(path, self.predictor.backend) as video:
             return video.duration_seconds
 
     def _read_clip(self, moment: tuple[str, float]) -> NDArray[np.uint8]:
         """The clip (C, T, H, W) of the centre around a moment of a video, in seconds."""
-        decoding, size = self.predictor.decoding, self.predictor.trained.preprocessing["test_crop_size"]
         path, seconds = moment
-        with Video(path, decoding.backend) as video:
-            frames = window_around(decoding.sampling, video.num_frames, video.fps, seconds)
-            (clip,) = clips_of(video, frames[None], size)
-        (crop,) = even_crops(*clip[0].shape[:2], size, 1)
-        return cut(clip, crop, size)
+        with Video(path, self.predictor.backend) as video:
+            return clips_around(video, [seconds], self.predictor.trained.preprocessing)[0]
 
     def predict(self, path: str) -> Prediction:
         """Predicts a video that is not too long.
@@ -302,7 +296,7 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
     import gradio as gr
 
     trained = sight.predictor.trained
-    side, frames = trained.preprocessing["test_crop_size"], trained.preprocessing["clip_frames"]
+    side, frames = trained.preprocessing.test_crop_size, trained.preprocessing.clip_frames
 
     def begin(text: str = "") -> tuple[Any, ...]:
         return message(text), gr.Column(visible="hidden"), None, None, ""
