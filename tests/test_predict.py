@@ -190,10 +190,10 @@ def test_accuracies_count_good_videos_with_a_class():
     scores = np.eye(7, dtype=np.float32)[:2] + np.linspace(0, 0.1, 7, dtype=np.float32)[::-1]
     predictions = [Prediction("", row, [*"abcdefg"], None) for row in scores]
     outcomes = [
-        predict.Outcome(predict.Source("", truth), prediction, "", {})
+        predict.Outcome("", truth, prediction, "", {})
         for truth, prediction in ((0, predictions[0]), (0, predictions[1]), (6, predictions[0]), (None, predictions[0]))
     ]
-    bad = predict.Outcome(predict.Source("", 0), None, "broken", {})
+    bad = predict.Outcome("", 0, None, "broken", {})
     assert predict.accuracies([*outcomes, bad]) == {
         "top1": pytest.approx(1 / 3),
         "top5": pytest.approx(2 / 3),

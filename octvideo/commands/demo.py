@@ -5,14 +5,12 @@ octvideo demo --ckpt CHECKPOINT [--alpha A] [--port 7860] [--max-megabytes 100] 
 The page shows
   the video, upright, in a format that every browser plays, with the most likely class of the current second drawn in
   the five most likely classes, averaged over --clips clips and --crops crops
-  their probabilities second by second, each from one clip around the middle of that second
-  the feature maps of a layer for a clip around a chosen time: high and low ones side by side, as their mean magnitude
-  and the channels with the largest magnitudes
+  their probability in each second, from one clip around its middle
+  a layer's high and low feature maps for a clip around a chosen time: mean magnitude and strongest channels
 
-It needs gradio, pip install 'octvideo[demo]', and no internet: page and server load nothing from elsewhere. By default
-only this machine can open it. --host 0.0.0.0 admits everyone who can reach it, with no password and no limit on the
-number of uploads: use it on networks that you trust. Visitors are served one at a time. Uploads are kept in a temporary
-folder, and deleted after an hour or when the demo ends.
+It needs gradio, pip install 'octvideo[demo]', and no internet. By default only this machine can open it. --host 0.0.0.0
+admits everyone who can reach it, with no password and no limit on the number of uploads: use it on networks that you
+trust. Visitors are served one at a time. Uploads are deleted after an hour or when the demo ends.
 
 Exit status: 0 if it was stopped by Ctrl-C or SIGTERM; 2 for a mistake in the command.
 """
@@ -21,7 +19,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
+import importlib.util
 import io
 import os
 import signal
@@ -63,8 +63,8 @@ class RefusedError(UserError):
 class Desk:
     """Runs the jobs of other threads in the thread that calls `work`, one after the other.
 
-    The network's hooks and the decoding process serve one caller at a time, and a decoding process dies with the thread
-    that started it: a web server ends idle threads.
+    Network and decoding process serve one caller at a time, and a decoding process dies with the thread that started
+    it: a web server ends idle threads.
     """
 
     def __init__(self) -> None:
@@ -155,10 +155,9 @@ def png(pixels: NDArray[np.uint8]) -> str:
 @functools.cache
 def parts() -> Any:
     """The macros of demo.html, which make parts of the page."""
-    loader, strict = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.StrictUndefined
-    environment = jinja2.Environment(
-        loader=loader, undefined=strict, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.undefined = jinja2.StrictUndefined
     environment.filters.update(clock=clock, heat=heat, png=png)
     return environment.get_template("demo.html").module
 
@@ -168,7 +167,7 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
     import gradio as gr
 
     html, trained = parts(), sight.predictor.trained
-    size = trained.preprocessing.clip_size[1:]
+    size = "{} x {} x {}".format(*trained.preprocessing.clip_size[1:])
 
     def begin(text: str = "") -> tuple[Any, ...]:
         return html.message(text), gr.Column(visible="hidden"), None, None, ""
@@ -213,7 +212,7 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
         seen = gr.State(time_to_live=KEPT_SECONDS)
         gr.Markdown(
             f"# {trained.options['name']} on your videos\n{name}: alpha {say_alpha(trained.options['alpha'])}, "
-            f"{len(trained.labels)} classes, clips of {' x '.join(map(str, size))} (frames, height, width)"
+            f"{len(trained.labels)} classes, clips of {size} (frames, height, width)"
         )
         upload = gr.File(label=f"Drop a video, up to {max_megabytes:g} MB and {sight.max_seconds:g} s", height=140)
         said = gr.HTML(elem_id="said")
@@ -287,6 +286,8 @@ def serve(arguments: argparse.Namespace, folder: Path) -> None:
         device="cuda" if torch.cuda.is_available() else "cpu",
         decode_timeout_seconds=arguments.decode_timeout_seconds,
     )
+    if importlib.util.find_spec("gradio") is None:
+        fail("the page needs gradio: pip install 'octvideo[demo]'")
     # Read when gradio is imported. It checks whether its own server answers, which must not go through a proxy.
     os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*"}
     import gradio as gr
@@ -319,13 +320,6 @@ def main(words: list[str]) -> int:
     arguments = read_arguments(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     uploads = tempfile.TemporaryDirectory(prefix="octvideo_demo_", ignore_cleanup_errors=True)
-    try:
-        with uploads as folder, one_line_errors():
-            serve(arguments, Path(folder))
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        fail("the page needs gradio: pip install 'octvideo[demo]'")
-    except KeyboardInterrupt:
-        pass
+    with contextlib.suppress(KeyboardInterrupt), uploads as folder, one_line_errors():
+        serve(arguments, Path(folder))
     return 0

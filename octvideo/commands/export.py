@@ -10,14 +10,12 @@ input    clips: uint8 RGB (batch, 3, frames, height, width), any batch size unle
 output   logits, or probabilities with --softmax: float32 (batch, classes)
 
 The file also holds labels, clip_frames, frame_stride, sampling, target_fps, short_videos, test_crop_size (the shorter
-side is scaled to it, then a square is cropped), mean and std (applied by the network itself), the network's options
-(name, alpha ...), output and octvideo_version: in ONNX as JSON values in metadata_props, in FILE.pt2 as one JSON
-object, the extra file octvideo.json.
+side is scaled to it, then a square is cropped), mean and std (already applied by the network), the network's options
+(name, alpha ...), output and octvideo_version: JSON values in the metadata_props of ONNX, or one JSON object in the
+extra file octvideo.json of FILE.pt2. With --name the network is random, to measure its speed before training.
 
-With --name the network has random weights and batch-norm statistics, to measure its speed before training.
-
-Before the file appears, its outputs for random, black and white clips are compared with PyTorch's, computed without
-folded batch norms. Then both are timed alternately on one random clip.
+The outputs for random, black and white clips are first compared with PyTorch's, computed without folded batch norms.
+Then both are timed alternately on a random clip.
 
 Exit status: 0 if the outputs agree; 1 if not, and no file is written; 2 for a mistake in the command.
 """
@@ -101,7 +99,7 @@ def open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 class Format(NamedTuple):
-    """A file format: its runtime, the packages it needs besides octvideo's, and how it is written and opened."""
+    """A file format: its runtime, the packages to install for it, and how it is written and opened."""
 
     runtime: str
     packages: tuple[str, ...]

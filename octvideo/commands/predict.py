@@ -11,9 +11,9 @@ An input is one of
            predictions and accuracies are computed. Paths start from --root; by default from the current folder, or from
            the list's folder if the current one does not have them
 
-The score of a class is averaged after softmax over N clips x M crops (--clips, --crops), as octvideo test does. The
-timeline scores one centre crop of the clip around the middle of each second. A segment is a stretch in which a class
-that is the most likely one in some second keeps at least half of its highest score.
+The score of a class is averaged after softmax over N clips x M crops (--clips, --crops), as in octvideo test. The
+timeline scores one clip around the middle of each second. A segment is a stretch in which a class that is the most
+likely one in some second keeps at least half of its highest score.
 
 --json   {"checkpoint", "network", "alpha", "labels", "videos": [{"path", "status": "ok", "seconds",
          "predictions": [{"label", "class", "probability"}], "scores": [one per class], "timeline": {"seconds":
@@ -63,20 +63,14 @@ from octvideo.files import appearing
 from octvideo.models.checkpoint import Trained, load_trained
 
 
-class Source(NamedTuple):
-    """A video to predict, and its class if a list gives it."""
+class Outcome(NamedTuple):
+    """The result for one video: a prediction, or the reason why there is none."""
 
     path: str
-    truth: int | None = None
-
-
-class Outcome(NamedTuple):
-    """A video's prediction and the files that show it, by their keys in --json; or the reason why there is none."""
-
-    source: Source
+    truth: int | None  # its class, if a list gives it
     prediction: Prediction | None
     reason: str
-    files: Mapping[str, str]
+    files: Mapping[str, str]  # that show it, by their keys in --json
 
 
 def read_arguments(words: list[str]) -> argparse.Namespace:
@@ -114,22 +108,22 @@ def _seconds(text: str) -> float | None:
     return seconds
 
 
-def find_videos(inputs: Sequence[Path], root: Path | None, num_classes: int) -> list[Source]:
-    """The videos that the inputs name, in order.
+def find_videos(inputs: Sequence[Path], root: Path | None, num_classes: int) -> list[tuple[str, int | None]]:
+    """The paths that the inputs name, in order, and the classes that lists give.
 
     Raises:
         ListError: a list or folder that cannot be read, a class the network does not have, or no video at all.
     """
-    found: list[Source] = []
+    found: list[tuple[str, int | None]] = []
     for path in inputs:
         if path.is_dir():
-            found += map(Source, search(path))
+            found += [(video, None) for video in search(path)]
         elif path.suffix.lower() in (".csv", ".txt"):
             found += read_list(path, root, num_classes)
         else:
-            found.append(Source(str(path)))
-    if not any(os.path.exists(source.path) for source in found):
-        missing = f": none of the {len(found)} files named exist, such as {found[0].path}" if found else ""
+            found.append((str(path), None))
+    if not any(os.path.exists(video) for video, _ in found):
+        missing = f": none of the {len(found)} files named exist, such as {found[0][0]}" if found else ""
         raise ListError(f"no videos found in {', '.join(map(str, inputs))}{missing}")
     return found
 
@@ -145,7 +139,7 @@ def search(folder: Path) -> list[str]:
     return [os.path.join(folder, name) for name in sorted(names, key=natural)]
 
 
-def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[Source]:
+def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[tuple[str, int | None]]:
     """The videos of a list file, with or without classes."""
     for line_number, line in enumerate(read_lines(path), 1):
         video, label = line.strip(), None
@@ -156,16 +150,11 @@ def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[Sourc
             if not 0 <= label < num_classes:
                 raise ListError(f"{path}:{line_number}: class number must be 0 to {num_classes - 1}, got {label}")
         here, beside = Path(root or "", video), path.parent / video
-        yield Source(str(beside if root is None and not here.exists() and beside.exists() else here), label)
+        yield str(beside if root is None and not here.exists() and beside.exists() else here), label
 
 
 def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str]:
-    """A name for the files of each video, such that none overwrites another's or a video.
-
-    Args:
-        paths: the videos.
-        folders: of --save-video and --thumbnail.
-    """
+    """A name for each video's files in the folders of --save-video and --thumbnail, so that nothing is overwritten."""
     sources, used, counts = {os.path.realpath(path) for path in paths}, set(), Counter[str]()
     endings = [(folder, end) for folder, end in zip(folders, (ANNOTATED, THUMBNAIL), strict=True) if folder is not None]
     names = []
@@ -181,35 +170,36 @@ def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str
     return names
 
 
-def predict_all(sources: Sequence[Source], predictor: Predictor, arguments: argparse.Namespace) -> Iterator[Outcome]:
+def predict_all(
+    videos: Sequence[tuple[str, int | None]], predictor: Predictor, arguments: argparse.Namespace
+) -> Iterator[Outcome]:
     """Predicts each video, and writes its annotated copy and contact sheet."""
     annotating, stilling = predictor.watched(annotate), predictor.watched(read_stills)
-    folders = arguments.save_video, arguments.thumbnail
-    names = file_names([source.path for source in sources], folders)
-    for source, name in zip(sources, names, strict=True):
+    names = file_names([path for path, _ in videos], (arguments.save_video, arguments.thumbnail))
+    for (path, truth), name in zip(videos, names, strict=True):
         files = {}
         try:
-            prediction = predictor(source.path)
+            prediction = predictor(path)
             if arguments.save_video is not None:
                 files["annotated"] = str(arguments.save_video / f"{name}{ANNOTATED}")
                 with appearing(Path(files["annotated"])) as partial:
                     annotating((prediction, partial))
             if arguments.thumbnail is not None:
                 files["thumbnail"] = str(arguments.thumbnail / f"{name}{THUMBNAIL}")
-                sheet = contact_sheet(prediction, *stilling((source.path, arguments.backend)))
+                sheet = contact_sheet(prediction, *stilling((path, arguments.backend)))
                 with appearing(Path(files["thumbnail"])) as partial:
                     sheet.save(partial, "JPEG", quality=90)
-            yield Outcome(source, prediction, "", files)
+            yield Outcome(path, truth, prediction, "", files)
         except (DecodeError, HungError) as error:
-            yield Outcome(source, None, error.reason if isinstance(error, DecodeError) else str(error), {})
+            yield Outcome(path, truth, None, error.reason if isinstance(error, DecodeError) else str(error), {})
 
 
 def accuracies(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     """Top-1 and top-5 accuracy over the predicted videos with a given class; None without any."""
     judged = [
-        (source.truth, [best.number for best in prediction.top(5)])
-        for source, prediction, *_ in outcomes
-        if prediction is not None and source.truth is not None
+        (truth, [best.number for best in prediction.top(5)])
+        for _, truth, prediction, *_ in outcomes
+        if prediction is not None and truth is not None
     ]
     if not judged:
         return None
@@ -221,13 +211,13 @@ def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.N
     """The content of --json."""
     ranked, segment = ("label", "class", "probability"), ("start", "end", "label", "class", "mean_score")
     videos = []
-    for source, prediction, _, files in outcomes:
+    for path, truth, prediction, _, files in outcomes:
         if prediction is None:
             continue
-        timeline, truth = prediction.timeline, source.truth
+        timeline = prediction.timeline
         scores = timeline.scores.astype(np.float64).round(6).tolist()
         video = {
-            "path": source.path,
+            "path": path,
             "status": "ok",
             "seconds": float(timeline.edges_seconds[-1]),
             "predictions": [dict(zip(ranked, best, strict=True)) for best in prediction.top(arguments.top)],
@@ -246,7 +236,7 @@ def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.N
         "labels": trained.labels,
         **({"accuracy": accuracy} if accuracy is not None else {}),
         "videos": videos,
-        "bad": [{"path": one.source.path, "reason": one.reason} for one in outcomes if one.prediction is None],
+        "bad": [{"path": one.path, "reason": one.reason} for one in outcomes if one.prediction is None],
     }
 
 
@@ -255,29 +245,29 @@ def write_csv(path: Path, outcomes: Sequence[Outcome], top: int) -> None:
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "status", "reason", "rank", "label", "probability"))
-        for source, prediction, reason, _ in outcomes:
+        for video, _, prediction, reason, _ in outcomes:
             if prediction is None:
-                writer.writerow((source.path, "bad", reason, "", "", ""))
+                writer.writerow((video, "bad", reason, "", "", ""))
                 continue
             for rank, best in enumerate(prediction.top(top), 1):
-                writer.writerow((source.path, "ok", "", rank, best.label, best.probability))
+                writer.writerow((video, "ok", "", rank, best.label, best.probability))
 
 
 def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments: argparse.Namespace) -> None:
     """Prints the predictions, accuracies, segments if asked for, and the bad videos with their reasons."""
     console = Console(width=None if sys.stdout.isatty() else 10_000)  # unless for a terminal, no line is folded
-    good = [(source, prediction) for source, prediction, *_ in outcomes if prediction is not None]
-    truths = ["truth"] if any(source.truth is not None for source, _ in good) else []
+    good = [(path, truth, prediction) for path, truth, prediction, *_ in outcomes if prediction is not None]
+    truths = ["truth"] if any(truth is not None for _, truth, _ in good) else []
     table = Table("file", *truths, *map(str, range(1, min(arguments.top, len(labels)) + 1)))
     segments = Table("file", "from", "to", "class", "mean score", box=box.SIMPLE)
     for column in (*table.columns, *segments.columns):
         column.overflow = "fold"
-    for source, prediction in good:
-        truth = ["" if source.truth is None else labels[source.truth]] if truths else []
+    for path, truth, prediction in good:
+        given = ["" if truth is None else labels[truth]] if truths else []
         ranks = [f"{best.label} {100 * best.probability:.1f} %" for best in prediction.top(arguments.top)]
-        table.add_row(*map(Text, (source.path, *truth, *ranks)))
+        table.add_row(*map(Text, (path, *given, *ranks)))
         for start, end, label, _, score in prediction.segments(arguments.top):
-            segments.add_row(*map(Text, (source.path, clock(start), clock(end), label, f"{100 * score:.1f} %")))
+            segments.add_row(*map(Text, (path, clock(start), clock(end), label, f"{100 * score:.1f} %")))
     if good:
         console.print(table)
     if good and arguments.timeline:
@@ -286,14 +276,14 @@ def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments:
         shares = ", ".join(f"top-{k} {100 * accuracy[f'top{k}']:.2f} %" for k in (1, 5))
         console.print(f"{shares} of {accuracy['videos']} videos with a given class", highlight=False)
     console.print(f"{len(good)} videos predicted, {len(outcomes) - len(good)} bad", highlight=False)
-    for source, bad, reason, _ in outcomes:
-        if bad is None:
-            console.print(Text(f"  {source.path}: {reason}", "yellow"), soft_wrap=True)
+    for one in outcomes:
+        if one.prediction is None:
+            console.print(Text(f"  {one.path}: {one.reason}", "yellow"), soft_wrap=True)
 
 
-def check_outputs(arguments: argparse.Namespace, sources: Sequence[Source]) -> None:
+def check_outputs(arguments: argparse.Namespace, videos: Sequence[str]) -> None:
     """Refuses, before any work, results that would overwrite what is read, and makes their folders."""
-    read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *(one.path for one in sources))}
+    read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *videos)}
     for option, path in (("json", arguments.json), ("csv", arguments.csv)):
         if path is None:
             continue
@@ -316,8 +306,8 @@ def predict(arguments: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: {str(error).splitlines()[0]}")
     trained = load_trained(arguments.ckpt, arguments.alpha)
-    sources = find_videos(arguments.inputs, arguments.root, len(trained.labels))
-    check_outputs(arguments, sources)
+    videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
+    check_outputs(arguments, [path for path, _ in videos])
     predictor = Predictor(
         trained,
         num_clips=arguments.clips,
@@ -326,9 +316,9 @@ def predict(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         decode_timeout_seconds=arguments.decode_timeout_seconds,
     )
-    console, predicting = Console(stderr=True), predict_all(sources, predictor, arguments)
-    hidden = len(sources) < 2 or not console.is_terminal
-    outcomes = list(track(predicting, "predicting", len(sources), console=console, disable=hidden))
+    console, predicting = Console(stderr=True), predict_all(videos, predictor, arguments)
+    hidden = len(videos) < 2 or not console.is_terminal
+    outcomes = list(track(predicting, "predicting", len(videos), console=console, disable=hidden))
     print_results(outcomes, trained.labels, arguments)
     if arguments.json is not None:
         with appearing(arguments.json) as partial:

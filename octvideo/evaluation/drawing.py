@@ -26,7 +26,6 @@ from octvideo.evaluation.prediction import Prediction
 ANNOTATED, THUMBNAIL = ".predicted.mp4", ".predicted.jpg"  # endings of file names
 STILLS, STILLS_IN_A_ROW, STILL_SIDE = 8, 4, 180  # frames of a contact sheet, and the pixels of their shorter side
 ENCODER = {"crf": "20", "preset": "veryfast", "bf": "0"}  # B-frames at a variable rate make mp4's duration wrong
-BLACK, GREY, WHITE, GREEN = (0, 0, 0), (70, 70, 70), (255, 255, 255), (46, 204, 64)
 
 
 def write_line(draw: ImageDraw.ImageDraw, width: int, top: int, size: int, left: str, right: str) -> None:
@@ -36,20 +35,20 @@ def write_line(draw: ImageDraw.ImageDraw, width: int, top: int, size: int, left:
     while left and draw.textlength(left, font) > right_start - 2 * gap:
         left = left.removesuffix("...")[:-1]
         left += "..." if left else ""
-    draw.text((gap, top), left, WHITE, font)
-    draw.text((right_start, top), right, WHITE, font)
+    draw.text((gap, top), left, "white", font)
+    draw.text((right_start, top), right, "white", font)
 
 
 def strip(width: int, height: int, label: str, probability: float) -> Image.Image:
     """The strip along the lower edge of a frame of even size: a class, its probability, and a bar of that length."""
     size = max(9, min(width, height) // 18)
-    picture = Image.new("RGB", (width, min(height, 2 * size)), BLACK)
+    picture = Image.new("RGB", (width, min(height, 2 * size)))
     draw = ImageDraw.Draw(picture)
     write_line(draw, width, size // 5, size, label, f"{100 * probability:.0f} %")
     top = bar_top(picture.height)
-    draw.rectangle((0, top, width, picture.height), GREY)
+    draw.rectangle((0, top, width, picture.height), "#464646")
     if (filled := round(width * probability)) > 0:
-        draw.rectangle((0, top, filled - 1, picture.height), GREEN)
+        draw.rectangle((0, top, filled - 1, picture.height), "#2ecc40")
     return picture
 
 
@@ -65,14 +64,10 @@ def planes(frame: av.VideoFrame) -> list[NDArray[np.uint8]]:
 
 
 def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> None:
-    """Writes a copy of a video with its timeline drawn in; one argument, as `Watchdog` wants it.
-
-    Args:
-        job: the video's prediction, and the file to write.
-        most_seconds: time limit.
+    """Writes a copy of a video with its timeline drawn in; `job` is its prediction and the file to write.
 
     Raises:
-        DecodeError: the video is broken or cut off, or this takes longer.
+        DecodeError: the video is broken or cut off, or this takes more than most_seconds.
         OSError: the disk is full, or the like.
     """
     prediction, output = job
@@ -133,11 +128,7 @@ def _annotate(
 
 
 def read_stills(job: tuple[str, Backend]) -> tuple[list[float], NDArray[np.uint8]]:
-    """Timestamps in seconds, and frames (STILLS, H, W, 3), of a video's contact sheet.
-
-    Raises:
-        DecodeError: they cannot be decoded.
-    """
+    """Timestamps in seconds, and frames (STILLS, H, W, 3), of a video's contact sheet; DecodeError if it is broken."""
     path, backend = job
     with Video(path, backend) as video:
         times = (np.arange(STILLS) + 0.5) / STILLS * video.duration_seconds
@@ -151,14 +142,14 @@ def contact_sheet(prediction: Prediction, times: Sequence[float], frames: NDArra
         picture.thumbnail((2 * STILL_SIDE, 2 * STILL_SIDE))
     gap, line = STILL_SIDE // 15, STILL_SIDE // 9
     width, height = pictures[0].width + gap, pictures[0].height + 2 * line
-    sheet = Image.new("RGB", (STILLS_IN_A_ROW * width + gap, STILLS // STILLS_IN_A_ROW * height + 3 * line), BLACK)
+    sheet = Image.new("RGB", (STILLS_IN_A_ROW * width + gap, STILLS // STILLS_IN_A_ROW * height + 3 * line))
     draw, best, small = ImageDraw.Draw(sheet), prediction.top(1)[0], ImageFont.load_default(line * 4 // 5)
     write_line(draw, sheet.width, line // 2, line, best.label, f"{100 * best.probability:.1f} %")
     for index, (picture, seconds) in enumerate(zip(pictures, times, strict=True)):
         row, column = divmod(index, STILLS_IN_A_ROW)
         left, top = gap + column * width, 5 * line // 2 + row * height
         sheet.paste(picture, (left, top))
-        draw.text((left, top + picture.height + line // 5), clock(seconds), WHITE, small)
+        draw.text((left, top + picture.height + line // 5), clock(seconds), "white", small)
     return sheet
 
 

@@ -21,17 +21,11 @@ COLOURS = np.array([(8, 5, 30), (74, 12, 107), (150, 38, 102), (218, 72, 62), (2
 
 
 class Maps(NamedTuple):
-    """A layer's feature maps of one resolution, for one clip.
+    """A layer's feature maps of one resolution, for one clip."""
 
-    Args:
-        kind: high, low, or all for a layer without low maps.
-        values: (C, T, H, W); low maps are upsampled to the size of the high ones.
-        size: (T, H, W) before that.
-    """
-
-    kind: str
-    values: Tensor
-    size: tuple[int, ...]
+    kind: str  # high, low, or all for a layer without low maps
+    values: Tensor  # (C, T, H, W); low maps are upsampled to the size of the high ones
+    size: tuple[int, ...]  # (T, H, W) before that
 
     def magnitudes(self) -> Tensor:
         """(C, H, W) absolute values in the middle frame."""
@@ -43,10 +37,7 @@ class Maps(NamedTuple):
 
 
 def layers_of(network: nn.Module) -> dict[str, str]:
-    """Module names of a network's residual stages and their convolutions, by labels like res2, res2 ...branch2.conv_a.
-
-    The network is one of `create_model`.
-    """
+    """Module names of the residual stages of a network of `create_model` ("res2") and of the convolutions in them."""
     found = {f"res{number}": f"blocks.{block}" for number, block in enumerate(residual_stages(cast(Any, network)), 2)}
     for stage, name in list(found.items()):
         for inner, module in network.get_submodule(name).named_modules():
@@ -56,18 +47,13 @@ def layers_of(network: nn.Module) -> dict[str, str]:
 
 
 def maps_of(network: nn.Module, layer: str, clip: Tensor) -> list[list[Maps]]:
-    """A layer's feature maps for a clip (3, T, H, W), normalised as the network takes it.
-
-    Args:
-        network: in evaluation mode.
-        layer: name of one of its modules.
-        clip: the clip.
+    """The feature maps of a module for a normalised clip (3, T, H, W); the network is in evaluation mode.
 
     Returns:
         For each pathway (SlowFast's stages have two, slow first) its high and low maps; all in one if none is low.
 
     Raises:
-        UserError: the network has no such module.
+        UserError: the network has no module of this name.
     """
     ((output,),) = (features.values() for features in stage_features(network, [layer], [clip[None]]))
     return [_by_resolution(features) for features in (output if isinstance(output, list) else [output])]

@@ -40,7 +40,7 @@ class Ranked(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A stretch of a video in which a class scores near its peak; `mean_score` is the average over the stretch."""
+    """A stretch of a video in which a class scores near its peak."""
 
     start_seconds: float
     end_seconds: float
@@ -54,8 +54,8 @@ class Timeline:
     """Scores for every second of a video, each from one clip centred on that second.
 
     Args:
-        edges_seconds: (N + 1,) start of each of the N seconds, then the end of the video. The last "second" is up to
-            half a second longer or shorter, or shorter still if the whole video lasts less than half a second.
+        edges_seconds: (N + 1,) start of each second, then the end of the video, to which the last second is stretched
+            or cut.
         scores: (N, num_classes) float32 probabilities.
     """
 
@@ -90,11 +90,7 @@ class Prediction:
     timeline: Timeline
 
     def top(self, k: int = 5) -> list[Ranked]:
-        """The k most likely classes, most likely first; all classes if there are fewer.
-
-        Raises:
-            UserError: k is below 1.
-        """
+        """The k most likely classes, or all if there are fewer; most likely first. UserError for k below 1."""
         if k < 1:
             raise UserError(f"k must be at least 1, got {k}")
         order = np.argsort(-self.scores, kind="stable")[:k]
