@@ -89,6 +89,13 @@ def pt2_file(run_here, checkpoint, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def program(pt2_file):
+    """The .pt2 file in PyTorch, and what it says."""
+    extra = {"octvideo.json": ""}
+    return torch.export.load(pt2_file, extra_files=extra).module(), json.loads(extra["octvideo.json"])
+
+
 def random_clips(batch):
     return torch.randint(256, (batch, 3, 4, 32, 32), dtype=torch.uint8)
 
@@ -116,14 +123,12 @@ def test_an_onnx_file_is_alone_and_of_an_old_opset_and_names_its_sizes(onnx_file
     assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
 
 
-def test_files_say_how_clips_are_made_and_what_comes_out(onnx_file, pt2_file, checkpoint):
+def test_files_say_how_clips_are_made_and_what_comes_out(onnx_file, program, checkpoint):
     said = {prop.key: json.loads(prop.value) for prop in onnx.load(onnx_file, load_external_data=False).metadata_props}
-    extra = {"octvideo.json": ""}
-    torch.export.load(pt2_file, extra_files=extra)
     version = {"octvideo_version": importlib.metadata.version("octvideo")}
     wanted = PREPROCESSING | {"mean": 0.4, "std": 0.2, "labels": LABELS, "output": "logits"} | version
     assert said == load_trained(checkpoint).options | wanted
-    assert json.loads(extra["octvideo.json"]) == said | {"alpha": 0.5}
+    assert program[1] == said | {"alpha": 0.5}
     assert said["name"] == "i3d_r50"
     assert said["alpha"] == 0.25
 
@@ -133,8 +138,8 @@ def test_no_folder_of_this_machine_is_in_a_file(onnx_file, pt2_file):
         assert str(ROOT).encode() not in path.read_bytes()
 
 
-def test_a_program_gives_the_logits_of_the_checkpoint_at_another_alpha(pt2_file, checkpoint):
-    network = torch.export.load(pt2_file).module()
+def test_a_program_gives_the_logits_of_the_checkpoint_at_another_alpha(program, checkpoint):
+    network, _ = program
     for batch in (1, 3):
         clips = random_clips(batch)
         torch.testing.assert_close(network(clips), logits_of(load_trained(checkpoint, alpha=0.5), clips))

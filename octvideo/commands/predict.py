@@ -32,6 +32,7 @@ command, or if results cannot be written; 130 on Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -99,13 +100,10 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
 def _seconds(text: str) -> float | None:
     if text == "null":
         return None
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number or null, got {text!r}")
-    return seconds
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"must be a positive number or null, got {text!r}")
 
 
 def find_videos(inputs: Sequence[Path], root: Path | None, num_classes: int) -> list[tuple[str, int | None]]:

@@ -40,21 +40,16 @@ def write_line(draw: ImageDraw.ImageDraw, width: int, top: int, size: int, left:
 
 
 def strip(width: int, height: int, label: str, probability: float) -> Image.Image:
-    """The strip along the lower edge of a frame of even size: a class, its probability, and a bar of that length."""
+    """The strip for the lower edge of a frame of even size: a class and its probability, as a bar in the last sixth."""
     size = max(9, min(width, height) // 18)
     picture = Image.new("RGB", (width, min(height, 2 * size)))
     draw = ImageDraw.Draw(picture)
     write_line(draw, width, size // 5, size, label, f"{100 * probability:.0f} %")
-    top = bar_top(picture.height)
+    top = picture.height - max(1, picture.height // 6)
     draw.rectangle((0, top, width, picture.height), "#464646")
     if (filled := round(width * probability)) > 0:
         draw.rectangle((0, top, filled - 1, picture.height), "#2ecc40")
     return picture
-
-
-def bar_top(height: int) -> int:
-    """First row of the bar, which fills the lowest sixth of a strip."""
-    return height - max(1, height // 6)
 
 
 def planes(frame: av.VideoFrame) -> list[NDArray[np.uint8]]:
