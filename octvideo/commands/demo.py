@@ -233,17 +233,12 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
         options: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "network", **private}
         begun = [said, results, seen, player, maps]
         step = upload.upload(lambda: begin("Looking at the video ..."), None, begun, queue=False, **private)
-        steps = []
-        for function, inputs, outputs in (
-            (look, upload, [said, results, seen, best, chart, when]),
-            (show_maps, [seen, layer, when], maps),
-            (play, seen, [said, player]),
-        ):
-            step = step.then(function, inputs, outputs, trigger_mode="multiple", **options)
-            steps.append(step)
+        shown, chosen, steps = [said, results, seen, best, chart, when], [seen, layer, when], []
+        for work in ((look, upload, shown), (show_maps, chosen, maps), (play, seen, [said, player])):
+            steps.append(step := step.then(*work, trigger_mode="multiple", **options))
         upload.clear(begin, None, begun, queue=False, cancels=steps, **private)
         often: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "minimal", **options}
-        gr.on([layer.input, when.input], show_maps, [seen, layer, when], maps, **often)
+        gr.on([layer.input, when.input], show_maps, chosen, maps, **often)
     return page.queue(max_size=WAITING, api_open=False)
 
 
