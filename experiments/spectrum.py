@@ -19,7 +19,7 @@ from torch import Tensor
 
 from octvideo.commands.options import Parser, fail
 from octvideo.data.clips import clips_of, cut
-from octvideo.data.sampling import Sampling, even_crops
+from octvideo.data.sampling import even_crops
 from octvideo.data.video import Video
 from octvideo.errors import DecodeError
 from octvideo.evaluation.feature_maps import stage_features
@@ -163,9 +163,7 @@ def read_clips(videos: list[str], trained: Trained, num_clips: int, size: int) -
     Raises:
         DecodeError: a video that cannot be decoded.
     """
-    options = trained.preprocessing
-    names = ("clip_frames", "frame_stride", "sampling", "target_fps", "short_videos")
-    sampling = Sampling(*(options[name] for name in names))
+    sampling = trained.preprocessing.sampler
     for path in videos:
         with Video(path) as video:
             images = clips_of(video, sampling.dense_clips(video.num_frames, video.fps, num_clips), size)
@@ -193,7 +191,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
     """
     networks = open_networks(arguments)
     octave = networks["octave"]
-    size = arguments.size or octave.preprocessing["test_crop_size"]
+    size = arguments.size or octave.preprocessing.test_crop_size
     names = {f"blocks.{block}": f"res{number}" for number, block in enumerate(residual_stages(octave.network), 2)}
     videos = track(arguments.videos, "videos", console=Console(stderr=True))
     spectra: dict[str, dict[str, Tensor]] = {}

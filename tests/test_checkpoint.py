@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import DamagedCheckpointError
 from octvideo.models.checkpoint import load_trained
 from octvideo.training.recognizer import Recognizer
@@ -35,7 +36,7 @@ def test_the_network_gives_the_logits_of_the_module_that_was_trained(module, che
         torch.testing.assert_close(trained.network(trained.normalize(clips)), module(clips))
     assert not trained.network.training
     assert trained.labels == ["run", "jump", "sit"]
-    assert trained.preprocessing == PREPROCESSING | {"mean": 0.4, "std": 0.2}
+    assert trained.preprocessing == Preprocessing.from_mapping(PREPROCESSING | {"mean": 0.4, "std": 0.2})
     assert (trained.options["name"], trained.options["alpha"]) == ("i3d_r50", 0.25)
 
 

@@ -21,6 +21,7 @@ from test_predict import write_checkpoint
 from test_prediction import some
 
 from octvideo.commands import demo
+from octvideo.commands import options as command_options
 from octvideo.data.motions import write_video
 from octvideo.evaluation.feature_maps import Maps, heat, layers_of, maps_of
 from octvideo.evaluation.prediction import Predictor
@@ -86,7 +87,7 @@ def test_a_video_has_the_predictors_scores_and_maps_around_a_moment(sight, video
 def test_a_video_of_one_frame_is_shown(sight, videos, tmp_path):
     prediction = sight.predict(str(videos / "0.04.mp4"))
     sight.annotate(prediction, tmp_path / "shown.mp4")
-    assert demo.timeline(prediction).count("<rect") == 3
+    assert demo.parts().timeline(prediction, 5).count("<rect") == 3
     frame, _ = sight.maps(str(videos / "0.04.mp4"), 0.0, "res2")
     assert frame.max() < 10
 
@@ -116,7 +117,7 @@ def test_a_decoder_that_hangs_is_killed(sight, videos, tmp_path):
 def test_a_network_whose_training_diverged_says_so(sight, videos, monkeypatch):
     bias = sight.predictor.trained.network.blocks[-1].proj.bias
     monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
-    with pytest.raises(demo.RefusedError, match="cannot be shown: the network gives scores that are no numbers"):
+    with pytest.raises(demo.RefusedError, match="cannot be shown: the network's scores are not finite"):
         sight.predict(str(videos / "2.mp4"))
 
 
@@ -127,7 +128,7 @@ def test_maps_of_a_deleted_upload_ask_for_it_again(sight, tmp_path):
 
 def test_the_timeline_has_bars_as_high_as_classes_are_probable():
     prediction = some([[0.25, 0.7, 0.05], [0.5, 0.3, 0.2]], [0, 1, 2.4])
-    page = demo.timeline(prediction)
+    page = demo.parts().timeline(prediction, 5)
     assert re.findall(r"<span>(\w+)</span>", page) == ["jump", "run", "sit"]
     bars = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"><title>([^<]*)<', page)
     found = [(*map(float, numbers), text) for *numbers, text in bars]
@@ -145,7 +146,7 @@ def test_the_page_of_maps_has_the_frame_the_means_and_the_strongest_channels():
     frame = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
     high, low = torch.randn(2, 12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     groups = [Maps("high", high, (3, 4, 4)), Maps("low", low[:4], (3, 2, 2))]
-    page = demo.maps_page(frame, [groups], 1.25)
+    page = demo.parts().maps_page(frame, [groups], 1.25, 8)
     pictures = shown(page)
     assert len(pictures) == 1 + 2 + 8 + 4
     np.testing.assert_array_equal(pictures["frame"], frame)
@@ -153,30 +154,30 @@ def test_the_page_of_maps_has_the_frame_the_means_and_the_strongest_channels():
     np.testing.assert_array_equal(pictures["low maps"], heat(low[:4, 1].abs().mean(0)))
     strongest = groups[0].strongest(8)
     np.testing.assert_array_equal(pictures[f"high channel {strongest[3]}"], heat(high[strongest[3], 1].abs()))
-    assert "<b>high</b> 12 of 16 channels, 4 x 4 cells, 3 frames; " in page
-    assert "<b>low</b> 4 of 16 channels, 2 x 2 cells, 3 frames; " in page
+    assert "<b>high</b> 12 of 16 channels, 4 x 4 pixels, 3 frames; " in page
+    assert "<b>low</b> 4 of 16 channels, 2 x 2 pixels, 3 frames; " in page
     assert f"<b>high</b> channels {', '.join(map(str, strongest))}" in page
     assert "pathway" not in page
     assert "no low maps" not in page
-    assert "Slow pathway" in (both := demo.maps_page(frame, [groups, groups], 1.25))
+    assert "Slow pathway" in (both := demo.parts().maps_page(frame, [groups, groups], 1.25, 8))
     assert both.index("Slow pathway") < both.index("Fast pathway")
-    assert both.count(demo.LEGEND) == 1
+    assert both.count(demo.parts().LEGEND) == 1
 
 
-@pytest.mark.parametrize(("kind", "sentence"), [("all", demo.NO_LOW), ("low", demo.NO_HIGH)])
+@pytest.mark.parametrize(("kind", "sentence"), [("all", demo.parts().NO_LOW), ("low", demo.parts().NO_HIGH)])
 def test_the_page_says_where_there_are_no_low_or_high_maps(kind, sentence):
     maps = Maps(kind, torch.zeros(5, 1, 2, 2), (1, 2, 2))
-    page = demo.maps_page(np.zeros((2, 2, 3), np.uint8), [[maps]], 0)
+    page = demo.parts().maps_page(np.zeros((2, 2, 3), np.uint8), [[maps]], 0, 8)
     assert sentence in page
-    assert f"<b>{kind}</b> 5 of 5 channels, 2 x 2 cells, 1 frame; " in page
+    assert f"<b>{kind}</b> 5 of 5 channels, 2 x 2 pixels, 1 frame; " in page
 
 
 def test_what_a_visitor_is_told_is_text():
-    assert demo.message("") == ""
-    assert demo.message("<b>a & b</b>", bad=True) == (
+    assert demo.parts().message("") == ""
+    assert demo.parts().message("<b>a & b</b>", bad=True) == (
         '<div class="message bad" role="alert">&lt;b&gt;a &amp; b&lt;/b&gt;</div>'
     )
-    assert "<b>" not in demo.timeline(replace(some([[0.2, 0.5, 0.3]]), labels=["<b>", "<b>", "<b>"]))
+    assert "<b>" not in demo.parts().timeline(replace(some([[0.2, 0.5, 0.3]]), labels=["<b>", "<b>", "<b>"]), 5)
 
 
 def test_the_desk_works_in_one_thread_and_gives_errors_back():
@@ -235,9 +236,9 @@ def test_nobody_waits_at_an_interrupted_desk():
     ],
 )
 def test_wrong_options_are_one_line(monkeypatch, capsys, options, line):
-    monkeypatch.setattr(sys, "argv", ["demo.py", *options])
+    monkeypatch.setattr(command_options, "program", "demo.py")
     with pytest.raises(SystemExit, match="2"):
-        demo.read_arguments()
+        demo.read_arguments(options)
     assert capsys.readouterr().err == f"demo.py: error: {line}\n"
 
 
@@ -247,7 +248,7 @@ def test_wrong_options_are_one_line(monkeypatch, capsys, options, line):
         (["--ckpt=missing.ckpt"], "missing.ckpt"),
         (["--ckpt", ROOT / "README.md"], "README.md is no intact checkpoint"),
         (["--ckpt=missing.ckpt", "--host=no such host"], "--host no such host --port"),
-        (["--ckpt=missing.ckpt", "--host=::1"], "--host must be a name or an address of IPv4, got ::1"),
+        (["--ckpt=missing.ckpt", "--host=::1"], "--host must be a name or an IPv4 address, got ::1"),
     ],
 )
 def test_what_cannot_be_opened_is_one_line(options, line):
@@ -266,13 +267,13 @@ def test_a_port_in_use_is_named_before_anything_is_loaded():
 
 
 def test_without_gradio_the_tool_says_how_to_get_it(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo.py", f"--ckpt={checkpoint}", f"--port={free_port()}"])
+    monkeypatch.setattr(command_options, "program", "demo.py")
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     monkeypatch.setitem(sys.modules, "gradio", None)
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "NO_PROXY"):
         monkeypatch.setenv(name, "as it was")  # so that it is afterwards
     with pytest.raises(SystemExit, match="2"):
-        demo.main()
+        demo.main([f"--ckpt={checkpoint}", f"--port={free_port()}"])
     assert capsys.readouterr().err == "demo.py: error: the page needs gradio: pip install 'octvideo[demo]'\n"
 
 
@@ -335,12 +336,12 @@ def test_a_clip_that_is_dropped_is_predicted_played_and_looked_into(visit, check
         tab.set_viewport_size({"width": width, "height": 800})
         assert tab.evaluate("document.documentElement.scrollWidth") == width
     captions = tab.locator(".maps figcaption")
-    assert captions.nth(1).inner_text().startswith("high 24 of 32 channels, 8 x 8 cells")
-    assert captions.nth(2).inner_text().startswith("low 8 of 32 channels, 4 x 4 cells")
+    assert captions.nth(1).inner_text().startswith("high 24 of 32 channels, 8 x 8 pixels")
+    assert captions.nth(2).inner_text().startswith("low 8 of 32 channels, 4 x 4 pixels")
     tab.get_by_label("Layer").click()
     tab.get_by_role("option", name="res5", exact=True).click()
-    tab.get_by_text(demo.NO_LOW).wait_for()
-    assert captions.nth(1).inner_text().startswith("all 256 of 256 channels, 1 x 1 cells")
+    tab.get_by_text(demo.parts().NO_LOW).wait_for()
+    assert captions.nth(1).inner_text().startswith("all 256 of 256 channels, 1 x 1 pixels")
     tab.close()
 
 

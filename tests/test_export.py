@@ -1,6 +1,7 @@
-"""tools/export.py: what it writes, and that docs/export.md is true."""
+"""octvideo export: what it writes, and that docs/export.md is true."""
 
-import importlib
+import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess
@@ -16,6 +17,8 @@ from conftest import ROOT, run_tool
 from networks import settle
 from pytorchvideo.models import resnet
 
+from octvideo.commands import export
+from octvideo.commands import options as command_options
 from octvideo.data.clips import Decoding, Draw, TestViews
 from octvideo.data.lists import VideoList
 from octvideo.data.motions import write_video
@@ -45,23 +48,16 @@ def _few_blocks():
 
 
 @pytest.fixture(scope="module")
-def tool():
-    """The script as a module."""
-    return importlib.import_module("export")
-
-
-@pytest.fixture(scope="module")
-def run_here(tool):
-    """Runs the tool in this process; gives its exit status, or what it says as it ends."""
+def run_here():
+    """Runs the command in this process; gives its exit status."""
 
     def run(*options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["export.py", "--rounds=1", *map(str, options)])
+            patch.setattr(command_options, "program", "export.py")
             try:
-                tool.main()
+                return export.main(["--rounds=1", *map(str, options)])
             except SystemExit as error:
                 return error.code
-            return 0
 
     return run
 
@@ -93,6 +89,13 @@ def pt2_file(run_here, checkpoint, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def program(pt2_file):
+    """The .pt2 file in PyTorch, and what it says."""
+    extra = {"octvideo.json": ""}
+    return torch.export.load(pt2_file, extra_files=extra).module(), json.loads(extra["octvideo.json"])
+
+
 def random_clips(batch):
     return torch.randint(256, (batch, 3, 4, 32, 32), dtype=torch.uint8)
 
@@ -120,14 +123,12 @@ def test_an_onnx_file_is_alone_and_of_an_old_opset_and_names_its_sizes(onnx_file
     assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
 
 
-def test_files_say_how_clips_are_made_and_what_comes_out(onnx_file, pt2_file, checkpoint):
+def test_files_say_how_clips_are_made_and_what_comes_out(onnx_file, program, checkpoint):
     said = {prop.key: json.loads(prop.value) for prop in onnx.load(onnx_file, load_external_data=False).metadata_props}
-    extra = {"octvideo.json": ""}
-    torch.export.load(pt2_file, extra_files=extra)
     version = {"octvideo_version": importlib.metadata.version("octvideo")}
     wanted = PREPROCESSING | {"mean": 0.4, "std": 0.2, "labels": LABELS, "output": "logits"} | version
     assert said == load_trained(checkpoint).options | wanted
-    assert json.loads(extra["octvideo.json"]) == said | {"alpha": 0.5}
+    assert program[1] == said | {"alpha": 0.5}
     assert said["name"] == "i3d_r50"
     assert said["alpha"] == 0.25
 
@@ -137,8 +138,8 @@ def test_no_folder_of_this_machine_is_in_a_file(onnx_file, pt2_file):
         assert str(ROOT).encode() not in path.read_bytes()
 
 
-def test_a_program_gives_the_logits_of_the_checkpoint_at_another_alpha(pt2_file, checkpoint):
-    network = torch.export.load(pt2_file).module()
+def test_a_program_gives_the_logits_of_the_checkpoint_at_another_alpha(program, checkpoint):
+    network, _ = program
     for batch in (1, 3):
         clips = random_clips(batch)
         torch.testing.assert_close(network(clips), logits_of(load_trained(checkpoint, alpha=0.5), clips))
@@ -178,24 +179,24 @@ def not_numbers(logits, clips):
 
 
 @pytest.mark.parametrize("change", [wrong_for_white_clips, wrong_for_two_clips, not_numbers])
-def test_a_file_that_gives_something_else_is_not_written(tool, run_here, checkpoint, tmp_path, monkeypatch, change):
+def test_a_file_that_gives_something_else_is_not_written(run_here, checkpoint, tmp_path, monkeypatch, capsys, change):
     trained = load_trained(checkpoint)
-    wrong = tool.Format(
+    wrong = export.Format(
         "another runtime",
         (),
         lambda program, path, about: path.write_text("this one"),
         lambda path: lambda clips: change(logits_of(trained, clips), clips),
     )
-    monkeypatch.setitem(tool.FORMATS, ".pt2", wrong)
+    monkeypatch.setitem(export.FORMATS, ".pt2", wrong)
     nothing = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
     monkeypatch.setattr(torch.export, "export", lambda *args, **options: nothing)  # which takes seconds
     path = tmp_path / "network.pt2"
     path.write_text("the former one")
-    said = run_here("--ckpt", checkpoint, "--output", path)  # which Python prints, and ends with exit status 1
+    assert run_here("--ckpt", checkpoint, "--output", path) == 1
     assert re.fullmatch(
         r"export.py: error: another runtime gives logits that differ from PyTorch's by \S+ of the largest, more than "
-        r"--tolerance 0.0001: no file is written",
-        said,
+        r"--tolerance 0.0001: no file is written\n",
+        capsys.readouterr().err,
     )
     assert path.read_text() == "the former one"
     assert list(tmp_path.iterdir()) == [path]

@@ -1,12 +1,10 @@
-"""tools/predict.py: what it takes, what it writes, and how it ends."""
+"""octvideo predict: what it takes, what it writes, and how it ends."""
 
 import csv
 import dataclasses
-import importlib
 import json
 import os
 import shutil
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,18 +18,16 @@ from PIL import Image
 from test_prediction import some
 
 import octvideo
+from octvideo.commands import options as command_options
+from octvideo.commands import predict
 from octvideo.data.motions import write_video
-from octvideo.errors import DecodeError
+from octvideo.data.video import Video
+from octvideo.errors import DecodeError, ListError
+from octvideo.evaluation import drawing
 from octvideo.evaluation.prediction import Prediction, Timeline
 from octvideo.training.recognizer import Recognizer
 
 LABELS = ["run", "jump", "sit"]
-
-
-@pytest.fixture(scope="module")
-def tool():
-    """The script as a module."""
-    return importlib.import_module("predict")
 
 
 def write_checkpoint(path, labels):
@@ -67,13 +63,13 @@ def videos(tmp_path_factory):
 
 
 @pytest.fixture
-def run_here(tool, checkpoint, monkeypatch, capsys):
+def run_here(checkpoint, monkeypatch, capsys):
     """Runs the tool in this process, quickly; gives its exit status and what it printed."""
 
     def run(*options, few=("--clips=1", "--crops=1", "--device=cpu")):
-        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, options), f"--ckpt={checkpoint}", *few])
+        monkeypatch.setattr(command_options, "program", "predict.py")
         try:
-            status = tool.main()
+            status = predict.main([*map(str, options), f"--ckpt={checkpoint}", *few])
         except SystemExit as error:
             status = error.code
         return status, *capsys.readouterr()
@@ -92,11 +88,11 @@ def facts(path):
         return images, seconds, float(stream.average_rate), float(stream.duration * stream.time_base), kind
 
 
-def bar(image, tool):
+def bar(image):
     """How far the bar of an annotated frame is green, as a share of its width."""
     height, width = image.shape[:2]
-    strip = tool.strip(width, height, "", 0)
-    top = height - (strip.height - tool.bar_top(strip.height))
+    strip = drawing.strip(width, height, "", 0)
+    top = height - max(1, strip.height // 6)
     row = image[top + 1 :].astype(int).mean(0)
     return float((row[:, 1] > row[:, 0] + 60).mean())
 
@@ -171,14 +167,14 @@ def test_scores_and_bad_videos_are_those_of_test_net(videos, checkpoint, tmp_pat
         np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-5)
 
 
-def test_lists_have_class_numbers_or_not_and_their_paths_a_root(tool, run_here, videos, tmp_path):
+def test_lists_have_class_numbers_or_not_and_their_paths_a_root(run_here, videos, tmp_path):
     shutil.copy(videos / "clip10.mp4", tmp_path / "a b.mp4")
     (tmp_path / "list.csv").write_text(
         f"\ufeffpath,label\n{videos}/clip10.mp4 1\n{videos}/more/Clip2.mp4\n\na b.mp4, 2\r\n", encoding="utf-8"
     )
     sources = [(str(videos / "clip10.mp4"), 1), (str(videos / "more" / "Clip2.mp4"), None)]
-    assert tool.find_videos([tmp_path / "list.csv"], None, 3) == [*sources, (str(tmp_path / "a b.mp4"), 2)]
-    assert tool.find_videos([tmp_path / "list.csv"], Path("r"), 3) == [*sources, ("r/a b.mp4", 2)]
+    assert predict.find_videos([tmp_path / "list.csv"], None, 3) == [*sources, (str(tmp_path / "a b.mp4"), 2)]
+    assert predict.find_videos([tmp_path / "list.csv"], Path("r"), 3) == [*sources, ("r/a b.mp4", 2)]
     status, printed, _ = run_here(tmp_path / "list.csv", "--json", tmp_path / "a.json")
     assert status == 0
     found = json.loads((tmp_path / "a.json").read_text())
@@ -190,34 +186,34 @@ def test_lists_have_class_numbers_or_not_and_their_paths_a_root(tool, run_here, 
     assert f"top-1 {50 * right:.2f} %, top-5 100.00 % of 2 videos with a given class" in printed
 
 
-def test_accuracies_count_good_videos_with_a_class(tool):
+def test_accuracies_count_good_videos_with_a_class():
     scores = np.eye(7, dtype=np.float32)[:2] + np.linspace(0, 0.1, 7, dtype=np.float32)[::-1]
     predictions = [Prediction("", row, [*"abcdefg"], None) for row in scores]
     outcomes = [
-        tool.Outcome(tool.Source("", truth), prediction, "", {})
+        predict.Outcome("", truth, prediction, "", {})
         for truth, prediction in ((0, predictions[0]), (0, predictions[1]), (6, predictions[0]), (None, predictions[0]))
     ]
-    bad = tool.Outcome(tool.Source("", 0), None, "broken", {})
-    assert tool.accuracies([*outcomes, bad]) == {
+    bad = predict.Outcome("", 0, None, "broken", {})
+    assert predict.accuracies([*outcomes, bad]) == {
         "top1": pytest.approx(1 / 3),
         "top5": pytest.approx(2 / 3),
         "videos": 3,
     }
-    assert tool.accuracies([bad, outcomes[3]]) is None
+    assert predict.accuracies([bad, outcomes[3]]) is None
 
 
-def test_folders_are_searched_in_natural_order_and_once(tool, tmp_path):
+def test_folders_are_searched_in_natural_order_and_once(tmp_path):
     for name in ("b/clip10.mp4", "b/clip9.mp4", "a2/x.avi", "a10/x.avi", ".git/x.mp4", "B/clip1.MKV", "a2/x.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "a2" / "up").symlink_to(tmp_path)
-    found = [os.path.relpath(path, tmp_path) for path in tool.search(tmp_path)]
+    found = [os.path.relpath(path, tmp_path) for path in predict.search(tmp_path)]
     assert found == ["a2/x.avi", "a10/x.avi", "B/clip1.MKV", "b/clip9.mp4", "b/clip10.mp4"]
-    with pytest.raises(FileNotFoundError):
-        tool.search(tmp_path / "nothing")
+    with pytest.raises(ListError, match="nothing: No such file or directory"):
+        predict.search(tmp_path / "nothing")
 
 
-def test_the_bar_follows_the_timeline_and_the_rest_of_the_picture_stays(tool, tmp_path):
+def test_the_bar_follows_the_timeline_and_the_rest_of_the_picture_stays(tmp_path):
     frames = np.full((75, 90, 121, 3), 200, np.uint8)  # of odd width
     with av.open(str(tmp_path / "a.avi"), "w") as container:
         stream = container.add_stream("mjpeg", rate=25)
@@ -227,22 +223,22 @@ def test_the_bar_follows_the_timeline_and_the_rest_of_the_picture_stays(tool, tm
         container.mux(stream.encode())
     scores = np.array([[0.75, 0.25, 0], [0.1, 0.4, 0.5], [0, 1, 0]], np.float32)
     prediction = Prediction(str(tmp_path / "a.avi"), scores.mean(0), LABELS, Timeline(np.arange(4.0), scores))
-    tool.annotate((prediction, tmp_path / "out"))
+    drawing.annotate((prediction, tmp_path / "out"))
     images, seconds, rate, duration, kind = facts(tmp_path / "out")
     assert images.shape == (75, 90, 122, 3)
     assert kind == ("h264", "yuv420p")
     assert (rate, duration, seconds[:3]) == (25, 3, [0, 0.04, 0.08])
     for start, share in ((0, 0.75), (25, 0.5), (50, 1)):
         for image in images[start : start + 25]:
-            assert bar(image, tool) == pytest.approx(share, abs=0.03)
-    strip = tool.strip(122, 90, "jump", 1).height
+            assert bar(image) == pytest.approx(share, abs=0.03)
+    strip = drawing.strip(122, 90, "jump", 1).height
     assert np.abs(images[:, : -strip - 1].astype(int) - 200).max() < 4
     texts = images[:, -strip : -strip // 6 - 2].astype(int)
     assert np.abs(texts[10] - texts[20]).max() < 40
     assert np.abs(texts[10] - texts[60]).max() > 100  # another class is named
 
 
-def test_annotated_videos_keep_the_moments_of_a_variable_rate(tool, tmp_path):
+def test_annotated_videos_keep_the_moments_of_a_variable_rate(tmp_path):
     moments = [0, 40, 80, 500, 540, 1500, 1540, 2600]  # milliseconds
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=25)
@@ -253,14 +249,14 @@ def test_annotated_videos_keep_the_moments_of_a_variable_rate(tool, tmp_path):
             frame.pts, frame.time_base = moment + 700, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    tool.annotate((dataclasses.replace(some([[1, 0, 0]]), path=str(tmp_path / "a.mkv")), tmp_path / "out"))
+    drawing.annotate((dataclasses.replace(some([[1, 0, 0]]), path=str(tmp_path / "a.mkv")), tmp_path / "out"))
     images, seconds, _, duration, _ = facts(tmp_path / "out")
     assert seconds == [moment / 1000 for moment in moments]
     assert frame_numbers(images[:, :20]) == list(range(8))
     assert duration == pytest.approx(2.64, abs=0.001)
 
 
-def test_annotated_videos_and_contact_sheets_are_upright(tool, run_here, real_videos, tmp_path):
+def test_annotated_videos_and_contact_sheets_are_upright(run_here, real_videos, tmp_path):
     odd = [real_videos / "odd" / name for name in ("video_90.mov", "video_0.mov", "gif-transparent.gif")]
     status, _, printed = run_here(*odd, "--save-video", tmp_path, "--thumbnail", tmp_path)
     assert (status, printed) == (0, "")
@@ -268,7 +264,7 @@ def test_annotated_videos_and_contact_sheets_are_upright(tool, run_here, real_vi
     assert (turned.shape, plain.shape) == ((3, 568, 320, 3), (3, 320, 568, 3))
     assert tiny.shape == (1, 2, 2, 3)
     seen = turned[0, ::8, ::8].astype(float).ravel()
-    with octvideo.data.video.Video(odd[0]) as video:
+    with Video(odd[0]) as video:
         wanted = video.frames_at([0])[0, ::8, ::8].astype(float).ravel()
     assert np.corrcoef(seen[:-6000], wanted[:-6000])[0, 1] > 0.98
     assert Image.open(tmp_path / "video_90.predicted.jpg").size == (780, 780)  # frames of 180 x 320
@@ -284,11 +280,11 @@ def test_real_videos_are_predicted_like_anywhere(run_here, real_videos, tmp_path
     assert len(found["videos"]) + len(found["bad"]) == len(list((real_videos / "odd").iterdir()))
 
 
-def test_a_contact_sheet_shows_eight_moments(tool, numbered_video):
-    times, frames = tool.read_stills((str(numbered_video), "auto"))
+def test_a_contact_sheet_shows_eight_moments(numbered_video):
+    times, frames = drawing.read_stills((str(numbered_video), "auto"))
     np.testing.assert_allclose(times, (np.arange(8) + 0.5) / 4)
     np.testing.assert_allclose(frames.mean((1, 2, 3)) / 4, [3, 11, 18, 26, 33, 41, 48, 56], atol=0.6)
-    sheet = np.asarray(tool.contact_sheet(some([[0.2, 0.7, 0.1]]), times, frames))
+    sheet = np.asarray(drawing.contact_sheet(some([[0.2, 0.7, 0.1]]), times, frames))
     height, width = frames.shape[1:3]
     assert (height, width) == (180, 240)
     for place, frame in enumerate(frames):
@@ -296,24 +292,29 @@ def test_a_contact_sheet_shows_eight_moments(tool, numbered_video):
         np.testing.assert_array_equal(sheet[top : top + height, left : left + width], frame)
         assert sheet[top + height : top + height + 30, left : left + 60].max() > 200  # its time
     assert sheet[:40].max() > 200
-    assert [tool.clock(seconds) for seconds in (0.04, 59.96, 61.5, 3600)] == ["0:00.0", "1:00.0", "1:01.5", "60:00.0"]
+    assert [drawing.clock(seconds) for seconds in (0.04, 59.96, 61.5, 3600)] == [
+        "0:00.0",
+        "1:00.0",
+        "1:01.5",
+        "60:00.0",
+    ]
 
 
-def test_a_long_class_name_is_cut_and_its_probability_is_not(tool):
-    short, cut = (np.asarray(tool.strip(200, 200, name, 0.5)) for name in ("jump", "jumping over a " * 9))
+def test_a_long_class_name_is_cut_and_its_probability_is_not():
+    short, cut = (np.asarray(drawing.strip(200, 200, name, 0.5)) for name in ("jump", "jumping over a " * 9))
     assert (short[:, 170:] == cut[:, 170:]).all()
-    assert (cut[: tool.bar_top(len(cut)), 100:150] > 0).any()
-    assert not (short[: tool.bar_top(len(short)), 100:150] > 0).any()
+    assert (cut[: -(len(cut) // 6), 100:150] > 0).any()
+    assert not (short[: -(len(short) // 6), 100:150] > 0).any()
 
 
-def test_files_of_videos_with_one_name_have_names_of_their_own(tool):
+def test_files_of_videos_with_one_name_have_names_of_their_own():
     paths = ["x/a.mp4", "y/a.avi", "y/A.mp4", "a_2.mp4", "b.mp4"]
-    names = tool.file_names(paths, (None, None))
+    names = predict.file_names(paths, (None, None))
     assert names == ["a", "a_2", "A_3", "a_2_2", "b"]
     assert len({name.lower() for name in names}) == 5
 
 
-def test_sources_are_never_written_over(tool, run_here, videos, tmp_path):
+def test_sources_are_never_written_over(run_here, videos, tmp_path):
     for name in ("a.mp4", "a.predicted.mp4", "sub/a.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(videos / "clip10.mp4", tmp_path / name)
@@ -328,18 +329,18 @@ def test_sources_are_never_written_over(tool, run_here, videos, tmp_path):
     assert set(os.listdir(tmp_path)) == {"a.mp4", "a.predicted.mp4", "sub", "a.json", *written}
 
 
-def test_an_annotated_copy_may_have_a_time_limit(tool, videos, tmp_path):
+def test_an_annotated_copy_may_have_a_time_limit(videos, tmp_path):
     prediction = dataclasses.replace(some([[1, 0, 0]]), path=str(videos / "clip10.mp4"))
-    tool.annotate((prediction, tmp_path / "a.mp4"), most_seconds=60)
+    drawing.annotate((prediction, tmp_path / "a.mp4"), most_seconds=60)
     with pytest.raises(DecodeError, match="it takes too long to write"):
-        tool.annotate((prediction, tmp_path / "a.mp4"), most_seconds=0)
+        drawing.annotate((prediction, tmp_path / "a.mp4"), most_seconds=0)
 
 
-def test_a_video_that_breaks_while_it_is_annotated_is_bad(tool, run_here, videos, tmp_path, monkeypatch):
+def test_a_video_that_breaks_while_it_is_annotated_is_bad(run_here, videos, tmp_path, monkeypatch):
     def no_frames(container, stream, step):
         return iter(())
 
-    monkeypatch.setattr(tool, "frames_of", no_frames)
+    monkeypatch.setattr(drawing, "decode_all", no_frames)
     status, printed, _ = run_here(videos / "clip10.mp4", "--save-video", tmp_path / "out")
     assert status == 1
     assert f"{videos / 'clip10.mp4'}: no frame could be decoded" in printed
@@ -348,7 +349,7 @@ def test_a_video_that_breaks_while_it_is_annotated_is_bad(tool, run_here, videos
         os.mkfifo(tmp_path / "pipe")
         return open(tmp_path / "pipe")
 
-    monkeypatch.setattr(tool, "frames_of", hangs)
+    monkeypatch.setattr(drawing, "decode_all", hangs)
     status, printed, _ = run_here(
         videos / "clip10.mp4", "--save-video", tmp_path / "out", "--decode_timeout_seconds", 2
     )
@@ -357,15 +358,15 @@ def test_a_video_that_breaks_while_it_is_annotated_is_bad(tool, run_here, videos
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_broken_data_is_the_videos_fault_and_a_full_disk_is_not(tool, videos, tmp_path):
+def test_broken_data_is_the_videos_fault_and_a_full_disk_is_not(videos, tmp_path):
     content = (videos / "clip10.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(content[: len(content) // 2])
     prediction = dataclasses.replace(some([[1, 0, 0]]), path=str(tmp_path / "a.mp4"))
     with pytest.raises(DecodeError, match=r"a\.mp4: cannot be annotated: Invalid data"):
-        tool.annotate((prediction, tmp_path / "out"))
+        drawing.annotate((prediction, tmp_path / "out"))
     prediction = dataclasses.replace(prediction, path=str(videos / "clip10.mp4"))
     with pytest.raises(OSError, match="No space left on device"):
-        tool.annotate((prediction, Path("/dev/full")))
+        drawing.annotate((prediction, Path("/dev/full")))
 
 
 def test_a_decoder_that_hangs_is_a_bad_video(run_here, videos, tmp_path):
@@ -400,22 +401,22 @@ def test_other_alphas_and_top_classes(run_here, videos, tmp_path):
     ("options", "message"),
     [
         ([], "the following arguments are required: VIDEO|FOLDER|LIST"),
-        (["missing.mp4"], "no videos found in missing.mp4: no file of the 1 that are named is there, such as missing"),
+        (["missing.mp4"], "no videos found in missing.mp4: none of the 1 files named exist, such as missing"),
         (["{folder}"], "no videos found in {folder}"),
         (["{folder}/missing.csv"], "{folder}/missing.csv: No such file or directory"),
         (["{folder}/wrong.txt"], "{folder}/wrong.txt:2: class number must be 0 to 2, got 3"),
         (["{folder}/negative.txt"], "{folder}/negative.txt:1: class number must be 0 to 2, got -1"),
         (["{folder}/binary.txt"], "{folder}/binary.txt: not a text file in UTF-8"),
-        (["{video}", "--clips=0"], "argument --clips: must be a whole number from 1, got '0'"),
-        (["{video}", "--top=two"], "argument --top: must be a whole number from 1, got 'two'"),
+        (["{video}", "--clips=0"], "argument --clips: a whole number from 1 is wanted, got '0'"),
+        (["{video}", "--top=two"], "argument --top: a whole number from 1 is wanted, got 'two'"),
         (["{video}", "--decode_timeout_seconds=0"], "must be a positive number or null, got '0'"),
         (["{video}", "--decode_timeout_seconds=long"], "must be a positive number or null, got 'long'"),
         (["{video}", "--device=abacus"], "--device abacus: "),
         (["{video}", "--alpha=2"], "alpha"),
         (["{video}", "--backend=gif"], "argument --backend: invalid choice: 'gif'"),
         (["{video}", "--json={folder}"], "--json {folder}: that is a folder"),
-        (["{video}", "--csv={video}"], "--csv {video}: that is read, or another result"),
-        (["{video}", "--json=a", "--csv=a"], "--csv a: that is read, or another result"),
+        (["{video}", "--csv={video}"], "--csv {video}: that is an input or another result"),
+        (["{video}", "--json=a", "--csv=a"], "--csv a: that is an input or another result"),
         (["{video}", "--save-video={folder}/wrong.txt"], "File exists: '{folder}/wrong.txt'"),
         (["{video}", "--ckpt=missing.ckpt"], "No such file or directory: 'missing.ckpt'"),
         (["{video}", "--ckpt={video}"], "clip10.mp4"),
@@ -436,11 +437,11 @@ def test_mistakes_in_the_command_are_one_line_each(run_here, videos, tmp_path, o
     assert error.count("\n") == 1
 
 
-def test_an_interrupted_run_ends_with_130(tool, run_here, videos, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_130(run_here, videos, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool, "Predictor", interrupt)
+    monkeypatch.setattr(predict, "Predictor", interrupt)
     status, printed, error = run_here(videos, few=())
     assert (status, printed) == (130, "")
     assert error.startswith("stopped")

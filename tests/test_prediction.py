@@ -1,5 +1,6 @@
 """Predictions of one video: values against frames that PyAV decodes here, timelines, and what is refused."""
 
+import dataclasses
 import inspect
 import os
 import subprocess
@@ -117,9 +118,9 @@ def test_each_colour_can_have_its_own_mean_and_deviation(network, video):
     assert one.labels == ["class 0", "class 1", "class 2"]
 
 
-def test_what_a_module_does_not_say_is_as_tests_on_kinetics_have_it():
+def test_the_default_preprocessing_of_a_module_is_that_of_tests_on_kinetics():
     data, recognizer = (inspect.signature(kind).parameters for kind in (VideoData, Recognizer))
-    for name, value in prediction.PREPROCESSING.items():
+    for name, value in dataclasses.asdict(Predictor(nn.Linear(1, 1)).trained.preprocessing).items():
         assert value == (data if name in data else recognizer)[name].default, name
 
 
@@ -275,11 +276,11 @@ def test_wrong_options_are_refused(network, video, options, message):
 
 def test_a_network_without_usable_scores_is_refused(network, video):
     with pytest.raises(
-        ValueError, match=r"expected logits \(B, num_classes\) of the network, got \(10, 8, 2, 24, 24\)"
+        ValueError, match=r"expected logits \(B, num_classes\) from the network, got \(10, 8, 2, 24, 24\)"
     ):
         octvideo.predict(network.features, video, preprocessing=CLIPS)
     network.head.bias.data[1] = torch.nan
-    with pytest.raises(ValueError, match="scores that are no numbers: its training diverged"):
+    with pytest.raises(ValueError, match="scores are not finite: its training diverged"):
         octvideo.predict(network, video, preprocessing=CLIPS)
 
 

@@ -1,26 +1,23 @@
-"""Exports a trained network to ONNX or torch.export, with the normalisation inside and all that its user needs to know.
+"""Exports a network to ONNX or torch.export: one file that includes normalisation and describes its input and output.
 
-python tools/export.py --ckpt runs/oct_i3d/checkpoints/best.ckpt --output oct_i3d.onnx [--alpha A] [--softmax]
-python tools/export.py --name slowfast_r50 --alpha .25 --clip 32x224x224 --output slowfast.pt2 [--num_classes N]
+octvideo export --ckpt runs/oct_i3d/checkpoints/best.ckpt --output oct_i3d.onnx [--alpha A] [--softmax]
+octvideo export --name slowfast_r50 --alpha .25 --clip 32x224x224 --output slowfast.pt2 [--num_classes N]
 
-FILE.onnx is for onnxruntime and other runtimes (opset 18, the oldest that PyTorch writes) and takes
-`pip install 'octvideo[export]'` to write; FILE.pt2 is a torch.export program. Either is one file, which needs neither
-octvideo nor the checkpoint.
+FILE.onnx runs in onnxruntime and others (opset 18, the oldest that PyTorch writes); to write it,
+`pip install 'octvideo[export]'`. FILE.pt2 is a torch.export program. Neither needs octvideo or the checkpoint to run.
 
-input    clips: uint8 RGB (batch, 3, frames, height, width), of any batch unless --batch fixes it
-output   logits, or with --softmax probabilities: float32 (batch, classes)
+input    clips: uint8 RGB (batch, 3, frames, height, width), any batch size unless --batch fixes it
+output   logits, or probabilities with --softmax: float32 (batch, classes)
 
-The file also says how clips are made and what comes out: labels, clip_frames, frame_stride, sampling, target_fps,
-short_videos, test_crop_size (pixels that the shorter side is scaled to, and of the square cut out), mean and std (which
-the network applies itself), name, alpha and other options of the network, output, octvideo_version. In ONNX each is a
-JSON value in metadata_props, in FILE.pt2 all are one JSON object, the extra file octvideo.json.
+The file also holds labels, clip_frames, frame_stride, sampling, target_fps, short_videos, test_crop_size (the shorter
+side is scaled to it, then a square is cropped), mean and std (already applied by the network), the network's options
+(name, alpha ...), output and octvideo_version: JSON values in the metadata_props of ONNX, or one JSON object in the
+extra file octvideo.json of FILE.pt2. With --name the network is random, to measure its speed before training.
 
-With --name the network has random weights and batch-norm statistics: to measure it before it is trained.
+The outputs for random, black and white clips are first compared with PyTorch's, computed without folded batch norms.
+Then both are timed alternately on a random clip.
 
-Before the file appears, what it gives for random, black and white clips is compared with what PyTorch gives, without
-folded batch norms. Then both are timed in turn, on the first of those clips.
-
-Exit status: 0 if they agree; 1 if not, and no file is written; 2 for a mistake in the command.
+Exit status: 0 if the outputs agree; 1 if not, and no file is written; 2 for a mistake in the command.
 """
 
 from __future__ import annotations
@@ -30,9 +27,8 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
-import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -45,28 +41,16 @@ from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from octvideo.commands.options import Parser, clip_size, fail, number, one_line_errors
+from octvideo.data.preprocessing import Preprocessing
 from octvideo.files import appearing
 from octvideo.models.checkpoint import Trained, load_trained
 from octvideo.models.cost import time_interleaved
 from octvideo.models.fuse import fuse
 from octvideo.models.zoo import create_model
 
-OPSET = 18
-OF_TRAINING = ("crop_size", "short_side", "mirror")  # preprocessing that only training clips undergo
-Size = tuple[int, int, int]
-
 
 class Classifier(nn.Module):
-    """What is exported: normalisation, network and, if wanted, softmax.
-
-    Args:
-        trained: the network, and how its clips are normalised.
-        softmax: give probabilities.
-
-    Shape:
-        Input: (B, 3, T, H, W) uint8.
-        Output: (B, num_classes) float32.
-    """
+    """The exported module, from uint8 clips (B, 3, T, H, W) to float32 logits or probabilities (B, num_classes)."""
 
     def __init__(self, trained: Trained, softmax: bool) -> None:
         super().__init__()
@@ -75,17 +59,17 @@ class Classifier(nn.Module):
         self.softmax = softmax
 
     def forward(self, clips: Tensor) -> Tensor:
-        """The argument's name is the name of the file's input."""
+        """The argument's name becomes the name of the file's input."""
         logits: Tensor = self.network(self.normalize(clips))
         return logits.softmax(1) if self.softmax else logits
 
 
 def write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    """Writes the weights into the one file too, which protobuf allows up to 2 GB."""
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # a line for each weight that it leaves to the runtime
-    shapes, names = {"clips": {0: "batch"}}, [about["output"]]  # for names alone: the program knows what is dynamic
+    """Writes a single file, weights included, which protobuf limits to 2 GB."""
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # else a line for each weight not folded into a constant
+    shapes, names = {"clips": {0: "batch"}}, [about["output"]]  # only names the sizes; the program has dynamic ones
     exported = torch.onnx.export(
-        program, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes, output_names=names, verbose=False
+        program, dynamo=True, opset_version=18, dynamic_shapes=shapes, output_names=names, verbose=False
     )
     assert exported is not None
     exported.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
@@ -93,7 +77,7 @@ def write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> N
 
 
 def open_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    """The file in onnxruntime, on the CPU, with as many threads as PyTorch has."""
+    """Opens the file in onnxruntime, on the CPU, with as many threads as PyTorch has."""
     import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
@@ -103,26 +87,19 @@ def open_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def write_pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    """Writes by way of an open file: torch.export refuses to know a name without .pt2."""
+    """Writes to an open file, because torch.export refuses names that do not end in .pt2."""
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={"octvideo.json": json.dumps(about)})
 
 
 def open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    """The file in PyTorch."""
+    """Opens the file in PyTorch."""
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
 
 class Format(NamedTuple):
-    """A kind of file.
-
-    Args:
-        runtime: what runs it.
-        packages: what has to be installed for it, besides octvideo.
-        write: writes a program to a file, with what is to be known about it.
-        open: opens the file in its runtime.
-    """
+    """A file format: its runtime, the packages to install for it, and how it is written and opened."""
 
     runtime: str
     packages: tuple[str, ...]
@@ -137,35 +114,23 @@ FORMATS = {
 
 
 def read_arguments(words: list[str]) -> argparse.Namespace:
-    """The command line, checked as far as it can be without a network."""
+    """Parses the command line and checks what can be checked without a network."""
     parser = Parser(__doc__)
     add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", type=Path, metavar="FILE", help="checkpoint that train_net.py wrote")
+    source.add_argument("--ckpt", type=Path, metavar="FILE", help="checkpoint of octvideo train")
     source.add_argument("--name", metavar="NETWORK", help="a network of octvideo.MODELS, such as i3d_r50, untrained")
     add("--output", type=Path, required=True, metavar="FILE", help="FILE.onnx or FILE.pt2")
-    add("--alpha", type=float, metavar="A", help="of res2 to res4; default: the checkpoint's, or 0 with --name")
-    add(
-        "--clip", type=clip_size, metavar="TxHxW", help="with --name: frames, height and width; checkpoints know theirs"
-    )
+    add("--alpha", type=float, metavar="A", help="alpha of res2 to res4; default: the checkpoint's, or 0 with --name")
+    add("--clip", type=clip_size, metavar="TxHxW", help="with --name: frames, height and width")
     add("--num_classes", type=number, metavar="N", help="with --name; default: 400")
-    add("--batch", type=number, metavar="N", help="clips at once, always; default: any number")
-    add("--softmax", action="store_true", help="give probabilities in place of logits")
-    add(
-        "--fuse",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="fold batch norms into the convolutions before them, which is faster and the same up to rounding; "
-        "default: yes",
-    )
-    add(
-        "--tolerance",
-        type=float,
-        default=1e-4,
-        metavar="SHARE",
-        help="of the largest output, that outputs may differ by; default: 1e-4",
-    )
-    add("--rounds", type=number, default=10, metavar="N", help="measurements of each runtime; default: 10")
-    add("--threads", type=number, metavar="N", help="of each runtime; default: as PyTorch chooses")
+    add("--batch", type=number, metavar="N", help="fixed batch size; default: any")
+    add("--softmax", action="store_true", help="output probabilities instead of logits")
+    fold = "fold batch norms into the convolutions before them: faster, and equal up to rounding; default: yes"
+    add("--fuse", action=argparse.BooleanOptionalAction, default=True, help=fold)
+    share = "largest difference allowed, as a share of the largest output; default: 1e-4"
+    add("--tolerance", type=float, default=1e-4, metavar="SHARE", help=share)
+    add("--rounds", type=number, default=10, metavar="N", help="timed runs of each runtime; default: 10")
+    add("--threads", type=number, metavar="N", help="threads of each runtime; default: PyTorch's choice")
     arguments = parser.parse_args(words)
     output: Path = arguments.output
     if output.suffix not in FORMATS or output.is_dir():
@@ -180,46 +145,43 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def untrained(name: str, alpha: float, num_classes: int, clip_frames: int) -> Trained:
-    """A network whose weights and statistics are random: with those that a training starts from, most of it is silent.
-
-    Raises:
-        ValueError: an unknown name or an impossible alpha.
-    """
+def untrained(name: str, alpha: float, num_classes: int, preprocessing: Preprocessing) -> Trained:
+    """A network with random weights and statistics; with training's initial ones, most of it would output zeros."""
     torch.manual_seed(0)
     network = create_model(name, alpha=alpha, num_classes=num_classes, channels_last=True)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
+            assert module.running_mean is not None
+            assert module.running_var is not None
             nn.init.uniform_(module.weight, 0.5, 1.0)
             nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.1)
     options = {"name": name, "alpha": alpha, "num_classes": num_classes}
-    labels = [f"class {number}" for number in range(num_classes)]
-    return Trained(network.eval(), options, labels, {"clip_frames": clip_frames, "mean": 0.45, "std": 0.225})
+    return Trained(network.eval(), options, [f"class {index}" for index in range(num_classes)], preprocessing)
 
 
-def clips_to_compare(size: Size, batches: tuple[int, ...]) -> list[Tensor]:
+def clips_to_compare(size: tuple[int, ...], batches: tuple[int, ...]) -> list[Tensor]:
     """Random, black and white clips (B, 3, T, H, W) for each B."""
     generator = torch.Generator().manual_seed(0)
     clips = []
-    for shape in [(batch, 3, *size) for batch in batches]:
+    for shape in [(batch, *size) for batch in batches]:
         clips.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
         clips += [torch.full(shape, level, dtype=torch.uint8) for level in (0, 255)]
     return clips
 
 
-def export(trained: Trained, size: Size, arguments: argparse.Namespace) -> None:
-    """Writes the file if it gives what PyTorch gives, and prints how fast it is."""
+def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespace) -> None:
+    """Writes the file if its outputs agree with PyTorch's for clips of a size (3, T, H, W), and prints its speed."""
     file = FORMATS[arguments.output.suffix]
     eager = Classifier(trained, arguments.softmax)
     clips = clips_to_compare(size, (arguments.batch,) if arguments.batch else (1, 2))
     try:
         wanted = [eager(clip) for clip in clips]
     except RuntimeError as error:
-        fail(f"{trained.options['name']} does not take clips of {'x'.join(map(str, size))}: {error}")
+        fail(f"{trained.options['name']} does not take clips of {'x'.join(map(str, size[1:]))}: {error}")
     if arguments.fuse:
         trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
     dynamic = None if arguments.batch else {"clips": {0: torch.export.Dim("batch", min=1)}}
@@ -227,25 +189,23 @@ def export(trained: Trained, size: Size, arguments: argparse.Namespace) -> None:
         Classifier(trained, arguments.softmax), (clips[-1],), dynamic_shapes=dynamic, strict=False
     )
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names folders of this machine
-    about = {
-        **trained.options,
-        **{key: value for key, value in trained.preprocessing.items() if key not in OF_TRAINING},
-        "labels": trained.labels,
-        "output": "probabilities" if arguments.softmax else "logits",
-        "octvideo_version": importlib.metadata.version("octvideo"),
-    }
+        node.meta.pop("stack_trace", None)  # it contains paths of this machine
+    about = trained.options | asdict(trained.preprocessing) | {"labels": trained.labels}
+    for name in ("crop_size", "short_side", "mirror"):  # apply to training clips only
+        del about[name]
+    about["output"] = "probabilities" if arguments.softmax else "logits"
+    about["octvideo_version"] = importlib.metadata.version("octvideo")
     with appearing(arguments.output) as partial:
         file.write(program, partial, about)
         run = file.open(partial)
-        differences = [
-            (run(clip) - want).abs().max() / want.abs().max() for clip, want in zip(clips, wanted, strict=True)
-        ]
+        pairs = zip(clips, wanted, strict=True)
+        differences = [(run(clip) - want).abs().max() / want.abs().max() for clip, want in pairs]
         difference = float(torch.stack(differences).max())
         if not difference <= arguments.tolerance:
-            sys.exit(
-                f"export.py: error: {file.runtime} gives {about['output']} that differ from PyTorch's by "
-                f"{difference:.1g} of the largest, more than --tolerance {arguments.tolerance:g}: no file is written"
+            fail(
+                f"{file.runtime} gives {about['output']} that differ from PyTorch's by {difference:.1g} of the "
+                f"largest, more than --tolerance {arguments.tolerance:g}: no file is written",
+                status=1,
             )
     seconds = time_interleaved([lambda: eager(clips[0]), lambda: run(clips[0])], rounds=arguments.rounds)
     medians = [median(taken) for taken in seconds]
@@ -257,17 +217,19 @@ def export(trained: Trained, size: Size, arguments: argparse.Namespace) -> None:
     print(f"{arguments.output}: {megabytes:.1f} MB; {about['output']} differ by {difference:.1g} of the largest")
 
 
-def main(words: list[str]) -> None:
-    """Runs the tool."""
+def main(words: list[str]) -> int:
+    """Runs the command; returns its exit status."""
     arguments = read_arguments(words)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with one_line_errors(), torch.no_grad():
         if arguments.ckpt:
             trained = load_trained(arguments.ckpt, arguments.alpha)
-            side = trained.preprocessing["test_crop_size"]
-            size = (trained.preprocessing["clip_frames"], side, side)
+            size: tuple[int, ...] = trained.preprocessing.clip_size
         else:
-            size = arguments.clip
-            trained = untrained(arguments.name, arguments.alpha or 0.0, arguments.num_classes or 400, size[0])
+            frames, *sides = arguments.clip
+            size = (3, frames, *sides)
+            how = Preprocessing(clip_frames=frames, test_crop_size=min(sides))
+            trained = untrained(arguments.name, arguments.alpha or 0.0, arguments.num_classes or 400, how)
         export(trained, size, arguments)
+    return 0

@@ -185,8 +185,7 @@ class Run:
 
 def clip_size(trained: Trained) -> tuple[int, int, int, int]:
     """(C, T, H, W) of a test clip."""
-    side = trained.preprocessing["test_crop_size"]
-    return 3, trained.preprocessing["clip_frames"], side, side
+    return trained.preprocessing.clip_size
 
 
 def say_alpha(alpha: Alpha) -> str:
