@@ -16,8 +16,8 @@ import pytest
 from av.stream import Disposition
 from conftest import frame_numbers
 
+from octvideo.data.index import IndexedVideo
 from octvideo.data.pyav_reader import PyAvReader
-from octvideo.data.reader import KnownVideo
 from octvideo.data.video import Video
 from octvideo.errors import DecodeError, UnreadableError
 
@@ -300,7 +300,7 @@ def test_moments_before_the_first_key_frame_that_is_shown_are_found_with_an_inde
     ]
     shown = [(seconds, number) for seconds, number in shown if seconds >= 0]
     assert shown[0][1] == 15
-    known = KnownVideo(30.0, 1.5, np.array([0.5]))  # frame 0, a key frame, is not shown
+    known = IndexedVideo(45, 30.0, 1.5, np.array([0.5]), 0)  # frame 0, a key frame, is not shown
     for chosen in (None, known):
         with Video(tmp_path / "cut.mp4", known=chosen) as video:
             for start in (0, 5, 12, 20):
@@ -348,13 +348,13 @@ def test_the_index_error_of_pyav_after_the_last_packet_is_the_end_of_the_file(nu
         return call
 
     failing = SimpleNamespace(
-        demux=then_fails(original.demux), decode=then_fails(original.decode), seek=original.seek, close=lambda: None
+        demux=then_fails(original.demux), seek=original.seek, close=lambda: None, format=original.format
     )
     monkeypatch.setattr(reader, "_container", failing)
-    assert frame_numbers(np.stack(reader.read([1.0, 1.99], None))) == [30, 59]
+    assert frame_numbers(np.stack(reader.read(np.array([1.0, 1.99]), None))) == [30, 59]
     monkeypatch.setattr(reader, "_open", lambda: None)
     monkeypatch.setattr("octvideo.data.pyav_reader.BUFFERED_BYTES", 0)
-    assert frame_numbers(np.stack(reader.read([1.0, 1.99], None))) == [30, 59]
+    assert frame_numbers(np.stack(reader.read(np.array([1.0, 1.99]), None))) == [30, 59]
     reader._seek(0)
     last, count = reader._read_timestamps()
     assert (round(30 * last), count) == (59, 60)
@@ -404,7 +404,7 @@ def test_frames_of_one_timestamp_are_counted(tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_refuses_to_hold_the_last_frame_long_before_the_headers_end(numbered_video, backend):
     backend_or_skip(backend)
-    with Video(numbered_video, backend, known=KnownVideo(30.0, 4.0, np.empty(0))) as video:
+    with Video(numbered_video, backend, known=IndexedVideo(120, 30.0, 4.0, np.empty(0), 0)) as video:
         assert frame_numbers(video.frames_at([1.0, 2.5])) == [30, 59]
         with pytest.raises(DecodeError, match=r"ends after 2.00 s, and its header says 4.00 s"):
             video.frames_at([1.0, 3.5])
@@ -450,7 +450,7 @@ def test_a_video_says_the_same_after_an_error(numbered_video, monkeypatch):
 
 @pytest.mark.parametrize("moments", [[], [0.5, float("nan")]])
 def test_moments_that_are_none_are_refused(numbered_video, moments):
-    with Video(numbered_video) as video, pytest.raises(ValueError, match="expected moments in seconds, got"):
+    with Video(numbered_video) as video, pytest.raises(ValueError, match="expected times in seconds, got"):
         video.frames_at(moments)
 
 
@@ -523,13 +523,14 @@ def test_frames_of_avi_files_with_b_frames_are_counted_because_their_timestamps_
             assert frame_numbers(video.frames_at(times)) == list(range(first, first + 8))
 
 
-def test_frames_out_of_order_are_counted_even_where_the_file_does_not_tell(real_videos):
+def test_frames_out_of_order_are_counted_even_where_the_file_does_not_tell(real_videos, monkeypatch):
     path = real_videos / "clips" / "TrumanShow_wave_f_nm_np1_fr_med_26.avi"
     images = [frame.to_ndarray(format="rgb24") for _, frame in whole(path)]
     reader = PyAvReader(str(path), None)
     assert reader._counted
     reader._counted = False
-    frames = reader.read([(number + 0.5) / reader.fps for number in range(20, 28)], None)
+    monkeypatch.setattr("octvideo.data.pyav_reader.has_guessed_times", lambda *_: False)
+    frames = reader.read((np.arange(20, 28) + 0.5) / reader.fps, None)
     assert all(np.array_equal(frame, image) for frame, image in zip(frames, images[20:28], strict=True))
     assert reader._counted
     reader.close()
@@ -579,7 +580,7 @@ def test_without_packets_that_lead_to_frames_all_are_decoded(numbered_video, mon
 
 def test_what_an_index_knows_is_not_read_again(numbered_video, monkeypatch):
     monkeypatch.setattr(PyAvReader, "_measure", None)
-    known = KnownVideo(30.0, 2.0, np.arange(5) * 12 / 30)
+    known = IndexedVideo(60, 30.0, 2.0, np.arange(5) * 12 / 30, 0)
     with Video(numbered_video, known=known) as video:
         assert (video.fps, video.duration_seconds) == (30, 2)
         for first in (0, 11, 12, 40):
