@@ -18,8 +18,8 @@ from octvideo.data.torchcodec_reader import TorchcodecReader
 from octvideo.errors import DecodeError, UnreadableError, UserError
 
 LATEST_SECONDS = 1e7  # no video is longer, and a file's clock counts no further
-# To add a backend or a kind of container: write a subclass of Reader in a file of its own, add a row here and the name to
-# reader.Backend. "auto" tries them in this order.
+# To add a backend, or a container that none of these opens: a subclass of Reader in a file of its own, a row here, and
+# its name in reader.Backend. The backend "auto" tries them in this order.
 READERS: dict[str, Callable[[str, IndexedVideo | None], Reader]] = {
     "pyav": PyAvReader,
     "torchcodec": TorchcodecReader,
