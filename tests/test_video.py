@@ -528,8 +528,8 @@ def test_frames_out_of_order_are_counted_even_where_the_file_does_not_tell(real_
     images = [frame.to_ndarray(format="rgb24") for _, frame in whole(path)]
     reader = PyAvReader(str(path), None)
     assert reader._counted
-    reader._counted = False
     monkeypatch.setattr("octvideo.data.pyav_reader.has_guessed_times", lambda *_: False)
+    assert not reader._counted
     frames = reader.read((np.arange(20, 28) + 0.5) / reader.fps, None)
     assert all(np.array_equal(frame, image) for frame, image in zip(frames, images[20:28], strict=True))
     assert reader._counted

@@ -117,7 +117,7 @@ class PyAvReader(Reader):
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
         super().__init__(path, known)
         self.frames_decoded: int = 0
-        self._counted = False  # timestamps are of no use: frames are counted from the start of the file
+        self._unordered = False  # it was found that timestamps do not rise in the order in which frames are shown
         self._open()
         try:
             self.fps, self.duration_seconds = (known.fps, known.duration_seconds) if known else self._measure()
@@ -131,7 +131,11 @@ class PyAvReader(Reader):
         assert self._stream.time_base is not None
         self._time_base = float(self._stream.time_base)
         self._start_time = self._stream.start_time or 0
-        self._counted = self._counted or has_guessed_times(self._container, self._stream)
+
+    @property
+    def _counted(self) -> bool:
+        """Whether timestamps are of no use, so that frames are counted from the start of the file."""
+        return self._unordered or has_guessed_times(self._container, self._stream)
 
     def _measure(self) -> tuple[float, float]:
         """Frames per second and seconds, from the stream's header if it has them."""
@@ -148,7 +152,7 @@ class PyAvReader(Reader):
             if last <= 0 and not guessed:  # nothing comes after a jump to the end, or there are no true timestamps
                 self._restart()
                 last, count = self._read_timestamps()
-        self._counted = self._counted or (last <= 0 and count > 1)
+        self._unordered = last <= 0 and count > 1
         return fps, last + 1 / fps if last > 0 and not guessed else max(1, count) / fps
 
     def _read_timestamps(self) -> tuple[float, int]:
@@ -168,20 +172,12 @@ class PyAvReader(Reader):
     def read(self, times: Times, short_side: int | None) -> list[Image]:
         """The frame shown at each of the times."""
         far = np.diff(times) > (math.inf if self._counted else SEEK_SECONDS)
-        spans = np.split(times, np.flatnonzero(far) + 1)
-        return [image for span in spans for image in self._read_span(span, short_side)]
-
-    def _read_span(self, times: Times, short_side: int | None) -> list[Image]:
-        if not self._counted:
-            with decode_errors(self.path, *READING_ERRORS):
-                images = self._read_selected(times, short_side)
-            if images is not None:
-                return images
-            try:
-                return self._read_in_order(times, short_side)
-            except _UnorderedError:
-                self._counted = True
-        return self._read_in_order(times, short_side)
+        images: list[Image] = []
+        with decode_errors(self.path, *READING_ERRORS):
+            for span in np.split(times, np.flatnonzero(far) + 1):
+                selected = None if self._counted else self._read_selected(span, short_side)
+                images += selected or self._read_in_order(span, short_side)
+        return images
 
     def _read_selected(self, times: Times, short_side: int | None) -> list[Image] | None:
         """Decodes what the wanted frames need, by the packets' timestamps; None where these do not lead to them."""
@@ -261,11 +257,14 @@ class PyAvReader(Reader):
         """Decodes every frame from the key frame before the first time to the last time."""
         images: list[Image] = []
         frames = itertools.chain(self.frames_from(times[0]), [(math.inf, None)])
-        for (start, frame), (end, _) in itertools.pairwise(frames):
+        for (start, frame), (end, following) in itertools.pairwise(frames):
             assert frame is not None
-            count = int(np.searchsorted(times + ROUNDING_SECONDS, end))  # times before the end of this frame
-            if end == math.inf:
+            if end < start:
+                self._unordered = True
+                return self._read_in_order(times, short_side)
+            if following is None:
                 self._check_end(start + max(1 / self.fps, (frame.duration or 0) * self._time_base), times[-1])
+            count = int(np.searchsorted(times + ROUNDING_SECONDS, end))  # times before the end of this frame
             if count > len(images):
                 images += [self._image(frame, short_side)] * (count - len(images))
             if count == len(times):
@@ -285,23 +284,16 @@ class PyAvReader(Reader):
 
     def _decode(self, seconds: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
         """Decodes from a key frame before a time, or from the start of the file."""
-        with decode_errors(self.path, *READING_ERRORS):
-            if seconds is None:
-                self._restart()
-            else:
-                self._seek(seconds)
-            if has_guessed_times(self._container, self._stream) and not self._counted:  # decoding has shown it
-                raise _UnorderedError
-            step, previous = max(1, round(1 / (self.fps * self._time_base))), -math.inf
-            for count, (time, frame) in enumerate(decode_all(self._container, self._stream, step)):
-                self.frames_decoded += 1
-                if frame.pts is None and count == 0 and seconds is not None:
-                    return  # after a jump nothing says when it is shown
-                shown = count / self.fps if self._counted else time * self._time_base
-                if shown < previous:
-                    raise _UnorderedError
-                previous = shown
-                yield shown, frame
+        if seconds is None:
+            self._restart()
+        else:
+            self._seek(seconds)
+        counted, step = self._counted, max(1, round(1 / (self.fps * self._time_base)))
+        for count, (time, frame) in enumerate(decode_all(self._container, self._stream, step)):
+            self.frames_decoded += 1
+            if frame.pts is None and count == 0 and seconds is not None:
+                return  # after a jump nothing says when it is shown
+            yield count / self.fps if counted else time * self._time_base, frame
 
     def _seek(self, seconds: float) -> None:
         """Goes to the last key frame that is not after the time, or to the start of a file that cannot seek."""
@@ -318,7 +310,3 @@ class PyAvReader(Reader):
     def close(self) -> None:
         """Closes the file."""
         self._container.close()
-
-
-class _UnorderedError(Exception):
-    """Frames whose timestamps do not rise in the order in which they are shown."""

@@ -50,7 +50,7 @@ class Watchdog(Generic[Argument, Result]):
     Where the platform cannot fork, the function is called directly, unwatched.
 
     Args:
-        function: what to call; its results and errors travel by pickle, the arrays in them through a file in memory.
+        function: what to call; its results and errors are pickled into a file in memory.
         timeout_seconds: how long a call may take, or may go on without `still_alive()`. The clock starts when the
             process takes up the call.
     """
@@ -93,7 +93,9 @@ class Watchdog(Generic[Argument, Result]):
             else:
                 raise HungError(f"no result within {limit:g} s: the decoder was killed")
             result: Result
-            result, error = _load(self._memory, *self._connection.recv())
+            with open(self._memory.fileno(), "rb", closefd=False) as memory:  # it has buffered no earlier result
+                memory.seek(0)
+                result, error = pickle.load(memory)
         except (EOFError, ConnectionError) as lost:
             raise HungError(f"the decoder's process died ({self._end()})") from lost
         except BaseException:  # hung, or interrupted in the middle of a message
@@ -149,26 +151,6 @@ class Watchdog(Generic[Argument, Result]):
             self.close()
 
 
-def _store(memory: IO[bytes], value: Any) -> tuple[bytes, list[int]]:
-    """Writes a value's arrays to the file in memory; returns the value's pickle without them, and their sizes."""
-    buffers: list[pickle.PickleBuffer] = []
-    message = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    arrays = [buffer.raw() for buffer in buffers]
-    memory.seek(0)
-    memory.writelines(arrays)
-    memory.flush()
-    return message, [array.nbytes for array in arrays]
-
-
-def _load(memory: IO[bytes], message: bytes, sizes: list[int]) -> Any:
-    buffers = [bytearray(size) for size in sizes]
-    with open(memory.fileno(), "rb", closefd=False) as reader:  # a new one: it has buffered nothing of earlier results
-        reader.seek(0)
-        for buffer in buffers:
-            reader.readinto(buffer)
-    return pickle.loads(message, buffers=buffers)
-
-
 def _serve(function: Callable[[Any], Any], connection: Connection, memory: IO[bytes], parent: int) -> None:
     """The watched process: answers calls until its parent closes the pipe or dies."""
     global _beat, _starting
@@ -189,6 +171,11 @@ def _serve(function: Callable[[Any], Any], connection: Connection, memory: IO[by
             connection.send_bytes(_BEAT)
             next_beat = time.monotonic() + BEAT_SECONDS
 
+    def store(answer: tuple[Any, Exception | None]) -> None:
+        memory.seek(0)
+        pickle.dump(answer, memory, protocol=5)
+        memory.flush()
+
     _beat = beat
     for call in itertools.count(1):
         try:
@@ -197,11 +184,10 @@ def _serve(function: Callable[[Any], Any], connection: Connection, memory: IO[by
             return
         connection.send_bytes(_BEAT)  # starts the clock
         try:
-            answer = _store(memory, (function(argument), None))
+            store((function(argument), None))
         except Exception as error:  # it is raised again in the parent
-            answer = _store(memory, (None, _portable(error)))
+            store((None, _portable(error)))
         connection.send_bytes(_ANSWER)
-        connection.send(answer)
         if call % CALLS_A_TRIM == 0 and hasattr(library, "malloc_trim"):
             library.malloc_trim(0)
 
