@@ -42,7 +42,7 @@ def test_rows_of_many_paths_come_at_once(index):
 
 
 def test_arrays_are_mapped_not_read_also_in_another_process(index):
-    for column in (*index._columns.values(), index._keyframe_seconds):
+    for column in index._columns:
         while isinstance(column, np.ndarray) and not isinstance(column, np.memmap):
             column = column.base
         assert isinstance(column, np.memmap)

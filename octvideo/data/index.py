@@ -15,10 +15,10 @@ from octvideo.errors import IndexFileError
 from octvideo.files import appearing
 
 FILE = "index.bin"
-# The file: MAGIC, the number N of videos, the number of all their key frames, COLUMNS of N numbers each in ascending
-# order of the names, and the key frames' seconds. Numbers have eight bytes and the little end first.
+# The file: MAGIC, the numbers of videos and of all key frames, and columns: names as hashes in ascending order, frames,
+# fps, durations, bytes, mtimes, and ends of the videos' parts of the last one, the seconds of all key frames.
 MAGIC = b"octvideo index 2"
-COLUMNS = ("names", "frames", "fps", "durations", "bytes", "mtimes", "ends")  # ends: of the videos' key frames
+COLUMNS = ("<u8", "<i8", "<f8", "<f8", "<i8", "<i8", "<i8", "<f8")
 HEADER_BYTES = len(MAGIC) + 16
 
 
@@ -51,17 +51,18 @@ def write_index(folder: str | os.PathLike[str], videos: Mapping[str, IndexedVide
     known = [values[row] for row in order]
     columns = (
         names[order],
-        np.array([video.frames for video in known], "<i8"),
-        np.array([video.fps for video in known], "<f8"),
-        np.array([video.duration_seconds for video in known], "<f8"),
-        np.array([video.bytes for video in known], "<i8"),
-        np.array([video.mtime_ns for video in known], "<i8"),
+        [video.frames for video in known],
+        [video.fps for video in known],
+        [video.duration_seconds for video in known],
+        [video.bytes for video in known],
+        [video.mtime_ns for video in known],
         np.cumsum([len(video.keyframe_seconds) for video in known], dtype="<i8"),
-        np.concatenate([np.empty(0), *(video.keyframe_seconds for video in known)]).astype("<f8"),
+        np.concatenate([np.empty(0), *(video.keyframe_seconds for video in known)]),
     )
+    parts = [np.asarray(column).astype(dtype).tobytes() for column, dtype in zip(columns, COLUMNS, strict=True)]
     header = MAGIC + np.array([len(known), len(columns[-1])], "<i8").tobytes()
     with appearing(Path(folder) / FILE) as partial:
-        partial.write_bytes(header + b"".join(column.tobytes() for column in columns))
+        partial.write_bytes(header + b"".join(parts))
 
 
 class VideoIndex:
@@ -79,38 +80,30 @@ class VideoIndex:
             raise IndexFileError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
         sizes = data[len(MAGIC) : HEADER_BYTES].view("<i8") if len(data) >= HEADER_BYTES else (0, 0)
         count, keyframes = int(sizes[0]), int(sizes[1])
-        length = HEADER_BYTES + 8 * (count * len(COLUMNS) + keyframes)
-        if data[: len(MAGIC)].tobytes() != MAGIC or len(data) != length:
+        ends = count * np.arange(1, len(COLUMNS))  # of all columns but the last, in numbers of eight bytes
+        if data[: len(MAGIC)].tobytes() != MAGIC or len(data) != HEADER_BYTES + 8 * (ends[-1] + keyframes):
             raise IndexFileError(f"{path}: not a complete index of this version; run tools/prepare_data.py again")
-        numbers = np.asarray(data[HEADER_BYTES:]).view("<i8")
-        self._columns = dict(zip(COLUMNS, numbers[: count * len(COLUMNS)].reshape(len(COLUMNS), count), strict=True))
-        self._keyframe_seconds = numbers[count * len(COLUMNS) :].view("<f8")
+        columns = np.split(np.asarray(data[HEADER_BYTES:]).view("<i8"), ends)
+        self._columns = [column.view(dtype) for column, dtype in zip(columns, COLUMNS, strict=True)]
 
     def __reduce__(self) -> tuple[type[VideoIndex], tuple[Path]]:
         return type(self), (self.path,)  # another process maps the file anew
 
     def __len__(self) -> int:
-        return len(self._columns["names"])
+        return len(self._columns[0])
 
     def rows(self, paths: Iterable[str]) -> NDArray[np.int64]:
         """The row of each path, as the list files name it; -1 for videos that are not in the index."""
-        wanted, names = _hashes(paths), self._columns["names"].view("<u8")
+        wanted, names = _hashes(paths), self._columns[0]
         rows = np.searchsorted(names, wanted)
         return np.where(np.searchsorted(names, wanted, "right") > rows, rows, -1)
 
     def __getitem__(self, row: int) -> IndexedVideo:
         if not 0 <= row < len(self):
             raise IndexError(f"row must be 0 to {len(self) - 1}, got {row}")
-        columns = self._columns
-        start = int(columns["ends"][row - 1]) if row else 0
-        return IndexedVideo(
-            int(columns["frames"][row]),
-            float(columns["fps"].view("<f8")[row]),
-            float(columns["durations"].view("<f8")[row]),
-            self._keyframe_seconds[start : int(columns["ends"][row])],
-            int(columns["bytes"][row]),
-            int(columns["mtimes"][row]),
-        )
+        _, frames, fps, seconds, size, mtime_ns, end = (column[row].item() for column in self._columns[:-1])
+        start = int(self._columns[-2][row - 1]) if row else 0
+        return IndexedVideo(frames, fps, seconds, self._columns[-1][start:end], size, mtime_ns)
 
 
 def _hashes(paths: Iterable[str]) -> NDArray[np.uint64]:

@@ -35,7 +35,7 @@ def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]
 
     Raises:
         DecodeError: a list of other files, or no video stream; an UnreadableError if there is no decoder for it.
-        av.error.FFmpegError: the file cannot be opened; an OSError if it cannot be read.
+        av.error.FFmpegError, OSError: the file cannot be opened or read.
     """
     container = av.open(os.path.abspath(path), metadata_errors="ignore")  # a relative path with a colon is an address
     kind = container.format.name
@@ -64,19 +64,14 @@ def frame_rate(stream: av.VideoStream, path: str) -> Fraction:
 
 
 def has_guessed_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
-    """Whether timestamps are guesses, and wrong for frames that are stored out of order: these must be counted.
-
-    AVI has no presentation timestamps, and MPEG program streams have them for some frames only.
-    """
+    """Whether timestamps are wrong, because FFmpeg guesses those of frames that are stored out of order."""
+    # AVI has no presentation timestamps, and MPEG program streams have them for some frames only.
     return container.format.name in ("avi", "mpeg") and bool(stream.codec_context.has_b_frames)
 
 
 def to_the_end(read: Iterator[Item]) -> Iterator[Item]:
-    """What PyAV demuxes, to the end of the file.
-
-    Where a stream appears in the middle of a file, PyAV sometimes reads past its own list of streams after the last
-    packet: an IndexError there is the end.
-    """
+    """What PyAV demuxes, to the end of the file."""
+    # Where a stream appears in the middle of a file, PyAV may read past its list of streams after the last packet.
     with contextlib.suppress(IndexError):
         yield from read
 
@@ -89,11 +84,8 @@ def decode_all(
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Decodes a stream to its end: (time, frame), times in units of stream.time_base from the stream's start.
 
-    Args:
-        container: the open file.
-        stream: one of its video streams.
-        step: time between two frames, for those whose timestamps are missing or guessed.
-        see_packet: called with every packet of every stream of the file.
+    Frames whose timestamps are missing or guessed come a step after the one before. If given, see_packet is called with
+    every packet of every stream of the file.
     """
     counted, start, time = has_guessed_times(container, stream), stream.start_time or 0, -step
     packets: Iterator[av.Packet[Any]] = container.demux() if see_packet else container.demux(stream)
@@ -117,7 +109,7 @@ class PyAvReader(Reader):
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
         super().__init__(path, known)
         self.frames_decoded: int = 0
-        self._unordered = False  # it was found that timestamps do not rise in the order in which frames are shown
+        self._unordered = False  # timestamps turned out not to rise in the order in which frames are shown
         self._open()
         try:
             self.fps, self.duration_seconds = (known.fps, known.duration_seconds) if known else self._measure()
@@ -203,20 +195,19 @@ class PyAvReader(Reader):
             self._check_end(float(seconds[-1]) + length, times[-1])
         wanted = unique[shown].tolist()
         images: dict[int, Image] = {}
-        previous = -1
+        previous = -math.inf
         for frame in self._decode_packets(packets, stamps, set(rows[shown].tolist())):
-            stamp = -1 if frame.pts is None else frame.pts
-            if stamp < previous:
+            if frame.pts is None or frame.pts < previous:
                 return None
-            previous = stamp
-            if stamp in wanted and stamp not in images:
-                images[stamp] = self._image(frame, short_side)
+            previous = frame.pts
+            if frame.pts in wanted and frame.pts not in images:
+                images[frame.pts] = self._image(frame, short_side)
         return [images[stamp] for stamp in wanted] if images.keys() == set(wanted) else None
 
     def _packets_until(self, seconds: float) -> tuple[list[Packet], bool] | None:
         """Packets from a key frame to the last that may be shown by then, and whether the file ends there.
 
-        None if one has no timestamp, or if they are too many to be kept.
+        None if a packet has no timestamp, or if there are too many to be kept.
         """
         packets: list[Packet] = []
         size = 0

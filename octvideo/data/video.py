@@ -28,19 +28,15 @@ READERS: dict[str, Callable[[str, IndexedVideo | None], Reader]] = {
 
 
 class Video(contextlib.AbstractContextManager["Video"]):
-    """An open video file. Use it in a `with` statement.
+    """An open video file, for a `with` statement.
 
-    Frames are found by their timestamps: the frame count in a header is often wrong, and frame number times frame rate
-    is wrong for a variable rate.
+    Frames are found by their timestamps, because the frame count in a header is often wrong, and frame rates vary.
 
     Args:
         path: the file.
         backend: pyav, torchcodec or decord; auto is PyAV, or another installed one for a file from which PyAV gets no
-            frame.
+            frame. The attribute of this name tells which one reads.
         known: what an index knows of the video; it must be true of the file.
-
-    Attributes:
-        backend: name of the backend in use.
 
     Raises:
         DecodeError: the file is missing, no video, or broken.

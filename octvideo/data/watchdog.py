@@ -26,7 +26,8 @@ KILL_SECONDS = 5.0  # until a killed process is given up
 _BEAT, _ANSWER = b"beat", b"answer"
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
-_beat: Callable[[], None] | None = None  # in a watched process: shows that it is alive
+_parent: Connection | None = None  # in a watched process: where its signs of life go
+_next_beat = 0.0
 _starting = threading.Lock()  # a process must not inherit the other end of a pipe that another thread makes
 
 
@@ -36,8 +37,10 @@ class HungError(RuntimeError):
 
 def still_alive() -> None:
     """Restarts the clock of a watched call that does long work; does nothing elsewhere."""
-    if _beat is not None:
-        _beat()
+    global _next_beat
+    if _parent is not None and time.monotonic() >= _next_beat:
+        _parent.send_bytes(_BEAT)
+        _next_beat = time.monotonic() + BEAT_SECONDS
 
 
 class Watchdog(Generic[Argument, Result]):
@@ -153,7 +156,7 @@ class Watchdog(Generic[Argument, Result]):
 
 def _serve(function: Callable[[Any], Any], connection: Connection, memory: IO[bytes], parent: int) -> None:
     """The watched process: answers calls until its parent closes the pipe or dies."""
-    global _beat, _starting
+    global _parent, _starting
     _starting = threading.Lock()  # the parent's may be held
     torch.set_num_threads(1)  # the parent's threads are not here, and PyTorch would wait for them
     library = ctypes.CDLL(None)
@@ -163,20 +166,13 @@ def _serve(function: Callable[[Any], Any], connection: Connection, memory: IO[by
         return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group, they are for the training process to handle
-    next_beat = 0.0
-
-    def beat() -> None:
-        nonlocal next_beat
-        if time.monotonic() >= next_beat:
-            connection.send_bytes(_BEAT)
-            next_beat = time.monotonic() + BEAT_SECONDS
 
     def store(answer: tuple[Any, Exception | None]) -> None:
         memory.seek(0)
         pickle.dump(answer, memory, protocol=5)
         memory.flush()
 
-    _beat = beat
+    _parent = connection
     for call in itertools.count(1):
         try:
             argument = connection.recv()
