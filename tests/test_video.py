@@ -39,7 +39,7 @@ def test_times_outside_give_the_first_and_the_last_frame(numbered_video):
 def test_only_the_frames_from_the_key_frame_to_the_last_time_are_decoded(numbered_video):
     with Video(numbered_video) as video:
         assert frame_numbers(video.frames_at(np.array([27, 30]) / 30)) == [27, 30]
-        assert video.frames_decoded <= 7  # from the key frame 24 on, and fewer where 28 and 29 can be left out
+        assert 2 <= video.frames_decoded <= 7  # from the key frame 24 on, and fewer where 28 and 29 can be left out
 
 
 def test_short_side_scales_and_keeps_the_proportions(numbered_video):
@@ -558,14 +558,14 @@ def test_frames_that_nothing_refers_to_are_left_out_without_a_trace(tmp_path, co
     chosen = [3, 12, 21, 30, 39, 48]
     with Video(tmp_path / "b.mp4", "pyav") as video:
         frames = video.frames_at((np.array(chosen) + 0.5) / 30)
-        assert video.frames_decoded < 35  # of the 49 up to the last one
+        assert len(chosen) <= video.frames_decoded < 35  # of the 49 up to the last one
         assert all(np.array_equal(frame, images[number]) for frame, number in zip(frames, chosen, strict=True))
 
 
 def test_time_between_wanted_frames_is_left_out_where_key_frames_lie_in_it(numbered_video):
     with Video(numbered_video) as video:
         assert frame_numbers(video.frames_at(np.array([1, 50]) / 30)) == [1, 50]
-        assert video.frames_decoded <= 5  # frames 0, 1, and 48 to 50
+        assert 2 <= video.frames_decoded <= 5  # frames 0, 1, and 48 to 50
     with Video(numbered_video) as video:
         video.frames_at(np.array([1, 1 + 30 * 20]) / 30)  # so far apart that it seeks
         assert video.frames_decoded <= 14

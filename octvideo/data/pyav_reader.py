@@ -197,6 +197,7 @@ class PyAvReader(Reader):
         images: dict[int, Image] = {}
         previous = -math.inf
         for frame in self._decode_packets(packets, stamps, set(rows[shown].tolist())):
+            self.frames_decoded += 1
             if frame.pts is None or frame.pts < previous:
                 return None
             previous = frame.pts
