@@ -17,9 +17,7 @@ from octvideo.errors import UserError
 CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "grow", "shrink")
 DIRECTIONS = (-1, 1, -1, 1, 1, -1, 1, -1)  # of the classes: two each for x, y, angle and radius
 SPEEDS = ((1.2, 2.4), (1.2, 2.4), (7.0, 12.0), (0.04, 0.08))  # pixels, pixels, degrees, log radius; each a frame
-SIZE = 72  # pixels
-FRAMES = 40
-FPS = 24
+SIZE, FRAMES, FPS = 72, 40, 24  # pixels, frames, frames a second
 LEAST_RADIUS, RADIUS_RANGE = 13.0, 2.2  # pixels; the largest is 2.2 times the least
 
 
