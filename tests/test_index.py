@@ -11,38 +11,38 @@ from octvideo.files import remove_partial
 
 
 def video(number):
-    """A video that differs from all others in all it has, with 0 to 4 key frames."""
+    """A video that differs from all others in everything, with 0 to 4 key frames."""
     return IndexedVideo(number, number + 0.5, number / 7, np.arange(number % 5) * 1.1, 1000 + number, 2**60 + number)
 
 
 @pytest.fixture
 def index(tmp_path):
     write_index(tmp_path, {f"class {number % 3}/{number}.mp4": video(number) for number in range(100)})
-    return VideoIndex.open(tmp_path)
+    return VideoIndex(tmp_path / "index.bin")
 
 
 def test_every_video_is_found_by_its_path(index):
     assert len(index) == 100
     for number in range(100):
-        found = index[index.find(f"class {number % 3}/{number}.mp4")]
+        found = index[index.rows([f"class {number % 3}/{number}.mp4"])[0]]
         expected = video(number)
         assert found[:3] == expected[:3]
         assert np.array_equal(found.keyframe_seconds, expected.keyframe_seconds)
         assert found.bytes == expected.bytes
         assert found.mtime_ns == expected.mtime_ns
-    assert index.find("class 0/1.mp4") is None
+    assert index.rows(["class 0/1.mp4"]).tolist() == [-1]
 
 
 def test_rows_of_many_paths_come_at_once(index):
     paths = ["class 2/5.mp4", "nothing.mp4", "class 0/99.mp4", "class 2/5.mp4"]
     rows = index.rows(np.array(paths))
     assert rows.dtype == np.int64
-    assert rows.tolist() == [index.find("class 2/5.mp4"), -1, index.find("class 0/99.mp4"), index.find("class 2/5.mp4")]
+    assert [-1 if row < 0 else index[row].frames for row in rows] == [5, -1, 99, 5]
     assert index.rows([]).shape == (0,)
 
 
 def test_arrays_are_mapped_not_read_also_in_another_process(index):
-    for column in index._columns.values():
+    for column in index._columns:
         while isinstance(column, np.ndarray) and not isinstance(column, np.memmap):
             column = column.base
         assert isinstance(column, np.memmap)
@@ -53,9 +53,9 @@ def test_arrays_are_mapped_not_read_also_in_another_process(index):
 
 def test_an_index_may_be_empty(tmp_path):
     write_index(tmp_path, {})
-    empty = VideoIndex.open(tmp_path)
+    empty = VideoIndex(tmp_path / "index.bin")
     assert len(empty) == 0
-    assert empty.find("a.mp4") is None
+    assert empty.rows(["a.mp4"]).tolist() == [-1]
 
 
 def test_the_same_videos_give_the_same_bytes_in_any_order(index, tmp_path):
@@ -74,13 +74,13 @@ def test_missing_cut_and_foreign_files_are_refused(index, tmp_path):
     whole = index.path.read_bytes()
     for content in (whole[:-8], whole[:20], b"octvideo index 1" + whole[16:], whole + bytes(8)):
         (tmp_path / "index.bin").write_bytes(content)
-        with pytest.raises(IndexFileError, match=r"index.bin: no whole index of this version"):
-            VideoIndex.open(tmp_path)
+        with pytest.raises(IndexFileError, match=r"index.bin: not a complete index of this version"):
+            VideoIndex(tmp_path / "index.bin")
     (tmp_path / "index.bin").write_bytes(b"")
     with pytest.raises(IndexFileError, match=r"index.bin: "):
-        VideoIndex.open(tmp_path)
+        VideoIndex(tmp_path / "index.bin")
     with pytest.raises(IndexFileError, match="No such file"):
-        VideoIndex.open(tmp_path / "nowhere")
+        VideoIndex(tmp_path / "nowhere" / "index.bin")
 
 
 def test_an_index_that_cannot_be_written_leaves_the_former_one(index, tmp_path):

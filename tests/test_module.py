@@ -166,7 +166,7 @@ def test_an_index_beside_the_list_tells_what_is_known_of_unchanged_files(numbere
     assert duration(size, numbered_video.stat().st_mtime_ns) == 1
     assert duration(size, numbered_video.stat().st_mtime_ns + 1) == 2
     (tmp_path / "index.bin").write_bytes(b"cut off")
-    with pytest.raises(IndexFileError, match="no whole index"):
+    with pytest.raises(IndexFileError, match="not a complete index"):
         VideoData(**lists).read("train_list")
 
 

@@ -96,9 +96,9 @@ def test_good_videos_are_listed_and_every_video_is_reported(videos, tmp_path):
 
 def test_the_index_describes_the_listed_files(videos, tmp_path):
     run(videos, tmp_path / "out")
-    index = VideoIndex.open(tmp_path / "out")
+    index = VideoIndex(tmp_path / "out" / "index.bin")
     assert len(index) == 4
-    video = index[index.find("train/yoga/b.mkv")]
+    video = index[index.rows(["train/yoga/b.mkv"])[0]]
     assert video[:3] == (40, 20.0, pytest.approx(2, abs=0.001))
     assert video.keyframe_seconds == pytest.approx([0, 0.6, 1.2, 1.8])
     status = (videos / "train" / "yoga" / "b.mkv").stat()
@@ -113,11 +113,11 @@ def test_reencoded_videos_keep_their_paths_and_the_lists_start_from_them(videos,
         "train/yoga/a.mp4",
         "train/yoga/b.mp4",
     ]
-    index = VideoIndex.open(tmp_path / "out")
+    index = VideoIndex(tmp_path / "out" / "index.bin")
     for path in listed.paths:
         measured = measure(path)
         assert measured[:5] == (40, 20.0, 42, 32, "h264")
-        video = index[index.find(os.path.relpath(path, tmp_path / "out" / "videos"))]
+        video = index[index.rows([os.path.relpath(path, tmp_path / "out" / "videos")])[0]]
         assert video.keyframe_seconds.tolist() == measured.keyframe_seconds
         assert (video.bytes, video.mtime_ns) == (os.path.getsize(path), 0)  # another run writes it at another time
     assert report(tmp_path / "out")["train/yoga/b.mkv"]["width"] == "64"  # the source's
@@ -208,7 +208,7 @@ def test_videos_without_a_label_are_indexed_and_in_no_list(videos, tmp_path):
     (outcome,) = prepare(catalogue, videos, tmp_path / "out")
     assert outcome[1:3] == ("ok", "odd line; no label: in no list")
     assert not (tmp_path / "out" / "test.csv").exists()
-    assert VideoIndex.open(tmp_path / "out").find("train/yoga/a.mp4") is not None
+    assert VideoIndex(tmp_path / "out" / "index.bin").rows(["train/yoga/a.mp4"]).tolist() == [0]
 
 
 def refuse_to_work(run, path):

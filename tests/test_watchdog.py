@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -144,14 +145,27 @@ def test_signs_of_life_give_more_time():
     still_alive()  # of no effect where nobody watches
 
 
+def test_the_clock_starts_when_the_process_takes_up_the_call(monkeypatch):
+    limits, poll = [], Connection.poll
+
+    def record(connection, limit):
+        limits.append(limit)
+        return poll(connection, limit)
+
+    monkeypatch.setattr(Connection, "poll", record)
+    watchdog = Watchdog(len, 10)
+    assert watchdog("four") + watchdog("three") == 9
+    assert limits == [60, 10, 60, 10]  # to take it up, on however busy a machine; to answer
+
+
 def test_threads_watch_each_their_own_process():
     watchdogs = [Watchdog(lambda number: (number, os.getpid()), 30) for _ in range(4)]
     results = [[] for _ in watchdogs]
 
-    def call(place):
-        results[place] = [watchdogs[place](number) for number in range(50)]
+    def call(index):
+        results[index] = [watchdogs[index](number) for number in range(50)]
 
-    threads = [threading.Thread(target=call, args=(place,)) for place in range(4)]
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert all([number for number, _ in result] == list(range(50)) for result in results)

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from octvideo.data.index import VideoIndex
+from octvideo.data.index import IndexedVideo, VideoIndex
 from octvideo.data.lists import VideoList
 from octvideo.data.multigrid import ClipShape
-from octvideo.data.reader import Backend, Image, KnownVideo
+from octvideo.data.reader import Backend, Image
 from octvideo.data.sampling import Sampling, even_crops, random_crop
 from octvideo.data.video import Video
 from octvideo.data.watchdog import HungError, Watchdog
@@ -85,7 +85,7 @@ class Decoding(NamedTuple):
         path = self.videos.paths[place]
         return Video(path, self.backend, known=self._known(path, place))
 
-    def _known(self, path: str, place: int) -> KnownVideo | None:
+    def _known(self, path: str, place: int) -> IndexedVideo | None:
         """What the index knows, unless the file has changed since."""
         if self.known is None or self.rows is None or self.rows[place] < 0:
             return None
@@ -96,7 +96,7 @@ class Decoding(NamedTuple):
             return None
         if status.st_size != video.bytes or video.mtime_ns not in (0, status.st_mtime_ns):
             return None
-        return KnownVideo(video.fps, video.duration_seconds, video.keyframe_seconds)
+        return video
 
     def watched(self, read: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
         """The function, called where it cannot hang."""

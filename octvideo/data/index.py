@@ -15,31 +15,23 @@ from octvideo.errors import IndexFileError
 from octvideo.files import appearing
 
 FILE = "index.bin"
-# A file is these bytes, the numbers N of videos and K of key frames, and the columns; eight bytes a number.
+# The file: MAGIC, the numbers of videos and of all key frames, and columns: names as hashes in ascending order, frames,
+# fps, durations, bytes, mtimes, and ends of the videos' parts of the last one, the seconds of all key frames.
 MAGIC = b"octvideo index 2"
-COLUMNS = {
-    "names": "<u8",  # N hashes of paths, in ascending order
-    "frames": "<i8",
-    "fps": "<f8",
-    "durations": "<f8",
-    "sizes": "<i8",
-    "mtimes": "<i8",
-    "ends": "<i8",  # where the videos' parts of the last column end
-    "keyframes": "<f8",  # K
-}
+COLUMNS = ("<u8", "<i8", "<f8", "<f8", "<i8", "<i8", "<i8", "<f8")
+HEADER_BYTES = len(MAGIC) + 16
 
 
 class IndexedVideo(NamedTuple):
-    """What the index knows of a video.
+    """What is known of a video.
 
     Args:
-        frames: how many can be decoded.
+        frames: number of frames that can be decoded.
         fps: average frame rate, in frames per second.
         duration_seconds: from the start of the first frame to the end of the last one.
         keyframe_seconds: when its K key frames are shown, in seconds from the first frame, ascending.
-        bytes: size of the file; another size tells that it is not the file that was indexed.
-        mtime_ns: time of the file's last change, in nanoseconds as os.stat has it, which tells the same; 0 of a file
-            that preparing has written, whose time is no part of what it is.
+        bytes: size of the file; a file of another size is not the one that was indexed.
+        mtime_ns: st_mtime_ns of the file, whose change tells the same; 0 for files that `prepare` has written.
     """
 
     frames: int
@@ -51,43 +43,33 @@ class IndexedVideo(NamedTuple):
 
 
 def write_index(folder: str | os.PathLike[str], videos: Mapping[str, IndexedVideo]) -> None:
-    """Writes the index of a data set; a reader sees the former index or the new one, never a part.
-
-    Args:
-        folder: where the file index.bin appears.
-        videos: what is known of each video, by its path as list files have it.
-    """
-    paths = list(videos)
-    names = _hashes(paths)
+    """Writes index.bin in a folder, atomically, from what is known of each video by its path in the list files."""
+    names = _hashes(videos)
     order = np.argsort(names)
-    assert (np.diff(names[order]) > 0).all(), "two paths of one 64-bit hash"
-    known = [videos[paths[row]] for row in order]
-    lengths = [len(video.keyframe_seconds) for video in known]
-    values = (
+    assert (np.diff(names[order]) > 0).all(), "two paths have one 64-bit hash"
+    values = list(videos.values())
+    known = [values[row] for row in order]
+    columns = (
         names[order],
         [video.frames for video in known],
         [video.fps for video in known],
         [video.duration_seconds for video in known],
         [video.bytes for video in known],
         [video.mtime_ns for video in known],
-        np.cumsum(lengths),
+        np.cumsum([len(video.keyframe_seconds) for video in known], dtype="<i8"),
         np.concatenate([np.empty(0), *(video.keyframe_seconds for video in known)]),
     )
-    with appearing(Path(folder) / FILE) as partial, open(partial, "wb") as file:
-        file.write(MAGIC)
-        file.write(np.array([len(paths), sum(lengths)], "<i8").tobytes())
-        for dtype, column in zip(COLUMNS.values(), values, strict=True):
-            file.write(np.asarray(column).astype(dtype).tobytes())
+    parts = [np.asarray(column).astype(dtype).tobytes() for column, dtype in zip(columns, COLUMNS, strict=True)]
+    header = MAGIC + np.array([len(known), len(columns[-1])], "<i8").tobytes()
+    with appearing(Path(folder) / FILE) as partial:
+        partial.write_bytes(header + b"".join(parts))
 
 
 class VideoIndex:
-    """An index, mapped into memory: processes share it, and a look-up touches a few pages whatever its length.
-
-    Args:
-        path: the file.
+    """An index file, mapped into memory: processes share it, and a look-up touches a few pages whatever its length.
 
     Raises:
-        IndexFileError: no index, or not a whole one.
+        IndexFileError: the file is missing, truncated, or of another version.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -96,58 +78,32 @@ class VideoIndex:
             data = np.memmap(self.path, np.uint8, "r")
         except (OSError, ValueError) as error:  # numpy refuses to map an empty file
             raise IndexFileError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-        start = len(MAGIC) + 16
-        sizes = data[len(MAGIC) : start].view("<i8") if len(data) >= start else (0, 0)
+        sizes = data[len(MAGIC) : HEADER_BYTES].view("<i8") if len(data) >= HEADER_BYTES else (0, 0)
         count, keyframes = int(sizes[0]), int(sizes[1])
-        length = start + 8 * (count * (len(COLUMNS) - 1) + keyframes)
-        if data[: len(MAGIC)].tobytes() != MAGIC or len(data) != length:
-            raise IndexFileError(f"{path}: no whole index of this version; run tools/prepare_data.py again")
-        columns = {}
-        for name, dtype in COLUMNS.items():
-            end = start + 8 * (keyframes if name == "keyframes" else count)
-            columns[name] = np.asarray(data[start:end]).view(dtype)
-            start = end
-        self._columns = columns
-
-    @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> VideoIndex:
-        """The index of a prepared data set: the file index.bin in its folder."""
-        return cls(Path(folder) / FILE)
+        ends = count * np.arange(1, len(COLUMNS))  # of all columns but the last, in numbers of eight bytes
+        if data[: len(MAGIC)].tobytes() != MAGIC or len(data) != HEADER_BYTES + 8 * (ends[-1] + keyframes):
+            raise IndexFileError(f"{path}: not a complete index of this version; run tools/prepare_data.py again")
+        columns = np.split(np.asarray(data[HEADER_BYTES:]).view("<i8"), ends)
+        self._columns = [column.view(dtype) for column, dtype in zip(columns, COLUMNS, strict=True)]
 
     def __reduce__(self) -> tuple[type[VideoIndex], tuple[Path]]:
         return type(self), (self.path,)  # another process maps the file anew
 
     def __len__(self) -> int:
-        return len(self._columns["names"])
+        return len(self._columns[0])
 
     def rows(self, paths: Iterable[str]) -> NDArray[np.int64]:
-        """The row of each path, as list files have it; -1 for videos that are not in the index."""
-        wanted = _hashes(paths)
-        names = self._columns["names"]
-        if not len(names):
-            return np.full(len(wanted), -1, np.int64)
-        rows = np.searchsorted(names, wanted).astype(np.int64)
-        found = names[np.minimum(rows, len(names) - 1)] == wanted
-        return np.where(found, rows, -1)
-
-    def find(self, path: str) -> int | None:
-        """The row of a path, as list files have it, or None."""
-        row = int(self.rows([path])[0])
-        return None if row < 0 else row
+        """The row of each path, as the list files name it; -1 for videos that are not in the index."""
+        wanted, names = _hashes(paths), self._columns[0]
+        rows = np.searchsorted(names, wanted)
+        return np.where(np.searchsorted(names, wanted, "right") > rows, rows, -1)
 
     def __getitem__(self, row: int) -> IndexedVideo:
         if not 0 <= row < len(self):
             raise IndexError(f"row must be 0 to {len(self) - 1}, got {row}")
-        columns = self._columns
-        start = int(columns["ends"][row - 1]) if row else 0
-        return IndexedVideo(
-            int(columns["frames"][row]),
-            float(columns["fps"][row]),
-            float(columns["durations"][row]),
-            columns["keyframes"][start : int(columns["ends"][row])],
-            int(columns["sizes"][row]),
-            int(columns["mtimes"][row]),
-        )
+        _, frames, fps, seconds, size, mtime_ns, end = (column[row].item() for column in self._columns[:-1])
+        start = int(self._columns[-2][row - 1]) if row else 0
+        return IndexedVideo(frames, fps, seconds, self._columns[-1][start:end], size, mtime_ns)
 
 
 def _hashes(paths: Iterable[str]) -> NDArray[np.uint64]:

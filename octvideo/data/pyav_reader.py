@@ -1,9 +1,9 @@
-"""TODO."""
+"""Reading through PyAV: the default backend, and the loop that decodes a file to its end."""
 
 from __future__ import annotations
 
-import bisect
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -15,50 +15,48 @@ import numpy as np
 from av.stream import Disposition
 from numpy.typing import NDArray
 
-from octvideo.data.reader import READING_ERRORS, ROUNDING_SECONDS, Image, KnownVideo, Reader, _reason
+from octvideo.data.index import IndexedVideo
+from octvideo.data.reader import READING_ERRORS, ROUNDING_SECONDS, Image, Reader, Times, decode_errors
 from octvideo.errors import DecodeError, UnreadableError
 
 Item = TypeVar("Item")
 Packet: TypeAlias = "av.Packet[av.VideoStream]"
-SEEK_SECONDS = 10.0  # over a longer gap between two moments it is worth to seek: files with key frames rarer are few
-EARLIER_SECONDS = (0.0, 2.0, 8.0, 30.0)  # tried where a seek does not lead to the key frame before a moment
+Stamps: TypeAlias = NDArray[np.int64]
+SEEK_SECONDS = 10.0  # a longer gap between two wanted frames is worth a seek: key frames are seldom further apart
+EARLIER_SECONDS = (0.0, 2.0, 8.0, 30.0)  # tried where a seek does not lead to the key frame before a time
 BUFFERED_BYTES = 64 * 2**20  # of packets that are read ahead of decoding
-# Codecs whose frames that no other frame refers to can be left out without a trace in the others.
+# Codecs in which frames that no other frame refers to can be left out without a trace in the others.
 SKIPPING_CODECS = ("h264", "mpeg4", "mpeg2video", "mpeg1video")
 PLAYLISTS = {"hls", "concat", "dash", "webm_dash_manifest", "imf"}  # FFmpeg would open whatever files they name
 
 
 def open_stream(path: str) -> tuple[av.container.InputContainer, av.VideoStream]:
-    """Opens a file in PyAV, and the video stream in it that is meant, to be decoded in one thread.
+    """Opens a file and selects its main video stream, to be decoded in one thread.
 
     Raises:
         DecodeError: a list of other files, or no video stream; an UnreadableError if there is no decoder for it.
-        av.error.FFmpegError: the file cannot be opened; an OSError if it cannot be read.
+        av.error.FFmpegError, OSError: the file cannot be opened or read.
     """
     container = av.open(os.path.abspath(path), metadata_errors="ignore")  # a relative path with a colon is an address
     kind = container.format.name
+    stream = container.streams.best("video")  # not the smaller of two
+    cover = stream is not None and stream.disposition & Disposition.attached_pic  # of a sound file
     if not PLAYLISTS.isdisjoint(kind.split(",")):
-        container.close()
-        raise DecodeError(path, f"a playlist ({kind}), which names other files")
-    stream = container.streams.best("video")  # not a cover picture, nor the smaller of two
-    picture = stream is not None and stream.disposition & Disposition.attached_pic  # the cover of a sound file
-    if not isinstance(stream, av.VideoStream) or stream.time_base is None or picture:
-        container.close()
-        raise DecodeError(path, "no video stream")
-    if stream.codec_context is None:
-        container.close()
-        raise UnreadableError(path, "no decoder for its codec")
-    stream.thread_type = "SLICE"
-    stream.codec_context.thread_count = 1
-    return container, stream
+        error = DecodeError(path, f"a playlist ({kind}), which names other files")
+    elif not isinstance(stream, av.VideoStream) or stream.time_base is None or cover:
+        error = DecodeError(path, "no video stream")
+    elif stream.codec_context is None:
+        error = UnreadableError(path, "no decoder for its codec")
+    else:
+        stream.thread_type = "SLICE"
+        stream.codec_context.thread_count = 1
+        return container, stream
+    container.close()
+    raise error
 
 
 def frame_rate(stream: av.VideoStream, path: str) -> Fraction:
-    """Average frames per second of a stream.
-
-    Raises:
-        DecodeError: it has none.
-    """
+    """Average frames per second of a stream; a DecodeError if it has none."""
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
         raise DecodeError(path, "the video stream has no frame rate")
@@ -66,20 +64,14 @@ def frame_rate(stream: av.VideoStream, path: str) -> Fraction:
 
 
 def has_guessed_times(container: av.container.InputContainer, stream: av.VideoStream) -> bool:
-    """Whether the frames' timestamps are wrong, and frames must be counted.
-
-    AVI has no timestamps of display, and MPEG program streams have them for some frames only: those of frames that are
-    stored out of order are guessed.
-    """
+    """Whether timestamps are wrong, because FFmpeg guesses those of frames that are stored out of order."""
+    # AVI has no presentation timestamps, and MPEG program streams have them for some frames only.
     return container.format.name in ("avi", "mpeg") and bool(stream.codec_context.has_b_frames)
 
 
 def to_the_end(read: Iterator[Item]) -> Iterator[Item]:
-    """What PyAV demuxes or decodes, to the end of the file.
-
-    Where a stream appears in the middle of a file, PyAV reads past its own list of streams after the last packet, by
-    chance: an IndexError there is the end.
-    """
+    """What PyAV demuxes, to the end of the file."""
+    # Where a stream appears in the middle of a file, PyAV may read past its list of streams after the last packet.
     with contextlib.suppress(IndexError):
         yield from read
 
@@ -92,14 +84,12 @@ def decode_all(
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Decodes a stream to its end: (time, frame), times in units of stream.time_base from the stream's start.
 
-    Args:
-        container: the open file.
-        stream: one of its video streams.
-        step: time between two frames, for those whose timestamps are missing or guessed.
-        see_packet: called with every packet of every stream of the file.
+    Frames whose timestamps are missing or guessed come a step after the one before. If given, see_packet is called with
+    every packet of every stream of the file.
     """
     counted, start, time = has_guessed_times(container, stream), stream.start_time or 0, -step
-    for packet in to_the_end(container.demux() if see_packet else container.demux(stream)):
+    packets: Iterator[av.Packet[Any]] = container.demux() if see_packet else container.demux(stream)
+    for packet in to_the_end(packets):
         if see_packet is not None:
             see_packet(packet)
         for frame in packet.decode() if packet.stream.index == stream.index else ():
@@ -111,259 +101,204 @@ def decode_all(
 class PyAvReader(Reader):
     """Reads through PyAV, which brings FFmpeg with it.
 
-    Decoding runs in one thread, because a data loader already has a process a core. From the key frame before the first
-    moment, packets are read without decoding until it is known which of them hold the frames that are wanted. Then only
-    those are decoded, and what they are predicted from: not the frames that no other one refers to, not the time from a
-    moment to the next key frame.
+    Decoding runs in one thread, because a data loader already has a process for each core. Packets are read from the
+    key frame before the first time on, without decoding, until it is known which of them hold the wanted frames. Then
+    only these are decoded, and the frames that they are predicted from.
     """
 
-    def __init__(self, path: str, known: KnownVideo | None) -> None:
+    def __init__(self, path: str, known: IndexedVideo | None) -> None:
         super().__init__(path, known)
         self.frames_decoded: int = 0
-        self._counted = False
+        self._unordered = False  # timestamps turned out not to rise in the order in which frames are shown
         self._open()
         try:
-            self.fps, self.duration_seconds = known[:2] if known is not None else self._measure()
+            self.fps, self.duration_seconds = (known.fps, known.duration_seconds) if known else self._measure()
         except DecodeError:
             self.close()
             raise
 
     def _open(self) -> None:
-        try:
-            self._container, stream = open_stream(self.path)
-        except (av.error.FFmpegError, OSError) as error:
-            raise UnreadableError(self.path, _reason(error)) from error
-        self._stream = stream
-        assert stream.time_base is not None
-        self._time_base = float(stream.time_base)
-        self._start_seconds = float((stream.start_time or 0) * stream.time_base)
-        self._counted = self._counted or has_guessed_times(self._container, stream)
+        with decode_errors(self.path, *READING_ERRORS, raised=UnreadableError):
+            self._container, self._stream = open_stream(self.path)
+        assert self._stream.time_base is not None
+        self._time_base = float(self._stream.time_base)
+        self._start_time = self._stream.start_time or 0
+
+    @property
+    def _counted(self) -> bool:
+        """Whether timestamps are of no use, so that frames are counted from the start of the file."""
+        return self._unordered or has_guessed_times(self._container, self._stream)
 
     def _measure(self) -> tuple[float, float]:
         """Frames per second and seconds, from the stream's header if it has them."""
-        rate = frame_rate(self._stream, self.path)
+        fps = float(frame_rate(self._stream, self.path))
         guessed = self._container.format.name == "mpeg"  # a program stream has no header that says how long it is
         if self._stream.duration is not None and not guessed:
-            return float(rate), self._stream.duration * self._time_base
+            return fps, self._stream.duration * self._time_base
         # The container's duration counts its sound too and, in Matroska, the time before the first frame: read the
         # timestamps from the last key frame on, or all of them, without decoding.
-        try:
-            last, count = 0.0, 0
+        with decode_errors(self.path, *READING_ERRORS):
             if not guessed:
                 self._seek((self._container.duration or 0) / av.time_base)
-                last, count = self._read_timestamps()
-            if last <= 0:  # nothing comes after a jump to the end, or there are no true timestamps
+            last, count = self._read_timestamps()
+            if last <= 0 and not guessed:  # nothing comes after a jump to the end, or there are no true timestamps
                 self._restart()
                 last, count = self._read_timestamps()
-        except READING_ERRORS as error:
-            raise self._broken(error) from error
-        self._counted = self._counted or (last <= 0 and count > 1)
-        known = last > 0 and not guessed
-        return float(rate), last + 1 / float(rate) if known else max(1, count) / float(rate)
+        self._unordered = last <= 0 and count > 1
+        return fps, last + 1 / fps if last > 0 and not guessed else max(1, count) / fps
 
     def _read_timestamps(self) -> tuple[float, int]:
         """The last timestamp from here to the end, in seconds, or 0 if there is none; and the number of packets."""
-        last, count = 0.0, 0
-        for packet in to_the_end(self._container.demux(self._stream)):
-            count += packet.size > 0
-            if packet.pts is not None:
-                last = max(last, self._seconds(packet.pts))
-        return last, count
+        packets = [(packet.pts, packet.size) for packet in to_the_end(self._container.demux(self._stream))]
+        last = max((pts for pts, _ in packets if pts is not None), default=self._start_time)
+        return max(0.0, self._seconds(last)), sum(size > 0 for _, size in packets)
 
     def _restart(self) -> None:
-        """Goes to the start of the file, where a seek to the first moment need not lead."""
+        """Opens the file again: a seek to time 0 does not always lead to its start."""
         self.close()
         self._open()
 
     def _seconds(self, timestamp: int) -> float:
-        return timestamp * self._time_base - self._start_seconds
+        return (timestamp - self._start_time) * self._time_base
 
-    def read(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
-        """The frame shown at each of the moments."""
+    def read(self, times: Times, short_side: int | None) -> list[Image]:
+        """The frame shown at each of the times."""
+        far = np.diff(times) > (math.inf if self._counted else SEEK_SECONDS)
         images: list[Image] = []
-        first = 0
-        for place in range(1, len(times_seconds) + 1):
-            far = place < len(times_seconds) and times_seconds[place] > times_seconds[place - 1] + SEEK_SECONDS
-            if place == len(times_seconds) or (far and not self._counted):  # those are read from the start each time
-                images += self._read_span(times_seconds[first:place], short_side)
-                first = place
+        with decode_errors(self.path, *READING_ERRORS):
+            for span in np.split(times, np.flatnonzero(far) + 1):
+                selected = None if self._counted else self._read_selected(span, short_side)
+                images += selected or self._read_in_order(span, short_side)
         return images
 
-    def _read_span(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
-        if not self._counted:
-            try:
-                images = self._read_selected(times_seconds, short_side)
-            except READING_ERRORS as error:
-                raise self._broken(error) from error
-            if images is not None:
-                return images
-        try:
-            return self._read_in_order(times_seconds, short_side)
-        except _UnorderedError:
-            self._counted = True
-            return self._read_in_order(times_seconds, short_side)
-
-    def _read_selected(self, times_seconds: list[float], short_side: int | None) -> list[Image] | None:
+    def _read_selected(self, times: Times, short_side: int | None) -> list[Image] | None:
         """Decodes what the wanted frames need, by the packets' timestamps; None where these do not lead to them."""
         for earlier in EARLIER_SECONDS:
-            self._seek(max(0.0, times_seconds[0] - earlier))
-            found = self._packets_until(times_seconds[-1] + ROUNDING_SECONDS)
+            self._seek(max(0.0, times[0] - earlier))
+            found = self._packets_until(times[-1] + ROUNDING_SECONDS)
             if found is None:
                 return None
-            packets, timestamps, ended = found
-            order = np.argsort(timestamps, kind="stable")
-            seconds = timestamps[order] * self._time_base - self._start_seconds
-            shown = np.searchsorted(seconds, np.array(times_seconds) + ROUNDING_SECONDS, "right") - 1
-            # Of frames shown before the key frame, which may follow it in the file, some cannot be decoded.
-            if shown[0] >= 0 and timestamps[order[shown[0]]] >= timestamps[0]:
+            packets, ended = found
+            stamps = np.array([packet.pts for packet in packets], np.int64)
+            unique, rows, counts = np.unique(stamps, return_index=True, return_counts=True)
+            seconds = (unique - self._start_time) * self._time_base
+            shown = np.searchsorted(seconds, times + ROUNDING_SECONDS, "right") - 1
+            # Some frames that follow the key frame in the file and are shown before it cannot be decoded.
+            if shown[0] >= 0 and unique[shown[0]] >= stamps[0]:
                 break
-            if earlier >= min(times_seconds[0], EARLIER_SECONDS[-1]):
-                return None
-        wanted = order[shown]
-        if any(np.count_nonzero(timestamps == timestamps[place]) > 1 for place in set(wanted.tolist())):
-            return None  # two frames of one moment
-        if ended and shown[-1] == len(order) - 1:
-            end = seconds[-1] + max(1 / self.fps, (packets[order[-1]].duration or 0) * self._time_base)
-            self._check_end(float(end), times_seconds[-1])
-        images = self._decode_selected(packets, timestamps, set(wanted.tolist()), short_side)
-        if images is None or any(int(timestamps[place]) not in images for place in wanted):
+        else:
             return None
-        return [images[int(timestamps[place])] for place in wanted]
+        if (counts[shown] > 1).any():
+            return None  # two frames of one time
+        if ended and shown[-1] == len(unique) - 1:
+            length = max(1 / self.fps, (packets[rows[-1]].duration or 0) * self._time_base)
+            self._check_end(float(seconds[-1]) + length, times[-1])
+        wanted = unique[shown].tolist()
+        images: dict[int, Image] = {}
+        previous = -math.inf
+        for frame in self._decode_packets(packets, stamps, set(rows[shown].tolist())):
+            self.frames_decoded += 1
+            if frame.pts is None or frame.pts < previous:
+                return None
+            previous = frame.pts
+            if frame.pts in wanted and frame.pts not in images:
+                images[frame.pts] = self._image(frame, short_side)
+        return [images[stamp] for stamp in wanted] if images.keys() == set(wanted) else None
 
-    def _packets_until(self, seconds: float) -> tuple[list[Packet], NDArray[np.int64], bool] | None:
-        """Packets from the place in the file to the last that may be shown by then, and whether the file ends there.
+    def _packets_until(self, seconds: float) -> tuple[list[Packet], bool] | None:
+        """Packets from a key frame to the last that may be shown by then, and whether the file ends there.
 
-        The first is a key frame. None if one has no timestamp, or if they are too many to be kept.
+        None if a packet has no timestamp, or if there are too many to be kept.
         """
         packets: list[Packet] = []
         size = 0
-        ended = True
         for packet in to_the_end(self._container.demux(self._stream)):
             if packet.size == 0:
                 continue
             # Packets come in the order of decoding; no frame is shown before it is decoded.
             if packet.dts is not None and self._seconds(packet.dts) > seconds:
-                ended = False
-                break
-            if not packets and not packet.is_keyframe:
-                continue
-            size += packet.size
-            if packet.pts is None or size > BUFFERED_BYTES:
-                return None
-            packets.append(packet)
-        return packets, np.array([packet.pts for packet in packets], dtype=np.int64), ended
+                return packets, False
+            if packets or packet.is_keyframe:
+                packets.append(packet)
+                size += packet.size
+                if packet.pts is None or size > BUFFERED_BYTES:
+                    return None
+        return packets, True
 
-    def _decode_selected(
-        self, packets: list[Packet], timestamps: NDArray[np.int64], wanted: set[int], short_side: int | None
-    ) -> dict[int, Image] | None:
-        """Images of the wanted packets, by their timestamps; None if frames are not shown in the timestamps' order."""
-        keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
+    def _decode_packets(self, packets: list[Packet], stamps: Stamps, wanted: set[int]) -> Iterator[av.VideoFrame]:
+        """Decodes the packets with these indices, and those from a key frame on that they are predicted from."""
         needed: set[int] = set()
-        for place in wanted:
-            start = bisect.bisect_right(keys, place) - 1
-            while timestamps[keys[start]] > timestamps[place]:  # it is shown before that key frame
-                start -= 1
-            needed.update(range(keys[start], place + 1))
+        for index in wanted:
+            key = index
+            while not packets[key].is_keyframe or stamps[key] > stamps[index]:  # it may be shown before a key frame
+                key -= 1
+            needed.update(range(key, index + 1))
         context = self._stream.codec_context
-        skips = context.codec.name in SKIPPING_CODECS
-        moments = {int(timestamps[place]) for place in wanted}
-        images: dict[int, Image] = {}
-        shown: list[int] = []
-
-        def decode(packet: Packet | None) -> None:
-            for frame in context.decode(packet):
-                self.frames_decoded += 1
-                shown.append(-1 if frame.pts is None else frame.pts)
-                if frame.pts in moments and frame.pts not in images:
-                    size = self._scaled_size(frame.width, frame.height, short_side)
-                    images[frame.pts] = self._to_rgb(frame, size)
-
-        previous = -1
-        for place in sorted(needed):
-            if place != previous + 1 and previous >= 0:
-                decode(None)
+        previous = None
+        for index in sorted(needed):
+            if previous not in (None, index - 1):
+                yield from context.decode(None)
                 context.flush_buffers()
-            if skips:
-                context.skip_frame = "DEFAULT" if place in wanted else "NONREF"
-            decode(packets[place])
-            previous = place
-        decode(None)
-        context.flush_buffers()
-        context.skip_frame = "DEFAULT"
-        return images if shown == sorted(shown) else None
+            if context.codec.name in SKIPPING_CODECS:
+                context.skip_frame = "DEFAULT" if index in wanted else "NONREF"
+            yield from context.decode(packets[index])
+            previous = index
+        yield from context.decode(None)
 
-    def _read_in_order(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
-        """Decodes every frame from the key frame before the first moment to the last moment."""
-        frames = self.frames_from(times_seconds[0])
-        shown_seconds, current = next(frames)
-        upcoming = next(frames, None)
-        size = self._scaled_size(current.width, current.height, short_side)
+    def _read_in_order(self, times: Times, short_side: int | None) -> list[Image]:
+        """Decodes every frame from the key frame before the first time to the last time."""
         images: list[Image] = []
-        image = None
-        for seconds in times_seconds:
-            while upcoming is not None and upcoming[0] <= seconds + ROUNDING_SECONDS:
-                (shown_seconds, current), image = upcoming, None
-                upcoming = next(frames, None)
-            if upcoming is None:
-                end = shown_seconds + max(1 / self.fps, (current.duration or 0) * self._time_base)
-                self._check_end(end, seconds)
-            if image is None:
-                image = self._to_rgb(current, size)
-            images.append(image)
+        frames = itertools.chain(self.frames_from(times[0]), [(math.inf, None)])
+        for (start, frame), (end, following) in itertools.pairwise(frames):
+            assert frame is not None
+            if end < start:
+                self._unordered = True
+                return self._read_in_order(times, short_side)
+            if following is None:
+                self._check_end(start + max(1 / self.fps, (frame.duration or 0) * self._time_base), times[-1])
+            count = int(np.searchsorted(times + ROUNDING_SECONDS, end))  # times before the end of this frame
+            if count > len(images):
+                images += [self._image(frame, short_side)] * (count - len(images))
+            if count == len(times):
+                break
         return images
 
     def frames_from(self, seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
-        """Decodes (seconds, frame) from the last key frame that is not after the given moment; at least one frame."""
-        decoded = self._decode(None if self._counted else seconds)
-        first = next(decoded, None)
-        # An index may lead too far, or past the last key frame; frames without timestamps have no place after a jump.
-        if first is None or first[0] > seconds + ROUNDING_SECONDS:
-            decoded = self._decode(None)
-            first = next(decoded, None)
+        """Decodes (seconds, frame) from the last key frame that is not after the given time; at least one frame."""
+        frames = self._decode(None if self._counted else seconds)
+        first = next(frames, None)
+        if first is None or first[0] > seconds + ROUNDING_SECONDS:  # an index may lead too far, or past all key frames
+            frames = self._decode(None)
+            first = next(frames, None)
         if first is None:
             raise UnreadableError(self.path, "no frame could be decoded")
-        yield first
-        yield from decoded
+        return itertools.chain([first], frames)
 
     def _decode(self, seconds: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
-        """Decodes from a key frame before a moment, or from the start of the file."""
-        try:
-            if seconds is None:
-                self._restart()
-            else:
-                self._seek(seconds)
-            # Frames without timestamps can be counted from the start, but not after a jump.
-            shown_seconds = 0.0 if seconds is None else math.inf
-            previous_seconds = None
-            for frame in to_the_end(self._container.decode(self._stream)):
-                assert isinstance(frame, av.VideoFrame)
-                self.frames_decoded += 1
-                if frame.pts is not None and not self._counted:
-                    shown_seconds = self._seconds(frame.pts)
-                elif previous_seconds is not None:
-                    shown_seconds = previous_seconds + 1 / self.fps
-                if previous_seconds is not None and shown_seconds < previous_seconds < math.inf:
-                    raise _UnorderedError
-                previous_seconds = shown_seconds
-                yield shown_seconds, frame
-        except READING_ERRORS as error:
-            raise self._broken(error) from error
+        """Decodes from a key frame before a time, or from the start of the file."""
+        if seconds is None:
+            self._restart()
+        else:
+            self._seek(seconds)
+        counted, step = self._counted, max(1, round(1 / (self.fps * self._time_base)))
+        for count, (time, frame) in enumerate(decode_all(self._container, self._stream, step)):
+            self.frames_decoded += 1
+            if frame.pts is None and count == 0 and seconds is not None:
+                return  # after a jump nothing says when it is shown
+            yield count / self.fps if counted else time * self._time_base, frame
 
     def _seek(self, seconds: float) -> None:
-        """Goes to the last key frame that is not after the moment, or to the start of a file that cannot seek."""
+        """Goes to the last key frame that is not after the time, or to the start of a file that cannot seek."""
         if self.known is not None and len(self.known.keyframe_seconds) > 0:
-            place = int(np.searchsorted(self.known.keyframe_seconds, seconds + ROUNDING_SECONDS, "right")) - 1
-            # Before the first one lies, in files that were cut, a key frame that is not shown.
-            seconds = float(self.known.keyframe_seconds[place]) if place >= 0 else seconds
+            row = int(np.searchsorted(self.known.keyframe_seconds, seconds + ROUNDING_SECONDS, "right")) - 1
+            # In files that were cut, a key frame that is not shown comes before the first in the index.
+            seconds = float(self.known.keyframe_seconds[row]) if row >= 0 else seconds
+        self._stream.codec_context.skip_frame = "DEFAULT"
         try:
-            self._container.seek(round((seconds + self._start_seconds) / self._time_base), stream=self._stream)
+            self._container.seek(round(seconds / self._time_base) + self._start_time, stream=self._stream)
         except av.error.FFmpegError:
             self._restart()
 
     def close(self) -> None:
         """Closes the file."""
         self._container.close()
-
-
-class _UnorderedError(Exception):
-    """Frames whose timestamps do not rise in the order in which they are shown."""

@@ -1,121 +1,104 @@
-"""TODO."""
+"""What every decoding backend has in common; each backend has a file of its own, and `video.READERS` lists them."""
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from octvideo.data.index import IndexedVideo
 from octvideo.errors import DecodeError
 
 Image: TypeAlias = NDArray[np.uint8]  # (H, W, 3), RGB
-Moments: TypeAlias = Sequence[float] | NDArray[np.float64]
+Times: TypeAlias = NDArray[np.float64]  # (T,), in seconds from the start of the video, ascending
 Backend = Literal["auto", "pyav", "decord", "torchcodec"]
 ROUNDING_SECONDS = 0.001  # Matroska rounds timestamps to milliseconds; a frame may be that early for k / fps
-EARLY_END_SECONDS = 1.0  # headers are off by some frames in many good files
+EARLY_END_SECONDS = 1.0  # the headers of many good files are off by some frames
 READING_ERRORS = (av.error.FFmpegError, OSError)
 
 
-class KnownVideo(NamedTuple):
-    """What an index knows of a video, so that it need not be read from the file.
-
-    Args:
-        fps: average frame rate, in frames per second.
-        duration_seconds: from the first frame to the end of the last.
-        keyframe_seconds: moments of the key frames from the first frame on, in order.
-    """
-
-    fps: float
-    duration_seconds: float
-    keyframe_seconds: NDArray[np.float64]
-
-
 def upright_turns(frame: av.VideoFrame) -> int:
-    """Quarters counter-clockwise that make a frame upright; a matrix that is no rotation reads as a nonsense angle."""
+    """Counter-clockwise quarter turns that make a frame upright; 0 for a matrix that is no rotation by quarters."""
     return frame.rotation // 90 if frame.rotation in (-180, -90, 90, 180) else 0
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    message = str(getattr(error, "strerror", None) or error) or type(error).__name__
+    return " ".join(message.split("\n")[0].split())
+
+
+@contextlib.contextmanager
+def decode_errors(path: str, *kinds: type[Exception], raised: type[DecodeError] = DecodeError) -> Iterator[None]:
+    """Turns errors of these kinds into DecodeErrors that name the file."""
+    try:
+        yield
+    except kinds as error:
+        raise raised(path, one_line(error)) from error
 
 
 class Reader(ABC):
     """A video file, open in one backend.
 
-    Args:
-        path: the file.
-        known: what is known of it.
-
     Attributes:
         fps: average frame rate, in frames per second.
-        duration_seconds: how long the file says that the video runs.
-        frames_decoded: frames that the decoder has given so far; None where a backend does not tell.
+        duration_seconds: how long the video runs according to the file, or to the index if that knows the file.
+        frames_decoded: frames decoded so far; None where a backend does not tell.
 
     Raises:
-        DecodeError: the file is missing or broken.
+        DecodeError: the file is missing or broken; an UnreadableError if another backend may be able to read it.
     """
 
     fps: float
     duration_seconds: float
     frames_decoded: int | None = None
 
-    def __init__(self, path: str, known: KnownVideo | None) -> None:
+    def __init__(self, path: str, known: IndexedVideo | None) -> None:
         self.path = path
         self.known = known
         self._scaler = VideoReformatter()  # one for all frames: setting it up takes longer than scaling a small frame
         self._first_size: tuple[int, int] | None = None
 
     @abstractmethod
-    def read(self, times_seconds: list[float], short_side: int | None) -> list[Image]:
-        """The frame shown at each of the moments, which are in order; upright and scaled."""
+    def read(self, times: Times, short_side: int | None) -> Sequence[Image]:
+        """The frame shown at each of the times, upright, its shorter side scaled to short_side pixels."""
 
     def close(self) -> None:
         """Closes the file."""
         return None
 
-    def _scaled_size(self, width: int, height: int, short_side: int | None) -> tuple[int, int]:
-        """(width, height) that all frames get, those of the first one read, even if the picture's size changes."""
+    def _size(self, width: int, height: int, short_side: int | None) -> tuple[int, int]:
+        """(width, height) of all images: follows from the first frame, even if later ones have another size."""
         if min(width, height) < 1:
             raise DecodeError(self.path, f"frames of {width} x {height} pixels")
         self._first_size = width, height = self._first_size or (width, height)
         scale = 1.0 if short_side is None else short_side / min(width, height)
         return max(1, round(width * scale)), max(1, round(height * scale))
 
-    def _to_rgb(self, frame: av.VideoFrame, size: tuple[int, int]) -> Image:
-        """An upright image of a frame; the same as torchcodec's where the size is the frame's."""
-        width, height = size
-        same_size = size == (frame.width, frame.height)
-        try:
-            rgb = self._scaler.reformat(
-                frame, width, height, "rgb24", interpolation="BICUBIC" if same_size else "BILINEAR", threads=1
-            )
+    def _image(self, frame: av.VideoFrame, short_side: int | None) -> Image:
+        """The upright, scaled image of a frame; torchcodec's, bit for bit, where nothing is scaled."""
+        size = self._size(frame.width, frame.height, short_side)
+        filtering = "BICUBIC" if size == (frame.width, frame.height) else "BILINEAR"
+        with decode_errors(self.path, *READING_ERRORS):
+            rgb = self._scaler.reformat(frame, *size, "rgb24", interpolation=filtering, threads=1)
             image = rgb.to_ndarray().astype(np.uint8, copy=False)
-        except (av.error.FFmpegError, OSError) as error:
-            raise self._broken(error) from error
-        turns = upright_turns(frame)
-        return np.rot90(image, turns) if turns else image
+        return np.rot90(image, upright_turns(frame))
 
     def _scaled(self, images: NDArray[np.uint8], short_side: int | None) -> Sequence[Image]:
-        """Images (T, H, W, 3) at the wanted size."""
+        """Scales RGB images (T, H, W, 3)."""
         height, width = images.shape[1:3]
-        size = self._scaled_size(width, height, short_side)
-        if size == (width, height):
-            return images  # type: ignore[return-value]
-        return [self._to_rgb(av.VideoFrame.from_ndarray(image, "rgb24"), size) for image in images]
-
-    def _broken(self, error: Exception) -> DecodeError:
-        return DecodeError(self.path, _reason(error))
+        if self._size(width, height, short_side) == (width, height):
+            return list(images)
+        return [self._image(av.VideoFrame.from_ndarray(image, "rgb24"), short_side) for image in images]
 
     def _check_end(self, end_seconds: float, wanted_seconds: float) -> None:
-        """Refuses to hold the last frame of a file that ends long before its header says, one cut off in the middle."""
+        """Refuses to hold the last frame of a file that was cut off: it ends long before its header says."""
         if end_seconds + EARLY_END_SECONDS < min(wanted_seconds, self.duration_seconds):
-            raise DecodeError(
-                self.path, f"ends after {end_seconds:.2f} s, and its header says {self.duration_seconds:.2f} s"
-            )
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    message = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(message).split("\n")[0].split())
+            reason = f"ends after {end_seconds:.2f} s, and its header says {self.duration_seconds:.2f} s"
+            raise DecodeError(self.path, reason)
