@@ -160,9 +160,9 @@ class _MMAction(_SlowFast):
 
     def random_starts(self, num_clips: int, rng: np.random.Generator) -> NDArray[np.float64]:
         choices = max(self.num_frames - self.span + 1, 0.0)
-        part = choices // num_clips
+        part = int(choices // num_clips)
         if part > 0:
-            return np.arange(num_clips) * part + rng.integers(int(part), size=num_clips)
+            return np.arange(num_clips, dtype=np.float64) * part + rng.integers(part, size=num_clips)
         if self.num_frames > max(num_clips, self.span):  # fewer starts than clips
             return np.sort(rng.integers(int(choices), size=num_clips)).astype(np.float64)
         return np.round(np.arange(num_clips) * choices / num_clips)
