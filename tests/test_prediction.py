@@ -13,8 +13,8 @@ from conftest import ROOT
 from torch import nn
 
 import octvideo
-from octvideo.data.module import VideoData
 from octvideo.data.motions import write_video
+from octvideo.data.preprocessing import Preprocessing
 from octvideo.data.sampling import Sampling
 from octvideo.data.video import Video
 from octvideo.errors import DecodeError
@@ -118,7 +118,7 @@ def test_each_colour_can_have_its_own_mean_and_deviation(network, video):
 
 
 def test_what_a_module_does_not_say_is_as_tests_on_kinetics_have_it():
-    data, recognizer = (inspect.signature(kind).parameters for kind in (VideoData, Recognizer))
+    data, recognizer = (inspect.signature(kind).parameters for kind in (Preprocessing, Recognizer))
     for name, value in prediction.PREPROCESSING.items():
         assert value == (data if name in data else recognizer)[name].default, name
 
