@@ -24,16 +24,13 @@ from octvideo.data.reader import Backend
 from octvideo.data.watchdog import outlive_signals
 from octvideo.errors import ListError, UserError
 
-EVALUATED_TOGETHER = 30  # clips in a batch of validation or testing
-
 
 # Lightning keeps the state of a data module in checkpoints under the name of its class: renamed, it would not resume.
 class VideoData(LightningDataModule):
     """Training clips, and validation and test views, of the videos in list files.
 
-    A list file has a line for each video: its path and its class number. With a file index.bin beside it, which
-    `octvideo prepare` writes, videos are not measured again when they are opened. Class names and preprocessing
-    become part of the checkpoints, where `octvideo.models.checkpoint` reads them.
+    A list file has a line for each video: its path and its class number. An index.bin beside it, as `octvideo prepare`
+    writes, saves measuring videos when they are opened. Class names and preprocessing become part of checkpoints.
 
     Args:
         train_list: list file of the training videos.
@@ -47,8 +44,8 @@ class VideoData(LightningDataModule):
         test_clips: clips of a test video, spread evenly over time.
         test_crops: crops of each of them, spread evenly along the longer side.
         augmentation: random changes of whole training batches, on the device; default: none.
-        multigrid: small clips in large batches early in training, large clips in small batches late; default: the same
-            shape throughout. Needs trainer.reload_dataloaders_every_n_epochs 1.
+        multigrid: small clips in large batches early in training, large clips in small batches late; default: none.
+            Needs trainer.reload_dataloaders_every_n_epochs 1.
         shuffle_test_frames: test on frames in random order: a control that tells whether a network uses time.
         clips_per_video: training clips from one pass of decoding a video (repeated augmentation), all in one epoch.
         batch_size: training clips a step, in each process; a multiple of clips_per_video.
@@ -107,10 +104,11 @@ class VideoData(LightningDataModule):
         self.backend = backend
         self.decode_timeout_seconds = decode_timeout_seconds
         self.seed = seed
-        try:  # the model normalises pixels: jsonargparse takes all options but those named here
-            self.preprocessing = Preprocessing(**preprocessing, mean=0, std=1)
+        try:  # pixels are normalised by the model: jsonargparse makes options of all arguments but those named here
+            self.preprocessing = clips = Preprocessing(**preprocessing, mean=0, std=1)
         except UserError as error:
             raise UserError(f"data.{error}") from error
+        self._full_shape = ClipShape(clips.clip_frames, clips.frame_stride, clips.crop_size, clips.short_side)
         self._check()
         self._read: dict[str, Decoding] = {}
         self._position: dict[str, Any] | None = None
@@ -163,11 +161,7 @@ class VideoData(LightningDataModule):
             self.labels = state_dict.get("labels") or self.labels
 
     def read(self, name: str) -> VideoList:
-        """The videos of train_list, val_list or test_list.
-
-        Raises:
-            ListError: not given, missing, or a wrong line; the message names the options.
-        """
+        """The videos of train_list, val_list or test_list; ListError if they are not named, missing or wrong."""
         return self._decoding(name).videos
 
     def _decoding(self, name: str) -> Decoding:
@@ -191,8 +185,7 @@ class VideoData(LightningDataModule):
         """Batches of `batch_size` random clips, from the checkpoint's position on; an incomplete last one is dropped.
 
         Raises:
-            ListError: fewer videos than one batch in every process.
-            UserError: resumed mid-epoch with another batch size, world size or list.
+            UserError: not one whole batch, or resumed mid-epoch with another batch size, world size or list.
         """
         position = self._position or {"epoch": 0, "batches": 0}
         if position["batches"] and position["dealt"] != (dealt := self._dealt(position["epoch"])):
@@ -204,7 +197,7 @@ class VideoData(LightningDataModule):
             )
         batches = self._batches(self.seed, self._shapes, start=(position["epoch"], position["batches"]))
         batches.sampler.set_epoch(max(position["epoch"], self.trainer.current_epoch if self.trainer is not None else 0))
-        for epoch in range(max(1, self._max_epochs or 1)):
+        for epoch in range(1 if self.trainer is None else max(1, self.trainer.max_epochs or 1)):
             if batches.batches_in(epoch) < 1:
                 raise ListError(
                     f"{self.lists['train_list']}: {batches.sampler.num_videos} videos for {batches.sampler.world_size} "
@@ -215,10 +208,9 @@ class VideoData(LightningDataModule):
         return TrainingLoader(self._clips(self.seed), batch_sampler=batches, **options)
 
     def statistics_dataloader(self, epoch: int, num_batches: int) -> DataLoader[Sample]:
-        """Training batches to measure batch-norm statistics on, of the full shape; they need no trainer.
+        """Batches of the full shape to measure batch-norm statistics on, with an order and clips of their own.
 
-        Each epoch has its own order and clips; num_batches are for this process, and at most one epoch of the full
-        shape. Errors are those of `read`.
+        There are num_batches of them in this process, at most a whole epoch; they need no trainer.
         """
         seed = int(np.random.SeedSequence(self.seed, spawn_key=(1,)).generate_state(1)[0])
         batches = self._batches(seed, lambda epoch: [self._full_shape], limit=num_batches)
@@ -230,7 +222,7 @@ class VideoData(LightningDataModule):
         return self._batches(self.seed, self._shapes).batches_in(epoch)
 
     def batch_factor(self, epoch: int) -> int:
-        """How many times larger batches and learning rate are in the epoch by multigrid's long cycle; 1 without it."""
+        """How many times larger batches and learning rate are in this epoch of multigrid's long cycle; else 1."""
         return self._shapes(epoch)[-1].factor
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -258,22 +250,14 @@ class VideoData(LightningDataModule):
         views = TestViews(
             self._decoding(name), crop_size=size, short_side=size, num_clips=num_clips, num_crops=num_crops, **shuffling
         )
-        together = max(1, EVALUATED_TOGETHER // (num_clips * num_crops))
+        together = max(1, 30 // (num_clips * num_crops))  # videos in a batch of about 30 views
         sampler = self._sampler(name, self.seed, shuffle=False)
         return Loader(views, together, sampler=sampler, **self._loading(persistent_workers=True))
 
-    @property
-    def _full_shape(self) -> ClipShape:
-        clips = self.preprocessing
-        return ClipShape(clips.clip_frames, clips.frame_stride, clips.crop_size, clips.short_side)
-
     def _shapes(self, epoch: int) -> list[ClipShape]:
-        full = self._full_shape
-        return [full] if self.multigrid is None else self.multigrid.shapes(full, epoch, self._max_epochs)
-
-    @property
-    def _max_epochs(self) -> int | None:
-        return None if self.trainer is None else self.trainer.max_epochs
+        if self.multigrid is None:
+            return [self._full_shape]
+        return self.multigrid.shapes(self._full_shape, epoch, None if self.trainer is None else self.trainer.max_epochs)
 
     def _batches(self, seed: int, shapes: Callable[[int], Sequence[ClipShape]], **options: Any) -> TrainingBatches:
         sampler = self._sampler("train_list", seed, shuffle=True)
