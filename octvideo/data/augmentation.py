@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.transforms import v2
 
 from octvideo.errors import UserError
 
