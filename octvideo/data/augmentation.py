@@ -59,13 +59,11 @@ class BatchAugmentation:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
+        scale, ratio = self.crop_scale, self.crop_ratio
         rules = {
             "crop_size": (self.crop_size is None or self.crop_size >= 1, "be at least 1, or None"),
-            "crop_scale": (
-                0 < self.crop_scale[0] <= self.crop_scale[1] <= 1,
-                "be two shares in (0, 1], the smaller first",
-            ),
-            "crop_ratio": (0 < self.crop_ratio[0] <= self.crop_ratio[1], "be two positive ratios, the smaller first"),
+            "crop_scale": (0 < scale[0] <= scale[1] <= 1, "be two shares in (0, 1], the smaller first"),
+            "crop_ratio": (0 < ratio[0] <= ratio[1], "be two positive ratios, the smaller first"),
             "mirror_probability": (0 <= self.mirror_probability <= 1, "lie in [0, 1]"),
             "rand_augment_layers": (self.rand_augment_layers >= 0, "be at least 0"),
             "rand_augment_magnitude": (0 <= self.rand_augment_magnitude <= 30, "lie in [0, 30]"),
