@@ -43,6 +43,7 @@ from rich.table import Table
 from octvideo.commands.options import Parser, fail
 from octvideo.data.clips import Decoding, Draw, TestViews, TrainingClips, clips_of, cut
 from octvideo.data.lists import VideoList, read_list
+from octvideo.data.multigrid import ClipShape
 from octvideo.data.sampling import PROTOCOLS, Sampling, even_crops
 from octvideo.data.video import READERS, Video
 from octvideo.errors import DecodeError, ListError
@@ -219,8 +220,9 @@ def octvideo_training(videos: Videos, backend: Any, protocol: str) -> Task:
     """Training clips as `octvideo.data.clips` makes them."""
     options = videos.options
     decoding = Decoding(videos.list, videos.sampling(protocol), backend)
-    sizes = {"crop_size": options.crop_size, "short_side": tuple(options.short_side)}
-    clips = TrainingClips(decoding, **sizes, mirror=True, seed=SEED)
+    least, most = options.short_side
+    shape = ClipShape(options.clip_frames, options.frame_stride, options.crop_size, (least, most))
+    clips = TrainingClips(decoding, shape, mirror=True, seed=SEED)
 
     def decoded(number: int) -> float:
         frames = []

@@ -304,12 +304,12 @@ def test_a_yaml_file_builds_it():
         ({"crop_scale": (0.5, 1.1)}, "crop_scale must be"),
         ({"crop_ratio": (0.0, 1.0)}, "crop_ratio must be two positive ratios"),
         ({"crop_ratio": (2.0, 1.0)}, "crop_ratio must be two positive ratios"),
-        ({"mirror_probability": 1.5}, "mirror_probability and erase_probability must lie in"),
-        ({"erase_probability": -0.1}, "mirror_probability and erase_probability must lie in"),
-        ({"rand_augment_layers": -1}, "rand_augment_layers must be at least 0"),
-        ({"rand_augment_magnitude": 31}, "rand_augment_magnitude lie in 0 to 30, got 0 and 31"),
-        ({"mixup_alpha": -1.0}, "mixup_alpha and cutmix_alpha must be at least 0"),
-        ({"cutmix_alpha": -1.0}, "mixup_alpha and cutmix_alpha must be at least 0"),
+        ({"mirror_probability": 1.5}, r"mirror_probability must lie in \[0, 1\], got 1.5"),
+        ({"erase_probability": -0.1}, r"erase_probability must lie in \[0, 1\], got -0.1"),
+        ({"rand_augment_layers": -1}, "rand_augment_layers must be at least 0, got -1"),
+        ({"rand_augment_magnitude": 31}, r"rand_augment_magnitude must lie in \[0, 30\], got 31"),
+        ({"mixup_alpha": -1.0}, "data.augmentation.mixup_alpha must be at least 0, got -1.0"),
+        ({"cutmix_alpha": -1.0}, "data.augmentation.cutmix_alpha must be at least 0, got -1.0"),
     ],
 )
 def test_wrong_numbers_are_refused(options, message):

@@ -104,7 +104,7 @@ def assert_one_line(finished, *parts):
             ["data.multigrid.frames_multiple must be a multiple of model.frame_ratio 4 for SlowFast, got 1"],
         ),
         (["--model.weights=README.md"], ["README.md: no checkpoint that torch.load(weights_only=True) reads"]),
-        (["--data.augmentation.mixup_alpha=-1"], ["mixup_alpha and cutmix_alpha must be at least 0, got -1"]),
+        (["--data.augmentation.mixup_alpha=-1"], ["data.augmentation.mixup_alpha must be at least 0, got -1"]),
         (["--data.target_fps=0"], ["target_fps must be positive"]),
         (["--data.labels=nothing.txt"], ["nothing.txt: No such file"]),
     ],

@@ -186,7 +186,7 @@ def test_without_a_validation_list_there_is_no_validation(lists):
         ({"prefetch_batches": 0}, "data.prefetch_batches must be at least 1, got 0"),
         ({"batch_size": 6, "clips_per_video": 4}, "batch_size must be a multiple of clips_per_video 4, got 6"),
         ({"decode_timeout_seconds": 0}, "data.decode_timeout_seconds must be positive or null, got 0"),
-        ({"backend": "opencv"}, "data.backend must be auto, pyav, torchcodec, decord, got opencv"),
+        ({"backend": "opencv"}, "data.backend must be auto, pyav, decord, torchcodec, got opencv"),
         ({"target_fps": -1}, "target_fps must be positive"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_checkpoints_labels_are_taken_unless_an_option_names_others(lists, tmp
     assert data.labels == ["sit", "stand"]
     data.load_state_dict(state)
     assert data.labels == ["a", "b"]
-    assert data.clip_frames == 8
+    assert data.preprocessing.clip_frames == 8
     named = VideoData(**lists, labels=str(tmp_path / "labels.txt"))
     named.load_state_dict(state)
     assert named.labels == ["sit", "stand"]

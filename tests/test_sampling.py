@@ -358,7 +358,7 @@ def test_at_the_target_rate_slowfast_needs_no_normalisation(clip_frames, frame_s
     [
         ({"clip_frames": 0}, "clip_frames must be at least 1, got 0"),
         ({"frame_stride": 0}, "frame_stride must be at least 1, got 0"),
-        ({"protocol": "tsn"}, "protocol must be one of slowfast, pytorchvideo, mmaction, uniform, got 'tsn'"),
+        ({"protocol": "tsn"}, "sampling protocol must be one of slowfast, pytorchvideo, mmaction, uniform, got 'tsn'"),
         ({"target_fps": 0.0}, "target_fps must be positive and finite, or None, got 0.0"),
         ({"short_videos": "repeat"}, "short_videos must be hold, loop, spread or None, got 'repeat'"),
     ],

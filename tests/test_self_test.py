@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from octvideo import Octaves, OctConv3d
+from octvideo.data.preprocessing import Preprocessing
 from octvideo.training.self_test import (
     QUANTITIES,
     TOLERANCE,
@@ -199,7 +200,7 @@ class Module(LightningModule):
 
 
 class Data(LightningDataModule):
-    clip_frames, crop_size = 4, 8
+    preprocessing = Preprocessing(clip_frames=4, crop_size=8)
 
     def train_dataloader(self):
         return DataLoader(normal(2, 3, 4, 8, 8), 2)

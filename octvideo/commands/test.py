@@ -189,7 +189,7 @@ def test(cli: Testing) -> dict[str, Any]:
 def test_alphas(cli: Testing, path: Path) -> None:
     """Tests at each of --alphas, keeps the rows in a file as they come, and prints them."""
     data, network, rows = cli.datamodule, cli.model.network, []
-    size = (3, data.clip_frames, data.test_crop_size, data.test_crop_size)
+    size = data.preprocessing.clip_size
     macs = {alpha: count_macs(set_alpha(network, alpha), size) for alpha in cli.alphas}  # before it is sharded
     statistics = Column("statistics", no_wrap=True)
     table = Table("alpha", "GMACs", statistics, "clip top-1", "clip top-5", "video top-1", "video top-5")

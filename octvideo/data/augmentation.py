@@ -1,4 +1,4 @@
-"""Augmentation of whole batches of clips, on the device that they are on."""
+"""Augmentation of whole batches of clips, on their device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.transforms import v2
 
 from octvideo.errors import UserError
 
-GREY = 115.0  # what erased and uncovered pixels become: the networks' mean of .45, so nothing after normalisation
-LARGEST_MAGNITUDE = 30
+GREY = 115.0  # erased and uncovered pixels: the networks' mean of .45, so zero after normalisation
 _MIXING, _CLIP = 0, 1  # two kinds of random choices from one seed
 
 
@@ -22,34 +21,30 @@ _MIXING, _CLIP = 0, 1  # two kinds of random choices from one seed
 class BatchAugmentation:
     """Random crops, flips, colours, erasing and mixing by torchvision's transforms, the same for all frames of a clip.
 
-    In this order: resized crop, mirror, RandAugment, erasing, then mixing. All are off by default; with all off, clips
-    and labels come back as they are. The operations that look at pixels (Contrast, AutoContrast and Equalize of
-    RandAugment) do so frame by frame.
+    In this order: resized crop, mirror, RandAugment, erasing, then mixing. All are off by default. The operations of
+    RandAugment that look at pixels (Contrast, AutoContrast and Equalize) do so frame by frame. Mixing joins each video,
+    view by view, with the one before it in the batch, the first with the last, and rounds pixels to whole levels.
 
-    Every choice derives from the seeds that are given with a batch: those for a clip from its own video's seed and its
-    view number, those for the batch (mixup or cutmix, how much, where) from the first video's. They are drawn on the
-    CPU for any device; the state of the process's random generators neither counts nor changes. On another device
-    resizing may round a pixel to the neighbouring level.
-
-    Mixing joins each video, view by view, with the one before it in the batch, the first with the last: batches are
-    shuffled already. Pixels are rounded to whole levels.
+    Every choice derives from the seeds given with a batch: for a clip from its own video's seed and its view number,
+    for the batch (mixup or cutmix, how much, where) from the first video's. They are drawn on the CPU for any device;
+    the process's random generators neither matter nor change. Devices may differ in how they round resized pixels.
 
     Args:
-        crop_size: cut a random part out of each clip and scale it to this height and width, in pixels; None keeps
-            clips as they are.
-        crop_scale: least and most share of the clip's area to cut out, in (0, 1].
-        crop_ratio: least and most ratio of width to height of that part.
+        crop_size: crop a random part of each clip and scale it to this height and width, in pixels; None keeps clips
+            as they are.
+        crop_scale: least and most share of the clip's area in that crop, in (0, 1].
+        crop_ratio: least and most ratio of its width to its height.
         mirror_probability: of flipping a clip left to right; 0 where left and right are classes.
         rand_augment_layers: how many random operations of RandAugment (Cubuk et al., NeurIPS 2020) a clip undergoes.
         rand_augment_magnitude: their strength, 0 to 30.
         erase_probability: of making a random rectangle, 2 to 33 % of a clip, grey (Zhong et al., AAAI 2020).
         mixup_alpha: blend pairs of clips, the share of one drawn from Beta(alpha, alpha) (Zhang et al., ICLR 2018).
         cutmix_alpha: paste a rectangle of one into the other, its size drawn likewise (Yun et al., ICCV 2019). With
-            mixup as well, one of the two for each batch, as often the one as the other.
+            mixup as well, each batch gets one of the two, both equally often.
         num_classes: number of classes, which mixed labels need (set by model.num_classes).
 
     Raises:
-        ValueError: a number out of its range.
+        UserError: a number out of range.
     """
 
     crop_size: int | None = None
@@ -64,26 +59,21 @@ class BatchAugmentation:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.crop_size is not None and self.crop_size < 1:
-            raise UserError(f"crop_size must be at least 1, or None, got {self.crop_size}")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError(f"crop_scale must be two shares in (0, 1], the smaller first, got {self.crop_scale}")
-        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise UserError(f"crop_ratio must be two positive ratios, the smaller first, got {self.crop_ratio}")
-        if not (0 <= self.mirror_probability <= 1 and 0 <= self.erase_probability <= 1):
-            raise UserError(
-                f"mirror_probability and erase_probability must lie in [0, 1], got {self.mirror_probability} and "
-                f"{self.erase_probability}"
-            )
-        if self.rand_augment_layers < 0 or not 0 <= self.rand_augment_magnitude <= LARGEST_MAGNITUDE:
-            raise UserError(
-                f"rand_augment_layers must be at least 0 and rand_augment_magnitude lie in 0 to {LARGEST_MAGNITUDE}, "
-                f"got {self.rand_augment_layers} and {self.rand_augment_magnitude}"
-            )
-        if self.mixup_alpha < 0 or self.cutmix_alpha < 0:
-            raise UserError(
-                f"mixup_alpha and cutmix_alpha must be at least 0, got {self.mixup_alpha} and {self.cutmix_alpha}"
-            )
+        scale, ratio = self.crop_scale, self.crop_ratio
+        rules = {
+            "crop_size": (self.crop_size is None or self.crop_size >= 1, "be at least 1, or None"),
+            "crop_scale": (0 < scale[0] <= scale[1] <= 1, "be two shares in (0, 1], the smaller first"),
+            "crop_ratio": (0 < ratio[0] <= ratio[1], "be two positive ratios, the smaller first"),
+            "mirror_probability": (0 <= self.mirror_probability <= 1, "lie in [0, 1]"),
+            "rand_augment_layers": (self.rand_augment_layers >= 0, "be at least 0"),
+            "rand_augment_magnitude": (0 <= self.rand_augment_magnitude <= 30, "lie in [0, 30]"),
+            "erase_probability": (0 <= self.erase_probability <= 1, "lie in [0, 1]"),
+            "mixup_alpha": (self.mixup_alpha >= 0, "be at least 0"),
+            "cutmix_alpha": (self.cutmix_alpha >= 0, "be at least 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise UserError(f"data.augmentation.{name} must {rule}, got {getattr(self, name)}")
 
     @cached_property
     def _each(self) -> v2.Transform | None:
@@ -111,7 +101,7 @@ class BatchAugmentation:
         return v2.RandomChoice(mixing) if mixing else None
 
     def __call__(self, clips: Tensor, labels: Tensor, seeds: Sequence[int | tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        """Augments a batch; what is given stays unchanged.
+        """Augments a batch; the given tensors stay unchanged.
 
         Args:
             clips: (B, V, C, T, H, W) uint8, V clips of each of B videos, on any device.
@@ -119,39 +109,32 @@ class BatchAugmentation:
             seeds: B seeds, each a number from 0 or a tuple of such, for example (seed, epoch, position).
 
         Returns:
-            clips: (B, V, C, T, H', W') uint8, where H' = W' = crop_size if there is one.
-            labels: as given, or with mixing (B, num_classes) float32 shares of the classes, the same for all views.
+            Clips, of crop_size if there is one, and labels: as given, or after mixing (B, num_classes) float32 shares.
 
         Raises:
-            ValueError: clips, labels or seeds of another form, or mixing without num_classes.
+            UserError: clips, labels or seeds of another form, or mixing without num_classes.
         """
         if clips.dim() != 6 or clips.dtype != torch.uint8 or clips.numel() == 0:
             raise UserError(f"expected clips (B, V, C, T, H, W) of uint8, got {tuple(clips.shape)} of {clips.dtype}")
         if labels.shape != clips.shape[:1] or len(seeds) != len(clips):
-            raise UserError(
-                f"expected a label and a seed for each of {len(clips)} videos, got labels {tuple(labels.shape)} and "
-                f"{len(seeds)} seeds"
-            )
+            got = f"labels {tuple(labels.shape)} and {len(seeds)} seeds"
+            raise UserError(f"expected a label and a seed for each of {len(clips)} videos, got {got}")
         with torch.random.fork_rng(devices=[]):  # the transforms draw from the CPU's generator only
             if self._each is not None:
-                clips = self._augment_each(self._each, clips, seeds)
+                augmented = []
+                for seed, views in zip(seeds, clips, strict=True):
+                    for view, clip in enumerate(views):
+                        _seed(seed, _CLIP, view)
+                        augmented.append(self._each(clip.transpose(0, 1)).transpose(0, 1))  # images are (T, C, H, W)
+                clips = torch.stack(augmented).unflatten(0, clips.shape[:2])
             if self._mixing is not None:
                 _seed(seeds[0], _MIXING)
                 mixed, labels = self._mixing(clips.flatten(1, 3), labels)  # (B, V * C * T, H, W): whole videos
                 clips = mixed.round().to(torch.uint8).view_as(clips)
         return clips, labels
 
-    def _augment_each(self, transform: v2.Transform, clips: Tensor, seeds: Sequence[int | tuple[int, ...]]) -> Tensor:
-        height, width = clips.shape[-2:] if self.crop_size is None else (self.crop_size, self.crop_size)
-        augmented = clips.new_empty(*clips.shape[:4], height, width)
-        for number, seed in enumerate(seeds):
-            for view, clip in enumerate(clips[number]):
-                _seed(seed, _CLIP, view)
-                augmented[number, view] = transform(clip.transpose(0, 1)).transpose(0, 1)  # images are (T, C, H, W)
-        return augmented
-
 
 def _seed(seed: int | tuple[int, ...], *purpose: int) -> None:
-    """Starts the CPU's generator anew, and no other device's, as torch.manual_seed would."""
+    """Seeds the CPU's generator, and no other device's, as torch.manual_seed would."""
     state = np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1, np.uint64)
     torch.default_generator.manual_seed(int(state[0]))

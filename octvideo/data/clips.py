@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,34 +14,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from octvideo.data.index import IndexedVideo, VideoIndex
+from octvideo.data.index import VideoIndex
 from octvideo.data.lists import VideoList
 from octvideo.data.multigrid import ClipShape
 from octvideo.data.reader import Backend, Image
 from octvideo.data.sampling import Sampling, even_crops, random_crop
 from octvideo.data.video import Video
-from octvideo.data.watchdog import HungError, Watchdog
+from octvideo.data.watchdog import Argument, HungError, Result, Watchdog
 from octvideo.errors import DecodeError
 
 NO_VIDEO = -1
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
+REPLACEMENTS = 10  # videos in a row that may be bad in training
 
 
 class Draw(NamedTuple):
-    """One turn of an epoch. All that is random about it derives from (seed, epoch, position), on any worker.
-
-    Args:
-        epoch: number of the epoch, from 0.
-        position: which turn of the epoch this is, over all processes.
-        video: index of the video, or NO_VIDEO if this process has no more while others still do.
-        shape: of the training clips; None: as the data set's own options say.
-    """
+    """One sample to make. All that is random about it derives from (seed, epoch, position), on any worker."""
 
     epoch: int
-    position: int
-    video: int
-    shape: ClipShape | None = None
+    position: int  # in the epoch, over all processes
+    video: int  # its index, or NO_VIDEO if this process has no more while others still do
+    shape: ClipShape | None = None  # of training clips; None: the data set's own
 
 
 class BadVideo(NamedTuple):
@@ -51,7 +44,7 @@ class BadVideo(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What one draw gives: clips (V, C, T, H, W) uint8 of one video, or None if it is bad or missing."""
+    """The result of one draw: clips (V, C, T, H, W) uint8 of one video, or None if it is bad or missing."""
 
     clips: Tensor | None
     label: int
@@ -61,181 +54,114 @@ class Sample(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """How the videos of a list become frames.
-
-    Args:
-        videos: the list.
-        sampling: which frames of a video become clips.
-        backend: what decodes: auto, pyav, torchcodec or decord.
-        timeout_seconds: a video whose decoding takes longer is bad, and the process that decodes it is killed; None
-            decodes without a limit, in the process that asks.
-        known: what is known of videos beforehand.
-        rows: the N rows of the list's videos in it; -1 where it does not have them.
-    """
+    """How the videos of a list become frames."""
 
     videos: VideoList
     sampling: Sampling
     backend: Backend = "auto"
-    timeout_seconds: float | None = None
+    timeout_seconds: float | None = None  # a video that takes longer is bad; None: no limit, and no process of its own
     known: VideoIndex | None = None
-    rows: NDArray[np.int64] | None = None
+    rows: NDArray[np.int64] | None = None  # of the list's videos in the index; -1 for those that it lacks
 
-    def open(self, place: int) -> Video:
-        """Opens a video of the list."""
-        path = self.videos.paths[place]
-        return Video(path, self.backend, known=self._known(path, place))
-
-    def _known(self, path: str, place: int) -> IndexedVideo | None:
-        """What the index knows, unless the file has changed since."""
-        if self.known is None or self.rows is None or self.rows[place] < 0:
-            return None
-        video = self.known[int(self.rows[place])]
-        try:
-            status = os.stat(path)
-        except OSError:
-            return None
-        if status.st_size != video.bytes or video.mtime_ns not in (0, status.st_mtime_ns):
-            return None
-        return video
+    def open(self, index: int) -> Video:
+        """Opens a video of the list, with what is known of it unless the file has changed since."""
+        path, known = self.videos.paths[index], None
+        if self.known is not None and self.rows is not None and self.rows[index] >= 0:
+            video = self.known[int(self.rows[index])]
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                if status.st_size == video.bytes and video.mtime_ns in (0, status.st_mtime_ns):
+                    known = video
+        return Video(path, self.backend, known=known)
 
     def watched(self, read: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
-        """The function, called where it cannot hang."""
+        """The function, called in a process that is killed if it hangs; then it raises HungError."""
         return read if self.timeout_seconds is None else Watchdog(read, self.timeout_seconds)
 
 
 def clips_of(video: Video, frame_numbers: NDArray[np.int64], short_side: int) -> list[list[Image]]:
-    """The frames of clips, from one pass of decoding.
+    """Decodes clips in one pass: V lists of T images (H, W, 3), the shorter side scaled to `short_side` pixels.
 
-    Args:
-        video: the open video.
-        frame_numbers: (V, T), at its average frame rate; each stands for the middle of the time that it is shown.
-        short_side: pixels that the shorter side is scaled to.
-
-    Returns:
-        V times T images (H, W, 3).
-
-    Raises:
-        DecodeError: as `Video.frames_at`.
+    Each of the (V, T) frame numbers, at the average frame rate, stands for the middle of the time that it is shown.
+    Errors are those of `Video.frames_at`.
     """
-    clips, clip_frames = frame_numbers.shape
-    times = (frame_numbers.ravel() + np.float64(0.5)) / video.fps
-    images = video.images_at(times, short_side)
-    return [images[clip * clip_frames : (clip + 1) * clip_frames] for clip in range(clips)]
+    images = video.images_at((frame_numbers.ravel() + np.float64(0.5)) / video.fps, short_side)
+    clip_frames = frame_numbers.shape[1]
+    return [images[start : start + clip_frames] for start in range(0, len(images), clip_frames)]
 
 
+@dataclass(eq=False)
 class TrainingClips(Dataset[Sample]):
-    """Random clips: a random moment, short side and crop, mirrored half of the time.
+    """Random clips of a shape: start, short side and crop are random, and half of the clips are mirrored.
 
-    A video that cannot be decoded is named in the sample, and another one takes its place.
-
-    Args:
-        decoding: which videos, and how they become frames.
-        crop_size: height and width of a clip, in pixels.
-        short_side: (least, most) pixels that the shorter side of a frame is scaled to before the crop; the same for all
-            clips of a video.
-        mirror: flip half of the clips left to right.
-        seed: of all random choices.
-        num_clips: clips of each video, from one pass of decoding (repeated augmentation, Hoffer et al., CVPR 2020).
+    The num_clips of a video come from one pass of decoding, with one short side (repeated augmentation, Hoffer et al.,
+    CVPR 2020). A video that cannot be decoded is named in the sample, and replaced by another one.
     """
 
-    REPLACEMENTS = 10
+    decoding: Decoding
+    shape: ClipShape
+    _: KW_ONLY
+    mirror: bool
+    seed: int
+    num_clips: int = 1
 
-    def __init__(
-        self,
-        decoding: Decoding,
-        *,
-        crop_size: int,
-        short_side: tuple[int, int],
-        mirror: bool,
-        seed: int,
-        num_clips: int = 1,
-    ) -> None:
-        self.decoding = decoding
-        self.mirror = mirror
-        self.seed = seed
-        self.num_clips = num_clips
-        sampling = decoding.sampling
-        self.shape = ClipShape(sampling.clip_frames, sampling.frame_stride, crop_size, short_side)
-        self._read_clips = decoding.watched(self._clips)
+    def __post_init__(self) -> None:
+        self._read_clips = self.decoding.watched(self._clips)
 
     def __len__(self) -> int:
         return len(self.decoding.videos.paths)
 
     def __getitem__(self, draw: Draw) -> Sample:
-        """Clips (num_clips, C, T, H, W), of the draw's shape if it names one.
-
-        Raises:
-            DecodeError: REPLACEMENTS videos in a row cannot be decoded.
-        """
-        videos = self.decoding.videos
-        turn = (self.seed, draw.epoch, draw.position)
+        """Clips (num_clips, C, T, H, W), of the draw's shape if it has one; DecodeError after 10 bad videos."""
+        videos, video = self.decoding.videos, draw.video
         bad: list[BadVideo] = []
-        video = draw.video
-        for attempt in range(self.REPLACEMENTS):
-            path = videos.paths[video]
+        for attempt in range(REPLACEMENTS):
+            path, seed = videos.paths[video], (self.seed, draw.epoch, draw.position, attempt)
             try:
-                clips = torch.from_numpy(self._read_clips((video, (*turn, attempt), draw.shape or self.shape)))
+                clips = torch.from_numpy(self._read_clips((video, seed, draw.shape or self.shape)))
                 return Sample(clips, int(videos.labels[video]), path, bad, draw)
             except (DecodeError, HungError) as error:
-                bad.append(bad_video(path, error))
-                video = int(np.random.default_rng((*turn, attempt)).integers(len(self)))
-        raise DecodeError(
-            bad[-1].path,
-            f"{bad[-1].reason} (and the {self.REPLACEMENTS - 1} videos tried before it cannot be decoded either)",
-        )
+                bad.append(_bad(path, error))
+                video = int(np.random.default_rng(seed).integers(len(self)))
+        others = f"(and the {REPLACEMENTS - 1} videos tried before it cannot be decoded either)"
+        raise DecodeError(bad[-1].path, f"{bad[-1].reason} {others}")
 
     def _clips(self, job: tuple[int, tuple[int, ...], ClipShape]) -> NDArray[np.uint8]:
         index, seed, shape = job
-        rng = np.random.default_rng(seed)
+        rng, (least, most) = np.random.default_rng(seed), shape.short_side
         sampling = replace(self.decoding.sampling, clip_frames=shape.clip_frames, frame_stride=shape.frame_stride)
-        least, most = shape.short_side
         with self.decoding.open(index) as video:
             numbers = sampling.train_clips(video.num_frames, video.fps, self.num_clips, rng)
             clips = clips_of(video, numbers, int(rng.integers(least, most + 1)))
-        height, width = clips[0][0].shape[:2]
-        cuts = []
+        cropped = []
         for clip in clips:
+            height, width = clip[0].shape[:2]
             crop = random_crop(height, width, shape.crop_size, rng)
-            cuts.append(cut(clip, crop, shape.crop_size, mirror=self.mirror and rng.random() < 0.5))
-        return np.stack(cuts)
+            cropped.append(cut(clip, crop, shape.crop_size, mirror=self.mirror and rng.random() < 0.5))
+        return np.stack(cropped)
 
 
+@dataclass(eq=False)
 class TestViews(Dataset[Sample]):
     """All views of each video: the protocol's test clips, times crops spread evenly along the longer side.
 
-    The views of a video come from one pass of decoding. A video that cannot be decoded is named, never replaced.
-
-    Args:
-        decoding: which videos, and how they become frames.
-        crop_size: height and width of a clip, in pixels.
-        short_side: pixels that the shorter side of a frame is scaled to before the crops.
-        num_clips: moments a video; a single one is the clip in the centre.
-        num_crops: crops a moment.
-        shuffle_frames: put the frames of each clip in random order: a control that tells whether a network uses time.
-        seed: of that order.
+    The views of a video come from one pass of decoding; a single clip is the centre clip. A video that cannot be
+    decoded is named, never replaced. With shuffle_frames each clip's frames are in a random order of the seed: a
+    control that tells whether a network uses time.
     """
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not one of pytest's tests
+    decoding: Decoding
+    _: KW_ONLY
+    crop_size: int
+    short_side: int
+    num_clips: int
+    num_crops: int
+    shuffle_frames: bool = False
+    seed: int = 0
 
-    def __init__(
-        self,
-        decoding: Decoding,
-        *,
-        crop_size: int,
-        short_side: int,
-        num_clips: int,
-        num_crops: int,
-        shuffle_frames: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.decoding = decoding
-        self.crop_size = crop_size
-        self.short_side = short_side
-        self.num_clips = num_clips
-        self.num_crops = num_crops
-        self.shuffle_frames = shuffle_frames
-        self.seed = seed
-        self._read_clips = decoding.watched(self._clips)
+    def __post_init__(self) -> None:
+        self._read_clips = self.decoding.watched(self._clips)
 
     def __len__(self) -> int:
         return len(self.decoding.videos.paths)
@@ -248,36 +174,28 @@ class TestViews(Dataset[Sample]):
         try:
             clips = self._read_clips(draw.video)
         except (DecodeError, HungError) as error:
-            return Sample(None, label, path, [bad_video(path, error)], draw)
-        height, width = clips.shape[2:4]
-        crops = even_crops(height, width, self.crop_size, self.num_crops)
+            return Sample(None, label, path, [_bad(path, error)], draw)
+        crops = even_crops(clips.shape[2], clips.shape[3], self.crop_size, self.num_crops)
         views = [cut(clip, crop, self.crop_size) for clip in clips for crop in crops]
         return Sample(torch.from_numpy(np.stack(views)), label, path, [], draw)
 
     def _clips(self, index: int) -> NDArray[np.uint8]:
         """The clips (num_clips, T, H, W, C) of a video, not yet cropped."""
-        sampling = self.decoding.sampling
+        sampling, num_clips = self.decoding.sampling, self.num_clips
         with self.decoding.open(index) as video:
-            if self.num_clips == 1:
-                numbers = sampling.centre_clip(video.num_frames, video.fps)
-            else:
-                numbers = sampling.dense_clips(video.num_frames, video.fps, self.num_clips)
+            length = video.num_frames, video.fps
+            numbers = sampling.centre_clip(*length) if num_clips == 1 else sampling.dense_clips(*length, num_clips)
             if self.shuffle_frames:
-                rng = np.random.default_rng((self.seed, index))
-                numbers = np.stack([rng.permutation(clip) for clip in numbers])
+                numbers = np.random.default_rng((self.seed, index)).permuted(numbers, axis=1)
             return np.stack([np.stack(clip) for clip in clips_of(video, numbers, self.short_side)])
 
 
-def bad_video(path: str, error: DecodeError | HungError) -> BadVideo:
-    """What an error says of a video."""
+def _bad(path: str, error: DecodeError | HungError) -> BadVideo:
     return BadVideo(path, error.reason if isinstance(error, DecodeError) else str(error))
 
 
-def cut(
-    frames: Sequence[Image] | NDArray[np.uint8], crop: tuple[int, int], size: int, mirror: bool = False
-) -> NDArray[np.uint8]:
-    """Cuts a square out of T frames (H, W, C) and gives it the layout of a clip, (C, T, H, W)."""
+def cut(frames: Iterable[Image], crop: tuple[int, int], size: int, mirror: bool = False) -> NDArray[np.uint8]:
+    """Crops a square from T frames (H, W, C), given its (top, left), and makes it a clip (C, T, H, W)."""
     top, left = crop
     squares = np.stack([frame[top : top + size, left : left + size] for frame in frames])
-    squares = squares[:, :, ::-1] if mirror else squares
-    return squares.transpose(3, 0, 1, 2)
+    return (squares[:, :, ::-1] if mirror else squares).transpose(3, 0, 1, 2)

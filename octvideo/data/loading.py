@@ -1,10 +1,11 @@
-"""TODO."""
+"""From data sets to batches: which process makes which samples, in which order, and how they are joined."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,21 +18,13 @@ from octvideo.data.multigrid import ClipShape, whole_batches
 
 
 class Batch(NamedTuple):
-    """What the model gets.
+    """What the model gets: clips of B videos; B is 0 if all are bad."""
 
-    Args:
-        clips: (B, V, C, T, H, W) uint8, V clips of each of B videos; B is 0 if all are bad.
-        labels: (B,) class numbers; after mixing, (B, num_classes) shares of the classes.
-        paths: B files.
-        bad: videos that could not be decoded while this batch was made.
-        turns: (epoch, position) of the B videos' draws, which all that is random about them derives from.
-    """
-
-    clips: Tensor
-    labels: Tensor
+    clips: Tensor  # (B, V, C, T, H, W) uint8, V clips of each video
+    labels: Tensor  # (B,) class numbers; after mixing, (B, num_classes) shares of the classes
     paths: list[str]
-    bad: list[BadVideo]
-    turns: list[tuple[int, int]]
+    bad: list[BadVideo]  # videos that could not be decoded while this batch was made
+    turns: list[tuple[int, int]]  # (epoch, position) of each video, from which all its random choices derive
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -48,28 +41,20 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[Draw]):
-    """Deals each video of a list to one process, once an epoch.
+    """Deals each video of a list to one process, once an epoch, in a new order if shuffled (training).
 
-    Every process draws equally often, so that they can work in step: where videos do not divide evenly, training
-    drops the rest of the shuffled order, and testing gives the processes that run out empty draws. No video is
-    counted twice.
-
-    Args:
-        num_videos: length of the list.
-        seed: of the order; ignored without `shuffle`.
-        shuffle: a new order each epoch (training), or the list's (testing).
-        rank: number of this process.
-        world_size: number of processes.
+    Every process draws equally often, so that they keep in step: where videos do not divide evenly, training drops the
+    rest of the shuffled order, and testing gives processes that run out empty draws. No video is counted twice.
     """
 
-    def __init__(self, num_videos: int, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1) -> None:
-        self.num_videos = num_videos
-        self.seed = seed
-        self.shuffle = shuffle
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
+    num_videos: int
+    seed: int
+    shuffle: bool
+    rank: int = 0
+    world_size: int = 1
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this at the start of each epoch."""
@@ -82,69 +67,52 @@ class EpochSampler(Sampler[Draw]):
         epoch, order = self.epoch, np.arange(self.num_videos)
         if self.shuffle:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
-        for turn in range(len(self)):
-            position = turn * self.world_size + self.rank
+        for position in range(self.rank, len(self) * self.world_size, self.world_size):
             yield Draw(epoch, position, int(order[position]) if position < self.num_videos else NO_VIDEO)
 
 
+@dataclass(eq=False)
 class TrainingBatches(Sampler[list[Draw]]):
-    """The whole batches of an epoch; what is left over at its end is dropped.
+    """The full batches of an epoch; the rest is dropped.
 
-    A run that goes on in the middle of an epoch starts at the batch that was not seen yet. That is arithmetic, as a
-    batch is a list of positions: no worker has a state to restore, and no video is decoded to be skipped, which is why
-    torchdata's StatefulDataLoader is not needed.
-
-    Args:
-        sampler: deals the epoch's videos.
-        num_videos: videos in a batch of a shape of factor 1.
-        shapes: given the number of an epoch, the shapes that its batches have by turns.
-        start: (epoch, batches): this one epoch starts after so many batches; all others are whole.
-        limit: most batches of an epoch; None for all.
+    Resuming in the middle of an epoch is arithmetic, as a batch is a list of positions: no worker has a state to
+    restore, and no video is decoded to be skipped, which is why torchdata's StatefulDataLoader is not needed.
     """
 
-    def __init__(
-        self,
-        sampler: EpochSampler,
-        num_videos: int,
-        shapes: Callable[[int], Sequence[ClipShape]],
-        start: tuple[int, int] = (0, 0),
-        limit: int | None = None,
-    ) -> None:
-        self.sampler = sampler
-        self.num_videos = num_videos
-        self.shapes = shapes
-        self.start = start
-        self.limit = limit
+    sampler: EpochSampler
+    num_videos: int  # in a batch of a shape of factor 1
+    shapes: Callable[[int], Sequence[ClipShape]]  # given an epoch, what its batches cycle through
+    start: tuple[int, int] = (0, 0)  # (epoch, batches): this one epoch starts after that many batches
+    limit: int | None = None  # most batches of an epoch
 
     def sizes(self, epoch: int) -> list[int]:
-        """Videos in the batches of an epoch, by turns."""
+        """Videos in each of the batches that an epoch cycles through."""
         return [self.num_videos * shape.factor for shape in self.shapes(epoch)]
 
     def batches_in(self, epoch: int) -> int:
-        """How many batches the whole epoch has."""
+        """Batches of the whole epoch."""
         batches = whole_batches(len(self.sampler), self.sizes(epoch))
         return batches if self.limit is None else min(batches, self.limit)
 
     def __len__(self) -> int:
-        """Batches of the whole epoch, however many of them have been seen: Lightning counts like this."""
+        """Batches of the whole epoch, even when resumed in the middle: Lightning counts like this."""
         return self.batches_in(self.sampler.epoch)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, draws = self.sampler.epoch, iter(self.sampler)
-        shapes, (start_epoch, seen) = self.shapes(epoch), self.start
-        for number in range(self.batches_in(epoch)):
-            shape = shapes[number % len(shapes)]
+        shapes = itertools.cycle(self.shapes(epoch))
+        for number, shape in enumerate(itertools.islice(shapes, self.batches_in(epoch))):
             batch = [draw._replace(shape=shape) for draw in itertools.islice(draws, self.num_videos * shape.factor)]
-            if epoch != start_epoch or number >= seen:
+            if epoch != self.start[0] or number >= self.start[1]:
                 yield batch
 
 
 class Loader(DataLoader[Sample]):
-    """A loader that forks its processes while no other thread of this one is busy.
+    """A loader that forks its workers while no other thread of this process is busy.
 
-    torch.distributed's threads register with the interpreter when they end their work. A fork at that moment leaves its
-    child with a lock that nobody will release (CPython up to 3.11 deletes the other threads' states before it renews
-    the lock), and the training waits for that child for ever. So they get a moment to finish before the fork.
+    torch.distributed's threads register with the interpreter when they finish their work. A fork at that moment leaves
+    the worker a lock that nobody will release (CPython up to 3.11 deletes the other threads' states before it renews
+    the lock), and the training waits for that worker for ever. So the threads get time to finish before the fork.
     """
 
     QUIET_SECONDS = 0.2
@@ -158,12 +126,12 @@ class Loader(DataLoader[Sample]):
 class TrainingLoader(Loader):
     """A loader of TrainingBatches, for Lightning: it decodes nothing before the first batch is asked for.
 
-    Lightning starts to iterate before it tells the sampler the epoch's number, and where it makes a loader for each
-    epoch it starts twice. It takes a loader with a state to be one that can go on in the middle of an epoch. This one
-    can, by the start of its TrainingBatches, so that its own state is empty.
+    Lightning starts to iterate before it tells the sampler the epoch, and twice where it makes a loader for each epoch.
+    It takes a loader with a state for one that can resume in the middle of an epoch. This one can, by the start of its
+    TrainingBatches, so its own state is empty.
     """
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Any:  # an Iterator[Batch]
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from octvideo.errors import UserError
 
-SMALLEST_SIDE = 32  # pixels: one position is left after a stride of 32
-SIDE_MULTIPLE = 8
 # Share of the frames, share of the side, and how many times as many clips a batch has.
 LONG_CYCLE = ((1 / 4, math.sqrt(1 / 2), 8), (1 / 2, math.sqrt(1 / 2), 4), (1 / 2, 1.0, 2), (1.0, 1.0, 1))
 # Share of the long cycle's side, and how many times as many clips as there.
@@ -18,13 +16,9 @@ SHORT_CYCLE = ((1 / 2, 4), (math.sqrt(1 / 2), 2), (1.0, 1))
 
 
 class ClipShape(NamedTuple):
-    """What the clips of a batch look like, and how many there are.
+    """Shape of a batch's training clips, as in `Preprocessing`, and their number.
 
     Args:
-        clip_frames: frames in a clip.
-        frame_stride: length of a clip's window in frames, for each frame taken.
-        crop_size: height and width, in pixels.
-        short_side: least and most pixels that the shorter side is scaled to before the crop.
         factor: a batch has this many times the clips of a batch of the full shape.
     """
 
@@ -39,21 +33,21 @@ class ClipShape(NamedTuple):
 class Multigrid:
     """Clips that start small and grow, in batches that shrink as much (Wu et al., CVPR 2020, arXiv 1912.00998).
 
-    A clip keeps its window of time: with half of the frames they lie twice as far apart. Sides are rounded to multiples
-    of 8, and to 32 at least (small clips therefore shrink less than their batches grow). The last epoch, validation and
-    testing have the full shape.
+    A clip keeps its window of time: half as many frames lie twice as far apart. Sides are rounded to multiples of 8,
+    and to 32 at least (so small clips shrink less than their batches grow). The last epoch, validation and testing have
+    the full shape.
 
     Args:
         long_cycle: shapes that change with the epochs: (1/4 of the frames, 1/sqrt(2) of the side, 8 times the clips),
-            (1/2, 1/sqrt(2), 4), (1/2, 1, 2), (1, 1, 1), each for as many steps, hence for epochs in proportion
-            8 : 4 : 2 : 1. The learning rate is to grow with the batch.
+            (1/2, 1/sqrt(2), 4), (1/2, 1, 2), (1, 1, 1), each for equally many steps, hence for epochs in proportion
+            8 : 4 : 2 : 1. The learning rate grows with the batch.
         short_cycle: sides that change with every step: (1/2 of the epoch's side, 4 times its clips), (1/sqrt(2), 2),
             (1, 1). The learning rate stays. The SlowFast project takes 1/2 and 1/sqrt(2) of the full side instead.
-        cycles: how often the epochs go through the long cycle; the paper's: once for each step of the learning rate.
-        frames_multiple: numbers of frames are multiples of it (SlowFast's frame_ratio); there are at least 2.
+        cycles: how often the epochs go through the long cycle; in the paper once per step of the learning rate.
+        frames_multiple: frame counts are multiples of it (SlowFast's frame_ratio), and at least 2.
 
     Raises:
-        ValueError: a number out of its range, or neither of the cycles.
+        UserError: a number out of range, or neither of the cycles.
     """
 
     long_cycle: bool = True
@@ -69,41 +63,27 @@ class Multigrid:
             raise UserError("data.multigrid must have long_cycle, short_cycle or both; null turns it off")
 
     def shapes(self, full: ClipShape, epoch: int, max_epochs: int | None) -> list[ClipShape]:
-        """The shapes that the batches of an epoch have by turns; the last one is that of the long cycle.
-
-        Args:
-            full: the shape that the others are shares of.
-            epoch: number of the epoch, from 0; from max_epochs on, shapes are those of the last epoch.
-            max_epochs: epochs of the whole training.
+        """The shapes that the batches of an epoch (from 0) cycle through; the last one is that of the long cycle.
 
         Raises:
-            ValueError: no max_epochs for the long cycle; frames that cannot be divided.
+            UserError: a long cycle without max_epochs (None or -1); frames that cannot be divided.
         """
-        stage = LONG_CYCLE[-1]
+        frames, side, factor = LONG_CYCLE[-1]
         if self.long_cycle:
-            if max_epochs is None:
+            if max_epochs is None or max_epochs < 0:
                 raise UserError("data.multigrid.long_cycle needs to know the last epoch: set trainer.max_epochs")
-            stages = long_cycle(max_epochs, self.cycles)
-            stage = LONG_CYCLE[stages[min(epoch, len(stages) - 1)]]
-        frames, side, factor = stage
+            frames, side, factor = LONG_CYCLE[long_cycle(max_epochs, self.cycles)[min(epoch, max_epochs - 1)]]
         turns = SHORT_CYCLE if self.short_cycle else SHORT_CYCLE[-1:]
         return [self.scaled(full, frames, side * of_side, factor * times) for of_side, times in turns]
 
     def scaled(self, full: ClipShape, frames_share: float, side_share: float, factor: int) -> ClipShape:
-        """A shape with a share of the frames and of the side.
-
-        Raises:
-            ValueError: frames that are no multiple of frames_multiple, or a window that they do not divide.
-        """
-        multiple = self.frames_multiple
+        """A shape with a share of the frames and of the side; errors as in `shapes`."""
+        multiple, window = self.frames_multiple, full.clip_frames * full.frame_stride
         if full.clip_frames % multiple:
-            raise UserError(
-                f"data.clip_frames must be a multiple of data.multigrid.frames_multiple {multiple}, "
-                f"got {full.clip_frames}"
-            )
+            wanted = f"a multiple of data.multigrid.frames_multiple {multiple}"
+            raise UserError(f"data.clip_frames must be {wanted}, got {full.clip_frames}")
         least = multiple * math.ceil(2 / multiple)
         frames = min(full.clip_frames, max(least, multiple * round(full.clip_frames * frames_share / multiple)))
-        window = full.clip_frames * full.frame_stride
         if window % frames:
             raise UserError(
                 f"data.multigrid takes {frames} of {full.clip_frames} frames, which do not divide the window of "
@@ -115,31 +95,26 @@ class Multigrid:
 
 
 def long_cycle(num_epochs: int, cycles: int = 1) -> list[int]:
-    """Which shape of LONG_CYCLE each epoch has.
-
-    As many epochs as the shape has clips in a batch, rounded; one at least if a cycle has an epoch for each shape, and
-    otherwise the first shapes are left out.
-    """
-    ends_of_15 = list(itertools.accumulate(factor for _, _, factor in LONG_CYCLE))
-    last = len(LONG_CYCLE) - 1
+    """Index in LONG_CYCLE of each epoch's shape; a cycle with fewer epochs than shapes leaves out the first ones."""
+    ends = list(itertools.accumulate(factor for _, _, factor in LONG_CYCLE))
     stages = []
     for cycle in range(cycles):
         epochs = (cycle + 1) * num_epochs // cycles - cycle * num_epochs // cycles
         start = 0
-        for stage, end_of_15 in enumerate(ends_of_15):
-            end = max(round(epochs * end_of_15 / ends_of_15[-1]), stage + 1)
-            end = min(end, max(epochs - (last - stage), 0))
+        for stage, share in enumerate(ends):
+            most = max(epochs - (len(ends) - 1 - stage), 0)  # leaves an epoch for each later shape
+            end = min(max(round(epochs * share / ends[-1]), stage + 1), most)
             stages += [stage] * (end - start)
             start = end
     return stages
 
 
 def share_of_side(side: int, share: float) -> int:
-    """A share of a side, in pixels: the nearest multiple of 8; 32 at least, unless the side itself is smaller."""
-    return min(side, max(SMALLEST_SIDE, SIDE_MULTIPLE * round(side * share / SIDE_MULTIPLE)))
+    """A share of a side in pixels, as the nearest multiple of 8; at least 32, unless the side itself is smaller."""
+    return min(side, max(32, 8 * round(side * share / 8)))  # a stride of 32 leaves one position of 32 pixels
 
 
 def whole_batches(turns: int, sizes: list[int]) -> int:
-    """How many batches so many turns fill, if batches have these sizes by turns."""
+    """How many batches so many draws fill, where batches cycle through these sizes."""
     cycles, rest = divmod(turns, sum(sizes))
     return cycles * len(sizes) + sum(end <= rest for end in itertools.accumulate(sizes))

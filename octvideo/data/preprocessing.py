@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,36 +10,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octvideo.data.sampling import Sampling, ShortVideos
+from octvideo.data.sampling import ProtocolName, Sampling, ShortVideos
 from octvideo.errors import UserError
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What has to be the same wherever a trained network sees a video; it travels in checkpoints.
+    """How a network's clips are made, in training and ever after; it travels in checkpoints.
 
-    The defaults are the SlowFast project's recipe for Kinetics.
+    The defaults are the SlowFast project's recipe for Kinetics: 8 frames out of 64 at 30 a second, training crops of
+    224 from a short side of 256 to 320, test views of 256.
 
     Args:
         clip_frames: frames in a clip.
-        frame_stride: length of a clip's window in frames, for each frame taken.
-        sampling: protocol, as `Sampling.protocol`.
-        target_fps: rate at which frames are counted; None: each video's own.
-        short_videos: as `Sampling.short_videos`.
+        frame_stride: length of a clip's window in frames, for each frame taken; about every n-th frame is.
+        sampling: protocol that says where clips start and which frames they take: slowfast, pytorchvideo, mmaction, or
+            uniform (over the whole video); `octvideo.data.sampling.Sampling` has their rules.
+        target_fps: frame rate that windows are counted in, so that clips last equally long in all videos; null: each
+            video's own.
+        short_videos: how clips fill up when the video ends first: hold (the last frame), loop, spread; default: as the
+            protocol's project does.
         crop_size: height and width of a training clip, in pixels.
-        short_side: least and most pixels of the shorter side before a training crop.
-        mirror: whether half of the training clips are flipped left to right.
-        test_crop_size: height and width of a test view, in pixels; the shorter side is scaled to it.
-        mean: subtracted from pixels in [0, 1]; one number, or one for each of R, G, B.
+        short_side: least and most pixels that the shorter side is scaled to before a training crop.
+        mirror: flip half of the training clips left to right; turn it off where left and right are classes.
+        test_crop_size: height and width of a validation or test view, in pixels; the shorter side is scaled to it.
+        mean: subtracted from pixels in [0, 1]; one number, or one each for R, G and B.
         std: then divides them; likewise.
 
     Raises:
-        UserError: a value out of its range.
+        UserError: a value out of range.
     """
 
     clip_frames: int = 8
     frame_stride: int = 8
-    sampling: str = "slowfast"
+    sampling: ProtocolName = "slowfast"
     target_fps: float | None = 30
     short_videos: ShortVideos | None = None
     crop_size: int = 224
@@ -51,7 +54,7 @@ class Preprocessing:
     std: float | Sequence[float] = 0.225
 
     def __post_init__(self) -> None:
-        for name in ("clip_frames", "frame_stride", "crop_size", "test_crop_size"):
+        for name in ("crop_size", "test_crop_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.crop_size <= self.short_side[0] <= self.short_side[1]:
@@ -59,32 +62,27 @@ class Preprocessing:
                 f"short_side must be two sizes from crop_size {self.crop_size} upwards, the smaller first, "
                 f"got {self.short_side}"
             )
-        if not all(0 < value < math.inf for value in (self.std if isinstance(self.std, Sequence) else [self.std])):
+        std = torch.as_tensor(self.std)
+        if not (std.isfinite() & (std > 0)).all():
             raise UserError(f"std must be positive, got {self.std}")
-        self.sampler  # noqa: B018  (refuses what it cannot take)
+        self.sampler  # noqa: B018  (checks the other options)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """From a checkpoint's or a user's entries; what is left out has its default.
+        """From the entries of a checkpoint or a user; missing ones have their defaults.
 
         Raises:
-            UserError: an unknown key, or a value out of its range.
+            UserError: an unknown key, or a value out of range.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(names)):
+        if unknown := sorted(values.keys() - names):
             raise UserError(f"preprocessing must be of {', '.join(names)}, got {', '.join(unknown)}")
-        return cls(**{**values, **({"short_side": tuple(values["short_side"])} if "short_side" in values else {})})
+        return cls(**values)
 
     @property
     def sampler(self) -> Sampling:
         """Which frames of a video become clips."""
-        return Sampling(
-            self.clip_frames,
-            self.frame_stride,
-            self.sampling,  # type: ignore[arg-type]
-            self.target_fps,
-            self.short_videos,
-        )
+        return Sampling(self.clip_frames, self.frame_stride, self.sampling, self.target_fps, self.short_videos)
 
     @property
     def clip_size(self) -> tuple[int, int, int, int]:
@@ -93,10 +91,8 @@ class Preprocessing:
 
     def normalize(self, clips: Tensor) -> Tensor:
         """uint8 RGB clips (..., 3, T, H, W) as float32: scaled to [0, 1], less the mean, over the std."""
-        return (clips.to(torch.float32) / 255 - self._per_colour(self.mean, clips)) / self._per_colour(self.std, clips)
-
-    @staticmethod
-    def _per_colour(value: float | Sequence[float], clips: Tensor) -> float | Tensor:
-        if isinstance(value, Sequence):
-            return torch.tensor(value, dtype=torch.float32, device=clips.device).view(-1, 1, 1, 1)
-        return value
+        mean, std = (
+            torch.tensor(value, device=clips.device).view(-1, 1, 1, 1) if isinstance(value, Sequence) else value
+            for value in (self.mean, self.std)
+        )
+        return (clips.float() / 255 - mean) / std

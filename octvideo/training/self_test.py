@@ -197,8 +197,8 @@ class SelfTest(Callback):
         dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(bits)
         if dtype is None:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        size = (2, 3, data.clip_frames, data.crop_size, data.crop_size)
+        clips = trainer.datamodule.preprocessing  # type: ignore[attr-defined]
+        size = (2, 3, clips.clip_frames, clips.crop_size, clips.crop_size)
         with trainer.precision_plugin.forward_context():
             kinds = find_convolutions(pl_module, torch.zeros(size, dtype=torch.uint8, device=pl_module.device))
         if not trainer.is_global_zero:
