@@ -71,10 +71,10 @@ def test_configurations_are_found_by_name_and_files_by_path(tmp_path, monkeypatc
     (tmp_path / "quickstart").write_text("model: {}\n")
     assert config_file("quickstart") == "quickstart"  # a file goes first
     with pytest.raises(
-        UserError, match="--cfg nothing: no such file, and no configuration of that name; there are c2d"
+        UserError, match=r"--cfg nothing: no such file, and no configuration of that name; there are c2d"
     ):
         config_file("nothing")
-    with pytest.raises(UserError, match="--cfg configs/i3d.yaml: no such file"):
+    with pytest.raises(UserError, match=r"--cfg configs/i3d.yaml: no such file"):
         config_file("configs/i3d.yaml")
 
 

@@ -14,6 +14,7 @@ from conftest import ROOT
 from torch import nn
 
 import octvideo
+from octvideo.data.module import VideoData
 from octvideo.data.motions import write_video
 from octvideo.data.sampling import Sampling
 from octvideo.data.video import Video
