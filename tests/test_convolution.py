@@ -306,7 +306,7 @@ def layers(draw):
 def test_any_layer_equals_the_float64_reference_and_has_the_vanilla_shape(case):
     layer, low_in, size, last_format = case
     torch.manual_seed(0)
-    half = [-(-n // factor) for n, factor in zip(size, layer._factors, strict=True)]
+    half = [-(-n // factor) for n, factor in zip(size, layer._plan.paths.factors, strict=True)]
     high = torch.randn(1, layer.in_channels - low_in, *size, dtype=torch.float64)
     low = torch.randn(1, low_in, *half, dtype=torch.float64)
     x = Octaves(high, low)
@@ -352,7 +352,7 @@ def test_gradients_are_right(arguments, alpha_in, size):
     torch.manual_seed(0)
     layer = OctConv3d(4, 4, dtype=torch.float64, **{"alpha": 0.25} | arguments)
     high_in, low_in = split_channels(4, alpha_in)
-    half = [-(-n // factor) for n, factor in zip(size, layer._factors, strict=True)]
+    half = [-(-n // factor) for n, factor in zip(size, layer._plan.paths.factors, strict=True)]
     high = torch.randn(2, high_in, *size, dtype=torch.float64, requires_grad=True)
     low = torch.randn(2, low_in, *half, dtype=torch.float64, requires_grad=True)
 
@@ -471,7 +471,7 @@ def test_rounded_layers_follow_each_other():
         (lambda: OctConv3d(8, 8, 3)(torch.zeros(1, 8, 4, 9, 9)), "padding that keeps the size"),
         (
             lambda: OctConv3d(8, 8, 1, temporal=True)(Octaves(torch.zeros(1, 6, 4, 8, 8), torch.zeros(1, 2, 4, 4, 4))),
-            r"temporal=True wants a low map of \(2, 4, 4\)",
+            r"temporal=True wants a low map of size \(2, 4, 4\)",
         ),
         (
             lambda: OctConv3d(8, 8, 1)(Octaves(torch.zeros(1, 8, 4, 8, 8), torch.zeros(1, 2, 4, 4, 4))),

@@ -12,7 +12,7 @@ from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from octvideo.errors import UserError
-from octvideo.layers.octaves import Octaves, _normalize
+from octvideo.layers.octaves import Octaves, normalize_maps
 from octvideo.layers.resampling import keep_layout
 
 _plain_sync_forward = nn.SyncBatchNorm.forward
@@ -49,7 +49,7 @@ def _sync_forward(self: nn.SyncBatchNorm, input: Tensor | Octaves) -> Tensor | O
 
     statistics = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
     arguments = (*statistics, self.weight, self.bias)
-    return _normalize(norm, input, *arguments) if isinstance(input, Octaves) else norm(input, *arguments)
+    return normalize_maps(norm, input, *arguments) if isinstance(input, Octaves) else norm(input, *arguments)
 
 
 def _synced_norm(
@@ -91,8 +91,8 @@ Network = TypeVar("Network", bound=nn.Module)
 class SyncedBatchNorm(_BatchNorm):
     """Batch norm with the statistics of all processes' batches; outside of a process group it is the plain one.
 
-    It has the forward pass of nn.SyncBatchNorm (fused on GPUs, that of `octvideo.layers.octaves` on CPUs), but is no instance
-    of it: DistributedDataParallel refuses those on CPUs.
+    It has the forward pass of nn.SyncBatchNorm (fused on GPUs, our own on CPUs), but is no instance of it:
+    DistributedDataParallel refuses those on CPUs.
 
     Shape:
         Input and output: (B, C, ...) or Octaves of that shape.
