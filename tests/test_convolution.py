@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from octvideo import Octaves, OctConv2d, OctConv3d
-from octvideo.layers.convolution import OctaveOptions, groups_alike, split_channels
+from octvideo.layers.convolution import OctaveOptions, split_channels
+from octvideo.layers.parts import groups_alike
 
 PAD = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
@@ -481,7 +482,7 @@ def test_rounded_layers_follow_each_other():
         (lambda: OctConv3d(8, 8, 1)(torch.zeros(8, 4, 9, 9)), r"expected \(B, 8, T, H, W\), got \(8, 4, 9, 9\)"),
         (
             lambda: OctConv3d(4, 12, 1, groups=4, alpha=0.4)(torch.zeros(1, 4, 4, 8, 8)),
-            "gives 8 high output channels, not a multiple of the 3",
+            "gives 4 low output channels, but 1 low input channels of a depthwise convolution with 3 outputs",
         ),
         (
             lambda: OctConv3d(8, 8, 1, groups=8, alpha=0.5)(

@@ -95,7 +95,7 @@ def assert_equal(found, wanted):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_batch_norm_is_exchanged_and_restored(kind):
+def test_every_batch_norm_is_replaced_and_restored(kind):
     model = Net()
     before, classes = snapshot(model), [type(module) for module in model.modules()]
     assert normalize(model, kind) is model
@@ -195,7 +195,7 @@ class Activated(nn.BatchNorm3d):
         (nn.BatchNorm3d(2, track_running_stats=False), ("frozen",), "the model has no running statistics"),
     ],
 )
-def test_what_cannot_be_exchanged_is_an_error_and_changes_nothing(model, arguments, message):
+def test_what_cannot_be_replaced_is_an_error_and_changes_nothing(model, arguments, message):
     classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=message):
         normalize(model, *arguments)

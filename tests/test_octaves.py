@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from octvideo import Octaves, OctConv2d
-from octvideo.layers.octaves import join_by_parts, join_pieces, split_by_parts
+from octvideo.layers.parts import join_by_parts, join_pieces, split_by_parts
 from octvideo.layers.resampling import average_pool, upsample
 
 

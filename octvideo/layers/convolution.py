@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, fields
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from octvideo.errors import UserError
-from octvideo.layers.octaves import Octaves, Parts, join_by_parts, join_pieces, split_by_parts
+from octvideo.layers.octaves import Octaves
+from octvideo.layers.parts import Parts, groups_alike, join_by_parts, split_by_parts
 from octvideo.layers.paths import Kernel, Paths
 from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_channels_last, upsample
 
@@ -20,14 +20,11 @@ def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int,
     """How many of `channels` are (high, low): low = floor(alpha * channels); the only place that rounds.
 
     Args:
-        channels: in all.
+        channels: in all; at least 1, as `round_to`.
         alpha: share of low channels, in [0, 1].
-        round_to: takes the nearest multiple of this in place of the floor, at least one and leaving at least one, where
-            there are two. 16, the floats that a vector of AVX-512 holds, made I3D at alphas such as .1, .2 and .3 up to
-            17 % faster for the same arithmetic, and 1 to 5 % at .125. It changes how much is low.
-
-    Raises:
-        ValueError: alpha outside [0, 1], or channels or round_to below 1.
+        round_to: takes the nearest multiple of this instead of the floor, and leaves some channels of either kind. 16,
+            the floats in an AVX-512 vector, made I3D up to 17 % faster at alphas such as .1, .2 and .3 for the same
+            arithmetic, and 1 to 5 % at .125. It changes how many channels are low.
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha must lie in [0, 1], got {alpha}")
@@ -42,35 +39,24 @@ def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int,
 
 
 def misalignment(convolution: nn.modules.conv._ConvNd, temporal: bool) -> str:
-    """Why a convolution would shift the low map against the high one; empty if it would not.
-
-    Args:
-        convolution: the layer.
-        temporal: whether low maps have half the frames; for 2-D layers of no effect.
-    """
-    dimensions = len(convolution.kernel_size)
+    """Why a convolution would shift the low map against the high one; empty if it would not."""
+    size, dilation, padding = convolution.kernel_size, convolution.dilation, convolution.padding
     if any(stride not in (1, 2) for stride in convolution.stride[-2:]):
         return f"octave features take a spatial stride of 1 or 2, got stride {convolution.stride}"
-    halved_axes = range(0 if temporal else dimensions - 2, dimensions)
-    reach = [convolution.dilation[axis] * (convolution.kernel_size[axis] - 1) for axis in halved_axes]
-    padding = [0 if isinstance(convolution.padding, str) else convolution.padding[axis] for axis in halved_axes]
-    if convolution.padding != "same" and any(2 * p != r for p, r in zip(padding, reach, strict=True)):
-        return (
-            f"octave features need a padding that keeps the size: kernel {convolution.kernel_size} with dilation "
-            f"{convolution.dilation} wants {[r / 2 for r in reach]} in its last {len(reach)} dimensions, "
-            f"got {convolution.padding}"
-        )
-    return ""
-
-
-def is_depthwise(convolution: nn.modules.conv._ConvNd) -> bool:
-    """Whether each filter reads one of several channels."""
-    return convolution.groups == convolution.in_channels > 1
+    axes = range(0 if temporal else len(size) - 2, len(size))
+    wanted = [dilation[axis] * (size[axis] - 1) / 2 for axis in axes]
+    given = [0 if isinstance(padding, str) else padding[axis] for axis in axes]  # "valid" or numbers
+    if padding == "same" or given == wanted:
+        return ""
+    return (
+        f"octave features need a padding that keeps the size: kernel {size} with dilation {dilation} wants {wanted} in "
+        f"its last {len(wanted)} dimensions, got {padding}"
+    )
 
 
 @dataclass(frozen=True)
 class OctaveOptions:
-    """How a convolution handles octaves: everything that nn.Conv3d does not know.
+    """How a convolution handles octaves: everything that nn.Conv3d does not know. Values are checked.
 
     Args:
         alpha: share of the output channels held at low resolution, in [0, 1].
@@ -80,9 +66,6 @@ class OctaveOptions:
         channels_last: between plain Tensors too, use the channels_last memory format and run factorised convolutions
             as 2-D ones, as with octaves: faster, and equal to nn.Conv3d up to rounding.
         round_to: rounds the number of low channels to a multiple; see `split_channels`.
-
-    Raises:
-        UserError: a value out of its range.
     """
 
     alpha: float = 0.25
@@ -105,14 +88,9 @@ class OctaveOptions:
         if self.temporal and len(convolution.kernel_size) == 2:
             raise UserError("temporal=True needs a 3-D convolution, got a 2-D one")
         high, low = self.split(convolution.out_channels)
-        if is_depthwise(convolution):
+        if convolution.groups == convolution.in_channels > 1:  # depthwise
             multiplier = convolution.out_channels // convolution.in_channels
             low_in = self.split(convolution.in_channels)[1]
-            if low % multiplier:
-                raise UserError(
-                    f"alpha {self.alpha} gives {high} high output channels, not a multiple of the {multiplier} "
-                    "outputs that each depthwise filter has"
-                )
             if low != multiplier * low_in:
                 raise UserError(
                     f"alpha {self.alpha} with round_to {self.round_to} gives {low} low output channels, but {low_in} "
@@ -125,43 +103,15 @@ class OctaveOptions:
             )
 
 
-def groups_alike(parts: Parts, groups: int) -> tuple[tuple[int, Parts], ...]:
-    """What the groups of a convolution read, in the vanilla order: runs of (number of groups, the parts of each).
+class _Plan(NamedTuple):
+    """What a layer's arguments settle."""
 
-    Of one piece, (6, 2), two groups get ((1, ((4, 0),)), (1, ((2, 2),))): the first reads high channels only.
-    """
-    ends = list(itertools.accumulate((size for part in parts for size in part), initial=0))
-    width = ends[-1] // groups
-    runs: list[tuple[int, Parts]] = []
-    for start in range(0, ends[-1], width):
-        inside = [min(max(end, start), start + width) for end in ends]
-        sizes = [end - begin for begin, end in itertools.pairwise(inside)]
-        group = join_pieces(zip(sizes[0::2], sizes[1::2], strict=True))
-        count = runs.pop()[0] if runs and runs[-1][1] == group else 0
-        runs.append((count + 1, group))
-    return tuple(runs)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """All about a layer that its arguments settle.
-
-    Attributes:
-        kernel: as between plain Tensors, its spatial stride as in nn.Conv3d.
-        paths: between octaves, for one group.
-        split_in: (high, low) channels of an input that is split as the output is.
-        keeps_low: whether output channels are low.
-        vanilla: whether a plain input is convolved as by nn.Conv3d.
-        problem: why octaves would lose their alignment; empty if they do not.
-    """
-
-    kernel: Kernel
-    paths: Paths
-    split_in: tuple[int, int]
+    paths: Paths  # between octaves, of one group
+    kernel: Kernel  # between plain Tensors, with the spatial stride
+    split_in: tuple[int, int]  # (high, low) channels of an input that is split as the output is
     keeps_low: bool
-    vanilla: bool
     depthwise: bool
-    problem: str
+    problem: str  # why octaves would lose their alignment; empty if they do not
 
 
 _PLANNED = {"options", "_reversed_padding_repeated_twice", *nn.Conv3d.__constants__}
@@ -204,11 +154,7 @@ class _OctConv(nn.modules.conv._ConvNd):
         self.set_options(OctaveOptions(alpha, temporal, downsample, channels_last, round_to))
 
     def set_options(self, options: OctaveOptions) -> None:
-        """Changes the octave options; the weight stays.
-
-        Raises:
-            UserError: options that this convolution cannot have; then it is unchanged.
-        """
+        """Changes the octave options; the weight stays. Raises UserError, and changes nothing, if they do not fit."""
         options.check(self)
         self.options = options
 
@@ -230,19 +176,19 @@ class _OctConv(nn.modules.conv._ConvNd):
         )
         factors = (2,) * dimensions if options.temporal or dimensions == 2 else (1, 2, 2)
         return _Plan(
-            kernel=strided,
             paths=Paths(dense, (*(1,) * len(time), *space), factors, (high // self.groups, low // self.groups)),
+            kernel=strided,
             split_in=options.split(self.in_channels),
             keeps_low=low > 0,
-            vanilla=low == 0 and not (options.downsample == "pool" and max(space) > 1),
-            depthwise=is_depthwise(self),
+            depthwise=self.groups == self.in_channels > 1,
             problem=misalignment(self, options.temporal),
         )
 
     def forward(self, input: Tensor | Octaves) -> Tensor | Octaves:
         """Convolves a Tensor or Octaves; gives Octaves, or a Tensor if no output channel is low."""
         plan, paths = self._plan, self._plan.paths
-        if plan.vanilla and not isinstance(input, Octaves):
+        pools = self.options.downsample == "pool" and max(paths.pool) > 1
+        if not (isinstance(input, Octaves) or plan.keeps_low or pools):
             if self.options.channels_last and input.dim() == len(self.kernel_size) + 2:
                 return plan.kernel.convolve(lay_channels_last(input), self.weight, self.bias, self.groups)
             output = super().forward(input)  # type: ignore[misc]
@@ -318,20 +264,13 @@ class _OctConv(nn.modules.conv._ConvNd):
 
     def extra_repr(self) -> str:
         """The arguments of nn.Conv3d, alpha, and the other octave options that are not the defaults."""
-        values = {option.name: (getattr(self.options, option.name), option.default) for option in fields(self.options)}
-        shown = [
-            f"{name}={value!r}" for name, (value, default) in values.items() if name == "alpha" or value != default
-        ]
+        options = ((option, getattr(self.options, option.name)) for option in fields(self.options))
+        shown = [f"{o.name}={value!r}" for o, value in options if o.name == "alpha" or value != o.default]
         return ", ".join((super().extra_repr(), *shown))
 
 
 class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
-    """A 2-D convolution that keeps a share of its output at half the resolution; see `OctConv3d`.
-
-    Shape:
-        Input: (B, C_in, H, W), or Octaves of that shape; H and W may be odd.
-        Output: Octaves of (B, C_out, H', W'), or a Tensor if alpha is 0.
-    """
+    """A 2-D convolution that keeps a share of its output at half the resolution: `OctConv3d` for (B, C, H, W)."""
 
 
 class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
@@ -355,7 +294,7 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
         Output: Octaves of (B, C_out, T', H', W'), or a Tensor if alpha is 0.
 
     Raises:
-        ValueError: alpha outside [0, 1], or groups that do not divide the low output channels. In forward, with low
-            output channels: a spatial stride above 2, or a padding that does not keep the size (at alpha 0 such a layer
-            convolves the merged input); an input of other channels, or a low map of the other kind.
+        ValueError: alpha outside [0, 1], or groups that do not divide the low output channels. In forward: an input of
+            other channels, or a low map of the other kind; with low output channels, a spatial stride above 2 or a
+            padding that does not keep the size (at alpha 0 such a layer convolves the merged input).
     """

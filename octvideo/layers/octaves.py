@@ -14,49 +14,14 @@ from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
 from octvideo.errors import UserError
+from octvideo.layers.parts import Parts, join_by_parts, join_pieces, split_by_parts
 from octvideo.layers.resampling import average_pool, factors_between, halved, upsample
 
-Parts = tuple[tuple[int, int], ...]
 Function = Callable[..., Any]
 WAY_OUT = (
     "call .merge() on them first for the vanilla tensor; in a network that octavize changed, keep the convolutions "
     "that lead there at alpha 0, by skip=... or {regex: 0}"
 )
-
-
-def split_by_parts(x: Tensor, parts: Parts, dim: int) -> tuple[Tensor, Tensor]:
-    """Splits channels in the vanilla order into the high and the low ones."""
-    if len(parts) == 1:
-        high, low = x.split(parts[0], dim)
-        return high, low
-    if len(set(parts)) == 1:  # pieces of equal size, as a grouped convolution makes them: no loop over them
-        high, low = x.unflatten(dim, (len(parts), sum(parts[0]))).split(parts[0], dim + 1)
-        return high.flatten(dim, dim + 1), low.flatten(dim, dim + 1)
-    pieces = x.split([size for part in parts for size in part], dim)
-    return torch.cat(pieces[0::2], dim), torch.cat(pieces[1::2], dim)
-
-
-def join_by_parts(high: Tensor, low: Tensor, parts: Parts, dim: int) -> Tensor:
-    """Undoes `split_by_parts`: the vanilla order of channels."""
-    if len(parts) == 1:
-        return torch.cat((high, low), dim)
-    if len(set(parts)) == 1:
-        pieces = [x.unflatten(dim, (len(parts), part)) for x, part in zip((high, low), parts[0], strict=True)]
-        return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
-    highs = high.split([part[0] for part in parts], dim)
-    lows = low.split([part[1] for part in parts], dim)
-    return torch.cat([piece for pair in zip(highs, lows, strict=True) for piece in pair], dim)
-
-
-def join_pieces(parts: Iterable[tuple[int, int]]) -> Parts:
-    """Merges neighbouring pieces of one kind, so that equal orders of channels have equal parts."""
-    joined: list[tuple[int, int]] = []
-    for high, low in parts:
-        if joined and (joined[-1][1] == 0 or high == 0):
-            joined[-1] = (joined[-1][0] + high, joined[-1][1] + low)
-        elif high or low or not joined:
-            joined.append((high, low))
-    return tuple(joined)
 
 
 class _Maps(NamedTuple):
@@ -67,17 +32,16 @@ class _Maps(NamedTuple):
 class Octaves(_Maps):
     """A feature map in two octaves: some channels at full resolution, the others at half.
 
-    It answers `shape`, `size()`, `dim()`, `ndim`, `dtype` and `device` as the vanilla Tensor would, and ordinary
-    modules (batch norm, activations, dropout, pooling, `+`, `torch.cat`, global pooling) apply to it unchanged, in any
-    spelling: `torch.relu(x)`, `F.relu(x)`, `x.relu()`, `x.relu_()`. A function without a defined meaning on two
-    resolutions raises TypeError; `merge()` gives the vanilla-shaped Tensor. Section 3.1 of Chen et al., ICCV 2019.
+    `shape`, `size()`, `dim()`, `ndim`, `dtype` and `device` are the vanilla Tensor's, and ordinary modules (batch norm,
+    activations, dropout, pooling, `+`, `torch.cat`, global pooling) apply unchanged, in any spelling: `torch.relu(x)`,
+    `F.relu(x)`, `x.relu()`, `x.relu_()`. A function that has no meaning on two resolutions raises TypeError; `merge()`
+    gives the vanilla-shaped Tensor. Section 3.1 of Chen et al., ICCV 2019.
 
     Args:
         high: (B, C_high, T, H, W) or (B, C_high, H, W).
         low: the same with C_low channels; H and W halved and rounded up, for a temporal layer T too.
-        parts: (high, low) channel counts of the pieces that this map consists of: what was concatenated, or the groups
-            of a convolution. The vanilla order, in which weights are read, is piece 1's high channels, piece 1's low
-            ones, piece 2's high ones ... Default: one piece.
+        parts: (high, low) channels of each piece that was concatenated, or of each group of a convolution. Weights are
+            read in the vanilla order: piece 1's high channels, piece 1's low ones, piece 2's ... Default: one piece.
     """
 
     parts: Parts
@@ -100,8 +64,9 @@ class Octaves(_Maps):
 
     @property
     def shape(self) -> torch.Size:
-        """The vanilla tensor's: all channels, the high map's extent."""
-        return torch.Size((self.high.shape[0], self.high.shape[1] + self.low.shape[1], *self.high.shape[2:]))
+        """All channels, at the high map's size."""
+        batch, channels, *extent = self.high.shape
+        return torch.Size((batch, channels + self.low.shape[1], *extent))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """`shape`, or one entry of it."""
@@ -141,31 +106,16 @@ class Octaves(_Maps):
     def __torch_function__(
         cls, func: Function, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func in _SPECIAL:
-            return _SPECIAL[func](func, *args, **kwargs)
-        if func in _ELEMENTWISE:
-            return _elementwise(func, *args, **kwargs)
-        octaves = _octaves_among((args, kwargs))
-        if all(set(x.factors) == {1} for x in octaves):  # maps of one position: the vanilla tensor, nothing upsampled
-            return _on_merged(func, *args, **kwargs)
-        name = getattr(func, "__name__", str(func))
-        raise TypeError(
-            f"{name} is not defined on octave features of shape {[tuple(x.shape) for x in octaves]}: {WAY_OUT}"
-        )
+        return _apply(func, *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
         """A Tensor's method, as if it were called on the vanilla tensor."""
         method = getattr(Tensor, name, None)
-        if name.startswith("__") or not callable(method):
-            raise AttributeError(
-                f"octave features have no attribute {name!r}: take it from .high, .low or .merge(), the vanilla tensor"
-            )
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return Octaves.__torch_function__(method, (Octaves,), (self, *args), kwargs)
-
-        return call
+        if callable(method) and not name.startswith("__"):
+            return functools.partial(_apply, method, self)
+        raise AttributeError(
+            f"octave features have no attribute {name!r}: take it from .high, .low or .merge(), the vanilla tensor"
+        )
 
     def __getitem__(self, index: Any) -> Octaves:  # type: ignore[override]
         """A slice, a list or a 1-D Tensor, of indices or of truth values, chooses clips of the batch."""
@@ -182,10 +132,7 @@ class Octaves(_Maps):
 
 @functools.cache
 def _class_of_parts(parts: Parts) -> type[Octaves]:
-    """Octaves of several pieces, which know them by their class.
-
-    Backward hooks, FSDP and others rebuild a named tuple as type(x)(*x), where an attribute alone would be lost.
-    """
+    """Octaves that know their pieces by their class: backward hooks, FSDP and others rebuild x as type(x)(*x)."""
     kind = type("Octaves", (Octaves,), {"_own_parts": parts, "__doc__": Octaves.__doc__})
     _register(kind)
     return kind
@@ -221,6 +168,19 @@ def _on_merged(func: Function, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+def _apply(func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Applies a torch function to arguments of which some are Octaves."""
+    if func in _SPECIAL:
+        return _SPECIAL[func](func, *args, **kwargs)
+    if func in _ELEMENTWISE:
+        return _elementwise(func, *args, **kwargs)
+    octaves = _octaves_among((args, kwargs))
+    if all(set(x.factors) == {1} for x in octaves):  # maps of one position: the vanilla tensor, nothing upsampled
+        return _on_merged(func, *args, **kwargs)
+    name, shapes = getattr(func, "__name__", str(func)), [tuple(x.shape) for x in octaves]
+    raise TypeError(f"{name} is not defined on octave features of shape {shapes}: {WAY_OUT}")
+
+
 _checkpoint_forward: Function = CheckpointFunction.forward
 
 
@@ -239,7 +199,7 @@ CheckpointFunction.forward = staticmethod(_refuse_octaves)  # type: ignore[metho
 
 
 def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
-    """What the high and the low map of `x` each meet when `x` meets `value` in an elementwise function.
+    """What each map of `x` meets in an elementwise function of `x` and `value`.
 
     A Tensor broadcasts against the vanilla shape; where its last channels are full-size, they are pooled.
     """
@@ -255,10 +215,8 @@ def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
         value = value.merge()
     if not isinstance(value, Tensor) or (value.numel() == 1 and value.dim() <= x.dim()):
         return value, value
-    while value.dim() < x.dim():
-        value = value[None]
-    fits = all(have in (1, want) for have, want in zip(value.shape[1:], x.shape[1:], strict=False))
-    if value.dim() > x.dim() or not fits:
+    value = value[(None,) * (x.dim() - value.dim())]
+    if value.dim() > x.dim() or any(n not in (1, want) for n, want in zip(value.shape[1:], x.shape[1:], strict=False)):
         raise UserError(f"a Tensor of shape {tuple(value.shape)} meets octave features of shape {tuple(x.shape)}")
     high, low = (value, value) if value.shape[1] == 1 else split_by_parts(value, x.parts, 1)
     factors = [1 if size == 1 else factor for size, factor in zip(value.shape[2:], x.factors, strict=True)]
@@ -280,10 +238,9 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
         return _on_merged(func, *args, **kwargs)
     if func in _IN_PLACE and not isinstance(args[0] if args else kwargs["input"], Octaves):
         raise TypeError(f"{func.__name__} cannot write octave features of shape {tuple(x.shape)} into a Tensor")
-    pairs = [_maps_beside(value, x) for value in args]
-    named = {key: _maps_beside(value, x) for key, value in kwargs.items()}
+    highs, lows = zip(*(_maps_beside(value, x) for value in values), strict=True)
     high, low = (
-        func(*(pair[map_] for pair in pairs), **{key: pair[map_] for key, pair in named.items()}) for map_ in (0, 1)
+        func(*maps[: len(args)], **dict(zip(kwargs, maps[len(args) :], strict=True))) for maps in (highs, lows)
     )
     return Octaves(high, low, x.parts)
 
@@ -315,15 +272,10 @@ def _sizes(value: Any, count: int) -> tuple[int, ...]:
 
 
 def _pool(names: tuple[str, ...], func: Function, input: Octaves, kernel_size: Any, *args: Any, **named: Any) -> Any:
-    """Pools each map; where the low one would come out too small, its border is repeated.
+    """Pools each map, and repeats the border of the low one where it would come out too small.
 
-    A pool of 2 takes 14 positions to 7, so 7 low ones must become 4: the last window is the last position.
-
-    Args:
-        names: of the pool's arguments after the kernel, with its defaults if they are not in `args` or `named`.
-        func: the pool.
-        input: the features.
-        kernel_size: as the pool's.
+    A pool of 2 takes 14 positions to 7, so 7 low ones must become 4: the last window is the last position. `names` are
+    those of the pool's arguments after the kernel's size. An average over all that was halved is a global pool.
     """
     given = dict(zip(names, args, strict=False)) | named
     given.pop("return_indices", None)  # always False: torch calls another function for True
@@ -338,7 +290,7 @@ def _pool(names: tuple[str, ...], func: Function, input: Octaves, kernel_size: A
     kernels, strides, paddings, dilations = (_sizes(number, len(axes)) for number in numbers)
     pool = _on_no_channels(functools.partial(func, **given))
     whole = [axis for axis in axes if input.factors[axis] == 2 and kernels[axis] == input.high.shape[axis + 2]]
-    if "dilation" not in names and 0 < input.factors.count(2) == len(whole) and not any(paddings):  # a global average
+    if "divisor_override" in names and 0 < input.factors.count(2) == len(whole) and not any(paddings):
         if given.get("divisor_override") is not None:
             raise TypeError(f"{func.__name__} with a divisor of its own over all of octave features; {WAY_OUT}")
         windows = ([x.shape[axis + 2] if axis in whole else kernels[axis] for axis in axes] for x in input)
@@ -368,10 +320,7 @@ def _mismatch(what: str, input: Octaves, high: Tensor) -> UserError:
 
 
 def _adaptive(func: Function, input: Octaves, output_size: Any, return_indices: bool = False) -> Tensor:
-    """Adaptive pooling of all that was halved to one position: a Tensor with all channels.
-
-    `return_indices` is always False: torch calls another function for True.
-    """
+    """Adaptive pooling of all that was halved to one position: a Tensor with all channels."""
     sizes = _sizes(output_size, input.dim() - 2)
     if any(size != 1 for size, factor in zip(sizes, input.factors, strict=True) if factor == 2):
         raise TypeError(

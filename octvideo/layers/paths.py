@@ -12,52 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octvideo.layers.octaves import Parts, join_by_parts, split_by_parts
-from octvideo.layers.resampling import (
-    add_upsampled,
-    average_pool,
-    channels_last,
-    factors_between,
-    fold_time,
-    lay_channels_last,
-    runs_as_called,
-    unfold_time,
-    upsample,
-)
+from octvideo.layers import resampling
+from octvideo.layers.parts import Parts, join_by_parts, split_by_parts
+from octvideo.layers.resampling import add_upsampled, average_pool, channels_last, lay_channels_last, upsample
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a convolution slides: everything about it but its channels and weight.
-
-    Args:
-        size: of the kernel, (T, H, W) or (H, W), as `stride` and `dilation`.
-        padding: positions on either side of each dimension, or "same" where the two sides differ.
-        padding_mode: as nn.Conv3d's.
-        amounts: padding as F.pad takes it, for the modes other than "zeros".
-    """
+    """How a convolution slides: everything about it but its channels and weight, for (T, H, W) or (H, W)."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
+    padding: tuple[int, ...] | str  # "same" where the two sides of a dimension differ
     dilation: tuple[int, ...]
     padding_mode: str = "zeros"
-    amounts: tuple[int, ...] = ()
+    amounts: tuple[int, ...] = ()  # padding as F.pad takes it, for the modes other than "zeros"
     flat: Kernel | None = field(init=False, default=None)  # a factorised 3-D convolution as one of images, which are
     flat_axis: int = field(init=False, default=0)  # frames if this dimension of the weight is 2, T x (H W) if it is 4
 
     def __post_init__(self) -> None:
         if len(self.size) == 2 or isinstance(self.padding, str):
             return
-        if (self.size[0], self.stride[0], self.padding[0]) == (1, 1, 0):
-            axis, kept, amounts = 2, slice(1, 3), self.amounts[:4]
-        elif (*self.size[1:], *self.stride[1:], *self.padding[1:]) == (1, 1, 1, 1, 0, 0):
-            axis, kept, amounts = 4, slice(0, 2), self.amounts[2:]
-        else:
-            return
-        numbers = (self.size[kept], self.stride[kept], self.padding[kept], self.dilation[kept])
-        object.__setattr__(self, "flat", Kernel(*numbers, self.padding_mode, amounts))
-        object.__setattr__(self, "flat_axis", axis)
+        over_frames = (self.size[0], self.stride[0], self.padding[0]) == (1, 1, 0)
+        if over_frames or (*self.size[1:], *self.stride[1:], *self.padding[1:]) == (1, 1, 1, 1, 0, 0):
+            kept, amounts = (slice(1, 3), self.amounts[:4]) if over_frames else (slice(0, 2), self.amounts[2:])
+            numbers = (self.size[kept], self.stride[kept], self.padding[kept], self.dilation[kept])
+            flat = Kernel(*numbers, self.padding_mode, amounts)
+            self.__dict__.update(flat=flat, flat_axis=2 if over_frames else 4)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
         """F.conv2d or F.conv3d; C_out may be 0. A factorised convolution of channels_last clips runs as a 2-D one.
@@ -88,9 +69,8 @@ class Kernel:
             to_x = self._unfold(to_x, x) if wanted[0] else to_x
         else:
             numbers = (self.stride, self.padding, self.dilation, False, (0,) * len(self.size), 1)
-            to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
-                gradient, x, weight, [weight.shape[0]], *numbers, wanted
-            )
+            tensors = (gradient, x, weight, [weight.shape[0]])
+            to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(*tensors, *numbers, wanted)
         # With the strides of a fresh tensor in dimensions of size 1 too: DDP's buckets warn of others, and copy them.
         to_weight = to_weight.reshape(-1).view(weight.shape) if wanted[1] else to_weight
         return lay_channels_last(to_x) if wanted[0] else to_x, to_weight, to_bias
@@ -103,15 +83,14 @@ class Kernel:
         return (-(-(x.shape[2] + 2 * self.padding[0] - reach) // self.stride[0]), *x.shape[3:])
 
     def _fold(self, x: Tensor) -> Tensor:
-        """Views channels_last clips as the images that `flat` convolves.
-
-        By way of the order in memory: the stride of a batch of one is arbitrary, and torch copies images whose stride
-        is another than the one it would give them.
-        """
-        return fold_time(x) if self.flat_axis == 2 else x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
+        """Views channels_last clips as the images that `flat` convolves."""
+        if self.flat_axis == 2:
+            return resampling.fold_time(x)
+        # By way of the order in memory: torch copies images whose stride for a batch of one is not what it would set.
+        return x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
 
     def _unfold(self, images: Tensor, x: Tensor) -> Tensor:
-        return unfold_time(images, x) if self.flat_axis == 2 else images.unflatten(3, x.shape[3:])
+        return resampling.unfold_time(images, x) if self.flat_axis == 2 else images.unflatten(3, x.shape[3:])
 
 
 def _pad(x: Tensor, amounts: Sequence[int], mode: str) -> Tensor:
@@ -120,9 +99,8 @@ def _pad(x: Tensor, amounts: Sequence[int], mode: str) -> Tensor:
     if mode == "replicate" or all(max(pair) < size for pair, size in zip(pairs, x.shape[2:], strict=True)):
         return F.pad(x, tuple(amounts), mode=mode)
     for dim, (before, after) in enumerate(pairs, 2):
-        size = x.shape[dim]
-        period = size if mode == "circular" else max(1, 2 * (size - 1))
-        index = torch.arange(-before, size + after, device=x.device) % period
+        period = x.shape[dim] if mode == "circular" else max(1, 2 * (x.shape[dim] - 1))
+        index = torch.arange(-before, x.shape[dim] + after, device=x.device) % period
         x = x.index_select(dim, index if mode == "circular" else torch.minimum(index, period - index))
     return x
 
@@ -132,24 +110,17 @@ class Paths:
     """high_to_high + low_to_high, and high_to_low + low_to_low, of one group of a convolution or of several alike.
 
     Section 3.2 of Chen et al., ICCV 2019. Maps are channels_last inside, and come out so.
-
-    Args:
-        kernel: of each path, its spatial stride 1.
-        pool: factors to average by in place of the spatial stride, which would shift the maps against each other.
-        factors: by what each dimension is divided in low maps.
-        rows: (high, low) output channels of one group.
     """
 
-    kernel: Kernel
-    pool: tuple[int, ...]
-    factors: tuple[int, ...]
-    rows: tuple[int, int]
+    kernel: Kernel  # of each path, its spatial stride 1
+    pool: tuple[int, ...]  # averaged in place of the spatial stride, which would shift the maps against each other
+    factors: tuple[int, ...]  # by what each dimension is divided in low maps
+    rows: tuple[int, int]  # (high, low) output channels of one group
     images: Paths | None = field(init=False, default=None)  # the same for frames, where time plays no part
 
     def __post_init__(self) -> None:
         if self.kernel.flat is not None and self.kernel.flat_axis == 2 and self.factors[0] == 1:
-            images = Paths(self.kernel.flat, self.pool[1:], self.factors[1:], self.rows)
-            object.__setattr__(self, "images", images)
+            self.__dict__["images"] = Paths(self.kernel.flat, self.pool[1:], self.factors[1:], self.rows)
 
     def __call__(
         self, high: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, groups: int = 1
@@ -160,43 +131,40 @@ class Paths:
             high: (B, C_high, T, H, W) or (B, C_high, H, W).
             low: the same with C_low channels and the dimensions after them divided by `factors`, rounded up.
             weight: (C_out, (C_high + C_low) / groups, ...), the vanilla order in both directions.
-            bias: (C_out,) or None.
             parts: of one group's input.
-            groups: how many there are.
         """
         high, low = lay_channels_last(high), lay_channels_last(low)
         if not (torch.is_grad_enabled() and groups == 1 and self._has_own_gradient(high, low, weight)):
             return self.convolve(high, low, weight, bias, parts, groups)
-        kind = high.device.type
+        kind, inputs = high.device.type, [high, low, weight, bias]
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)  # here, so that the gradient of the casts is autograd's
-            high, low, weight = _lower(high, dtype), _lower(low, dtype), _lower(weight, dtype)
-            bias = None if bias is None else _lower(bias, dtype)
+            dtype = torch.get_autocast_dtype(kind)  # cast here, so that the gradient of the casts is autograd's
+            inputs = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in inputs]
         with _without_autocast(kind):
-            return _OwnGradient.apply(self, parts, high, low, weight, bias)  # type: ignore[no-any-return]
+            return _OwnGradient.apply(self, parts, *inputs)  # type: ignore[no-any-return]
 
     def _has_own_gradient(self, high: Tensor, low: Tensor, weight: Tensor) -> bool:
         """Whether gradients are wanted that `_OwnGradient` knows of; autograd makes the others."""
         wanted = any(x.requires_grad for x in (high, low, weight)) and high.shape[1] > 0 and self.rows[0] > 0
         plain = self.kernel.padding_mode == "zeros" and not isinstance(self.kernel.padding, str)
-        return wanted and plain and runs_as_called()
+        return wanted and plain and resampling.runs_as_called()
 
     def convolve(
         self, high: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, groups: int = 1
     ) -> tuple[Tensor, Tensor]:
         """As the call, for channels_last maps; the gradient is autograd's."""
         if self.images is not None and channels_last(high):
-            frames = (fold_time(high), fold_time(low), weight.squeeze(2))
-            out_high, out_low = self.images.convolve(*frames, bias, parts, groups)
-            return unfold_time(out_high, high), unfold_time(out_low, high)
+            frames = (resampling.fold_time(high), resampling.fold_time(low))
+            out_high, out_low = self.images.convolve(*frames, weight.squeeze(2), bias, parts, groups)
+            return resampling.unfold_time(out_high, high), resampling.unfold_time(out_low, high)
         rows_high, rows_low = split_by_parts(weight, (self.rows,) * groups, 0)
         bias_high, bias_low = (None, None) if bias is None else split_by_parts(bias, (self.rows,) * groups, 0)
         high_to_high, low_to_high = split_by_parts(rows_high, parts, 1)
         # A low map that is not pooled has the size of the strided high map: no upsampling in low_to_high then.
         high = average_pool(high, self.pool)
         if high.shape[1] == 0 and self.rows[0]:
-            out_high = self.kernel.convolve(low, low_to_high, bias_high, groups)
-            out_high = upsample(out_high, self.kernel.output_size(high))
+            from_low = self.kernel.convolve(low, low_to_high, bias_high, groups)
+            out_high = upsample(from_low, self.kernel.output_size(high))
         else:
             out_high = self.kernel.convolve(high, high_to_high, bias_high, groups)
             if low.shape[1] and self.rows[0]:
@@ -218,6 +186,11 @@ class Paths:
         return join_by_parts(high, low, parts, high.dim() - 1).movedim(-1, 1)
 
 
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    has_autocast = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext()
+
+
 class _OwnGradient(torch.autograd.Function):
     """The paths of one group, which keep for the gradient only the two input maps.
 
@@ -226,26 +199,23 @@ class _OwnGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, paths: Paths, parts: Parts, high: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(high, low, weight)
+    def forward(ctx: Any, paths: Paths, parts: Parts, *inputs: Any) -> tuple[Tensor, ...]:
         ctx.paths, ctx.parts = paths, parts
+        ctx.save_for_backward(*inputs[:3])
+        high, low, weight, bias = inputs
         # Convolutions in 2-D give views, which nobody could change in place when they come from here.
-        maps = paths.convolve(high, low, weight, bias, parts)
-        return tuple(torch.ops.aten._unsafe_view(y, y.shape) for y in maps)
+        return tuple(torch.ops.aten._unsafe_view(y, y.shape) for y in paths.convolve(high, low, weight, bias, parts))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
         batched = any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients)
         with _without_autocast(gradients[0].device.type):
             found = (_batched_gradients if batched else _gradients)(ctx, *gradients)
-        return None, None, *(x if want else None for x, want in zip(found, wanted, strict=True))
+        return None, None, *(x if want else None for x, want in zip(found, ctx.needs_input_grad[2:], strict=True))
 
 
 def _gradients(ctx: Any, grad_high: Tensor, grad_low: Tensor) -> tuple[Tensor, ...]:
-    """For high, low, weight and bias; of no meaning where none is wanted."""
+    """For high, low, weight and bias; undefined where not wanted."""
     paths, parts, (high, low, weight) = ctx.paths, ctx.parts, ctx.saved_tensors
     kernel, wants = paths.kernel, (any(ctx.needs_input_grad[2:4]), *ctx.needs_input_grad[4:])  # maps, weight, bias
     rows_high, rows_low = weight.split(paths.rows)
@@ -254,7 +224,7 @@ def _gradients(ctx: Any, grad_high: Tensor, grad_low: Tensor) -> tuple[Tensor, .
     to_pooled, to_rows, to_bias = kernel.backward(grad_high, pooled, high_to_high, wants)
     to_low = torch.zeros_like(low)
     if low.shape[1]:
-        upsampled = factors_between(grad_high.shape[2:], kernel.output_size(low))
+        upsampled = resampling.factors_between(grad_high.shape[2:], kernel.output_size(low))
         from_low = average_pool(lay_channels_last(grad_high), upsampled, sums=True)
         to_low, to_low_to_high, _ = kernel.backward(from_low, low, low_to_high, (*wants[:2], False))
         to_rows = join_by_parts(to_rows, to_low_to_high, parts, 1) if wants[1] else to_rows
@@ -288,14 +258,3 @@ def _batched_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...
         inputs = [x.detach().requires_grad_() for x in (*ctx.saved_tensors, bias)]
         outputs = ctx.paths.convolve(*inputs, ctx.parts)
     return torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-
-
-def _lower(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Autocast's cast, which leaves float64 alone."""
-    return x if x.dtype == torch.float64 else x.to(dtype)
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off, on devices that have it."""
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()

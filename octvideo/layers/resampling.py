@@ -22,8 +22,7 @@ def channels_last(x: Tensor) -> bool:
 def lay_channels_last(x: Tensor) -> Tensor:
     """Gives clips or images the channels_last memory format; the same Tensor if they have it.
 
-    A clip is then a batch of images without a copy, and on a CPU pooling is up to 37 times faster than avg_pool3d,
-    which loses this format, and adding an upsampled map up to 13 times.
+    A clip is then a batch of images without a copy, and pooling on a CPU up to 37 times faster than avg_pool3d.
     """
     return x if _transformed() else x.contiguous(memory_format=_LAST[x.dim()])
 
@@ -39,10 +38,9 @@ def _transformed() -> bool:
 
 
 def runs_as_called() -> bool:
-    """Whether operations run one by one on plain values.
+    """False under a compiler, a tracer, a torch.func transform or a dispatch mode.
 
-    False under a compiler, a tracer, a torch.func transform or a dispatch mode. Selective checkpointing, a dispatch
-    mode, keeps results that must not be written to.
+    Selective checkpointing is such a mode: it keeps results, which must not be written to.
     """
     return not (
         torch.compiler.is_compiling()
@@ -71,18 +69,14 @@ def _frame_by_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Tensor:
-    """Averages windows of `factors` positions; a window cut by the border averages the positions it has.
+    """Averages (or sums up) windows of `factors` positions; one that the border cuts averages what it has.
 
-    Rounding the size up (7 -> 4) keeps position i of the result over positions 2i and 2i + 1 of the input at every
-    size. Always by 2-D pools: avg_pool3d loses the channels_last_3d format and knows no bfloat16.
+    Rounding sizes up (7 -> 4) keeps position i of the result over positions 2i and 2i + 1 of the input at every size.
+    Always by 2-D pools: avg_pool3d loses the channels_last_3d format and knows no bfloat16.
 
     Args:
         x: (B, C, T, H, W) or (B, C, H, W).
         factors: 1 or 2 for each dimension after the channels.
-        sums: add up the window instead.
-
-    Returns:
-        A Tensor of ceil(size / factor) positions in each of those dimensions.
     """
     if max(factors) == 1:
         return x
@@ -113,14 +107,11 @@ def factors_between(size: Sequence[int], low_size: Sequence[int]) -> tuple[int, 
 
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Repeats every position twice in the dimensions that are smaller than `size`, and crops to `size`.
+    """Repeats every position in the dimensions that are half of `size`, rounded up, and crops to `size`.
 
     Args:
         x: (B, C, T, H, W) or (B, C, H, W).
-        size: of the result after the channels; in each dimension the present one, or twice it less 0 or 1.
-
-    Raises:
-        ValueError: a dimension is neither `size` nor half of it, rounded up.
+        size: of the result, without batch and channels.
     """
     if tuple(x.shape[2:]) == tuple(size):
         return x
@@ -136,18 +127,12 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
-    """`high + scale * upsample(low)`, written into `high` where no gradient or compiler follows.
+    """`high + scale * upsample(low)`, written into `high` (which nothing else may read) if nothing records it.
 
     Adds each low value to the positions that it covers, without an upsampled map: 2 to 13 times faster on a CPU.
-
-    Args:
-        high: (B, C, T, H, W) or (B, C, H, W), a result that nothing else reads.
-        low: the same with the dimensions after the channels halved, rounded up, or not.
-        scale: of the low map.
     """
     size = high.shape[2:]
-    wants_gradient = torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)
-    if wants_gradient or not runs_as_called():
+    if (torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)) or not runs_as_called():
         return torch.add(high, upsample(low, size), alpha=scale)
     factors = factors_between(size, low.shape[2:])
     if not channels_last(high) or any(n % factor for n, factor in zip(size, factors, strict=True)):
