@@ -16,7 +16,9 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def channels_last(x: Tensor) -> bool:
     """Whether clips (or images) lie in memory as (B, T, H, W, C); always False under torch.func transforms."""
-    return x.dim() in _LAST and not _transformed() and x.is_contiguous(memory_format=_LAST[x.dim()])
+    if x.dim() not in _LAST or torch._C._are_functorch_transforms_active():  # these do not tell the memory format
+        return False
+    return x.is_contiguous(memory_format=_LAST[x.dim()])
 
 
 def lay_channels_last(x: Tensor) -> Tensor:
@@ -24,17 +26,12 @@ def lay_channels_last(x: Tensor) -> Tensor:
 
     A clip is then a batch of images without a copy, and pooling on a CPU up to 37 times faster than avg_pool3d.
     """
-    return x if _transformed() else x.contiguous(memory_format=_LAST[x.dim()])
+    return x if torch._C._are_functorch_transforms_active() else x.contiguous(memory_format=_LAST[x.dim()])
 
 
 def keep_layout(y: Tensor, x: Tensor) -> Tensor:
     """Gives `y` the channels_last format if `x` has it: torch's convolutions of small inputs on a CPU lose it."""
     return lay_channels_last(y) if channels_last(x) else y
-
-
-def _transformed() -> bool:
-    """Whether torch.func transforms such as vmap are active: under them, tensors do not tell their memory format."""
-    return not torch.compiler.is_dynamo_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def runs_as_called() -> bool:
@@ -98,12 +95,12 @@ def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Te
 
 def halved(size: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
     """A size divided by factors, rounded up."""
-    return tuple(-(-n // factor) for n, factor in zip(size, factors, strict=True))
+    return tuple([-(-n // factor) for n, factor in zip(size, factors, strict=True)])
 
 
 def factors_between(size: Sequence[int], low_size: Sequence[int]) -> tuple[int, ...]:
     """By what each dimension of `size` was divided to give `low_size`: 1 or 2."""
-    return tuple(1 if low == n else 2 for n, low in zip(size, low_size, strict=True))
+    return tuple([1 if low == n else 2 for n, low in zip(size, low_size, strict=True)])
 
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -135,7 +132,8 @@ def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
     if (torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)) or not runs_as_called():
         return torch.add(high, upsample(low, size), alpha=scale)
     factors = factors_between(size, low.shape[2:])
-    if not channels_last(high) or any(n % factor for n, factor in zip(size, factors, strict=True)):
+    even = [n * factor for n, factor in zip(low.shape[2:], factors, strict=True)] == list(size)
+    if not even or not channels_last(high):
         return high.add_(upsample(low, size), alpha=scale)
     values, sums = low.movedim(1, -1), high.movedim(1, -1)  # (B, T, H, W, C), the order in memory
     for axis in range(len(factors), 0, -1):
