@@ -31,13 +31,12 @@ class Kernel:
     flat_axis: int = field(init=False, default=0)  # frames if this dimension of the weight is 2, T x (H W) if it is 4
 
     def __post_init__(self) -> None:
-        if len(self.size) == 2 or isinstance(self.padding, str):
+        if len(self.size) == 2 or isinstance(self.padding, str) or self.padding_mode != "zeros":
             return
         over_frames = (self.size[0], self.stride[0], self.padding[0]) == (1, 1, 0)
         if over_frames or (*self.size[1:], *self.stride[1:], *self.padding[1:]) == (1, 1, 1, 1, 0, 0):
-            kept, amounts = (slice(1, 3), self.amounts[:4]) if over_frames else (slice(0, 2), self.amounts[2:])
-            numbers = (self.size[kept], self.stride[kept], self.padding[kept], self.dilation[kept])
-            flat = Kernel(*numbers, self.padding_mode, amounts)
+            kept = slice(1, 3) if over_frames else slice(0, 2)
+            flat = Kernel(self.size[kept], self.stride[kept], self.padding[kept], self.dilation[kept])
             self.__dict__.update(flat=flat, flat_axis=2 if over_frames else 4)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
