@@ -1,7 +1,9 @@
 """The layer against an independent float64 reference of the paper's equations."""
 
+import copy
 import itertools
 import math
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -573,3 +575,20 @@ def test_downsample_pool_averages_between_plain_tensors_too():
 def test_a_plain_tuple_is_no_input():
     with pytest.raises(TypeError, match="expected a Tensor or Octaves, got tuple"):
         OctConv3d(8, 8, 1)((torch.zeros(1, 6, 1, 4, 4), torch.zeros(1, 2, 1, 2, 2)))
+
+
+def test_arguments_of_nn_conv3d_may_change_after_the_octave_options():
+    torch.manual_seed(0)
+    layer, wanted = OctConv3d(8, 8, 3, padding=1, alpha=0.5), OctConv3d(8, 8, 3, (1, 2, 2), 1, alpha=0.5)
+    wanted.load_state_dict(layer.state_dict())
+    layer.stride = (1, 2, 2)
+    x = torch.randn(1, 8, 2, 8, 8)
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert all(torch.equal(*maps) for maps in zip(other(x), wanted(x), strict=True))
+
+
+def test_options_that_do_not_fit_change_nothing():
+    layer = OctConv3d(8, 8, 1, groups=2, alpha=0.5)
+    with pytest.raises(ValueError, match="groups 2 must divide both"):
+        layer.set_options(OctaveOptions(0.125))
+    assert layer(torch.randn(1, 8, 2, 4, 4)).low.shape[1] == 4

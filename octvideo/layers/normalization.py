@@ -112,10 +112,7 @@ class SubBatchNorm(_BatchNorm):
 
 
 class FrozenBatchNorm(_BatchNorm):
-    """Batch norm that never trains: always in evaluation mode, its weight and bias without gradients.
-
-    Input and output: (B, C, ...) or Octaves of that shape.
-    """
+    """Batch norm of (B, C, ...) that never trains: in evaluation mode, its weight and bias without gradients."""
 
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
 
@@ -129,9 +126,7 @@ _KINDS: dict[str, type[_BatchNorm]] = {"sync": SyncedBatchNorm, "sub": SubBatchN
 
 
 def normalize(model: Network, kind: Kind, splits: int = 1, clips_per_part: int | None = None) -> Network:
-    """Replaces every batch norm of a network, in place; names, weights, statistics and state_dict stay.
-
-    Calling it again with another kind replaces them again.
+    """Replaces every batch norm of a network, in place, as often as you like; names, weights and statistics stay.
 
     Args:
         model: any network; a batch norm is an nn.BatchNorm1d, 2d, 3d or nn.SyncBatchNorm.
@@ -140,8 +135,8 @@ def normalize(model: Network, kind: Kind, splits: int = 1, clips_per_part: int |
         splits: number of parts of a batch, for "sub"; see `SubBatchNorm`, as for `clips_per_part`.
 
     Raises:
-        ValueError: an unknown kind; splits below 1, or above 1 for another kind than "sub"; a batch norm that
-            normalises in its own way, or one to be frozen that has no running statistics.
+        ValueError: an unknown kind; splits below 1, or above 1 for another; a batch norm that normalises in its own
+            way, or one to be frozen that has no running statistics.
     """
     if kind not in get_args(Kind):
         raise UserError(f"the normalization must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -151,28 +146,23 @@ def normalize(model: Network, kind: Kind, splits: int = 1, clips_per_part: int |
     norms = [(name or "the model", norm) for name, norm in model.named_modules() if isinstance(norm, _BatchNorm)]
     for name, norm in norms:  # before anything changes
         if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SubBatchNorm.forward):
-            raise UserError(
-                f"{name} is a {type(norm).__name__}, which normalises in its own way and cannot be replaced"
-            )
+            what = f"{name} is a {type(norm).__name__}"
+            raise UserError(f"{what}, which normalises in its own way and cannot be replaced")
         if kind == "frozen" and norm.running_mean is None:
             raise UserError(f"{name} has no running statistics, so it cannot be frozen")
     for _, norm in norms:
-        _replace(norm, _KINDS.get(kind, original_class(norm)))
+        state: dict[str, Any] = norm.__dict__
+        for attribute in ("splits", "clips_per_part"):
+            state.pop(attribute, None)
+        if kind == "frozen" and not isinstance(norm, FrozenBatchNorm):
+            state["_trained"] = [parameter.requires_grad for parameter in norm.parameters()]
+            state["_thawed_mode"], norm.training = norm.training, False
+            norm.requires_grad_(False)
+        elif kind != "frozen" and isinstance(norm, FrozenBatchNorm):
+            norm.training = state.pop("_thawed_mode")
+            for parameter, trained in zip(norm.parameters(), state.pop("_trained"), strict=True):
+                parameter.requires_grad = trained
+        swap_class(norm, _KINDS.get(kind, original_class(norm)))
         if isinstance(norm, SubBatchNorm):
             norm.splits, norm.clips_per_part = splits, clips_per_part
     return model
-
-
-def _replace(norm: Any, kind: type[nn.Module]) -> None:
-    """Gives a batch norm another class, and takes away what the one before had left."""
-    if kind is FrozenBatchNorm and not isinstance(norm, FrozenBatchNorm):
-        norm._trained, norm._thawed_mode = [parameter.requires_grad for parameter in norm.parameters()], norm.training
-        norm.requires_grad_(False)
-        norm.training = False
-    elif isinstance(norm, FrozenBatchNorm) and kind is not FrozenBatchNorm:
-        norm.training = norm.__dict__.pop("_thawed_mode")
-        for parameter, trained in zip(norm.parameters(), norm.__dict__.pop("_trained"), strict=True):
-            parameter.requires_grad = trained
-    for attribute in ("splits", "clips_per_part"):
-        norm.__dict__.pop(attribute, None)
-    swap_class(norm, kind)
