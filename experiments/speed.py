@@ -48,7 +48,7 @@ import octvideo
 from octvideo import MODELS, Octaves, OctConv3d, create_model
 from octvideo.commands.options import Parser, clip_size, fail, number
 from octvideo.layers.convolution import split_channels
-from octvideo.layers.octaves import Parts, split_by_parts
+from octvideo.layers.parts import Parts, split_by_parts
 from octvideo.models.cost import (
     count_macs,
     count_macs_of,

@@ -1,7 +1,9 @@
 """The layer against an independent float64 reference of the paper's equations."""
 
+import copy
 import itertools
 import math
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from octvideo import Octaves, OctConv2d, OctConv3d
-from octvideo.layers.convolution import OctaveOptions, groups_alike, split_channels
+from octvideo.layers.convolution import OctaveOptions, split_channels
+from octvideo.layers.parts import groups_alike
 
 PAD = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
@@ -306,7 +309,7 @@ def layers(draw):
 def test_any_layer_equals_the_float64_reference_and_has_the_vanilla_shape(case):
     layer, low_in, size, last_format = case
     torch.manual_seed(0)
-    half = [-(-n // factor) for n, factor in zip(size, layer._factors, strict=True)]
+    half = [-(-n // factor) for n, factor in zip(size, layer._plan.paths.factors, strict=True)]
     high = torch.randn(1, layer.in_channels - low_in, *size, dtype=torch.float64)
     low = torch.randn(1, low_in, *half, dtype=torch.float64)
     x = Octaves(high, low)
@@ -352,7 +355,7 @@ def test_gradients_are_right(arguments, alpha_in, size):
     torch.manual_seed(0)
     layer = OctConv3d(4, 4, dtype=torch.float64, **{"alpha": 0.25} | arguments)
     high_in, low_in = split_channels(4, alpha_in)
-    half = [-(-n // factor) for n, factor in zip(size, layer._factors, strict=True)]
+    half = [-(-n // factor) for n, factor in zip(size, layer._plan.paths.factors, strict=True)]
     high = torch.randn(2, high_in, *size, dtype=torch.float64, requires_grad=True)
     low = torch.randn(2, low_in, *half, dtype=torch.float64, requires_grad=True)
 
@@ -471,7 +474,7 @@ def test_rounded_layers_follow_each_other():
         (lambda: OctConv3d(8, 8, 3)(torch.zeros(1, 8, 4, 9, 9)), "padding that keeps the size"),
         (
             lambda: OctConv3d(8, 8, 1, temporal=True)(Octaves(torch.zeros(1, 6, 4, 8, 8), torch.zeros(1, 2, 4, 4, 4))),
-            r"temporal=True wants a low map of \(2, 4, 4\)",
+            r"temporal=True wants a low map of size \(2, 4, 4\)",
         ),
         (
             lambda: OctConv3d(8, 8, 1)(Octaves(torch.zeros(1, 8, 4, 8, 8), torch.zeros(1, 2, 4, 4, 4))),
@@ -481,7 +484,7 @@ def test_rounded_layers_follow_each_other():
         (lambda: OctConv3d(8, 8, 1)(torch.zeros(8, 4, 9, 9)), r"expected \(B, 8, T, H, W\), got \(8, 4, 9, 9\)"),
         (
             lambda: OctConv3d(4, 12, 1, groups=4, alpha=0.4)(torch.zeros(1, 4, 4, 8, 8)),
-            "gives 8 high output channels, not a multiple of the 3",
+            "gives 4 low output channels, but 1 low input channels of a depthwise convolution with 3 outputs",
         ),
         (
             lambda: OctConv3d(8, 8, 1, groups=8, alpha=0.5)(
@@ -572,3 +575,20 @@ def test_downsample_pool_averages_between_plain_tensors_too():
 def test_a_plain_tuple_is_no_input():
     with pytest.raises(TypeError, match="expected a Tensor or Octaves, got tuple"):
         OctConv3d(8, 8, 1)((torch.zeros(1, 6, 1, 4, 4), torch.zeros(1, 2, 1, 2, 2)))
+
+
+def test_arguments_of_nn_conv3d_may_change_after_the_octave_options():
+    torch.manual_seed(0)
+    layer, wanted = OctConv3d(8, 8, 3, padding=1, alpha=0.5), OctConv3d(8, 8, 3, (1, 2, 2), 1, alpha=0.5)
+    wanted.load_state_dict(layer.state_dict())
+    layer.stride = (1, 2, 2)
+    x = torch.randn(1, 8, 2, 8, 8)
+    for other in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert all(torch.equal(*maps) for maps in zip(other(x), wanted(x), strict=True))
+
+
+def test_options_that_do_not_fit_change_nothing():
+    layer = OctConv3d(8, 8, 1, groups=2, alpha=0.5)
+    with pytest.raises(ValueError, match="groups 2 must divide both"):
+        layer.set_options(OctaveOptions(0.125))
+    assert layer(torch.randn(1, 8, 2, 4, 4)).low.shape[1] == 4

@@ -95,7 +95,7 @@ def assert_equal(found, wanted):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_batch_norm_is_exchanged_and_restored(kind):
+def test_every_batch_norm_is_replaced_and_restored(kind):
     model = Net()
     before, classes = snapshot(model), [type(module) for module in model.modules()]
     assert normalize(model, kind) is model
@@ -150,6 +150,17 @@ def test_sub_batch_norm_is_batch_norm_of_the_parts_one_after_the_other(x, splits
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("x", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize(("clips_per_part", "splits"), [(1, 5), (2, 2), (3, 1), (9, 1)])
+def test_the_clips_of_a_part_say_how_many_parts_a_batch_has(x, clips_per_part, splits):
+    counted = normalize(nn.BatchNorm3d(6), "sub", clips_per_part=clips_per_part)
+    cut = normalize(nn.BatchNorm3d(6), "sub", splits)
+    found, wanted = counted(x), cut(x)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    assert counted.num_batches_tracked == cut.num_batches_tracked == splits
+    assert "clips_per_part" not in vars(normalize(counted, "batch"))
+
+
 def test_sub_batch_norm_keeps_channels_last():
     x = torch.randn(4, 6, 2, 4, 4).contiguous(memory_format=torch.channels_last_3d)
     for features in (x, Octaves(x, x[..., :2, :2].contiguous(memory_format=torch.channels_last_3d))):
@@ -191,11 +202,13 @@ class Activated(nn.BatchNorm3d):
         (nn.BatchNorm3d(2), ("layer",), "one of batch, sync, sub, frozen, got 'layer'"),
         (nn.BatchNorm3d(2), ("sub", 0), "splits must be at least 1"),
         (nn.BatchNorm3d(2), ("sync", 2), 'got 2 for "sync"'),
+        (nn.BatchNorm3d(2), ("sub", 1, 0), "clips_per_part must be at least 1"),
+        (nn.BatchNorm3d(2), ("sync", 1, 2), 'clips_per_part must .* got 2 for "sync"'),
         (nn.Sequential(nn.BatchNorm3d(2), Activated(2)), ("sub",), "1 is a Activated, which normalises in its own way"),
         (nn.BatchNorm3d(2, track_running_stats=False), ("frozen",), "the model has no running statistics"),
     ],
 )
-def test_what_cannot_be_exchanged_is_an_error_and_changes_nothing(model, arguments, message):
+def test_what_cannot_be_replaced_is_an_error_and_changes_nothing(model, arguments, message):
     classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=message):
         normalize(model, *arguments)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from octvideo import Octaves, OctConv2d
-from octvideo.layers.octaves import join_by_parts, join_pieces, split_by_parts
+from octvideo.layers.parts import join_by_parts, join_pieces, split_by_parts
 from octvideo.layers.resampling import average_pool, upsample
 
 
@@ -72,7 +72,7 @@ def test_batch_norm_after_cat_keeps_the_vanilla_order_of_statistics(x):
 
 def test_a_low_map_too_small_for_batch_norm_is_named():
     x = Octaves(torch.randn(1, 6, 2, 2), torch.randn(1, 2, 1, 1))
-    with pytest.raises(ValueError, match=r"\(2, 2\) and \(1, 1\) cells: Expected more than 1 value.*alpha 0 here"):
+    with pytest.raises(ValueError, match=r"\(2, 2\) and \(1, 1\): Expected more than 1 value.*alpha 0 here"):
         nn.BatchNorm2d(8)(x)
 
 
@@ -140,7 +140,7 @@ def test_resizing_one_cell_gives_a_plain_tensor():
 
 def test_windows_that_part_the_maps_are_refused(x):
     for pool in (nn.MaxPool3d((1, 2, 2), 1), nn.AvgPool3d((1, 5, 5), 1)):
-        with pytest.raises(ValueError, match=r"high map of \(4, 8, 7\) cells .* low map of \(4, 4, 4\)"):
+        with pytest.raises(ValueError, match=r"high map from size \(4, 8, 7\) .* low map of size \(4, 4, 4\)"):
             pool(x)
     with pytest.raises(TypeError, match="max_pool3d_with_indices is not defined"):
         nn.MaxPool3d((1, 2, 2), return_indices=True)(x)
@@ -242,7 +242,7 @@ def test_an_undefined_function_says_its_name_and_the_way_out(x, call):
         (lambda x: torch.zeros(2, 8, 4, 8, 7).add_(x), TypeError, "into a Tensor"),
         (lambda x: torch.cat((x, x), 0), TypeError, "on channels, not dim 0"),
         (lambda x: torch.cat((x, Octaves(x.high, torch.zeros(2, 2, 2, 4, 4))), 1), ValueError, "different factors"),
-        (lambda x: nn.AdaptiveAvgPool3d(2)(x), TypeError, "only 1 cell is defined"),
+        (lambda x: nn.AdaptiveAvgPool3d(2)(x), TypeError, "only size 1 is defined"),
         (lambda x: x.mean(1), TypeError, "mean over dimensions 1"),
         (lambda x: F.avg_pool3d(x, (4, 8, 7), divisor_override=3), TypeError, "a divisor of its own"),
         (lambda x: x + torch.zeros(1, 2, 8, 4, 8, 7), ValueError, r"Tensor of shape \(1, 2, 8, 4, 8, 7\) meets"),

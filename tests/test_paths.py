@@ -35,7 +35,7 @@ PIECES = (((6, 2),), ((3, 1), (3, 1)), ((8, 0),))
 def features(layer, parts, requires_grad=True):
     torch.manual_seed(0)
     size = (3, 5, 6) if len(layer.kernel_size) == 3 else (5, 6)
-    half = [-(-n // factor) for n, factor in zip(size, layer._factors, strict=True)]
+    half = [-(-n // factor) for n, factor in zip(size, layer._plan.paths.factors, strict=True)]
     high, low = (sum(piece[i] for piece in parts) for i in (0, 1))
     maps = [torch.randn(2, high, *size, **DOUBLE), torch.randn(2, low, *half, **DOUBLE)]
     return [x.requires_grad_(requires_grad) for x in maps]
@@ -258,7 +258,7 @@ def test_factorised_convolutions_run_in_2d_and_equal_conv3d(kernel, stride, padd
         mock.patch.object(F, "conv2d", wraps=F.conv2d) as images,
         mock.patch.object(F, "conv3d", wraps=F.conv3d) as clips,
     ):
-        y = Kernel(stride, padding, dilation, "zeros", ()).convolve(lay_channels_last(x), weight, bias, groups)
+        y = Kernel(kernel, stride, padding, dilation).convolve(lay_channels_last(x), weight, bias, groups)
     assert (images.call_count, clips.call_count) == ((1, 0) if flat else (0, 1))
     torch.testing.assert_close(y, wanted)
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
@@ -267,7 +267,7 @@ def test_factorised_convolutions_run_in_2d_and_equal_conv3d(kernel, stride, padd
 def test_a_single_clip_keeps_its_layout_in_convolutions_over_time():
     clip = torch.randn(1, 4, 3, 5, 6).contiguous(memory_format=torch.channels_last_3d)
     odd = clip.as_strided(clip.shape, (4, *clip.stride()[1:]))  # as elementwise functions leave a batch of one
-    kernel = Kernel((1, 1, 1), (1, 0, 0), (1, 1, 1), "zeros", ())
+    kernel = Kernel((3, 1, 1), (1, 1, 1), (1, 0, 0), (1, 1, 1))
     with mock.patch.object(F, "conv2d", wraps=F.conv2d) as images:
         kernel.convolve(odd, torch.randn(8, 4, 3, 1, 1), None)
     assert images.call_args.args[0].stride() == (3 * 30 * 4, 1, 30 * 4, 4)

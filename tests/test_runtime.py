@@ -177,6 +177,16 @@ def test_reentrant_checkpointing_is_refused(name):
         Checkpointed(network, use_reentrant=True)(clip.requires_grad_())
 
 
+def test_reentrant_checkpointing_from_a_tensor_to_a_tensor_is_right():
+    torch.manual_seed(0)
+    network = nn.Sequential(OctConv3d(3, 8, 1), nn.ReLU(), OctConv3d(8, 4, 1, alpha=0))
+    clip = torch.randn(2, 3, 2, 6, 6, requires_grad=True)
+    wanted = gradients(network, network(clip).square().sum())
+    found = gradients(network, checkpoint(network, clip, use_reentrant=True).square().sum())
+    for parameter_name in wanted:
+        assert torch.equal(found[parameter_name], wanted[parameter_name])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_autocast(name, dtype):

@@ -1,8 +1,8 @@
-"""TODO."""
+"""Batch norms of other kinds (synchronised, of sub-batches, frozen), in place, and nn.SyncBatchNorm on octaves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -12,90 +12,67 @@ from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from octvideo.errors import UserError
-from octvideo.layers.octaves import Octaves, _normalize
+from octvideo.layers.octaves import Octaves, normalize_maps
 from octvideo.layers.resampling import keep_layout
+from octvideo.layers.swapping import original_class, swap_class
 
-_plain_sync_forward = nn.SyncBatchNorm.forward
+Kind = Literal["batch", "sync", "sub", "frozen"]
+Network = TypeVar("Network", bound=nn.Module)
+_plain_sync_forward: Any = nn.SyncBatchNorm.forward
 
 
-def _sync_forward(self: nn.SyncBatchNorm, input: Tensor | Octaves) -> Tensor | Octaves:
-    """nn.SyncBatchNorm's forward, on octave features too, and on CPUs, which torch's own refuses.
+def _sync_forward(self: Any, input: Tensor | Octaves) -> Any:
+    """nn.SyncBatchNorm's forward, also on octave features and on CPUs, which torch's refuses.
 
-    Its autograd function takes plain Tensors only and bypasses __torch_function__, hence this door.
+    Its autograd function takes plain Tensors alone and bypasses __torch_function__.
     """
     syncs = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
     if not syncs or (isinstance(input, Tensor) and input.device.type != "cpu"):
-        return _plain_sync_forward(self, input)  # type: ignore[arg-type]
-    momentum = self.momentum
-    if self.track_running_stats and self.num_batches_tracked is not None:
+        return _plain_sync_forward(self, input)
+    momentum, statistics = self.momentum, (None, None)
+    if self.track_running_stats:
+        statistics = (self.running_mean, self.running_var)
         self.num_batches_tracked.add_(1)
         momentum = 1 / int(self.num_batches_tracked) if momentum is None else momentum
     group = self.process_group or torch.distributed.group.WORLD
-
-    def norm(
-        x: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *_: Any,
-    ) -> Tensor:
-        if x.device.type != "cpu":
-            world_size = torch.distributed.get_world_size(group)
-            return FusedSyncBatchNorm.apply(  # type: ignore[no-any-return]
-                x, weight, bias, running_mean, running_var, self.eps, momentum, group, world_size
-            )
-        return _synced_norm(x, running_mean, running_var, weight, bias, momentum or 0.0, self.eps, group)
-
-    statistics = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-    arguments = (*statistics, self.weight, self.bias)
-    return _normalize(norm, input, *arguments) if isinstance(input, Octaves) else norm(input, *arguments)
+    norm = functools.partial(_synced_norm, momentum=momentum or 0.0, eps=self.eps, group=group)
+    parameters = (*statistics, self.weight, self.bias)
+    return normalize_maps(norm, input, *parameters) if isinstance(input, Octaves) else norm(input, *parameters)
 
 
 def _synced_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    group: Any,
-) -> Tensor:
-    """Batch norm with the statistics of all processes' batches, in differentiable steps."""
+    x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, momentum: float, eps: float, group: Any
+) -> Any:
+    """Batch norm with the statistics of all processes' batches; on CPUs in differentiable steps."""
+    if x.device.type != "cpu":
+        world_size = torch.distributed.get_world_size(group)
+        return FusedSyncBatchNorm.apply(x, weight, bias, mean, var, eps, momentum, group, world_size)
     values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    cells = [dim for dim in range(x.dim()) if dim != 1]
+    positions = [dim for dim in range(x.dim()) if dim != 1]
     per_channel = (1, -1, *(1,) * (x.dim() - 2))
     count = values.new_full((1,), x.numel() // x.shape[1])
-    *_, count = totals = all_reduce(torch.cat((values.sum(cells), count)), group=group)
-    mean = totals[:-1] / count
-    centred = values - mean.view(per_channel)
-    var = all_reduce(centred.square().sum(cells), group=group) / count
-    y = centred * (var + eps).rsqrt().view(per_channel)
-    if running_mean is not None and running_var is not None:
+    *_, count = totals = all_reduce(torch.cat((values.sum(positions), count)), group=group)
+    batch_mean = totals[:-1] / count
+    centred = values - batch_mean.view(per_channel)
+    batch_var = all_reduce(centred.square().sum(positions), group=group) / count
+    y = centred * (batch_var + eps).rsqrt().view(per_channel)
+    if mean is not None:
         with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * count / (count - 1)).to(running_var.dtype), momentum)
-    if weight is not None:
-        y = y * weight.view(per_channel)
-    if bias is not None:
-        y = y + bias.view(per_channel)
+            mean.lerp_(batch_mean.to(mean.dtype), momentum)
+            var.lerp_((batch_var * count / (count - 1)).to(var.dtype), momentum)
+    y = y if weight is None else y * weight.view(per_channel)
+    y = y if bias is None else y + bias.view(per_channel)
     return y.to(x.dtype)
 
 
-nn.SyncBatchNorm.forward = _sync_forward  # type: ignore[method-assign, assignment]
-Kind = Literal["batch", "sync", "sub", "frozen"]
-Network = TypeVar("Network", bound=nn.Module)
+nn.SyncBatchNorm.forward = _sync_forward  # type: ignore[method-assign]
 
 
 class SyncedBatchNorm(_BatchNorm):
     """Batch norm with the statistics of all processes' batches; outside of a process group it is the plain one.
 
-    It has the forward pass of nn.SyncBatchNorm (fused on GPUs, that of `octvideo.layers.octaves` on CPUs), but is no instance
-    of it: DistributedDataParallel refuses those on CPUs.
-
-    Shape:
-        Input and output: (B, C, ...) or Octaves of that shape.
+    It has the forward pass of nn.SyncBatchNorm (fused on GPUs, our own on CPUs), but is no instance of it:
+    DistributedDataParallel refuses those on CPUs. Input and output: (B, C, ...) or Octaves of that shape.
     """
 
     process_group: Any = None
@@ -109,38 +86,33 @@ class SubBatchNorm(_BatchNorm):
 
     Long or small clips let more of them into a batch; parts keep the noise of the statistics, which regularises, as it
     is (Wu et al., "A Multigrid Method for Efficiently Training Video Models", CVPR 2020). The running statistics move
-    as if the parts were batches that come one after the other.
+    as if the parts were successive batches. Input and output: (B, C, ...) or Octaves of that shape.
 
     Attributes:
         splits: number of parts; torch.chunk cuts a batch that it does not divide. It may change at any time.
-
-    Shape:
-        Input and output: (B, C, ...) or Octaves of that shape.
+        clips_per_part: if not None, replaces `splits` by len(input) // clips_per_part, or 1.
     """
 
     splits: int
+    clips_per_part: int | None
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
 
-    def forward(self, input: Tensor | Octaves) -> Tensor | Octaves:  # type: ignore[override]
+    def forward(self, input: Any) -> Any:
         """Normalises."""
-        normalize_part: Callable[[Any], Any] = super().forward
-        if not self.training or self.splits == 1:
-            return normalize_part(input)  # type: ignore[no-any-return]
+        normalize_part: Any = super().forward
+        splits = max(1, input.shape[0] // self.clips_per_part) if self.clips_per_part else self.splits
+        if not self.training or splits == 1:
+            return normalize_part(input)
         if not isinstance(input, Octaves):
-            return keep_layout(torch.cat([normalize_part(part) for part in input.chunk(self.splits)]), input)
-        pairs = zip(input.high.chunk(self.splits), input.low.chunk(self.splits), strict=True)
+            return keep_layout(torch.cat([normalize_part(part) for part in input.chunk(splits)]), input)
+        pairs = zip(input.high.chunk(splits), input.low.chunk(splits), strict=True)
         parts = [normalize_part(Octaves(high, low, input.parts)) for high, low in pairs]
-        high = keep_layout(torch.cat([part.high for part in parts]), input.high)
-        low = keep_layout(torch.cat([part.low for part in parts]), input.low)
+        high, low = (keep_layout(torch.cat(maps), x) for maps, x in zip(zip(*parts, strict=True), input, strict=True))
         return Octaves(high, low, input.parts)
 
 
 class FrozenBatchNorm(_BatchNorm):
-    """Batch norm that stays as it is: never in training mode, its weight and bias without gradients.
-
-    Shape:
-        Input and output: (B, C, ...) or Octaves of that shape.
-    """
+    """Batch norm of (B, C, ...) that never trains: in evaluation mode, its weight and bias without gradients."""
 
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
 
@@ -150,66 +122,47 @@ class FrozenBatchNorm(_BatchNorm):
         return super().train(False)
 
 
-_KINDS: dict[str, type[_BatchNorm] | None] = {
-    "batch": None,
-    "sync": SyncedBatchNorm,
-    "sub": SubBatchNorm,
-    "frozen": FrozenBatchNorm,
-}
+_KINDS: dict[str, type[_BatchNorm]] = {"sync": SyncedBatchNorm, "sub": SubBatchNorm, "frozen": FrozenBatchNorm}
 
 
-def normalize(model: Network, kind: Kind, splits: int = 1) -> Network:
-    """Exchanges every batch norm of a network, in place; names, weights, statistics and state_dict stay.
-
-    Calling it again with another kind exchanges them again.
+def normalize(model: Network, kind: Kind, splits: int = 1, clips_per_part: int | None = None) -> Network:
+    """Replaces every batch norm of a network, in place, as often as you like; names, weights and statistics stay.
 
     Args:
         model: any network; a batch norm is an nn.BatchNorm1d, 2d, 3d or nn.SyncBatchNorm.
         kind: "batch" for the batch norms that the network came with; "sync" for statistics of all processes' batches;
-            "sub" for those of parts of a batch (`SubBatchNorm`); "frozen" for no training at all.
-        splits: of a batch, for "sub"; to change it later, set the modules' attribute.
-
-    Returns:
-        The same network.
+            "sub" for those of parts of a batch; "frozen" for no training at all.
+        splits: number of parts of a batch, for "sub"; see `SubBatchNorm`, as for `clips_per_part`.
 
     Raises:
-        ValueError: an unknown kind; splits below 1, or above 1 for another kind than "sub"; a batch norm that
-            normalises in its own way, or one to be frozen that has no running statistics.
+        ValueError: an unknown kind; splits below 1, or above 1 for another; a batch norm that normalises in its own
+            way, or one to be frozen that has no running statistics.
     """
-    if kind not in _KINDS:
+    if kind not in get_args(Kind):
         raise UserError(f"the normalization must be one of {', '.join(get_args(Kind))}, got {kind!r}")
-    if splits < 1 or (splits > 1 and kind != "sub"):
-        raise UserError(f'splits must be at least 1, and 1 for another kind than "sub", got {splits} for "{kind}"')
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    own = (SyncedBatchNorm, SubBatchNorm, FrozenBatchNorm)
-    for name, module in norms.items():  # before anything changes
-        known = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-        if not isinstance(module, own) and type(module).forward not in known:
-            raise UserError(
-                f"{name or 'the model'} is a {type(module).__name__}, which normalises in its own way and cannot be "
-                "exchanged"
-            )
-        if kind == "frozen" and module.running_mean is None:
-            raise UserError(f"{name or 'the model'} has no running statistics, so it cannot be frozen")
-    for module in norms.values():
-        _exchange(module, _KINDS[kind], splits)
+    for name, value in (("splits", splits), ("clips_per_part", clips_per_part)):
+        if value is not None and (value < 1 or (value > 1 and kind != "sub")):
+            raise UserError(f'{name} must be at least 1, and 1 for another kind than "sub", got {value} for "{kind}"')
+    norms = [(name or "the model", norm) for name, norm in model.named_modules() if isinstance(norm, _BatchNorm)]
+    for name, norm in norms:  # before anything changes
+        if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SubBatchNorm.forward):
+            what = f"{name} is a {type(norm).__name__}"
+            raise UserError(f"{what}, which normalises in its own way and cannot be replaced")
+        if kind == "frozen" and norm.running_mean is None:
+            raise UserError(f"{name} has no running statistics, so it cannot be frozen")
+    for _, norm in norms:
+        state: dict[str, Any] = norm.__dict__
+        for attribute in ("splits", "clips_per_part"):
+            state.pop(attribute, None)
+        if kind == "frozen" and not isinstance(norm, FrozenBatchNorm):
+            state["_trained"] = [parameter.requires_grad for parameter in norm.parameters()]
+            state["_thawed_mode"], norm.training = norm.training, False
+            norm.requires_grad_(False)
+        elif kind != "frozen" and isinstance(norm, FrozenBatchNorm):
+            norm.training = state.pop("_thawed_mode")
+            for parameter, trained in zip(norm.parameters(), state.pop("_trained"), strict=True):
+                parameter.requires_grad = trained
+        swap_class(norm, _KINDS.get(kind, original_class(norm)))
+        if isinstance(norm, SubBatchNorm):
+            norm.splits, norm.clips_per_part = splits, clips_per_part
     return model
-
-
-def _exchange(module: Any, kind: type[_BatchNorm] | None, splits: int) -> None:
-    if isinstance(module, FrozenBatchNorm) and kind is not FrozenBatchNorm:
-        module.training = module.__dict__.pop("_thawed_mode")
-        for parameter, trained in zip(module.parameters(), module.__dict__.pop("_trained"), strict=True):
-            parameter.requires_grad = trained
-    elif kind is FrozenBatchNorm and not isinstance(module, FrozenBatchNorm):
-        module._trained = [parameter.requires_grad for parameter in module.parameters()]
-        module._thawed_mode = module.training
-        module.requires_grad_(False)
-        module.training = False
-    module.__dict__.pop("splits", None)
-    vanilla = module.__dict__.pop("_vanilla_norm", type(module))
-    if kind is not None:
-        module._vanilla_norm = vanilla
-    if kind is SubBatchNorm:
-        module.splits = splits
-    module.__class__ = kind or vanilla

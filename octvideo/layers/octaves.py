@@ -3,59 +3,25 @@
 from __future__ import annotations
 
 import functools
-import sys
-import types
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
 from octvideo.errors import UserError
-from octvideo.layers.resampling import average_pool, upsample
+from octvideo.layers.parts import Parts, join_by_parts, join_pieces, split_by_parts
+from octvideo.layers.resampling import average_pool, factors_between, halved, upsample
 
-Parts = tuple[tuple[int, int], ...]
+Function = Callable[..., Any]
 WAY_OUT = (
     "call .merge() on them first for the vanilla tensor; in a network that octavize changed, keep the convolutions "
     "that lead there at alpha 0, by skip=... or {regex: 0}"
 )
-
-
-def split_by_parts(x: Tensor, parts: Parts, dim: int) -> tuple[Tensor, Tensor]:
-    """Splits what is per channel, in the vanilla order, into the high channels' and the low channels' share."""
-    if len(parts) == 1:
-        high, low = x.split(parts[0], dim)
-        return high, low
-    if len(set(parts)) == 1:  # pieces of equal size, as a grouped convolution makes them: no loop over them
-        high, low = x.unflatten(dim, (len(parts), sum(parts[0]))).split(parts[0], dim + 1)
-        return high.flatten(dim, dim + 1), low.flatten(dim, dim + 1)
-    pieces = x.split([size for part in parts for size in part], dim)
-    return torch.cat(pieces[0::2], dim), torch.cat(pieces[1::2], dim)
-
-
-def join_by_parts(high: Tensor, low: Tensor, parts: Parts, dim: int) -> Tensor:
-    """Undoes `split_by_parts`: the vanilla order of channels."""
-    if len(parts) == 1:
-        return torch.cat((high, low), dim)
-    if len(set(parts)) == 1:
-        pieces = [x.unflatten(dim, (len(parts), part)) for x, part in zip((high, low), parts[0], strict=True)]
-        return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
-    highs = high.split([part[0] for part in parts], dim)
-    lows = low.split([part[1] for part in parts], dim)
-    return torch.cat([piece for pair in zip(highs, lows, strict=True) for piece in pair], dim)
-
-
-def join_pieces(parts: Iterable[tuple[int, int]]) -> Parts:
-    """Merges neighbouring pieces of one kind, so that equal orders of channels have equal parts."""
-    joined: list[tuple[int, int]] = []
-    for high, low in parts:
-        if joined and (joined[-1][1] == 0 or high == 0):
-            joined[-1] = (joined[-1][0] + high, joined[-1][1] + low)
-        elif high or low or not joined:
-            joined.append((high, low))
-    return tuple(joined)
 
 
 class _Maps(NamedTuple):
@@ -66,17 +32,16 @@ class _Maps(NamedTuple):
 class Octaves(_Maps):
     """A feature map in two octaves: some channels at full resolution, the others at half.
 
-    It answers `shape`, `size()`, `dim()`, `ndim`, `dtype` and `device` as the vanilla Tensor would, and ordinary
-    modules (batch norm, activations, dropout, pooling, `+`, `torch.cat`, global pooling) apply to it unchanged, in any
-    spelling: `torch.relu(x)`, `F.relu(x)`, `x.relu()`, `x.relu_()`. What has no defined meaning on two resolutions
-    raises TypeError; `merge()` gives the vanilla-shaped Tensor. Section 3.1 of Chen et al., ICCV 2019.
+    `shape`, `size()`, `dim()`, `ndim`, `dtype` and `device` are the vanilla Tensor's, and ordinary modules (batch norm,
+    activations, dropout, pooling, `+`, `torch.cat`, global pooling) apply unchanged, in any spelling: `torch.relu(x)`,
+    `F.relu(x)`, `x.relu()`, `x.relu_()`. A function that has no meaning on two resolutions raises TypeError; `merge()`
+    gives the vanilla-shaped Tensor. Section 3.1 of Chen et al., ICCV 2019.
 
     Args:
         high: (B, C_high, T, H, W) or (B, C_high, H, W).
         low: the same with C_low channels; H and W halved and rounded up, for a temporal layer T too.
-        parts: (high, low) channel counts of the pieces that this map consists of: what was concatenated, or the groups
-            of a convolution. The vanilla network would hold piece 1's high, piece 1's low, piece 2's high ... in this
-            order, and weights are read in it. Default: one piece.
+        parts: (high, low) channels of each piece that was concatenated, or of each group of a convolution. Weights are
+            read in the vanilla order: piece 1's high channels, piece 1's low ones, piece 2's ... Default: one piece.
     """
 
     parts: Parts
@@ -87,7 +52,7 @@ class Octaves(_Maps):
     def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None) -> Octaves:  # noqa: D102
         if parts is None:
             parts = cls._own_parts or ((high.shape[1], low.shape[1]),)
-        else:
+        elif len(parts) > 1:
             parts = join_pieces(parts)
         kind = _class_of_parts(parts) if len(parts) > 1 and not torch.compiler.is_compiling() else Octaves
         self = super().__new__(kind, high, low)
@@ -99,8 +64,9 @@ class Octaves(_Maps):
 
     @property
     def shape(self) -> torch.Size:
-        """The vanilla tensor's: all channels, the high map's extent."""
-        return torch.Size((self.high.shape[0], self.high.shape[1] + self.low.shape[1], *self.high.shape[2:]))
+        """All channels, at the high map's size."""
+        batch, channels, *extent = self.high.shape
+        return torch.Size((batch, channels + self.low.shape[1], *extent))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """`shape`, or one entry of it."""
@@ -110,10 +76,7 @@ class Octaves(_Maps):
         """Number of dimensions: 5 for clips, 4 for images."""
         return self.high.dim()
 
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions: 5 for clips, 4 for images."""
-        return self.high.dim()
+    ndim = property(dim)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,9 +95,8 @@ class Octaves(_Maps):
 
     @property
     def factors(self) -> tuple[int, ...]:
-        """What each dimension after the channels was divided by in the low map: 1 or 2."""
-        extents = zip(self.high.shape[2:], self.low.shape[2:], strict=True)
-        return tuple(1 if high == low else 2 for high, low in extents)
+        """By what each dimension after the channels is divided in the low map: 1 or 2."""
+        return factors_between(self.high.shape[2:], self.low.shape[2:])
 
     def merge(self) -> Tensor:
         """The vanilla-shaped Tensor: the low map upsampled, and the channels in the vanilla order."""
@@ -142,56 +104,35 @@ class Octaves(_Maps):
 
     @classmethod
     def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        cls, func: Function, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        refuse_reentrant_checkpoint()
-        if func in _SPECIAL:
-            return _SPECIAL[func](func, *args, **kwargs)
-        if func in _ELEMENTWISE:
-            return _elementwise(func, args, kwargs)
-        octaves = _octaves_among((args, kwargs))
-        if all(set(x.factors) == {1} for x in octaves):  # maps of one cell: the vanilla tensor without any upsampling
-            return _on_merged(func, args, kwargs)
-        name = getattr(func, "__name__", str(func))
-        raise TypeError(
-            f"{name} is not defined on octave features of shape {[tuple(x.shape) for x in octaves]}: {WAY_OUT}"
-        )
+        return _apply(func, *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Any:
         """A Tensor's method, as if it were called on the vanilla tensor."""
         method = getattr(Tensor, name, None)
-        if name.startswith("__") or not callable(method):
-            raise AttributeError(
-                f"octave features have no attribute {name!r}: take it from .high, .low or .merge(), the vanilla tensor"
-            )
-        return functools.partial(_call_method, method, self)
+        if callable(method) and not name.startswith("__"):
+            return functools.partial(_apply, method, self)
+        raise AttributeError(
+            f"octave features have no attribute {name!r}: take it from .high, .low or .merge(), the vanilla tensor"
+        )
 
     def __getitem__(self, index: Any) -> Octaves:  # type: ignore[override]
-        """A slice, a list or a 1-D Tensor of numbers or of truth values chooses clips of the batch."""
+        """A slice, a list or a 1-D Tensor, of indices or of truth values, chooses clips of the batch."""
         if isinstance(index, (slice, list)) or (isinstance(index, Tensor) and index.dim() == 1):
             return Octaves(self.high[index], self.low[index], self.parts)
         raise TypeError(
-            f"octave features of shape {tuple(self.shape)} cannot be indexed by {index!r}: a slice or list of numbers "
+            f"octave features of shape {tuple(self.shape)} cannot be indexed by {index!r}: a slice or list of indices "
             f"chooses clips of the batch; for others take .high or .low, or {WAY_OUT}"
         )
 
     def __bool__(self) -> bool:
-        raise TypeError(
-            f"octave features of shape {tuple(self.shape)} are neither true nor false, as a Tensor is neither"
-        )
+        raise TypeError(f"octave features of shape {tuple(self.shape)} are neither true nor false")
 
 
 @functools.cache
 def _class_of_parts(parts: Parts) -> type[Octaves]:
-    """Octaves of several pieces, which know them by their class.
-
-    Backward hooks, FSDP and others rebuild a named tuple as type(x)(*x), where an attribute alone would be lost.
-    """
+    """Octaves that know their pieces by their class: backward hooks, FSDP and others rebuild x as type(x)(*x)."""
     kind = type("Octaves", (Octaves,), {"_own_parts": parts, "__doc__": Octaves.__doc__})
     _register(kind)
     return kind
@@ -199,15 +140,10 @@ def _class_of_parts(parts: Parts) -> type[Octaves]:
 
 def _register(kind: type[Octaves]) -> None:
     """Callers that walk nested values (checkpointing, export) must see two tensors, and keep the parts."""
-
-    def unflatten(maps: Iterable[Tensor], parts: Parts) -> Octaves:
-        high, low = maps
-        return Octaves(high, low, parts)
-
-    torch.utils._pytree.register_pytree_node(
+    register_pytree_node(
         kind,
         lambda x: ([x.high, x.low], x.parts),
-        unflatten,
+        lambda maps, parts: Octaves(*maps, parts),  # type: ignore[call-arg]
         serialized_type_name=f"octvideo.Octaves{kind._own_parts or ''}",
         to_dumpable_context=lambda parts: [list(part) for part in parts],
         from_dumpable_context=lambda parts: tuple((high, low) for high, low in parts),
@@ -217,47 +153,55 @@ def _register(kind: type[Octaves]) -> None:
 _register(Octaves)
 
 
-def refuse_reentrant_checkpoint() -> None:
-    """Raises RuntimeError inside a reentrant torch.utils.checkpoint, which sees no gradients in nested values.
-
-    It runs its function without gradients first, so only then the callers are looked through.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            raise RuntimeError(
-                "torch.utils.checkpoint(..., use_reentrant=True) would lose the gradients of octave features without "
-                "a word: pass use_reentrant=False"
-            )
-        frame = frame.f_back
-
-
-def _call_method(method: Callable[..., Any], x: Octaves, *args: Any, **kwargs: Any) -> Any:
-    return Octaves.__torch_function__(method, (Octaves,), (x, *args), kwargs)
+def _is_octaves(value: Any) -> bool:
+    return isinstance(value, Octaves)
 
 
 def _octaves_among(values: Any) -> list[Octaves]:
     """All Octaves in nested arguments."""
-    leaves = torch.utils._pytree.tree_leaves(values, is_leaf=lambda value: isinstance(value, Octaves))
-    return [value for value in leaves if isinstance(value, Octaves)]
+    return [leaf for leaf in tree_leaves(values, is_leaf=_is_octaves) if isinstance(leaf, Octaves)]
 
 
-def _on_merged(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _on_merged(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Applies a function to the vanilla tensors of all Octaves in its arguments."""
-    args, kwargs = torch.utils._pytree.tree_map(
-        lambda value: value.merge() if isinstance(value, Octaves) else value,
-        (args, kwargs),
-        is_leaf=lambda value: isinstance(value, Octaves),
-    )
+    args, kwargs = tree_map_only(Octaves, Octaves.merge, (args, kwargs), is_leaf=_is_octaves)
     return func(*args, **kwargs)
 
 
-def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
-    """What the high and the low map of `x` each meet when `x` meets `value` in an elementwise function.
+def _apply(func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Applies a torch function to arguments of which some are Octaves."""
+    if func in _SPECIAL:
+        return _SPECIAL[func](func, *args, **kwargs)
+    if func in _ELEMENTWISE:
+        return _elementwise(func, *args, **kwargs)
+    octaves = _octaves_among((args, kwargs))
+    if all(set(x.factors) == {1} for x in octaves):  # maps of one position: the vanilla tensor, nothing upsampled
+        return _on_merged(func, *args, **kwargs)
+    name, shapes = getattr(func, "__name__", str(func)), [tuple(x.shape) for x in octaves]
+    raise TypeError(f"{name} is not defined on octave features of shape {shapes}: {WAY_OUT}")
 
-    A Tensor broadcasts against the vanilla shape. Its last channels, where they are full-size, are pooled.
+
+_checkpoint_forward: Function = CheckpointFunction.forward
+
+
+def _refuse_octaves(ctx: Any, run_function: Function, preserve_rng_state: bool, *args: Any) -> Any:
+    """The forward pass of reentrant checkpointing, which takes gradients from and to plain Tensors alone."""
+    outputs = _checkpoint_forward(ctx, run_function, preserve_rng_state, *args)
+    if not torch.is_inference_mode_enabled() and _octaves_among((args, outputs)):
+        raise RuntimeError(
+            "torch.utils.checkpoint(..., use_reentrant=True) would silently lose the gradients of octave features: "
+            "pass use_reentrant=False"
+        )
+    return outputs
+
+
+CheckpointFunction.forward = staticmethod(_refuse_octaves)  # type: ignore[method-assign, assignment]
+
+
+def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
+    """What each map of `x` meets in an elementwise function of `x` and `value`.
+
+    A Tensor broadcasts against the vanilla shape; where its last channels are full-size, they are pooled.
     """
     if isinstance(value, Octaves):
         gate = set(value.factors) == {1}  # one number a channel (or frame): each map takes its share
@@ -271,14 +215,8 @@ def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
         value = value.merge()
     if not isinstance(value, Tensor) or (value.numel() == 1 and value.dim() <= x.dim()):
         return value, value
-    channels, extent = x.shape[1], tuple(x.shape[2:])
-    while value.dim() < x.dim():
-        value = value[None]
-    if (
-        value.dim() > x.dim()
-        or value.shape[1] not in (1, channels)
-        or any(have not in (1, want) for have, want in zip(value.shape[2:], extent, strict=True))
-    ):
+    value = value[(None,) * (x.dim() - value.dim())]
+    if value.dim() > x.dim() or any(n not in (1, want) for n, want in zip(value.shape[1:], x.shape[1:], strict=False)):
         raise UserError(f"a Tensor of shape {tuple(value.shape)} meets octave features of shape {tuple(x.shape)}")
     high, low = (value, value) if value.shape[1] == 1 else split_by_parts(value, x.parts, 1)
     factors = [1 if size == 1 else factor for size, factor in zip(value.shape[2:], x.factors, strict=True)]
@@ -287,210 +225,147 @@ def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
     return high, average_pool(low, factors)
 
 
-def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Applies a function of single cells to each map."""
+def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Applies a function of single positions to each map; `tensor += octaves` gives the name a new sum."""
+    func = _AUGMENTED.get(func, func)
     values = (*args, *kwargs.values())
     octaves = [value for value in values if isinstance(value, Octaves)]
     x = next((value for value in octaves if set(value.factors) != {1}), octaves[0])  # the others may be gates
-    first = args[0] if args else kwargs["input"]
     if set(x.factors) == {1} and any(
         isinstance(value, Tensor) and value.dim() == x.dim() and value.shape[2:].numel() > x.shape[2:].numel()
         for value in values
-    ):  # gates of one cell that meet a plain Tensor: what comes out is plain
-        return _on_merged(func, args, kwargs)
-    if func in _IN_PLACE and not isinstance(first, Octaves):
+    ):  # gates of one position that meet a plain Tensor: the result is plain
+        return _on_merged(func, *args, **kwargs)
+    if func in _IN_PLACE and not isinstance(args[0] if args else kwargs["input"], Octaves):
         raise TypeError(f"{func.__name__} cannot write octave features of shape {tuple(x.shape)} into a Tensor")
-    pairs = [_maps_beside(value, x) for value in args]
-    named = {key: _maps_beside(value, x) for key, value in kwargs.items()}
+    highs, lows = zip(*(_maps_beside(value, x) for value in values), strict=True)
     high, low = (
-        func(*(pair[map_] for pair in pairs), **{key: pair[map_] for key, pair in named.items()}) for map_ in (0, 1)
+        func(*maps[: len(args)], **dict(zip(kwargs, maps[len(args) :], strict=True))) for maps in (highs, lows)
     )
     return Octaves(high, low, x.parts)
 
 
-def _expand_as(func: Callable[..., Any], gate: Tensor | Octaves, other: Tensor | Octaves) -> Octaves | Tensor:
-    """A gate spread over all cells, as squeeze-and-excitation blocks do before they multiply."""
-    if not isinstance(other, Octaves):
-        return gate.merge().expand_as(other)  # type: ignore[union-attr]
-    high, low = _maps_beside(gate, other)
-    return Octaves(high.expand_as(other.high), low.expand_as(other.low), other.parts)
-
-
-def _augmented(func: Callable[..., Any], first: Any, other: Any) -> Octaves:
-    """`tensor += octaves`: the name takes the sum, as the Tensor itself cannot hold it."""
-    return _elementwise(_AUGMENTED[func], (first, other), {})
-
-
-def _new_tensor(func: Callable[..., Any], input: Octaves, *args: Any, **kwargs: Any) -> Tensor:
+def _new_tensor(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
     """A new Tensor of the features' type and device, whatever its shape."""
-    return func(input.high, *args, **kwargs)  # type: ignore[no-any-return]
+    return func(input.high, *args, **kwargs)
 
 
-def _prelu(func: Callable[..., Any], input: Octaves, weight: Tensor) -> Octaves:
+def _prelu(func: Function, input: Octaves, weight: Tensor) -> Octaves:
     """PReLU: one slope, or one a channel."""
-    slopes = (weight, weight) if weight.numel() == 1 else split_by_parts(weight, input.parts, 0)
-    high, low = (func(x, slope) for x, slope in zip(input, slopes, strict=True))
-    return Octaves(high, low, input.parts)
+    high, low = (weight, weight) if weight.numel() == 1 else split_by_parts(weight, input.parts, 0)
+    return Octaves(func(input.high, high), func(input.low, low), input.parts)
 
 
-def _with_channels(apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Applies a pool also to a map without channels, which torch's pools refuse."""
-    return apply(x) if x.shape[1] else apply(x.new_zeros((x.shape[0], 1, *x.shape[2:])))[:, :0]
+def _on_no_channels(func: Function) -> Function:
+    """A pool that also takes a map without channels, which torch's pools refuse."""
+
+    def pool(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.shape[1]:
+            return func(x, *args, **kwargs)
+        return func(x.new_zeros((x.shape[0], 1, *x.shape[2:])), *args, **kwargs)[:, :0]
+
+    return pool
 
 
 def _sizes(value: Any, count: int) -> tuple[int, ...]:
     return (value,) * count if isinstance(value, int) else tuple(value)
 
 
-def _per_map(
-    input: Octaves,
-    apply: Callable[[Tensor, bool], Tensor],
-    ceil_mode: bool,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any = 1,
-) -> Octaves:
-    """Pools each map; where the low one would come out smaller than it has to, its last cell is repeated at the border.
+def _pool(names: tuple[str, ...], func: Function, input: Octaves, kernel_size: Any, *args: Any, **named: Any) -> Any:
+    """Pools each map, and repeats the border of the low one where it would come out too small.
 
-    14 cells become 7 by a pool of 2, so 7 low ones have to become 4: the last window is the last cell.
-
-    Args:
-        input: the features.
-        apply: the pool, of a map and whether sizes are rounded up.
-        ceil_mode: whether the vanilla pool rounds sizes up.
-        kernel_size: the pool's, as its stride, padding and dilation.
+    A pool of 2 takes 14 positions to 7, so 7 low ones must become 4: the last window is the last position. `names` are
+    those of the pool's arguments after the kernel's size. An average over all that was halved is a global pool.
     """
-    high = _with_channels(lambda x: apply(x, ceil_mode), input.high)
-    axes = input.dim() - 2
-    kernels, paddings, dilations = (_sizes(value, axes) for value in (kernel_size, padding, dilation))
-    strides = kernels if stride is None else _sizes(stride, axes)
-    missing = []
-    for axis, factor in enumerate(input.factors):
-        have, want = input.low.shape[axis + 2], -(-high.shape[axis + 2] // factor)
-        reach = dilations[axis] * (kernels[axis] - 1) + 1 - 2 * paddings[axis]
-        needed = (want - 1) * strides[axis] + reach
-        starts_inside = (want - 1) * strides[axis] - paddings[axis] < have
-        if (needed > have and (strides[axis] == 1 or not starts_inside)) or needed + strides[axis] <= have:
-            raise UserError(
-                f"this window takes the high map of {tuple(input.high.shape[2:])} cells to {tuple(high.shape[2:])}, "
-                f"which the low map of {tuple(input.low.shape[2:])} cells cannot match; {WAY_OUT}"
-            )
-        missing.append(max(0, needed - have))
-
-    def pool_low(x: Tensor) -> Tensor:
-        border = [amount for cells in reversed(missing) for amount in (0, cells)]
-        return apply(F.pad(x, border, mode="replicate") if any(missing) else x, False)
-
-    return Octaves(high, _with_channels(pool_low, input.low), input.parts)
-
-
-def _max_window(
-    func: Callable[..., Any],
-    input: Octaves,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> Octaves:
-    """A max pool of each map; torch calls another function for `return_indices` True."""
-
-    def pool(x: Tensor, up: bool) -> Tensor:
-        return func(x, kernel_size, stride, padding, dilation, up)  # type: ignore[no-any-return]
-
-    return _per_map(input, pool, ceil_mode, kernel_size, stride, padding, dilation)
-
-
-def _average_window(
-    func: Callable[..., Any],
-    input: Octaves,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> Octaves | Tensor:
-    """An average pool of each map; a window over all that was halved is a global pool."""
-    extent = tuple(input.shape[2:])
-    window = _sizes(kernel_size, len(extent))
-    strides = window if stride is None else _sizes(stride, len(extent))
-    halved = [axis for axis, factor in enumerate(input.factors) if factor == 2]
-    whole = halved and all(window[axis] == extent[axis] for axis in halved)
-    if whole and set(_sizes(padding, len(extent))) == {0}:
-        if divisor_override is not None:
+    given = dict(zip(names, args, strict=False)) | named
+    given.pop("return_indices", None)  # always False: torch calls another function for True
+    up, stride = given.pop("ceil_mode", False), given.get("stride")
+    axes = range(input.dim() - 2)
+    numbers = (
+        kernel_size,
+        kernel_size if stride is None else stride,
+        given.get("padding", 0),
+        given.get("dilation", 1),
+    )
+    kernels, strides, paddings, dilations = (_sizes(number, len(axes)) for number in numbers)
+    pool = _on_no_channels(functools.partial(func, **given))
+    whole = [axis for axis in axes if input.factors[axis] == 2 and kernels[axis] == input.high.shape[axis + 2]]
+    if "divisor_override" in names and 0 < input.factors.count(2) == len(whole) and not any(paddings):
+        if given.get("divisor_override") is not None:
             raise TypeError(f"{func.__name__} with a divisor of its own over all of octave features; {WAY_OUT}")
+        windows = ([x.shape[axis + 2] if axis in whole else kernels[axis] for axis in axes] for x in input)
+        high, low = (pool(x, window, ceil_mode=up) for x, window in zip(input, windows, strict=True))
+        return join_by_parts(high, low, input.parts, 1)
 
-        def average(x: Tensor) -> Tensor:
-            sizes = [x.shape[axis + 2] if axis in halved else window[axis] for axis in range(len(window))]
-            return func(x, sizes, strides, 0, ceil_mode)  # type: ignore[no-any-return]
+    high = pool(input.high, kernel_size, ceil_mode=up)
+    border: list[int] = []
+    for axis, want in enumerate(halved(high.shape[2:], input.factors)):
+        have, step, start = input.low.shape[axis + 2], strides[axis], (want - 1) * strides[axis] - paddings[axis]
+        needed = start + dilations[axis] * (kernels[axis] - 1) + 1 - paddings[axis]
+        if (needed > have and (step == 1 or start >= have)) or needed + step <= have:
+            raise _mismatch("this window", input, high)
+        border = [0, max(0, needed - have), *border]
 
-        return join_by_parts(_with_channels(average, input.high), _with_channels(average, input.low), input.parts, 1)
+    def pool_low(x: Tensor) -> Any:
+        return func(F.pad(x, border, mode="replicate") if any(border) else x, kernel_size, **given)
 
-    def pool(x: Tensor, up: bool) -> Tensor:
-        return func(x, kernel_size, stride, padding, up, count_include_pad, divisor_override)  # type: ignore[no-any-return]
-
-    return _per_map(input, pool, ceil_mode, kernel_size, stride, padding)
+    return Octaves(high, _on_no_channels(pool_low)(input.low), input.parts)
 
 
-def _adaptive(func: Callable[..., Any], input: Octaves, output_size: Any, return_indices: bool = False) -> Tensor:
-    """Adaptive pooling of all that was halved to one cell: a Tensor with all channels.
+def _mismatch(what: str, input: Octaves, high: Tensor) -> UserError:
+    return UserError(
+        f"{what} takes the high map from size {tuple(input.high.shape[2:])} to {tuple(high.shape[2:])}, which the low "
+        f"map of size {tuple(input.low.shape[2:])} cannot match; {WAY_OUT}"
+    )
 
-    `return_indices` is always False: torch calls another function for True.
-    """
-    sizes = (output_size,) * (input.dim() - 2) if isinstance(output_size, int) else tuple(output_size)
+
+def _adaptive(func: Function, input: Octaves, output_size: Any, return_indices: bool = False) -> Tensor:
+    """Adaptive pooling of all that was halved to one position: a Tensor with all channels."""
+    sizes = _sizes(output_size, input.dim() - 2)
     if any(size != 1 for size, factor in zip(sizes, input.factors, strict=True) if factor == 2):
         raise TypeError(
             f"{func.__name__} of octave features of shape {tuple(input.shape)} to {output_size}: "
-            f"only 1 cell is defined; {WAY_OUT}"
+            f"only size 1 is defined; {WAY_OUT}"
         )
-    high, low = (_with_channels(lambda x: func(x, sizes), map_) for map_ in input)
+    high, low = (_on_no_channels(func)(x, sizes) for x in input)
     return join_by_parts(high, low, input.parts, 1)
 
 
 def _interpolate(
-    func: Callable[..., Any], input: Octaves, size: Any = None, scale_factor: Any = None, **kwargs: Any
+    func: Function, input: Octaves, size: Any = None, scale_factor: Any = None, **kwargs: Any
 ) -> Octaves | Tensor:
     """Resizes each map: to a size (the low one to half of it, rounded up), or by a factor."""
-    if set(input.factors) == {1}:  # one cell: nothing says which dimensions of the result would be halved
+    if set(input.factors) == {1}:  # nothing says which dimensions of the result would be halved
         return func(input.merge(), size, scale_factor, **kwargs)  # type: ignore[no-any-return]
-    high = _with_channels(lambda x: func(x, size, scale_factor, **kwargs), input.high)
-    half = [-(-cells // factor) for cells, factor in zip(high.shape[2:], input.factors, strict=True)]
+    resize = _on_no_channels(func)
+    high = resize(input.high, size, scale_factor, **kwargs)
+    half = halved(high.shape[2:], input.factors)
     if size is not None:
-        return Octaves(high, _with_channels(lambda x: func(x, half, None, **kwargs), input.low), input.parts)
-    low = _with_channels(lambda x: func(x, None, scale_factor, **kwargs), input.low)
+        return Octaves(high, resize(input.low, half, None, **kwargs), input.parts)
+    low = resize(input.low, None, scale_factor, **kwargs)
     if any(have < want for have, want in zip(low.shape[2:], half, strict=True)):
-        raise UserError(
-            f"scale factor {scale_factor} takes the high map of {tuple(input.high.shape[2:])} cells to "
-            f"{tuple(high.shape[2:])}, which the low map of {tuple(input.low.shape[2:])} cells cannot match; {WAY_OUT}"
-        )
-    for dim, cells in enumerate(half, 2):  # 4 cells for 7 become 8 for 14, of which 7 are needed
-        low = low.narrow(dim, 0, cells)
+        raise _mismatch(f"scale factor {scale_factor}", input, high)
+    for dim, n in enumerate(half, 2):  # 4 positions for 7 become 8 for 14, which needs 7
+        low = low.narrow(dim, 0, n)
     return Octaves(high, low, input.parts)
 
 
 def _reduce(
-    func: Callable[..., Any],
-    input: Octaves,
-    dim: int | Sequence[int] | None = None,
-    keepdim: bool = False,
-    **kwargs: Any,
+    func: Function, input: Octaves, dim: int | Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any
 ) -> Tensor:
     """The mean or maximum of each map over all that was halved, then all channels in the vanilla order."""
     dims = {d % input.dim() for d in ((dim,) if isinstance(dim, int) else dim or ())}
-    halved = {axis + 2 for axis, factor in enumerate(input.factors) if factor == 2}
-    if not dims >= halved or 1 in dims or not dims:
+    halved_dims = {axis + 2 for axis, factor in enumerate(input.factors) if factor == 2}
+    if not dims >= halved_dims or 1 in dims or not dims:
         raise TypeError(
             f"{func.__name__} over dimensions {dim} of octave features of shape {tuple(input.shape)} is not defined: "
-            f"it must take in all of {sorted(halved)} and not the channels; {WAY_OUT}"
+            f"it must take in all of {sorted(halved_dims)} and not the channels; {WAY_OUT}"
         )
     high, low = (func(x, sorted(dims), keepdim, **kwargs) for x in input)
     return join_by_parts(high, low, input.parts, 1 if keepdim or 0 not in dims else 0)
 
 
-def _cat(func: Callable[..., Any], tensors: Sequence[Tensor | Octaves], dim: int = 0) -> Octaves:
+def _cat(func: Function, tensors: Sequence[Tensor | Octaves], dim: int = 0) -> Octaves:
     """Concatenation of channels, each kind with its own; a Tensor counts as a map without low channels."""
     octaves = [x for x in tensors if isinstance(x, Octaves)]
     if dim % octaves[0].dim() != 1:
@@ -504,93 +379,66 @@ def _cat(func: Callable[..., Any], tensors: Sequence[Tensor | Octaves], dim: int
     return Octaves(high, torch.cat([x.low for x in octaves], 1), tuple(parts))
 
 
-def _normalize(func: Callable[..., Any], input: Octaves, *args: Any, **kwargs: Any) -> Octaves:
-    """Batch and instance norm: each map with its share of the per-channel parameters and statistics."""
-    names = ("running_mean", "running_var", "weight", "bias")
-    per_channel = dict(zip(names, args, strict=False)) | {key: kwargs.get(key) for key in names if key in kwargs}
-    rest = {key: value for key, value in kwargs.items() if key not in names}
-    shares: dict[str, tuple[Tensor, ...]] = {
-        key: split_by_parts(value, input.parts, 0) for key, value in per_channel.items() if value is not None
-    }
-    statistics = [key for key in names[:2] if key in shares]
-    copied = len(input.parts) > 1  # else the shares are views, updated in place
-    if copied:
-        shares |= {key: tuple(share.clone() for share in shares[key]) for key in statistics}
+def normalize_maps(
+    func: Function,
+    input: Octaves,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Octaves:
+    """Batch or instance norm: each map with its share of the per-channel parameters and statistics."""
+    parameters = (running_mean, running_var, weight, bias)
+    shares: list[Any] = [(None, None) if x is None else split_by_parts(x, input.parts, 0) for x in parameters]
     maps = []
     for map_, x in enumerate(input):
-        arguments = (shares[key][map_] if key in shares else None for key in names)
         try:
-            maps.append(func(x, *arguments, *args[len(names) :], **rest) if x.shape[1] else x)
+            maps.append(func(x, *(share[map_] for share in shares), *args, **kwargs) if x.shape[1] else x)
         except ValueError as error:  # of one value a channel, which a small low map has in training before others do
             raise UserError(
-                f"octave features of {tuple(input.high.shape[2:])} and {tuple(input.low.shape[2:])} cells: {error}; "
+                f"octave features of size {tuple(input.high.shape[2:])} and {tuple(input.low.shape[2:])}: {error}; "
                 "take larger batches or crops, or alpha 0 here"
             ) from error
-    high, low = maps
-    if copied:
+    if len(input.parts) > 1:  # else the shares are views, updated in place
         with torch.no_grad():
-            for key in statistics:
-                high_share, low_share = shares[key]
-                per_channel[key].copy_(join_by_parts(high_share, low_share, input.parts, 0))
-    return Octaves(high, low, input.parts)
+            for statistic, (high, low) in zip(parameters[:2], shares[:2], strict=True):
+                if statistic is not None:
+                    statistic.copy_(join_by_parts(high, low, input.parts, 0))
+    return Octaves(maps[0], maps[1], input.parts)
 
 
-def _named(names: str) -> set[Callable[..., Any]]:
+def _operator(func: Function, reflected: bool = False) -> Function:
+    def operate(self: Octaves, *other: Any) -> Any:
+        return _elementwise(func, *other, self) if reflected else _elementwise(func, self, *other)
+
+    return operate
+
+
+# A tuple's own + and * would concatenate and repeat, and its == would compare the two maps as values.
+_BINARY = ("add", "sub", "mul", "truediv", "pow")
+for _name in (*_BINARY, "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "iadd", "isub", "imul", "itruediv"):
+    setattr(Octaves, f"__{_name}__", _operator(getattr(operator, _name)))
+for _name in _BINARY:
+    setattr(Octaves, f"__r{_name}__", _operator(getattr(operator, _name), reflected=True))
+
+
+def _named(names: str) -> set[Function]:
     """Every spelling of the named functions: torch.f, Tensor.f, torch.nn.functional.f and what it calls."""
     homes = (torch, torch.special, Tensor, F, torch._C._nn)
     return {getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)}
 
 
-# A tuple's own + and * would concatenate and repeat, and its == would compare the two maps as values.
-_OPERATORS: dict[str, Callable[..., Any]] = {
-    "__add__": torch.add,
-    "__radd__": torch.add,
-    "__iadd__": Tensor.add_,
-    "__sub__": torch.sub,
-    "__rsub__": torch.rsub,
-    "__isub__": Tensor.sub_,
-    "__mul__": torch.mul,
-    "__rmul__": torch.mul,
-    "__imul__": Tensor.mul_,
-    "__truediv__": torch.div,
-    "__rtruediv__": lambda x, other: other / x,
-    "__itruediv__": Tensor.div_,
-    "__pow__": torch.pow,
-    "__rpow__": lambda x, other: other**x,
-    "__neg__": torch.neg,
-    "__abs__": torch.abs,
-    "__eq__": torch.eq,
-    "__ne__": torch.ne,
-    "__lt__": torch.lt,
-    "__le__": torch.le,
-    "__gt__": torch.gt,
-    "__ge__": torch.ge,
-}
-
-
-def _operator(func: Callable[..., Any]) -> Callable[..., Octaves]:
-    def operate(self: Octaves, *others: Any) -> Octaves:
-        return _elementwise(func, (self, *others), {})
-
-    return operate
-
-
-for _name, _function in _OPERATORS.items():
-    setattr(Octaves, _name, _operator(_function))
-
-
-_AUGMENTED: dict[Any, Callable[..., Any]] = {
-    Tensor.__iadd__: torch.add,
-    Tensor.__isub__: torch.sub,
-    Tensor.__imul__: torch.mul,
-    Tensor.__itruediv__: torch.div,
+_AUGMENTED: dict[Function, Function] = {  # the Tensor itself cannot hold the sum
+    getattr(Tensor, f"__i{name}__"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")
 }
 _IN_PLACE = _named(
     "add_ sub_ mul_ div_ neg_ abs_ exp_ sqrt_ rsqrt_ pow_ square_ clamp_ clip_ clamp_min_ clamp_max_ sigmoid_ tanh_ "
     "relu_ relu6_ leaky_relu_ elu_ selu_ celu_ rrelu_ threshold_ hardtanh_ silu_ dropout_ alpha_dropout_ "
     "feature_dropout_ feature_alpha_dropout_ fill_ zero_ copy_ masked_fill_ nan_to_num_ requires_grad_"
 )
-_ELEMENTWISE = _IN_PLACE | _named(
+_ELEMENTWISE = {Tensor.expand_as, *_AUGMENTED, *_IN_PLACE} | _named(
     "add sub subtract rsub mul multiply div divide true_divide neg negative abs exp expm1 log log1p sqrt rsqrt square "
     "reciprocal pow float_power sin cos erf sign round floor ceil clamp clip clamp_min clamp_max maximum minimum where "
     "lerp addcmul addcdiv masked_fill nan_to_num eq ne lt le gt ge isnan isinf isfinite logical_not logical_and "
@@ -601,19 +449,17 @@ _ELEMENTWISE = _IN_PLACE | _named(
     "to float double half bfloat16 type_as cpu cuda contiguous clone detach "
     "zeros_like ones_like empty_like full_like rand_like randn_like"
 )
-_SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
-    **dict.fromkeys(_AUGMENTED, _augmented),
-    F.batch_norm: _normalize,  # torch.batch_norm, which it calls, has another order of arguments
-    F.instance_norm: _normalize,
-    **dict.fromkeys(_named("cat concat concatenate"), _cat),
-    **dict.fromkeys(_named("mean amax"), _reduce),
-    **dict.fromkeys(_named("max_pool2d max_pool3d"), _max_window),
-    **dict.fromkeys(_named("avg_pool2d avg_pool3d"), _average_window),
-    **dict.fromkeys(
-        _named("adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d"), _adaptive
-    ),
-    **dict.fromkeys(_named("interpolate upsample"), _interpolate),
-    **dict.fromkeys(_named("prelu"), _prelu),
-    Tensor.expand_as: _expand_as,
-    **dict.fromkeys(_named("new_empty new_zeros new_ones new_full new_tensor"), _new_tensor),
-}
+_max_pool = functools.partial(_pool, ("stride", "padding", "dilation", "ceil_mode", "return_indices"))
+_average_pool = functools.partial(_pool, ("stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"))
+_HANDLERS: list[tuple[Iterable[Function], Function]] = [
+    ((F.batch_norm, F.instance_norm), normalize_maps),  # torch.batch_norm, which F's calls, has another order
+    (_named("cat concat concatenate"), _cat),
+    (_named("mean amax"), _reduce),
+    (_named("max_pool2d max_pool3d"), _max_pool),
+    (_named("avg_pool2d avg_pool3d"), _average_pool),
+    (_named("adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d"), _adaptive),
+    (_named("interpolate upsample"), _interpolate),
+    (_named("prelu"), _prelu),
+    (_named("new_empty new_zeros new_ones new_full new_tensor"), _new_tensor),
+]
+_SPECIAL = {function: handler for functions, handler in _HANDLERS for function in functions}

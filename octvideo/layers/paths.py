@@ -4,221 +4,177 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octvideo.layers.octaves import Parts, join_by_parts, split_by_parts
-from octvideo.layers.resampling import (
-    add_upsampled,
-    average_pool,
-    channels_last,
-    fold_time,
-    keep_layout,
-    lay_channels_last,
-    runs_as_called,
-    unfold_time,
-    upsample,
-)
-
-
-class _Flat(NamedTuple):
-    """How a factorised 3-D convolution of clips is a 2-D one of images."""
-
-    fold: Callable[[Tensor], Tensor]
-    unfold: Callable[[Tensor, Tensor], Tensor]  # of images that were made from the second argument
-    axis: int  # of the weight, where the kernel has one cell
-    kept: slice  # of stride, padding and dilation
-
-
-def _fold_space(x: Tensor) -> Tensor:
-    """Views clips that lie channels last as images of T x (H W) cells.
-
-    By way of the order in memory: the stride of a batch of one is arbitrary, and torch's convolutions take images whose
-    stride is another than they would give it for channels-first ones, and copy them.
-    """
-    return x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
-
-
-_FRAME_BY_FRAME = _Flat(fold_time, unfold_time, 2, slice(1, 3))
-_CELL_BY_CELL = _Flat(_fold_space, lambda y, x: y.unflatten(3, x.shape[3:]), 4, slice(0, 2))
+from octvideo.layers import resampling
+from octvideo.layers.parts import Parts, join_by_parts, split_by_parts
+from octvideo.layers.resampling import add_upsampled, average_pool, channels_last, lay_channels_last, upsample
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a convolution slides: everything about it but its channels and weight.
+    """How a convolution slides: everything about it but its channels and weight, for (T, H, W) or (H, W)."""
 
-    Args:
-        stride: of each dimension.
-        padding: cells on either side of each dimension, or "same" where the two sides differ.
-        dilation: of each dimension.
-        padding_mode: as nn.Conv3d's.
-        amounts: padding as F.pad takes it, for the modes other than "zeros".
-    """
-
+    size: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[int, ...] | str
+    padding: tuple[int, ...] | str  # "same" where the two sides of a dimension differ
     dilation: tuple[int, ...]
-    padding_mode: str
-    amounts: tuple[int, ...]
+    padding_mode: str = "zeros"
+    amounts: tuple[int, ...] = ()  # padding as F.pad takes it, for the modes other than "zeros"
+    flat: Kernel | None = field(init=False, default=None)  # a factorised 3-D convolution as one of images, which are
+    flat_axis: int = field(init=False, default=0)  # frames if this dimension of the weight is 2, T x (H W) if it is 4
+
+    def __post_init__(self) -> None:
+        if len(self.size) == 2 or isinstance(self.padding, str) or self.padding_mode != "zeros":
+            return
+        over_frames = (self.size[0], self.stride[0], self.padding[0]) == (1, 1, 0)
+        if over_frames or (*self.size[1:], *self.stride[1:], *self.padding[1:]) == (1, 1, 1, 1, 0, 0):
+            kept = slice(1, 3) if over_frames else slice(0, 2)
+            flat = Kernel(self.size[kept], self.stride[kept], self.padding[kept], self.dilation[kept])
+            self.__dict__.update(flat=flat, flat_axis=2 if over_frames else 4)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
-        """F.conv2d or F.conv3d; a factorised convolution of clips that lie channels last runs as a 2-D one.
+        """F.conv2d or F.conv3d; C_out may be 0. A factorised convolution of channels_last clips runs as a 2-D one.
 
         On a CPU that was never slower for the layers of I3D and SlowFast, and up to 5 times faster for one clip, for
-        which conv3d often takes a kernel without vector instructions that loses the layout too.
-
-        Args:
-            x: (B, C, T, H, W) or (B, C, H, W).
-            weight: the same number of dimensions, (C_out, C / groups, ...); C_out may be 0.
-            bias: (C_out,) or None.
-            groups: of the convolution.
+        which conv3d often takes a kernel without vector instructions that loses the memory format too.
         """
         if weight.shape[0] == 0:  # torch refuses
-            return x.new_zeros((x.shape[0], 0, *self.output_size(x, weight)))
-        padding, layout = self.padding, x
+            return x.new_zeros((x.shape[0], 0, *self.output_size(x)))
+        last = channels_last(x)
+        if last and self.flat is not None:
+            return self._unfold(self.flat.convolve(self._fold(x), weight.squeeze(self.flat_axis), bias, groups), x)
+        padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = _pad(x, self.amounts, self.padding_mode), (0,) * len(self.stride)
-        flat = _flat(x, weight, self.stride, padding)
-        if flat is None:
-            function: Callable[..., Tensor] = F.conv2d if x.dim() == 4 else F.conv3d
-            return keep_layout(function(x, weight, bias, self.stride, padding, self.dilation, groups), layout)
-        stride, padding, dilation = self.stride[flat.kept], padding[flat.kept], self.dilation[flat.kept]
-        images = F.conv2d(flat.fold(x), weight.squeeze(flat.axis), bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
-        return keep_layout(flat.unfold(images, x), layout)
+        function: Any = F.conv2d if len(self.size) == 2 else F.conv3d
+        y: Tensor = function(x, weight, bias, self.stride, padding, self.dilation, groups)
+        return lay_channels_last(y) if last else y
 
     def backward(
         self, gradient: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of `convolve` (one group, zero padding) for x, weight and bias; undefined where not wanted."""
         gradient = lay_channels_last(gradient)
-        flat = _flat(x, weight, self.stride, self.padding) if channels_last(gradient) else None
-        shape, images, numbers = weight.shape, x, [self.stride, self.padding, self.dilation]
-        if flat is not None:
-            gradient, images, weight = flat.fold(gradient), flat.fold(x), weight.squeeze(flat.axis)
-            numbers = [n[flat.kept] for n in numbers]
-        transposed_and_groups = (False, (0,) * len(numbers[0]), 1)
-        to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
-            gradient, images, weight, [weight.shape[0]], *numbers, *transposed_and_groups, wanted
-        )
-        if flat is not None:
-            to_x = flat.unfold(to_x, x) if wanted[0] else to_x
-        # With the strides of a fresh tensor in dimensions of one cell too: DDP's buckets warn of others, and copy them.
-        to_weight = to_weight.reshape(-1).view(shape) if wanted[1] else to_weight
+        if self.flat is not None and channels_last(gradient):
+            images = (self._fold(gradient), self._fold(x), weight.squeeze(self.flat_axis))
+            to_x, to_weight, to_bias = self.flat.backward(*images, wanted)
+            to_x = self._unfold(to_x, x) if wanted[0] else to_x
+        else:
+            numbers = (self.stride, self.padding, self.dilation, False, (0,) * len(self.size), 1)
+            tensors = (gradient, x, weight, [weight.shape[0]])
+            to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(*tensors, *numbers, wanted)
+        # With the strides of a fresh tensor in dimensions of size 1 too: DDP's buckets warn of others, and copy them.
+        to_weight = to_weight.reshape(-1).view(weight.shape) if wanted[1] else to_weight
         return lay_channels_last(to_x) if wanted[0] else to_x, to_weight, to_bias
 
-    def output_size(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
-        """The size of the convolution's output for `x`, of which it keeps the spatial size."""
-        if x.dim() == 4 or isinstance(self.padding, str):
+    def output_size(self, x: Tensor) -> tuple[int, ...]:
+        """The size of the convolution's output for `x` after the channels; height and width are kept."""
+        if len(self.size) == 2 or isinstance(self.padding, str):
             return tuple(x.shape[2:])
-        reach = self.dilation[0] * (weight.shape[2] - 1)
+        reach = self.dilation[0] * (self.size[0] - 1)
         return (-(-(x.shape[2] + 2 * self.padding[0] - reach) // self.stride[0]), *x.shape[3:])
 
+    def _fold(self, x: Tensor) -> Tensor:
+        """Views channels_last clips as the images that `flat` convolves."""
+        if self.flat_axis == 2:
+            return resampling.fold_time(x)
+        # By way of the order in memory: torch copies images whose stride for a batch of one is not what it would set.
+        return x.movedim(1, -1).flatten(2, 3).movedim(-1, 1)
 
-def _flat(x: Tensor, weight: Tensor, stride: Sequence[int], padding: str | Sequence[int]) -> _Flat | None:
-    """How a convolution can run as a 2-D one; None if it cannot."""
-    if x.dim() == 4 or isinstance(padding, str) or not channels_last(x):
-        return None
-    if (weight.shape[2], stride[0], padding[0]) == (1, 1, 0):
-        return _FRAME_BY_FRAME
-    cell_by_cell = (*weight.shape[3:], *stride[1:], *padding[1:]) == (1, 1, 1, 1, 0, 0)
-    return _CELL_BY_CELL if cell_by_cell else None
+    def _unfold(self, images: Tensor, x: Tensor) -> Tensor:
+        return resampling.unfold_time(images, x) if self.flat_axis == 2 else images.unflatten(3, x.shape[3:])
 
 
 def _pad(x: Tensor, amounts: Sequence[int], mode: str) -> Tensor:
-    """F.pad; where a low map is too small for it, the circle or the mirror goes round more than once."""
+    """F.pad, which in the modes "circular" and "reflect" also pads by more than the map's size."""
     pairs = list(zip(amounts[0::2], amounts[1::2], strict=True))[::-1]
     if mode == "replicate" or all(max(pair) < size for pair, size in zip(pairs, x.shape[2:], strict=True)):
         return F.pad(x, tuple(amounts), mode=mode)
     for dim, (before, after) in enumerate(pairs, 2):
-        size = x.shape[dim]
-        cells = torch.arange(-before, size + after, device=x.device)
-        period = size if mode == "circular" else max(1, 2 * (size - 1))
-        cells = cells % period
-        x = x.index_select(dim, cells if mode == "circular" else torch.minimum(cells, period - cells))
+        period = x.shape[dim] if mode == "circular" else max(1, 2 * (x.shape[dim] - 1))
+        index = torch.arange(-before, x.shape[dim] + after, device=x.device) % period
+        x = x.index_select(dim, index if mode == "circular" else torch.minimum(index, period - index))
     return x
 
 
 @dataclass(frozen=True)
 class Paths:
-    """high_to_high + low_to_high, and high_to_low + low_to_low, of some groups of a convolution that are alike.
+    """high_to_high + low_to_high, and high_to_low + low_to_low, of one group of a convolution or of several alike.
 
-    Section 3.2 of Chen et al., ICCV 2019. Maps are channels last inside, and come out so.
-
-    Args:
-        kernel: of each path, its spatial stride 1.
-        pool: the factors to average by in place of the spatial stride: strided convolutions would shift the two maps
-            against each other.
-        factors: what each dimension is divided by in low maps.
-        parts: of one group's input.
-        rows: (high, low) output channels of one group.
-        groups: how many these are.
+    Section 3.2 of Chen et al., ICCV 2019. Maps are channels_last inside, and come out so.
     """
 
-    kernel: Kernel
-    pool: tuple[int, ...]
-    factors: tuple[int, ...]
-    parts: Parts
-    rows: tuple[int, int]
-    groups: int = 1
+    kernel: Kernel  # of each path, its spatial stride 1
+    pool: tuple[int, ...]  # averaged in place of the spatial stride, which would shift the maps against each other
+    factors: tuple[int, ...]  # by what each dimension is divided in low maps
+    rows: tuple[int, int]  # (high, low) output channels of one group
+    images: Paths | None = field(init=False, default=None)  # the same for frames, where time plays no part
 
-    def __call__(self, high: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Convolves.
+    def __post_init__(self) -> None:
+        if self.kernel.flat is not None and self.kernel.flat_axis == 2 and self.factors[0] == 1:
+            self.__dict__["images"] = Paths(self.kernel.flat, self.pool[1:], self.factors[1:], self.rows)
+
+    def __call__(
+        self, high: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, groups: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """The high and the low output map, either of which may have no channels.
 
         Args:
             high: (B, C_high, T, H, W) or (B, C_high, H, W).
             low: the same with C_low channels and the dimensions after them divided by `factors`, rounded up.
             weight: (C_out, (C_high + C_low) / groups, ...), the vanilla order in both directions.
-            bias: (C_out,) or None.
-
-        Returns:
-            The high and the low output map, either of which may have no channels.
+            parts: of one group's input.
         """
         high, low = lay_channels_last(high), lay_channels_last(low)
-        if not self._has_own_gradient(high, low, weight):
-            return self.convolve(high, low, weight, bias)
-        kind = high.device.type
+        if not (torch.is_grad_enabled() and groups == 1 and self._has_own_gradient(high, low, weight)):
+            return self.convolve(high, low, weight, bias, parts, groups)
+        kind, inputs = high.device.type, [high, low, weight, bias]
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)  # here, so that the gradient of the casts is autograd's
-            high, low, weight = _lower(high, dtype), _lower(low, dtype), _lower(weight, dtype)
-            bias = None if bias is None else _lower(bias, dtype)
+            dtype = torch.get_autocast_dtype(kind)  # cast here, so that the gradient of the casts is autograd's
+            inputs = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in inputs]
         with _without_autocast(kind):
-            return _OwnGradient.apply(self, high, low, weight, bias)  # type: ignore[no-any-return]
+            return _OwnGradient.apply(self, parts, *inputs)  # type: ignore[no-any-return]
 
     def _has_own_gradient(self, high: Tensor, low: Tensor, weight: Tensor) -> bool:
-        """Whether gradients are wanted that `backward` knows of; autograd makes the others."""
-        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (high, low, weight))
-        known = self.groups == 1 and high.shape[1] > 0 and self.rows[0] > 0
+        """Whether gradients are wanted that `_OwnGradient` knows of; autograd makes the others."""
+        wanted = any(x.requires_grad for x in (high, low, weight)) and high.shape[1] > 0 and self.rows[0] > 0
         plain = self.kernel.padding_mode == "zeros" and not isinstance(self.kernel.padding, str)
-        return wanted and known and plain and runs_as_called()
+        return wanted and plain and resampling.runs_as_called()
 
-    def convolve(self, high: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As the call, of maps that lie channels last; the gradient is autograd's."""
-        rows_high, rows_low = split_by_parts(weight, (self.rows,) * self.groups, 0)
-        bias_high, bias_low = (None, None) if bias is None else split_by_parts(bias, (self.rows,) * self.groups, 0)
+    def convolve(
+        self, high: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, groups: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """As the call, for channels_last maps; the gradient is autograd's."""
+        if self.images is not None and channels_last(high):
+            frames = (resampling.fold_time(high), resampling.fold_time(low))
+            out_high, out_low = self.images.convolve(*frames, weight.squeeze(2), bias, parts, groups)
+            return resampling.unfold_time(out_high, high), resampling.unfold_time(out_low, high)
+        rows_high, rows_low = split_by_parts(weight, (self.rows,) * groups, 0)
+        bias_high, bias_low = (None, None) if bias is None else split_by_parts(bias, (self.rows,) * groups, 0)
+        high_to_high, low_to_high = split_by_parts(rows_high, parts, 1)
         # A low map that is not pooled has the size of the strided high map: no upsampling in low_to_high then.
         high = average_pool(high, self.pool)
-        size = self.kernel.output_size(high, weight)
-        high_to_high, low_to_high = split_by_parts(rows_high, self.parts, 1)
-        if not self.rows[0]:
-            out_high = high.new_zeros((high.shape[0], 0, *size))
-        elif low.shape[1] == 0:
-            out_high = self.kernel.convolve(high, high_to_high, bias_high, self.groups)
-        elif high.shape[1] == 0:
-            out_high = upsample(self.kernel.convolve(low, low_to_high, bias_high, self.groups), size)
+        if high.shape[1] == 0 and self.rows[0]:
+            from_low = self.kernel.convolve(low, low_to_high, bias_high, groups)
+            out_high = upsample(from_low, self.kernel.output_size(high))
         else:
-            from_high = self.kernel.convolve(high, high_to_high, bias_high, self.groups)
-            out_high = add_upsampled(from_high, self.kernel.convolve(low, low_to_high, None, self.groups))
+            out_high = self.kernel.convolve(high, high_to_high, bias_high, groups)
+            if low.shape[1] and self.rows[0]:
+                out_high = add_upsampled(out_high, self.kernel.convolve(low, low_to_high, None, groups))
         if not self.rows[1]:
-            return out_high, out_high.new_zeros((out_high.shape[0], 0, *size))
+            return out_high, out_high[:, :0]
         # One convolution over all channels at low resolution is both paths at once.
-        return out_high, self.kernel.convolve(self._all_at_low(high, low), rows_low, bias_low, self.groups)
+        both = self.all_at_low(high, low, parts * groups)
+        return out_high, self.kernel.convolve(both, rows_low, bias_low, groups)
 
-    def _all_at_low(self, high: Tensor, low: Tensor) -> Tensor:
+    def all_at_low(self, high: Tensor, low: Tensor, parts: Parts) -> Tensor:
         """All input channels at the low output's resolution, in the vanilla order; `high` is pooled for the stride."""
         if low.shape[1] == 0:
             return average_pool(high, self.factors)
@@ -226,98 +182,78 @@ class Paths:
             return average_pool(low, self.pool)
         # Joined in the order of memory: torch.cat gives the maps of one clip another layout.
         high, low = average_pool(high, self.factors).movedim(1, -1), average_pool(low, self.pool).movedim(1, -1)
-        return join_by_parts(high, low, self.parts * self.groups, high.dim() - 1).movedim(-1, 1)
-
-    def backward(
-        self, grad_high: Tensor, grad_low: Tensor, high: Tensor, low: Tensor, weight: Tensor, wanted: Sequence[bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of one group for high, low, weight and bias.
-
-        Args:
-            grad_high: of the high output map, as `grad_low` of the low one.
-            high: the input, as `low`.
-            weight: of the layer.
-            wanted: whether gradients are wanted for the maps, the weight and the bias; others are None.
-        """
-        rows_high, rows_low = weight.split(self.rows)
-        high_to_high, low_to_high = split_by_parts(rows_high, self.parts, 1)
-        pooled = average_pool(high, self.pool)
-        to_pooled, to_rows, to_bias = self.kernel.backward(grad_high, pooled, high_to_high, wanted)
-        to_low = torch.zeros_like(low)
-        if low.shape[1]:
-            sizes = zip(self.kernel.output_size(low, weight), grad_high.shape[2:], strict=True)
-            upsampled = [1 if have == want else 2 for have, want in sizes]
-            grad_from_low = average_pool(lay_channels_last(grad_high), upsampled, sums=True)
-            to_low, to_low_to_high, _ = self.kernel.backward(grad_from_low, low, low_to_high, (*wanted[:2], False))
-            to_rows = join_by_parts(to_rows, to_low_to_high, self.parts, 1) if wanted[1] else to_rows
-        if self.rows[1]:
-            both = self._all_at_low(pooled, low)
-            to_both, to_rows_low, to_bias_low = self.kernel.backward(grad_low, both, rows_low, wanted)
-            if wanted[0]:
-                to_both_high, to_both_low = split_by_parts(to_both, self.parts, 1)
-                to_pooled = add_upsampled(to_pooled, *_shares(to_both_high, pooled, self.factors))
-                to_low = add_upsampled(to_low, *_shares(to_both_low, low, self.pool)) if low.shape[1] else to_low
-            to_rows = torch.cat((to_rows, to_rows_low)) if wanted[1] else to_rows
-            to_bias = torch.cat((to_bias, to_bias_low)) if wanted[2] else to_bias
-        if wanted[0] and max(self.pool) > 1:
-            shares, scale = _shares(to_pooled, high, self.pool)
-            to_pooled = upsample(shares * scale, high.shape[2:])
-        gradients = (to_pooled, to_low, to_rows, to_bias)
-        return tuple(x if want else None for x, want in zip(gradients, (wanted[0], *wanted), strict=True))  # type: ignore[return-value]
-
-
-def _shares(gradient: Tensor, averaged: Tensor, factors: Sequence[int]) -> tuple[Tensor, float]:
-    """What each cell of the windows that were averaged gets of their gradient: the product of the two."""
-    if not any(size % factor for size, factor in zip(averaged.shape[2:], factors, strict=True)):
-        return gradient, 1 / math.prod(factors)
-    ones = gradient.new_ones((1, 1, *averaged.shape[2:]))  # the border's windows have fewer cells
-    return gradient / average_pool(ones, factors, sums=True), 1.0
-
-
-def _batched_gradients(ctx: Any, *gradients: Tensor) -> list[Tensor | None]:
-    """Autograd's gradients for several output gradients at once (is_grads_batched), which few operations know."""
-    bias = ctx.saved_tensors[2].new_zeros(sum(ctx.paths.rows))
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (*ctx.saved_tensors, bias)]
-        outputs = ctx.paths.convolve(*inputs)
-    found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-    return [gradient if wanted else None for gradient, wanted in zip(found, ctx.needs_input_grad[1:], strict=True)]
-
-
-def _lower(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Autocast's cast, which leaves float64 alone."""
-    return x if x.dtype == torch.float64 else x.to(dtype)
+        return join_by_parts(high, low, parts, high.dim() - 1).movedim(-1, 1)
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off, on devices that have it."""
-    return (
-        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-    )
+    has_autocast = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext()
 
 
 class _OwnGradient(torch.autograd.Function):
-    """The paths, which keep for the gradient only the two input maps.
+    """The paths of one group, which keep for the gradient only the two input maps.
 
     Autograd would also keep all channels at low resolution, a quarter of a vanilla map in each layer, and would write
     the gradients of the weight's slices into tensors of zeros: 8 to 13 % of a training step of I3D on a CPU.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, paths: Paths, high: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(high, low, weight)
-        ctx.paths = paths
+    def forward(ctx: Any, paths: Paths, parts: Parts, *inputs: Any) -> tuple[Tensor, ...]:
+        ctx.paths, ctx.parts = paths, parts
+        ctx.save_for_backward(*inputs[:3])
+        high, low, weight, bias = inputs
         # Convolutions in 2-D give views, which nobody could change in place when they come from here.
-        out_high, out_low = (torch.ops.aten._unsafe_view(y, y.shape) for y in paths.convolve(high, low, weight, bias))
-        return out_high, out_low
+        return tuple(torch.ops.aten._unsafe_view(y, y.shape) for y in paths.convolve(high, low, weight, bias, parts))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        high, low, weight = ctx.saved_tensors
-        if any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients):
-            return None, *_batched_gradients(ctx, *gradients)
-        _, wants_high, wants_low, *others = ctx.needs_input_grad
-        with _without_autocast(high.device.type):
-            return None, *ctx.paths.backward(*gradients, high, low, weight, (wants_high or wants_low, *others))
+        batched = any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients)
+        with _without_autocast(gradients[0].device.type):
+            found = (_batched_gradients if batched else _gradients)(ctx, *gradients)
+        return None, None, *(x if want else None for x, want in zip(found, ctx.needs_input_grad[2:], strict=True))
+
+
+def _gradients(ctx: Any, grad_high: Tensor, grad_low: Tensor) -> tuple[Tensor, ...]:
+    """For high, low, weight and bias; undefined where not wanted."""
+    paths, parts, (high, low, weight) = ctx.paths, ctx.parts, ctx.saved_tensors
+    kernel, wants = paths.kernel, (any(ctx.needs_input_grad[2:4]), *ctx.needs_input_grad[4:])  # maps, weight, bias
+    rows_high, rows_low = weight.split(paths.rows)
+    high_to_high, low_to_high = split_by_parts(rows_high, parts, 1)
+    pooled = average_pool(high, paths.pool)
+    to_pooled, to_rows, to_bias = kernel.backward(grad_high, pooled, high_to_high, wants)
+    to_low = torch.zeros_like(low)
+    if low.shape[1]:
+        upsampled = resampling.factors_between(grad_high.shape[2:], kernel.output_size(low))
+        from_low = average_pool(lay_channels_last(grad_high), upsampled, sums=True)
+        to_low, to_low_to_high, _ = kernel.backward(from_low, low, low_to_high, (*wants[:2], False))
+        to_rows = join_by_parts(to_rows, to_low_to_high, parts, 1) if wants[1] else to_rows
+    if paths.rows[1]:
+        both = paths.all_at_low(pooled, low, parts)
+        to_both, to_rows_low, to_bias_low = kernel.backward(grad_low, both, rows_low, wants)
+        if wants[0]:
+            to_both_high, to_both_low = split_by_parts(to_both, parts, 1)
+            to_pooled = add_upsampled(to_pooled, *_shares(to_both_high, pooled, paths.factors))
+            to_low = add_upsampled(to_low, *_shares(to_both_low, low, paths.pool)) if low.shape[1] else to_low
+        to_rows = torch.cat((to_rows, to_rows_low)) if wants[1] else to_rows
+        to_bias = torch.cat((to_bias, to_bias_low)) if wants[2] else to_bias
+    if wants[0] and max(paths.pool) > 1:
+        shares, scale = _shares(to_pooled, high, paths.pool)
+        to_pooled = upsample(shares * scale, high.shape[2:])
+    return to_pooled, to_low, to_rows, to_bias
+
+
+def _shares(gradient: Tensor, averaged: Tensor, factors: Sequence[int]) -> tuple[Tensor, float]:
+    """Gradient of average pooling, as (gradient, scale): every position of a window gets their product."""
+    if not any(size % factor for size, factor in zip(averaged.shape[2:], factors, strict=True)):
+        return gradient, 1 / math.prod(factors)
+    ones = gradient.new_ones((1, 1, *averaged.shape[2:]))  # the border's windows are smaller
+    return gradient / average_pool(ones, factors, sums=True), 1.0
+
+
+def _batched_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    """Autograd's gradients for several output gradients at once (is_grads_batched), which few operations know."""
+    bias = ctx.saved_tensors[2].new_zeros(sum(ctx.paths.rows))
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (*ctx.saved_tensors, bias)]
+        outputs = ctx.paths.convolve(*inputs, ctx.parts)
+    return torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)

@@ -1,8 +1,9 @@
-"""TODO."""
+"""Average pooling and nearest upsampling between the two resolutions, fast in the channels_last memory format."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,133 +15,29 @@ _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether clips lie in memory as (B, T, H, W, C), or images as (B, H, W, C); inside torch.func nobody can say."""
-    return x.dim() in _LAST and not _transformed(x) and x.is_contiguous(memory_format=_LAST[x.dim()])
+    """Whether clips (or images) lie in memory as (B, T, H, W, C); always False under torch.func transforms."""
+    if x.dim() not in _LAST or torch._C._are_functorch_transforms_active():  # these do not tell the memory format
+        return False
+    return x.is_contiguous(memory_format=_LAST[x.dim()])
 
 
 def lay_channels_last(x: Tensor) -> Tensor:
-    """Gives clips or images channels last in memory; the same Tensor if they are.
+    """Gives clips or images the channels_last memory format; the same Tensor if they have it.
 
-    Octave layers do so with their maps: there a clip is a batch of images without a copy, and on a CPU pooling is up to
-    37 times faster than avg_pool3d, which loses this layout too, and adding an upsampled map up to 13 times.
+    A clip is then a batch of images without a copy, and pooling on a CPU up to 37 times faster than avg_pool3d.
     """
-    return x if _transformed(x) else x.contiguous(memory_format=_LAST[x.dim()])
-
-
-def _transformed(x: Tensor) -> bool:
-    """Whether torch.func transforms, such as vmap, are at work on a Tensor, or batched gradients: it has no layout."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(x)
+    return x if torch._C._are_functorch_transforms_active() else x.contiguous(memory_format=_LAST[x.dim()])
 
 
 def keep_layout(y: Tensor, x: Tensor) -> Tensor:
-    """Gives `y` channels last if `x` has them so: torch's convolutions of small inputs on a CPU lose that layout."""
+    """Gives `y` the channels_last format if `x` has it: torch's convolutions of small inputs on a CPU lose it."""
     return lay_channels_last(y) if channels_last(x) else y
 
 
-def fold_time(x: Tensor) -> Tensor:
-    """Views clips (B, C, T, H, W) as images: (B T, C, H, W) if channels come last in memory, else (B, C T, H, W).
-
-    What treats every frame and channel alike is faster in 2-D: on a CPU avg_pool2d runs up to 37 times faster than
-    avg_pool3d, which also loses the channels_last_3d layout and knows no bfloat16.
-    """
-    return x.transpose(1, 2).flatten(0, 1) if channels_last(x) else x.flatten(1, 2)
-
-
-def unfold_time(images: Tensor, clips: Tensor) -> Tensor:
-    """Undoes `fold_time` for images made from `clips`; height, width and (channels last) channels may differ."""
-    if channels_last(clips):
-        return images.unflatten(0, (clips.shape[0], clips.shape[2])).transpose(1, 2)
-    return images.unflatten(1, (clips.shape[1], clips.shape[2]))
-
-
-def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Tensor:
-    """Averages windows of `factors` cells; a window cut by the border averages the cells it has.
-
-    Rounding the size up (7 -> 4) keeps cell i of the result over cells 2i and 2i + 1 of the input at every size.
-    Always by 2-D pools: avg_pool3d loses the channels_last_3d layout and knows no bfloat16.
-
-    Args:
-        x: (B, C, T, H, W) or (B, C, H, W).
-        factors: 1 or 2 for each dimension after the channels.
-        sums: add up the cells of a window instead.
-
-    Returns:
-        A Tensor of ceil(size / factor) cells in each of those dimensions.
-    """
-    if max(factors) == 1:
-        return x
-    if x.shape[1] == 0:  # torch pools refuse a map without channels
-        return x.new_zeros(
-            (*x.shape[:2], *(-(-size // factor) for size, factor in zip(x.shape[2:], factors, strict=True)))
-        )
-    divisor = 1 if sums else None
-    window = tuple(factors[-2:])
-    if len(factors) == 2:
-        return F.avg_pool2d(x, window, None, 0, True, False, divisor)
-    if max(window) > 1:
-        x = unfold_time(F.avg_pool2d(fold_time(x), window, None, 0, True, False, divisor), x)
-    if factors[0] == 1:
-        return x
-    # All windows of two frames have as many cells in the one as in the other, so the mean of two means is the mean.
-    frames = x.flatten(3)  # (B, C, T, H W)
-    return F.avg_pool2d(frames, (factors[0], 1), None, 0, True, False, divisor).unflatten(3, x.shape[3:])
-
-
-def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Repeats every cell twice in the dimensions that are smaller than `size`, and crops to `size`.
-
-    Args:
-        x: (B, C, T, H, W) or (B, C, H, W).
-        size: the wanted size of the dimensions after the channels; each is the present one, or half of it rounded up.
-
-    Raises:
-        ValueError: a dimension is neither `size` nor half of it.
-    """
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    if len(size) == 3 and x.shape[2] == size[0]:
-        return unfold_time(upsample(fold_time(x), size[1:]), x)
-    factors = [1 if have == want else 2 for have, want in zip(x.shape[2:], size, strict=True)]
-    if any(-(-want // factor) != have for have, want, factor in zip(x.shape[2:], size, factors, strict=True)):
-        raise UserError(f"a map of {tuple(x.shape[2:])} cells is not half of {tuple(size)}, rounded up")
-    x = F.interpolate(x, scale_factor=[float(factor) for factor in factors], mode="nearest")
-    for dim, want in enumerate(size, 2):
-        x = x.narrow(dim, 0, want)
-    return x
-
-
-def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
-    """`high + scale * upsample(low)`, written into `high` where no gradient or compiler follows.
-
-    Adds each low cell to the cells that it covers, without an upsampled map: 2 to 13 times faster on a CPU.
-
-    Args:
-        high: (B, C, T, H, W) or (B, C, H, W), a result that nothing else reads.
-        low: the same with the dimensions after the channels halved, rounded up, or not.
-        scale: of the low map.
-    """
-    size = high.shape[2:]
-    wants_gradient = torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)
-    if wants_gradient or _transformed(low) or not runs_as_called():
-        return torch.add(high, upsample(low, size), alpha=scale)
-    factors = [1 if have == want else 2 for have, want in zip(low.shape[2:], size, strict=True)]
-    if not channels_last(high) or any(cells % factor for cells, factor in zip(size, factors, strict=True)):
-        return high.add_(upsample(low, size), alpha=scale)
-    cells, sums = low.movedim(1, -1), high.movedim(1, -1)  # (B, T, H, W, C), the order in memory
-    for axis in range(len(factors), 0, -1):
-        if factors[axis - 1] == 2:  # to (..., H / 2, 1, ...) and (..., H / 2, 2, ...)
-            cells, sums = cells.unsqueeze(axis + 1), sums.unflatten(axis, (-1, 2))
-    sums.add_(cells, alpha=scale)
-    return high
-
-
 def runs_as_called() -> bool:
-    """Whether operations run one by one on plain values.
+    """False under a compiler, a tracer, a torch.func transform or a dispatch mode.
 
-    No compiler, tracer, torch.func transform or dispatch mode takes them up; selective checkpointing, a dispatch mode,
-    keeps results that must not be written to.
+    Selective checkpointing is such a mode: it keeps results, which must not be written to.
     """
     return not (
         torch.compiler.is_compiling()
@@ -149,3 +46,98 @@ def runs_as_called() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def fold_time(x: Tensor) -> Tensor:
+    """Views channels_last clips (B, C, T, H, W) as images (B T, C, H, W)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unfold_time(images: Tensor, clips: Tensor) -> Tensor:
+    """Undoes `fold_time` for images made from `clips`; channels, height and width may differ."""
+    return images.unflatten(0, (clips.shape[0], clips.shape[2])).transpose(1, 2)
+
+
+def _frame_by_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Applies a function of single channels of images to each frame of clips."""
+    if channels_last(x):
+        return unfold_time(function(fold_time(x)), x)
+    return function(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+
+
+def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Tensor:
+    """Averages (or sums up) windows of `factors` positions; one that the border cuts averages what it has.
+
+    Rounding sizes up (7 -> 4) keeps position i of the result over positions 2i and 2i + 1 of the input at every size.
+    Always by 2-D pools: avg_pool3d loses the channels_last_3d format and knows no bfloat16.
+
+    Args:
+        x: (B, C, T, H, W) or (B, C, H, W).
+        factors: 1 or 2 for each dimension after the channels.
+    """
+    if max(factors) == 1:
+        return x
+    if x.shape[1] == 0:  # torch's pools refuse a map without channels
+        return x.new_zeros((*x.shape[:2], *halved(x.shape[2:], factors)))
+    pool = functools.partial(
+        F.avg_pool2d, ceil_mode=True, count_include_pad=False, divisor_override=1 if sums else None
+    )
+    window = tuple(factors[-2:])
+    if len(factors) == 2:
+        return pool(x, window)
+    if max(window) > 1:
+        x = _frame_by_frame(functools.partial(pool, kernel_size=window), x)
+    if factors[0] == 1:
+        return x
+    # Both frames of a window have equally many positions, so the mean of their means is the mean.
+    return pool(x.flatten(3), (factors[0], 1)).unflatten(3, x.shape[3:])
+
+
+def halved(size: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
+    """A size divided by factors, rounded up."""
+    return tuple([-(-n // factor) for n, factor in zip(size, factors, strict=True)])
+
+
+def factors_between(size: Sequence[int], low_size: Sequence[int]) -> tuple[int, ...]:
+    """By what each dimension of `size` was divided to give `low_size`: 1 or 2."""
+    return tuple([1 if low == n else 2 for n, low in zip(size, low_size, strict=True)])
+
+
+def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Repeats every position in the dimensions that are half of `size`, rounded up, and crops to `size`.
+
+    Args:
+        x: (B, C, T, H, W) or (B, C, H, W).
+        size: of the result, without batch and channels.
+    """
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    if len(size) == 3 and x.shape[2] == size[0]:
+        return _frame_by_frame(functools.partial(upsample, size=size[1:]), x)
+    factors = factors_between(size, x.shape[2:])
+    if halved(size, factors) != tuple(x.shape[2:]):
+        raise UserError(f"a map of size {tuple(x.shape[2:])} is not half of {tuple(size)}, rounded up")
+    x = F.interpolate(x, scale_factor=[float(factor) for factor in factors], mode="nearest")
+    for dim, n in enumerate(size, 2):
+        x = x.narrow(dim, 0, n)
+    return x
+
+
+def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
+    """`high + scale * upsample(low)`, written into `high` (which nothing else may read) if nothing records it.
+
+    Adds each low value to the positions that it covers, without an upsampled map: 2 to 13 times faster on a CPU.
+    """
+    size = high.shape[2:]
+    if (torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)) or not runs_as_called():
+        return torch.add(high, upsample(low, size), alpha=scale)
+    factors = factors_between(size, low.shape[2:])
+    even = [n * factor for n, factor in zip(low.shape[2:], factors, strict=True)] == list(size)
+    if not even or not channels_last(high):
+        return high.add_(upsample(low, size), alpha=scale)
+    values, sums = low.movedim(1, -1), high.movedim(1, -1)  # (B, T, H, W, C), the order in memory
+    for axis in range(len(factors), 0, -1):
+        if factors[axis - 1] == 2:  # to (..., H / 2, 1, ...) and (..., H / 2, 2, ...)
+            values, sums = values.unsqueeze(axis + 1), sums.unflatten(axis, (-1, 2))
+    sums.add_(values, alpha=scale)
+    return high

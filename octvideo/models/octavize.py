@@ -148,7 +148,7 @@ def octavize(
             )
         elif isinstance(module, (OctConv2d, OctConv3d)):
             _swap_class(module, getattr(module, "_vanilla_class", nn.Conv2d if octave is OctConv2d else nn.Conv3d))
-            for attribute in ("options", "_vanilla_class"):
+            for attribute in ("options", "_plan", "_vanilla_class"):
                 module.__dict__.pop(attribute, None)
     exchanged = _exchange_swish(model, vanilla)
     model.__dict__.pop("octave_report", None)

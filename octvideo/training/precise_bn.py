@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from octvideo.errors import UserError
 from octvideo.layers.normalization import FrozenBatchNorm
-from octvideo.layers.octaves import Octaves, join_by_parts
+from octvideo.layers.octaves import Octaves
+from octvideo.layers.parts import join_by_parts
 
 T = TypeVar("T")
 
