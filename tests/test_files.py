@@ -25,9 +25,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_folder_after(tmp_p
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     (tmp_path / "a.csv").write_text("old")
-    with pytest.raises(KeyError), appearing(tmp_path / "a.csv") as partial:
-        partial.write_text("new")
-        raise KeyError
+    with pytest.raises(UnicodeEncodeError), appearing(tmp_path / "a.csv") as partial:
+        partial.write_text("new\ud800", encoding="utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
     assert (tmp_path / "a.csv").read_text() == "old"
 
