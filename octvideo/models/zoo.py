@@ -34,10 +34,9 @@ Alpha = float | Sequence[float] | Mapping[str, float]
 
 
 class HeadPool(nn.AvgPool3d):
-    """Average pooling before the classifier: a published head's 7 x 7 window, or the whole map where that is smaller.
+    """A published head's average pooling, of any size of map: all frames, and a window or the smaller map it meets.
 
-    A published head fails on smaller maps and shorter clips; this one averages all frames, and equals it for clips of
-    the published length. A larger map (a 256 crop) keeps several windows, whose logits the head averages.
+    A larger map (a 256 crop) keeps several windows, whose logits the head averages.
 
     Shape:
         Input: (B, C, T, H, W) or Octaves of that shape.
@@ -105,10 +104,7 @@ class PooledPathways(PoolConcatPathway):
 
 
 class SlowFast(Net):
-    """A SlowFast network that takes one clip and makes its slow pathway's input itself.
-
-    The slow pathway sees every `frame_ratio`-th frame, spread over the clip from its first to its last frame as in
-    the published networks (Feichtenhofer et al., ICCV 2019).
+    """A SlowFast network that takes one clip: the slow pathway sees one of `frame_ratio` frames, from first to last.
 
     Shape:
         Input: (B, 3, T, H, W), T a multiple of frame_ratio.
@@ -153,12 +149,10 @@ def _resnet(
         stage1_pool=nn.MaxPool3d if pool_frames else None,
         stage_conv_a_kernel_size=tuple([(size, 1, 1) for size in stage] for stage in temporal_kernels),
     )
-    # After blocks 1 and 3 of res3 and 1, 3 and 5 of res4 (Wang et al., CVPR 2018).
-    for stage, after in zip(residual_stages(network)[1:3], ((1, 3), (1, 3, 5)), strict=True) if non_local else ():
-        for i in after:
-            block = network.blocks[stage].res_blocks[i]
-            block.non_local = NonLocalBlock(block.branch2.conv_c.out_channels)
-            swap_class(block, NonLocalResBlock)
+    for stage, i in ((3, 1), (3, 3), (4, 1), (4, 3), (4, 5)) if non_local else ():  # in res3 and res4
+        block = network.blocks[stage].res_blocks[i]
+        block.non_local = NonLocalBlock(block.branch2.conv_c.out_channels)
+        swap_class(block, NonLocalResBlock)
     return network
 
 
@@ -184,13 +178,8 @@ def _slowfast(
 
 
 def _csn(num_classes: int = 400, *, width: int = 64, depth: int = 101, dropout: float = 0.5) -> Net:
-    return create_csn(
-        model_depth=depth,
-        model_num_class=num_classes,
-        dropout_rate=dropout,
-        stem_dim_out=width,
-        stem_pool=nn.MaxPool3d,
-    )
+    sizes = {"model_depth": depth, "model_num_class": num_classes, "stem_dim_out": width}
+    return create_csn(**sizes, dropout_rate=dropout, stem_pool=nn.MaxPool3d)
 
 
 def _r2plus1d(num_classes: int = 400, *, width: int = 64, dropout: float = 0.5) -> Net:
@@ -217,22 +206,20 @@ _i3d = partial(_resnet, stem=5, temporal_kernels=((3,), (3, 1), (3, 1), (1, 3)))
 
 # Each takes num_classes and the keywords width, dropout and, where there is a choice, depth.
 MODELS: dict[str, Callable[..., Net]] = {
-    # Each frame by itself, pooled over time, and temporal kernels of 3 in every second block (Wang et al., CVPR 2018,
-    # after Carreira and Zisserman, CVPR 2017), without and with non-local blocks.
+    # C2D sees each frame by itself and pools over time; I3D has temporal kernels of 3 in every second block. Non-local
+    # blocks follow blocks 1 and 3 of res3 and 1, 3 and 5 of res4 (Wang et al., CVPR 2018).
     "c2d_r50": _c2d,
     "c2d_r50_nonlocal": partial(_c2d, non_local=True),
     "i3d_r50": _i3d,
     "i3d_r50_nonlocal": partial(_i3d, non_local=True),
-    # SlowFast's slow pathway alone, with temporal kernels in the last two stages, and SlowFast, a wide network on few
-    # frames joined by a thin one on many (Feichtenhofer et al., ICCV 2019).
+    # SlowFast: a wide network on few frames, joined by a thin one on many; Slow is the former alone (Feichtenhofer et
+    # al., ICCV 2019).
     "slow_r50": partial(_resnet, stem=1, temporal_kernels=((1,), (1,), (3,), (3,)), pool_frames=False),
     "slowfast_r50": _slowfast,
-    # 3 x 3 x 3 convolutions taken apart into 1 x 3 x 3 and 3 x 1 x 1 (Tran et al., CVPR 2018); depthwise ones (Tran et
-    # al., ICCV 2019).
+    # 3 x 3 x 3 convolutions factorised into 1 x 3 x 3 and 3 x 1 x 1, or depthwise (Tran et al., CVPR 2018, ICCV 2019).
     "r2plus1d_r50": _r2plus1d,
     "csn_r101": _csn,
-    # For 4 and 13 frames of 160 x 160, 16 of 224 x 224 and 16 of 312 x 312 (Feichtenhofer, CVPR 2020). XS, S and M
-    # differ only in the window of their heads.
+    # For 4 and 13 frames of 160 x 160, 16 of 224 x 224 and 16 of 312 x 312 (Feichtenhofer, CVPR 2020).
     "x3d_xs": partial(_x3d, crop_size=160),
     "x3d_s": partial(_x3d, crop_size=160),
     "x3d_m": partial(_x3d, crop_size=224),
@@ -255,7 +242,7 @@ def create_model(
     round_to: int = 1,
     weights: str | Path | None = None,
 ) -> nn.Module:
-    """Builds a network of the zoo, with octave convolutions where alpha is above 0.
+    """Builds a network from clips (B, 3, T, H, W) to logits (B, num_classes), octave where alpha is above 0.
 
     The layout is the paper's (section 4.3): res2, res3 and res4 are octave, with their shortcuts, non-local blocks and
     SlowFast's lateral connections after them; stem, res5 and classifier are vanilla. At alpha 0 it is pytorchvideo's
@@ -280,9 +267,6 @@ def create_model(
             such as 0.1, but changes how many channels are low.
         weights: checkpoint to start from: octvideo's, pytorchvideo's, PySlowFast's, or a 2-D ImageNet ResNet's, which
             is inflated. A classifier with other classes starts fresh.
-
-    Returns:
-        A network from clips (B, 3, T, H, W) to logits (B, num_classes).
 
     Raises:
         UserError: an unknown name, a number out of its range, or a checkpoint that does not fit.
@@ -312,10 +296,10 @@ def _build(name: str, num_classes: int, options: Mapping[str, Any]) -> Net:
     if (depth := options["depth"]) is not None and ("depth" not in known or depth not in DEPTHS):
         allowed = f"one of {DEPTHS}" if "depth" in known else f"left out for {name}"
         raise UserError(f"depth must be {allowed}, got {depth}")
-    ratios = options["frame_ratio"], options["channel_ratio"]
-    if min(ratios) < 1:
-        raise UserError(f"frame_ratio and channel_ratio must be at least 1, got {ratios[0]} and {ratios[1]}")
-    multiple = ratios[1] if "channel_ratio" in known else 8 if name.startswith("x3d") else 1
+    frames, channels = options["frame_ratio"], options["channel_ratio"]
+    if min(frames, channels) < 1:
+        raise UserError(f"frame_ratio and channel_ratio must be at least 1, got {frames} and {channels}")
+    multiple = channels if "channel_ratio" in known else 8 if name.startswith("x3d") else 1
     width = known["width"].default if options["width"] is None else options["width"]
     if width < 1 or width % multiple:
         kind = f"a multiple of {multiple} for {name}" if multiple > 1 else "at least 1"
@@ -324,11 +308,7 @@ def _build(name: str, num_classes: int, options: Mapping[str, Any]) -> Net:
 
 
 def stage_alphas(alpha: float | Sequence[float]) -> tuple[float, float, float, float]:
-    """The alphas of res2, res3, res4 and res5; a single number leaves res5 vanilla.
-
-    Raises:
-        UserError: neither one nor four numbers, or one outside [0, 1].
-    """
+    """The alphas of res2 to res5, from those or from one for res2 to res4; UserError for others, or outside [0, 1]."""
     alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha, alpha, 0.0)
     if len(alphas) != 4:
         raise UserError(f"alpha must be one number or four (res2, res3, res4, res5), got {len(alphas)}: {alphas}")
@@ -338,11 +318,10 @@ def stage_alphas(alpha: float | Sequence[float]) -> tuple[float, float, float, f
 
 
 def set_alpha(network: nn.Module, alpha: Alpha) -> nn.Module:
-    """Gives a network of `create_model` another alpha, as there, in place; weights and other options stay.
+    """Gives a network of `create_model` another alpha, in place; its weights and other options stay.
 
     Raises:
-        UserError: a network that `create_model` did not build, or an alpha that is out of its range or that groups
-            cannot be split at; the network is unchanged.
+        UserError: another network, or an alpha out of range or that its groups cannot have; then it is unchanged.
     """
     options: Any = getattr(network, "octave_options", None)
     if not isinstance(network, Net) or options is None:
