@@ -89,9 +89,9 @@ def octavize(
     """
     defaults = OctaveOptions(0, temporal, downsample, channels_last, round_to)
     plan = _plan(model, alpha, (skip,) if isinstance(skip, str) else tuple(skip), defaults)
-    vanilla = not any(options.alpha for _, _, options, _ in plan) and downsample == "conv" and not channels_last
-    for module, octave, options, _ in plan:
-        if octave:
+    vanilla = not any(options.alpha for _, options, _ in plan) and downsample == "conv" and not channels_last
+    for module, options, _ in plan:
+        if octave := _octave_class(module):
             _make_sizes_ints(module)
             if not vanilla:
                 swap_class(module, octave)
@@ -101,19 +101,19 @@ def octavize(
     replaced = _replace_swish(model, vanilla)
     model.__dict__.pop("octave_report", None)
     if not vanilla:
-        assignments = tuple(assignment for _, _, _, assignment in plan)
+        assignments = tuple(assignment for _, _, assignment in plan)
         model.__dict__["octave_report"] = Report(type(model).__name__, assignments, replaced)
     return model
 
 
 def _plan(
     model: nn.Module, alpha: float | Mapping[str, float], skip: tuple[str, ...], defaults: OctaveOptions
-) -> list[tuple[Any, type[nn.Module] | None, OctaveOptions, Assignment]]:
-    """Each convolution, the octave class that it may take, its options, and its line of the report; changes nothing."""
+) -> list[tuple[Any, OctaveOptions, Assignment]]:
+    """Each convolution with its options and its line of the report; raises what octavize does, and changes nothing."""
     convolutions: dict[str, Any] = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)
     }
-    classes = {name: _octave_class(module) for name, module in convolutions.items()}
+    possible = [name for name, module in convolutions.items() if _octave_class(module)]
     attention = {  # compares tokens or positions with each other: all must be at one resolution
         layer: type(module).__name__
         for layer, module in model.named_modules()
@@ -122,40 +122,56 @@ def _plan(
     }
     hint = f", a transformer ({len(attention)} attention layers; octaves are for convolutional networks),"
     described = type(model).__name__ + (hint if attention else "")
-    if not any(classes.values()):
+    if not possible:
         raise UserError(f"{described} has no nn.Conv2d or nn.Conv3d that could become octave")
     for pattern in (*(alpha if isinstance(alpha, Mapping) else ()), *skip):
         try:
-            found = any(octave and re.search(pattern, name) for name, octave in classes.items())
+            found = any(re.search(pattern, name) for name in possible)
         except re.error as error:
             raise UserError(f"invalid regex {pattern!r}: {error}") from error
         if not found:
             raise UserError(f"no convolution of {type(model).__name__} has a name that matches {pattern!r}")
-    reasons = _reasons(convolutions, attention, alpha, skip, defaults.temporal)
-    if not isinstance(alpha, Mapping) and alpha > 0 and all(reasons.values()):
-        lines = "; ".join(f"{name} is {reason}" for name, reason in list(reasons.items())[:3])
-        raise UserError(f"{described} has no convolution that could become octave: {lines}")
 
-    plan: list[tuple[Any, type[nn.Module] | None, OctaveOptions, Assignment]] = []
+    # The network's input is read by the first convolution, and by others of as few channels (RGB): SlowFast has two
+    # stems. A network whose input has more than 4 channels is taken to have one.
+    first = next(iter(convolutions.values()))
+    plan = []
     for name, module in convolutions.items():
-        share = 0.0
-        if not reasons[name]:
-            share = next(alpha[p] for p in alpha if re.search(p, name)) if isinstance(alpha, Mapping) else alpha
         problem = misalignment(module, defaults.temporal)
+        around = next((kind for layer, kind in attention.items() if name.startswith(f"{layer}.")), None)
+        share, reason = 0.0, ""
+        if is_parametrized(module):
+            reason = "its weight is parametrized"
+        elif name not in possible:
+            reason = f"{type(module).__name__} is no nn.Conv2d or nn.Conv3d, or convolves in its own way"
+        elif any(re.search(pattern, name) for pattern in skip):
+            reason = "skip matches its name"
+        elif isinstance(alpha, Mapping):
+            shares = [value for pattern, value in alpha.items() if re.search(pattern, name)]
+            share, reason = (shares[0], "") if shares else (0.0, "no regex of alpha matches its name")
+        elif module is first or module.in_channels == first.in_channels <= 4:
+            reason = "it reads the network's input"
+        elif around:
+            reason = f"it is inside an attention layer, {around}"
+        else:
+            share, reason = (0.0, problem) if problem else (alpha, "")
         if share and problem:
             raise UserError(f"{name}: {problem}; skip it")
         temporal = defaults.temporal and len(module.kernel_size) == 3
-        downsample = "conv" if problem or reasons[name] else defaults.downsample
+        downsample = "conv" if problem or reason else defaults.downsample
         try:
             options = replace(defaults, alpha=share, temporal=temporal, downsample=downsample)
-            if classes[name]:
+            if name in possible:
                 options.check(module)
         except UserError as error:
             raise UserError(f"{name}: {error}; skip it, or choose another alpha for it") from error
         channels, low = module.out_channels, options.split(module.out_channels)[1]
-        few = f"left: {channels} channels have no low one at alpha {share:g}" if share else "left: alpha 0"
-        assignment = Assignment(name, channels, share, low, reasons[name] or ("" if low else few))
-        plan.append((module, classes[name], options, assignment))
+        if not low:
+            reason = reason or (f"{channels} channels have no low one at alpha {share:g}" if share else "alpha 0")
+        plan.append((module, options, Assignment(name, channels, share, low, reason and f"left: {reason}")))
+    if not isinstance(alpha, Mapping) and alpha > 0 and not any(options.alpha for _, options, _ in plan):
+        lines = "; ".join(f"{left.name} is {left.reason}" for _, _, left in plan[:3])
+        raise UserError(f"{described} has no convolution that could become octave: {lines}")
     return plan
 
 
@@ -169,36 +185,6 @@ def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
         if kind is octave or (isinstance(module, plain) and as_base):
             return octave
     return None
-
-
-def _reasons(
-    convolutions: Mapping[str, Any],
-    attention: Mapping[str, str],
-    alpha: float | Mapping[str, float],
-    skip: tuple[str, ...],
-    temporal: bool,
-) -> dict[str, str]:
-    """Why each convolution stays at alpha 0; empty where it need not."""
-    # The network's input is read by the first convolution, and by others of as few channels (RGB): SlowFast has two
-    # stems. A network whose input has more than 4 channels is taken to have one.
-    first, stem = next(iter(convolutions.items()))
-    reasons = {}
-    for name, module in convolutions.items():
-        around = next((kind for layer, kind in attention.items() if name.startswith(f"{layer}.")), None)
-        if is_parametrized(module):
-            reason = "its weight is parametrized"
-        elif not _octave_class(module):
-            reason = f"{type(module).__name__} is no nn.Conv2d or nn.Conv3d, or convolves in its own way"
-        elif any(re.search(pattern, name) for pattern in skip):
-            reason = "skip matches its name"
-        elif isinstance(alpha, Mapping):
-            reason = "" if any(re.search(pattern, name) for pattern in alpha) else "no regex of alpha matches its name"
-        elif name == first or module.in_channels == stem.in_channels <= 4:
-            reason = "it reads the network's input"
-        else:
-            reason = f"it is inside an attention layer, {around}" if around else misalignment(module, temporal)
-        reasons[name] = reason and f"left: {reason}"
-    return reasons
 
 
 def _restore(module: nn.Module) -> None:

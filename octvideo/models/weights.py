@@ -22,7 +22,7 @@ CONTAINERS = ("state_dict", "model_state", "model")  # keys under which a checkp
 SHOWN = 6  # names that a report lists of each kind
 # From our names to other projects'. A name is first written "stage.pathway.rest" (1 the stem, 2 to 5 the stages, 6 the
 # head), then all patterns are applied in order; a name that still starts with a digit has no counterpart.
-PYSLOWFAST = (
+PYSLOWFAST: tuple[tuple[str, str], ...] = (
     (r"^(\d)\.0\.multipathway_fusion\.conv_fast_to_slow", r"s\1_fuse.conv_f2s"),
     (r"^(\d)\.0\.multipathway_fusion\.norm", r"s\1_fuse.bn"),
     (r"^1\.(\d)\.conv\.conv_t", r"s1.pathway\1_stem.conv_xy"),  # X3D's: reads RGB, one frame at a time
@@ -128,9 +128,8 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
     state, checkpoint = model.state_dict(), read_checkpoint(path)
     tensors = _tensors(checkpoint, path, own={name.split(".")[0] for name in state})
     joints = _join_four_blocks(tensors)
-    source, patterns = _naming(tensors, checkpoint)
+    source, names = _names(state, tensors, checkpoint)
     source = "octave layers of four blocks" if joints else source
-    names = _names(state, patterns)
     joints |= _fold_shortcut_norms(tensors, names)
 
     values, skipped = {}, _take_out_foreign_head(model, state, tensors, names)
@@ -208,22 +207,17 @@ def _tensors(checkpoint: Mapping[str, Any], path: str | Path, own: set[str]) -> 
     return tensors
 
 
-def _naming(tensors: Iterable[str], checkpoint: Mapping[str, Any]) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Whose names these are, for the report, and the patterns that give ours their form."""
-    if any(re.match(r"s\d\.pathway\d_", name) for name in tensors):
-        return "PySlowFast", PYSLOWFAST
-    if "layer1.0.conv1.weight" in tensors:
-        return "2-D ResNet", IMAGE_RESNET
-    if any(name.startswith("blocks.") for name in tensors):
-        return "octvideo" if "hyper_parameters" in checkpoint else "pytorchvideo", ()
-    return "state dict", ()
-
-
-def _names(state: Iterable[str], patterns: tuple[tuple[str, str], ...]) -> dict[str, str]:
-    """The checkpoint's names for the model's tensors, without those that its kind of network does not have."""
+def _names(state: Iterable[str], tensors: Iterable[str], checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    """Whose names the tensors have, in words, and those names by the model's; without those of no counterpart."""
     names = {name: name.replace("_orig_mod.", "") for name in state}
-    if not patterns:
-        return names
+    if any(re.match(r"s\d\.pathway\d_", name) for name in tensors):
+        source, patterns = "PySlowFast", PYSLOWFAST
+    elif "layer1.0.conv1.weight" in tensors:
+        source, patterns = "2-D ResNet", IMAGE_RESNET
+    elif any(name.startswith("blocks.") for name in tensors):
+        return "octvideo" if "hyper_parameters" in checkpoint else "pytorchvideo", names
+    else:
+        return "state dict", names
     places = {
         name: place
         for name, other in names.items()
@@ -234,7 +228,7 @@ def _names(state: Iterable[str], patterns: tuple[tuple[str, str], ...]) -> dict[
         names[name] = f"{blocks.index(place[1]) + 1}.{place[2] or 0}.{place[3]}"
         for pattern, replacement in patterns:
             names[name] = re.sub(pattern, replacement, names[name])
-    return {name: other for name, other in names.items() if not other[0].isdigit()}
+    return source, {name: other for name, other in names.items() if not other[0].isdigit()}
 
 
 def _join_four_blocks(tensors: dict[str, Tensor]) -> set[str]:
