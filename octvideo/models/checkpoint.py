@@ -12,7 +12,7 @@ from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.files import verify
 from octvideo.models.weights import read_checkpoint
-from octvideo.models.zoo import create_model
+from octvideo.models.zoo import Alpha, create_model
 
 NETWORK_OPTIONS = (
     *("name", "alpha", "num_classes", "width", "depth"),
@@ -40,16 +40,12 @@ class TrainingCheckpoint:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How the network wants its clips; defaults where the file does not say."""
+        """How the network wants its clips, with defaults for what is not recorded."""
         return Preprocessing.from_mapping(self.recorded)
 
 
 def read_training_checkpoint(path: str | Path, mmap: bool = False) -> TrainingCheckpoint:
-    """Opens a checkpoint of train_net.py, of any version, after comparing its checksum.
-
-    Args:
-        path: the file.
-        mmap: leave the tensors in the file until they are used.
+    """Opens a checkpoint of train_net.py of any version, whole; with mmap, tensors are read when they are used.
 
     Raises:
         FileNotFoundError: no such file.
@@ -100,19 +96,15 @@ class Trained:
         return self.preprocessing.normalize(clips)
 
 
-def load_trained(path: str | Path, alpha: float | None = None) -> Trained:
-    """Opens the network of a checkpoint that train_net.py wrote.
+def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
+    """Opens the network of a checkpoint of train_net.py, with its averaged weights if any, channels last on the CPU.
 
     Args:
-        path: the file.
-        alpha: of res2 to res4; None: as it was trained.
-
-    Returns:
-        The network with its weights (their moving average, if the run kept one), on the CPU, channels last.
+        path: the file; for errors see `read_training_checkpoint`.
+        alpha: as `octvideo.create_model`'s; None: as it was trained.
 
     Raises:
-        FileNotFoundError, DamagedCheckpointError, UserError: as `read_training_checkpoint`.
-        UserError: weights that do not fit the network, or an impossible alpha.
+        UserError: also for weights that do not fit the network, or an impossible alpha.
     """
     checkpoint = read_training_checkpoint(path)
     if "VideoData" not in checkpoint.content:

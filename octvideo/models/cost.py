@@ -45,11 +45,8 @@ def count_saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
     """Bytes that a forward pass keeps for the backward pass, each storage once, without parameters and buffers.
 
     Counts what autograd saves: the clip where a convolution needs it, and under autocast the copies of weights; not
-    what an autograd function keeps in other ways than `save_for_backward`.
-
-    Args:
-        model: the network, whose parameters and buffers exist anyway.
-        forward: runs it, with gradients on, and returns something that depends on all it computed, such as a loss.
+    what an autograd function keeps in other ways than `save_for_backward`. `forward` runs the model with gradients on,
+    and returns something that depends on all it computed, such as a loss.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
     saved: dict[int, int] = {}
@@ -85,17 +82,9 @@ def time_interleaved(
 ) -> list[list[float]]:
     """Seconds that each of several functions takes, called in turn: A B C, A B C, ...
 
-    A machine that gets slower or faster does so for all of them, so ratios within a round stay true.
-
-    Args:
-        calls: the functions.
-        rounds: number of measurements of each, after `warmup` rounds that are not measured.
-        warmup: rounds before those.
-        device: on "cuda", each measurement waits for the device.
-        after_each: called after every call, outside the measured time, such as to show progress.
-
-    Raises:
-        UserError: rounds below 1, or warmup below 0.
+    A machine that gets slower or faster does so for all of them, so ratios within a round stay true. `rounds` (at least
+    1) are measured, after `warmup` others; on "cuda" each measurement waits for the device; `after_each` call, outside
+    the measured time, progress can be shown.
     """
     if rounds < 1 or warmup < 0:
         raise UserError(f"rounds must be at least 1 and warmup at least 0, got {rounds} and {warmup}")

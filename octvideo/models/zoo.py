@@ -56,13 +56,10 @@ class HeadPool(nn.AvgPool3d):
 
 
 class NonLocalBlock(nn.Module):
-    """Adds to every position what it finds at all others: the embedded Gaussian of Wang et al., CVPR 2018.
+    """Adds to every position of (B, channels, T, H, W) what it finds at all others (Wang et al., CVPR 2018).
 
-    Half the channels; keys and values are max-pooled by 2 in space; the last batch norm starts at 0, so that the block
-    starts as the identity. The convolutions may be octave; positions are compared at full resolution.
-
-    Shape:
-        Input and output: (B, channels, T, H, W) or Octaves of that shape.
+    The embedded Gaussian with half the channels; keys and values are max-pooled by 2 in space. The convolutions may be
+    octave; positions are compared at full resolution. The last batch norm starts at 0, and the block as the identity.
     """
 
     def __init__(self, channels: int) -> None:
@@ -106,9 +103,7 @@ class PooledPathways(PoolConcatPathway):
 class SlowFast(Net):
     """A SlowFast network that takes one clip: the slow pathway sees one of `frame_ratio` frames, from first to last.
 
-    Shape:
-        Input: (B, 3, T, H, W), T a multiple of frame_ratio.
-        Output: (B, num_classes).
+    From (B, 3, T, H, W), T a multiple of frame_ratio, to (B, num_classes).
     """
 
     def __init__(self, blocks: nn.ModuleList, frame_ratio: int) -> None:
@@ -203,7 +198,6 @@ def _x3d(
 
 _c2d = partial(_resnet, stem=1, temporal_kernels=((1,), (1,), (1,), (1,)))
 _i3d = partial(_resnet, stem=5, temporal_kernels=((3,), (3, 1), (3, 1), (1, 3)))
-
 # Each takes num_classes and the keywords width, dropout and, where there is a choice, depth.
 MODELS: dict[str, Callable[..., Net]] = {
     # C2D sees each frame by itself and pools over time; I3D has temporal kernels of 3 in every second block. Non-local
@@ -212,8 +206,7 @@ MODELS: dict[str, Callable[..., Net]] = {
     "c2d_r50_nonlocal": partial(_c2d, non_local=True),
     "i3d_r50": _i3d,
     "i3d_r50_nonlocal": partial(_i3d, non_local=True),
-    # SlowFast: a wide network on few frames, joined by a thin one on many; Slow is the former alone (Feichtenhofer et
-    # al., ICCV 2019).
+    # A wide network on few frames, alone and joined by a thin one on many (Feichtenhofer et al., ICCV 2019).
     "slow_r50": partial(_resnet, stem=1, temporal_kernels=((1,), (1,), (3,), (3,)), pool_frames=False),
     "slowfast_r50": _slowfast,
     # 3 x 3 x 3 convolutions factorised into 1 x 3 x 3 and 3 x 1 x 1, or depthwise (Tran et al., CVPR 2018, ICCV 2019).
@@ -278,7 +271,8 @@ def create_model(
     for module in network.modules():
         for child_name, child in module.named_children():
             if type(child) is nn.AvgPool3d:
-                setattr(module, child_name, HeadPool(int(child.kernel_size[-1])))  # type: ignore[index]
+                window: Any = child.kernel_size
+                setattr(module, child_name, HeadPool(int(window[-1])))
     if weights is not None:
         load_weights(network, weights)
     # Kept for set_alpha: a convolution at alpha 0 may be vanilla, and then knows no octave option.
