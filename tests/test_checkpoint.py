@@ -5,7 +5,7 @@ import torch
 
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import DamagedCheckpointError
-from octvideo.models.checkpoint import load_trained
+from octvideo.models.checkpoint import Trained, load_trained, read_labels, read_preprocessing, read_training_checkpoint
 from octvideo.training.recognizer import Recognizer
 
 PREPROCESSING = {"clip_frames": 4, "frame_stride": 2, "test_crop_size": 32}
@@ -36,7 +36,7 @@ def test_the_network_gives_the_logits_of_the_module_that_was_trained(module, che
         torch.testing.assert_close(trained.network(trained.normalize(clips)), module(clips))
     assert not trained.network.training
     assert trained.labels == ["run", "jump", "sit"]
-    assert trained.preprocessing == Preprocessing.from_mapping(PREPROCESSING | {"mean": 0.4, "std": 0.2})
+    assert trained.preprocessing == Preprocessing(**PREPROCESSING, mean=0.4, std=0.2)
     assert (trained.options["name"], trained.options["alpha"]) == ("i3d_r50", 0.25)
 
 
@@ -77,3 +77,41 @@ def test_a_torn_or_missing_file_is_named(checkpoint, tmp_path):
         load_trained(tmp_path / "torn.ckpt")
     with pytest.raises(FileNotFoundError):
         load_trained(tmp_path / "missing.ckpt")
+
+
+def test_everything_is_read_once(checkpoint, tmp_path):
+    checkpoint |= {"epoch": 3, "global_step": 12}
+    torch.save(checkpoint, tmp_path / "some.ckpt")
+    found = read_training_checkpoint(tmp_path / "some.ckpt", mmap=True)
+    assert found.options == {
+        "name": "i3d_r50",
+        "alpha": 0.25,
+        "num_classes": 3,
+        "width": 8,
+        "depth": None,
+        "frame_ratio": 4,
+        "channel_ratio": 8,
+        "downsample": "conv",
+        "round_to": 1,
+    }
+    assert found.preprocessing == Preprocessing(**PREPROCESSING, mean=0.4, std=0.2)
+    assert (found.labels, found.content["epoch"], found.content["global_step"]) == (["run", "jump", "sit"], 3, 12)
+    assert all(torch.equal(tensor, checkpoint["state_dict"][name]) for name, tensor in found.tensors.items())
+
+
+def test_what_older_checkpoints_do_not_name_has_defaults(checkpoint, tmp_path):
+    del checkpoint["VideoData"]
+    for key in ("downsample", "round_to"):
+        del checkpoint["hyper_parameters"][key]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    found = read_training_checkpoint(tmp_path / "old.ckpt")
+    assert (found.options["downsample"], found.options["round_to"]) == ("conv", 1)
+    assert found.preprocessing == Preprocessing(mean=0.4, std=0.2)
+    assert read_labels(tmp_path / "old.ckpt") is None
+    assert read_preprocessing(tmp_path / "old.ckpt") == {"mean": 0.4, "std": 0.2}
+
+
+def test_a_bare_module_can_be_a_trained_network():
+    trained = Trained(torch.nn.Flatten(), {}, ["a"], Preprocessing())
+    clips = torch.full((1, 3, 1, 1, 1), 255, dtype=torch.uint8)
+    torch.testing.assert_close(trained.normalize(clips), torch.full((1, 3, 1, 1, 1), (1 - 0.45) / 0.225))

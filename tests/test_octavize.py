@@ -149,7 +149,7 @@ def test_the_report_says_what_every_convolution_became_and_why():
         "  3  left: skip matches its name",
         "  4  left: its weight is parametrized",
         "  5  left: ConvTranspose3d is no nn.Conv2d or nn.Conv3d, or convolves in its own way",
-        "  6  exchanged for nn.SiLU, the same function",
+        "  6  replaced by nn.SiLU, the same function",
     ]
     octavize(network, {"1": 0.25, "2": 0.0})
     assert [line.split("  ")[-1] for line in str(network.octave_report).splitlines()[1:5]] == [
@@ -162,7 +162,7 @@ def test_the_report_says_what_every_convolution_became_and_why():
     assert not hasattr(network, "octave_report")
 
 
-def test_pytorchvideos_swish_is_exchanged_and_restored():
+def test_pytorchvideos_swish_is_replaced_and_restored():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(3, 8, 1), Swish(), nn.Conv3d(8, 8, 1), Swish())
     clip = torch.randn(1, 3, 2, 4, 4)
@@ -213,6 +213,21 @@ def test_channels_last_is_the_fast_form_at_alpha_zero_and_is_restored():
     assert type(network[0]) is nn.Conv3d
     assert "channels_last" not in network[0].__dict__
     assert torch.equal(network(clip), wanted)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv3d, OctConv3d])
+def test_nothing_octave_stays_in_a_restored_layer(kind):
+    network = nn.Sequential(nn.Conv3d(3, 4, 1), kind(4, 4, 1), Swish())
+    before = [set(vars(nn.Conv3d(3, 4, 1)))] * 2 + [set(vars(Swish()))]
+    octavize(network, {"1": 0.5}, temporal=True, channels_last=True)(torch.zeros(1, 3, 2, 4, 4))
+    octavize(network, 0)
+    assert [set(vars(module)) for module in network] == before
+    assert [type(module) for module in network] == [nn.Conv3d, nn.Conv3d, Swish]
+
+
+def test_an_invalid_regex_is_named():
+    with pytest.raises(ValueError, match=r"invalid regex '\(': missing \)"):
+        octavize(small_network(), {"(": 0.5})
 
 
 def test_rounding_reaches_every_layer_and_the_report():

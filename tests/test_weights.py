@@ -394,7 +394,10 @@ def test_four_blocks_of_a_grouped_layer_are_skipped_with_the_reason(tmp_path):
     theirs = FourBlockResNet([1, 1, 1, 1], 4, 10, groups=2)
     ours = ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10, groups=2, width_per_group=4)
     report = load_weights(ours, save(theirs.state_dict(), tmp_path / "x.pth"))
-    assert report.skipped["layer1.0.conv2.weight"] == "the four blocks of a layer of 2 groups make no one weight"
+    assert (
+        report.skipped["layer1.0.conv2.weight"]
+        == "the four blocks of a layer of 2 groups cannot be merged into one weight"
+    )
     assert "layer1.0.conv1.weight" in report.joined
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of train_net.py holds: a network, the names of its classes, and how it wants its clips."""
+"""Checkpoints that training wrote: the only place that knows what is in them."""
 
 from __future__ import annotations
 
@@ -12,35 +12,7 @@ from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.files import verify
 from octvideo.models.weights import read_checkpoint
-from octvideo.models.zoo import create_model, set_alpha
-
-
-def read_labels(path: str | Path) -> list[str] | None:
-    """Reads the class names, in the order of class numbers, in a checkpoint of train_net.py; None if it has none.
-
-    Raises:
-        ValueError: no such file, or none that torch.load(weights_only=True) reads.
-    """
-    labels: list[str] | None = (read_checkpoint(path).get("VideoData") or {}).get("labels")
-    return labels
-
-
-def read_preprocessing(path: str | Path) -> dict[str, Any]:
-    """Reads how a checkpoint of train_net.py wants its clips: the data's options, and the model's mean and std.
-
-    Returns:
-        clip_frames, frame_stride, short_side, test_crop_size ... as in VideoData, mean and std as in Recognizer; those
-        of them that the checkpoint holds.
-
-    Raises:
-        ValueError: no such file, or none that torch.load(weights_only=True) reads.
-    """
-    checkpoint = read_checkpoint(path)
-    model = checkpoint.get("hyper_parameters") or {}
-    return (checkpoint.get("VideoData") or {}).get("preprocessing", {}) | {
-        key: model[key] for key in ("mean", "std") if key in model
-    }
-
+from octvideo.models.zoo import Alpha, create_model
 
 NETWORK_OPTIONS = (
     *("name", "alpha", "num_classes", "width", "depth"),
@@ -49,13 +21,68 @@ NETWORK_OPTIONS = (
 
 
 @dataclass(frozen=True)
+class TrainingCheckpoint:
+    """What a checkpoint of train_net.py says about its network.
+
+    Attributes:
+        options: what `octvideo.create_model` made the network from: `NETWORK_OPTIONS`.
+        recorded: the options of `Preprocessing` that the file holds; only mean and std if it holds no data options.
+        labels: class names by index; None if the file has none.
+        tensors: the state_dict of the Lightning module, whose network is `network`.
+        content: all of the file: epoch, global_step, optimizer_states, callbacks ...
+    """
+
+    options: dict[str, Any]
+    recorded: dict[str, Any]
+    labels: list[str] | None
+    tensors: dict[str, Tensor]
+    content: dict[str, Any]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the network wants its clips, with defaults for what is not recorded."""
+        return Preprocessing.from_mapping(self.recorded)
+
+
+def read_training_checkpoint(path: str | Path, mmap: bool = False) -> TrainingCheckpoint:
+    """Opens a checkpoint of train_net.py of any version, whole; with mmap, tensors are read when they are used.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DamagedCheckpointError: a truncated or changed file.
+        UserError: a file of another kind.
+    """
+    verify(path)
+    content = read_checkpoint(path, mmap)
+    try:
+        # Early versions had no choice of these, and named none.
+        known = {"downsample": "conv", "round_to": 1} | content["hyper_parameters"]
+        options = {key: known[key] for key in NETWORK_OPTIONS}
+        data = content.get("VideoData") or {}  # named after the class that wrote it
+        recorded = data.get("preprocessing", {}) | {key: known[key] for key in ("mean", "std")}
+        return TrainingCheckpoint(options, recorded, data.get("labels"), content["state_dict"], content)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a checkpoint of train_net.py: it has no {error}") from error
+
+
+def read_labels(path: str | Path) -> list[str] | None:
+    """Class names by index in a checkpoint of train_net.py; None if it has none. Errors: `read_training_checkpoint`."""
+    return read_training_checkpoint(path, mmap=True).labels
+
+
+def read_preprocessing(path: str | Path) -> dict[str, Any]:
+    """The options of `Preprocessing` that a checkpoint of train_net.py holds. Errors: `read_training_checkpoint`."""
+    return read_training_checkpoint(path, mmap=True).recorded
+
+
+@dataclass(frozen=True)
 class Trained:
-    """A trained network, ready to see clips.
+    """A trained network, ready for clips.
 
     Args:
-        network: in evaluation mode; takes (B, 3, T, H, W), normalised as `normalize` does, and gives (B, num_classes).
+        network: in evaluation mode; takes (B, 3, T, H, W), normalised by `normalize`, and gives (B, num_classes).
         options: what `octvideo.create_model` made it from: name, alpha, num_classes ...
-        labels: name of each class; "class 3" where the checkpoint has none.
+        labels: class names by index; "class 3" where the checkpoint has none.
         preprocessing: how it wants its clips.
     """
 
@@ -65,43 +92,30 @@ class Trained:
     preprocessing: Preprocessing
 
     def normalize(self, clips: Tensor) -> Tensor:
-        """uint8 RGB clips (..., 3, T, H, W) as float32, as the network takes them."""
+        """uint8 RGB clips (..., 3, T, H, W) as the network takes them; `Preprocessing.normalize`."""
         return self.preprocessing.normalize(clips)
 
 
-def load_trained(path: str | Path, alpha: float | None = None) -> Trained:
-    """Opens a checkpoint that train_net.py wrote.
+def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
+    """Opens the network of a checkpoint of train_net.py, with its averaged weights if any, channels last on the CPU.
 
     Args:
-        path: the file.
-        alpha: of res2 to res4; None: the one it was trained at.
-
-    Returns:
-        The network with its (averaged, if the run averaged them) weights, on the CPU, channels last.
+        path: the file; for errors see `read_training_checkpoint`.
+        alpha: as `octvideo.create_model`'s; None: as it was trained.
 
     Raises:
-        FileNotFoundError: no such file.
-        DamagedCheckpointError: a torn or changed file.
-        ValueError: a file of another kind, or an impossible alpha.
+        UserError: also for weights that do not fit the network, or an impossible alpha.
     """
-    verify(path)
-    checkpoint = read_checkpoint(path)
-    try:
-        known = {"downsample": "conv", "round_to": 1} | checkpoint["hyper_parameters"]
-        options = {key: known[key] for key in NETWORK_OPTIONS}
-        data = checkpoint["VideoData"]
-        values = data["preprocessing"] | {key: known[key] for key in ("mean", "std")}
-        tensors = checkpoint["state_dict"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a checkpoint of train_net.py: it has no {error}") from error
+    checkpoint = read_training_checkpoint(path)
+    if "VideoData" not in checkpoint.content:
+        raise UserError(f"{path}: not a checkpoint of train_net.py: it has no 'VideoData'")
+    options = checkpoint.options | ({} if alpha is None else {"alpha": alpha})
     network = create_model(**options, channels_last=True)
     prefix = "network."
+    state = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
     try:
-        network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        network.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path}: its weights do not fit the {options['name']} that it describes: {error}") from error
-    if alpha is not None:
-        set_alpha(network, alpha)
-        options["alpha"] = alpha
-    labels = data["labels"] or [f"class {number}" for number in range(options["num_classes"])]
-    return Trained(network.eval(), options, labels, Preprocessing.from_mapping(values))
+    labels = checkpoint.labels or [f"class {index}" for index in range(options["num_classes"])]
+    return Trained(network.eval(), options, labels, checkpoint.preprocessing)

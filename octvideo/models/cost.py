@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds, parameters, memory that is kept for backward, seconds."""
+"""What a network costs: multiply-adds, parameters, memory kept for the backward pass, seconds."""
 
 from __future__ import annotations
 
@@ -20,14 +20,10 @@ from octvideo.errors import UserError
 
 
 def count_macs(model: nn.Module, clip_size: Sequence[int] = (3, 8, 224, 224)) -> int:
-    """Multiply-adds of one forward pass: convolutions and the classifier, as the paper counts them.
+    """Multiply-adds of one forward pass on an input of (C, T, H, W): convolutions and the classifier, as in the paper.
 
-    The matrix products of attention and non-local blocks count too, which published figures leave out. Counted from
-    the operations that run, on tensors without data, so it takes a second for any size.
-
-    Args:
-        model: a network; it is neither run nor changed.
-        clip_size: size of its input without the batch dimension, (C, T, H, W).
+    The matrix products of attention and non-local blocks count too, which published figures leave out. Counted on
+    tensors without data, so any size takes about a second; the model itself is neither run nor changed.
     """
     model = copy.deepcopy(model).to("meta").eval()
     return count_macs_of(lambda: model(torch.empty((1, *clip_size), device="meta")))
@@ -41,37 +37,33 @@ def count_macs_of(call: Callable[[], Any]) -> int:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable and frozen parameters."""
+    """Number of parameters, trainable or frozen."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def count_saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that a forward pass keeps for backward, each piece of memory once, without parameters and buffers.
+    """Bytes that a forward pass keeps for the backward pass, each storage once, without parameters and buffers.
 
-    Counts what autograd saves, the clip included where a convolution needs it, and under autocast the copies of weights
-    too; not what an autograd function keeps in other ways than by `save_for_backward`.
-
-    Args:
-        model: the network, whose parameters and buffers exist anyhow.
-        forward: runs it, with gradients on, and returns what depends on all that it computed, such as a loss.
+    Counts what autograd saves: the clip where a convolution needs it, and under autocast the copies of weights; not
+    what an autograd function keeps in other ways than `save_for_backward`. `forward` runs the model with gradients on,
+    and returns something that depends on all it computed, such as a loss.
     """
     own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = forward()  # keeps the graph, or a freed piece of memory could be counted as another
+        kept = forward()  # keeps the graph, or a storage freed meanwhile could be counted as another
     del kept
-    return sum(saved.values())
+    return sum(size for pointer, size in saved.items() if pointer not in own)
 
 
 def measure_peak_bytes(call: Callable[[], Any]) -> int:
-    """Bytes of CUDA memory that a call needs at most, beyond what was allocated before it."""
+    """The most bytes of CUDA memory that a call needs, beyond those allocated before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -90,37 +82,23 @@ def time_interleaved(
 ) -> list[list[float]]:
     """Seconds that each of several functions takes, called in turn: A B C, A B C, ...
 
-    A machine that gets slower or faster does so for all of them, so ratios within a round stay true.
-
-    Args:
-        calls: the functions.
-        rounds: how often each is measured.
-        warmup: rounds before those, which are not measured.
-        device: on "cuda", each measurement waits for the device.
-        after_each: called after every call, outside the measured time; shows progress.
-
-    Returns:
-        For each function its seconds, a number a round.
-
-    Raises:
-        ValueError: rounds below 1, or warmup below 0.
+    A machine that gets slower or faster does so for all of them, so ratios within a round stay true. `rounds` (at least
+    1) are measured, after `warmup` others; on "cuda" each measurement waits for the device; `after_each` call, outside
+    the measured time, progress can be shown.
     """
     if rounds < 1 or warmup < 0:
         raise UserError(f"rounds must be at least 1 and warmup at least 0, got {rounds} and {warmup}")
-    on_cuda = torch.device(device).type == "cuda"
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds: list[list[float]] = [[] for _ in calls]
-    for current in range(-warmup, rounds):
+    for _ in range(warmup + rounds):
         for call, taken in zip(calls, seconds, strict=True):
-            if on_cuda:
-                torch.cuda.synchronize()
+            wait()
             start = time.perf_counter()
             call()
-            if on_cuda:
-                torch.cuda.synchronize()
-            if current >= 0:
-                taken.append(time.perf_counter() - start)
+            wait()
+            taken.append(time.perf_counter() - start)
             after_each()
-    return seconds
+    return [taken[warmup:] for taken in seconds]
 
 
 def hardware(device: str) -> str:

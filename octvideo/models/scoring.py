@@ -1,4 +1,4 @@
-"""Scores of clips, as validation, testing and prediction average them over a video's views."""
+"""Scores of clips, which validation, testing and prediction average over a video's views."""
 
 from __future__ import annotations
 
@@ -11,10 +11,5 @@ CLIPS_PER_PASS = 10  # enough to fill a GPU
 
 
 def score_clips(network: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
-    """Softmax probabilities (N, num_classes) in float32 of clips (N, C, T, H, W), CLIPS_PER_PASS at a time.
-
-    Args:
-        network: gives logits (B, num_classes) of clips (B, C, T, H, W).
-        clips: as the network takes them; N is at least 1.
-    """
+    """Softmax probabilities (N, num_classes) in float32 of clips (N, C, T, H, W), CLIPS_PER_PASS at a time; N >= 1."""
     return torch.cat([network(part).float() for part in clips.split(CLIPS_PER_PASS)]).softmax(1)
