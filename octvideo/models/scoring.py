@@ -18,3 +18,9 @@ def score_clips(network: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
         clips: as the network takes them; N is at least 1.
     """
     return torch.cat([network(part).float() for part in clips.split(CLIPS_PER_PASS)]).softmax(1)
+
+
+def top_hits(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether labels (...) are the best, and among the five best of scores (..., num_classes): 1 or 0, (...) each."""
+    hits = scores.topk(min(5, scores.shape[-1])).indices == labels[..., None]
+    return hits[..., 0].float(), hits.any(-1).float()
