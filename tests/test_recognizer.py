@@ -223,8 +223,11 @@ def test_the_resolved_schedule_is_printed(caplog):
 def test_a_warm_up_longer_than_the_run_is_shortened_with_a_warning(warmup_epochs, shortened, recwarn):
     found = rates(small(warmup_epochs=warmup_epochs), trainer_of(max_epochs=5), [k / 10 for k in range(13)])
     warnings = [str(warning.message) for warning in recwarn if "warm-up" in str(warning.message)]
-    assert warnings == (["a warm-up of 34 epochs does not fit into a run of 5: it takes a fifth of the run instead; set "
-                         "model.warmup_epochs"] if shortened else [])  # fmt: skip
+    shown = (
+        "a warm-up of 34 epochs does not fit into a run of 5: it takes a fifth of the run instead; set "
+        "model.warmup_epochs"
+    )
+    assert warnings == [shown] * shortened
     assert found[:11] == sorted(found[:11])  # rises for an epoch
     assert found[12] < found[11] < found[10]
 

@@ -131,7 +131,7 @@ def test_a_loss_that_is_no_number_ends_training_with_the_place_and_the_way_on(mo
     (line,) = [line for line in finished.stderr.splitlines() if line.startswith("train_net.py: error")]
     assert "the loss is nan in step 3 (epoch 1, batch 3, process 0)" in line
     assert line.count("train/") == 8  # the batch's videos
-    assert "the run goes on from" in line
+    assert "; resume from " in line
     assert "step_00000002.ckpt with --ckpt_path last" in line
     weights = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(value.isfinite().all() for value in weights.values())
