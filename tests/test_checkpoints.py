@@ -491,7 +491,7 @@ def test_nothing_is_deleted_while_last_cannot_be_moved_on(tmp_path, caplog, monk
     def refuse(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_point", refuse)
+    monkeypatch.setattr(checkpoints, "point_to", refuse)
     _, saves, _ = fit(tmp_path, keep=1, every_n_steps=None, limit_val_batches=0)
     assert files(tmp_path) == [f"step_{step:08d}.ckpt" for step in (4, 8, 12)]
     assert saves.last_good == tmp_path / "step_00000012.ckpt"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import errno
 import fcntl
-import hashlib
 import io
 import logging
 import math
@@ -22,7 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from octvideo.errors import DamagedCheckpointError, UserError
-from octvideo.files import _MARK, _SEAL, _point, _replace, verify
+from octvideo.files import point_to, seal, verify, write_atomically
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"  # in the folder of a run under way
@@ -66,9 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         archive = io.BytesIO()
         torch.save(checkpoint, archive)
         with archive.getbuffer() as content:
-            # A zip archive ends in the length of its comment, which torch.save leaves empty.
-            content[-2:] = _SEAL.to_bytes(2, "little")
-            _replace(path, [content, _MARK + hashlib.sha256(content).digest()])
+            write_atomically(path, [content, seal(content)])
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
@@ -215,7 +212,7 @@ class RunCheckpoints(Checkpoint):
             loop.reset_restart_stage()
             loop._restarting = loop.epoch_loop._restarting = loop.epoch_loop.val_loop._restarting = False
         if trainer.is_global_zero and self.best_step == trainer.global_step and self._path(trainer).exists():
-            _point(self.folder / "best.ckpt", self._path(trainer))  # in case the process was killed before it got there
+            point_to(self.folder / "best.ckpt", self._path(trainer))  # a killed run may not have got there
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves if a signal came at the end of the epoch before, whose metrics are logged by now."""
@@ -380,9 +377,9 @@ class RunCheckpoints(Checkpoint):
 
     def _publish(self, path: Path, step: int, is_best: bool) -> None:
         """Points last.ckpt, and best.ckpt if it is, at a checkpoint, then deletes those it makes unnecessary."""
-        _point(self.folder / "last.ckpt", path, symbolic=True)
+        point_to(self.folder / "last.ckpt", path, symbolic=True)
         if is_best:
-            _point(self.folder / "best.ckpt", path)
+            point_to(self.folder / "best.ckpt", path)
         files = _step_files(self.folder)
         kept = [file for number, file in files if number <= step][: self.keep]
         for number, file in files:
