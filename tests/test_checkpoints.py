@@ -258,13 +258,13 @@ def test_the_newest_intact_checkpoint_is_found_and_the_damaged_ones_are_named(sa
 
 
 def test_a_folder_without_an_intact_checkpoint_is_an_error_with_the_reasons(tmp_path):
-    with pytest.raises(ValueError, match=r"no checkpoint to go on from: no step_\*\.ckpt there"):
+    with pytest.raises(ValueError, match=r"no checkpoint to resume from: no step_\*\.ckpt there"):
         newest_intact(tmp_path)
     (tmp_path / "step_00000004.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"go on from: .*step_00000004\.ckpt is no intact checkpoint: cannot be read"):
+    with pytest.raises(ValueError, match=r"resume from: .*step_00000004\.ckpt is no intact checkpoint: cannot be read"):
         newest_intact(tmp_path)
     (tmp_path / "best.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"; (.*)/best\.ckpt may be: --ckpt_path \1/best\.ckpt$"):
+    with pytest.raises(ValueError, match=r"; (.*)/best\.ckpt may be intact: --ckpt_path \1/best\.ckpt$"):
         newest_intact(tmp_path)
 
 
@@ -471,7 +471,7 @@ def test_a_best_that_could_not_be_saved_is_not_the_best(tmp_path, small_files):
             self.kept.append(trainer.checkpoint_callback)
 
     kept, last = [], tmp_path / "step_00000004.ckpt"
-    way = f"the end of the training is not saved: [Errno 27] File too large; free space and go on from {last} with"
+    way = f"the end of the training is not saved: [Errno 27] File too large; free space and resume from {last} with"
     with pytest.raises(OSError, match=re.escape(way)):
         fit(
             tmp_path,
@@ -518,7 +518,7 @@ def test_a_signal_saves_the_step_under_way_and_leaves(tmp_path, caplog, number):
     assert left.value.code == EXIT_PREEMPTED == 75
     assert len(model.steps) == BATCHES + 2 * ACCUMULATE
     assert step_of(tmp_path / "last.ckpt") == 6
-    assert f"told to leave by a signal: exit code 75; go on from {left.value.path}" in caplog.text
+    assert f"stopped by SIGTERM or SIGUSR1: exit code 75; resume from {left.value.path}" in caplog.text
     assert signal.getsignal(number) == before
 
 
@@ -553,7 +553,7 @@ def test_processes_that_go_on_from_different_checkpoints_are_refused(tmp_path):
     saves = RunCheckpoints(tmp_path, start="there/step_00000001.ckpt")
     strategy = SimpleNamespace(broadcast=lambda name: "step_00000002.ckpt")
     trainer = SimpleNamespace(strategy=strategy, is_global_zero=False, global_rank=3)
-    with pytest.raises(ValueError, match=r"process 3 goes on from step_00000001.ckpt, and process 0 from step_0"):
+    with pytest.raises(ValueError, match=r"process 3 resumes from step_00000001.ckpt, and process 0 from step_0"):
         saves.setup(trainer, None, "fit")
 
 
@@ -693,6 +693,6 @@ def test_a_file_system_without_locks_has_no_guard(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    monkeypatch.setattr("fcntl.lockf", refuse)
     fit(tmp_path, max_epochs=1)
     assert "step_00000004.ckpt" in files(tmp_path)

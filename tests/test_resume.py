@@ -172,7 +172,7 @@ def test_a_run_that_was_not_begun_starts_by_auto_and_is_refused_by_last(motions,
     options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     refused = run_tool("train_net.py", *options, "--ckpt_path=last")
     assert refused.returncode == 2
-    assert "holds no checkpoint to go on from: no step_*.ckpt there" in refused.stderr
+    assert "holds no checkpoint to resume from: no step_*.ckpt there" in refused.stderr
     begun = run_tool("train_net.py", *options, "--ckpt_path=auto")
     assert begun.returncode == 0, begun.stderr
     assert "resuming from" not in begun.stdout
