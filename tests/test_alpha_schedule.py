@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from octvideo import create_model
 from octvideo.models.zoo import set_alpha
-from octvideo.training.alpha_schedule import AlphaSchedule, alpha_at
+from octvideo.training.alpha_schedule import AlphaSchedule
 
 NUM_BATCHES = 4
 
@@ -84,8 +84,8 @@ def logged(logger, *names):
 
 def test_alpha_is_a_staircase_from_start_to_target():
     def alphas(start, target):
-        options = {"begin_epoch": 1, "end_epoch": 3, "num_steps": 4}
-        return [alpha_at(k / 4, start, target, **options) for k in range(14)]
+        schedule = AlphaSchedule(start, 3, begin_epoch=1, num_steps=4)
+        return [schedule.alpha_at(k / 4, target) for k in range(14)]
 
     steps = [0.5] * 6 + [0.4375] * 2 + [0.375] * 2 + [0.3125] * 2 + [0.25] * 2
     assert alphas(0.5, 0.25) == steps
@@ -94,8 +94,8 @@ def test_alpha_is_a_staircase_from_start_to_target():
 
 def test_steps_are_not_late_by_rounding_and_the_target_is_exact():
     assert int(0.3 / 1.5 * 5) == 0  # and not 1
-    assert alpha_at(0.3, 0.5, 0.0, begin_epoch=0, end_epoch=1.5, num_steps=5) == 0.4
-    assert alpha_at(0.7, 0.7, 0.1, begin_epoch=0.1, end_epoch=0.7, num_steps=6) == 0.1
+    assert AlphaSchedule(0.5, 1.5, num_steps=5).alpha_at(0.3, 0.0) == 0.4
+    assert AlphaSchedule(0.7, 0.7, begin_epoch=0.1, num_steps=6).alpha_at(0.7, 0.1) == 0.1
 
 
 def test_one_alpha_and_four_meet_stage_by_stage():
