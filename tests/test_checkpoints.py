@@ -125,6 +125,12 @@ class At(Callback):
             self.does()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The model at the end of three epochs."""
+    return fit(tmp_path_factory.mktemp("whole"), every_n_steps=None)[0]
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A checkpoint of every size of record, as its path and its bytes."""
@@ -302,8 +308,7 @@ def test_the_step_before_a_validation_amid_an_epoch_is_saved(tmp_path):
     assert {"step_00000001.ckpt", "step_00000005.ckpt"} <= set(files(tmp_path))  # the validation follows steps 2 and 6
 
 
-def test_a_run_that_somebody_stops_amid_an_epoch_can_be_prolonged_from_there(tmp_path):
-    whole, _, _ = fit(tmp_path / "whole")
+def test_a_run_that_somebody_stops_amid_an_epoch_can_be_prolonged_from_there(tmp_path, whole):
     stop = At(lambda: None)
     stop.on_train_batch_end = lambda trainer, *args: setattr(trainer, "should_stop", trainer.global_step == 2)
     _, saves, _ = fit(tmp_path / "stopped", callbacks=[stop], every_n_steps=None)
@@ -433,8 +438,7 @@ def test_going_on_from_any_checkpoint_repeats_the_run_bit_for_bit(tmp_path, opti
         assert again.ended == [batches for batches in model.ended if batches > done], start.name
 
 
-def test_a_run_that_a_limit_of_steps_ended_amid_an_epoch_can_be_prolonged(tmp_path):
-    whole, _, _ = fit(tmp_path / "whole", every_n_steps=None)
+def test_a_run_that_a_limit_of_steps_ended_amid_an_epoch_can_be_prolonged(tmp_path, whole):
     _, saves, _ = fit(tmp_path, every_n_steps=None, max_steps=6, max_epochs=-1)
     again, _, _ = fit(tmp_path, ckpt_path=saves.last_good, every_n_steps=None)
     assert again.steps == whole.steps[-len(again.steps) :]
@@ -522,13 +526,12 @@ def test_a_signal_saves_the_step_under_way_and_leaves(tmp_path, caplog, number):
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_end(tmp_path):
+def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_end(tmp_path, whole):
     model = Tiny()
     with pytest.raises(Preempted) as left:
         fit(tmp_path, model, callbacks=[At(send(signal.SIGTERM), 3)], limit_val_batches=0, every_n_steps=100)
     assert left.value.path == tmp_path / "step_00000004.ckpt"
     assert model.ended == [7]
-    whole, _, _ = fit(tmp_path / "whole", limit_val_batches=0)
     again, _, _ = fit(tmp_path, ckpt_path=left.value.path, limit_val_batches=0)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
 
@@ -657,7 +660,7 @@ class Estimate(Callback):
 @pytest.mark.parametrize(
     ("options", "best"), [({"max_steps": 6, "max_epochs": -1}, (0.25, 4)), ({"stop": 6}, (0.75, 6))]
 )
-def test_a_run_that_stops_amid_an_epoch_keeps_what_follows_and_can_be_prolonged(tmp_path, options, best):
+def test_a_run_that_stops_amid_an_epoch_keeps_what_follows_and_can_be_prolonged(tmp_path, whole, options, best):
     """Lightning validates where a callback stops the run, and not at max_steps."""
 
     class Stop(Callback):
@@ -669,10 +672,9 @@ def test_a_run_that_stops_amid_an_epoch_keeps_what_follows_and_can_be_prolonged(
     assert (saves.best_score, saves.best_step) == best
     assert step_of(tmp_path / "best.ckpt") == best[1]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["net.1.running_mean"].tolist() == [6, 6]
-    wanted, _, _ = fit(tmp_path / "whole", Tiny(scores), monitor="val/top1")
     found, _, trainer = fit(tmp_path, Tiny(scores), monitor="val/top1", ckpt_path=tmp_path / "last.ckpt")
     assert trainer.global_step == 12
-    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), whole.parameters(), strict=True))
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
