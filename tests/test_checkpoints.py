@@ -387,8 +387,8 @@ def test_without_links_there_are_copies(tmp_path, monkeypatch, hard_links):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_n_steps": 0}, "every_n_steps must be at least 1, .* got 0"),
-        ({"keep": 0}, "keep must be at least 1, got 0"),
+        ({"every_n_steps": 0}, "every_n_steps and keep must be at least 1, got 0 and 3"),
+        ({"keep": 0}, "every_n_steps and keep must be at least 1, got None and 0"),
     ],
 )
 def test_counts_below_one_are_refused(tmp_path, options, message):

@@ -101,7 +101,6 @@ class AlphaSchedule(Callback):
             raise UserError(f"end_epoch of the alpha schedule must lie {limit}: got {self.end_epoch:g}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Sets and logs the alpha of this step."""
         alpha = self._set(trainer, pl_module, batch_idx)
         if isinstance(alpha, tuple):
             pl_module.log_dict({f"alpha/res{k}": value for k, value in enumerate(alpha, 2)}, batch_size=1)

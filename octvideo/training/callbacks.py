@@ -33,10 +33,8 @@ class BadVideos(Callback):
     """Logs each video that could not be decoded once, with its reason, and a summary of every epoch that has some.
 
     The summary counts those of all processes by reason, the most frequent first; reasons that differ only in numbers
-    are one. `train/bad_videos`, `val/bad_videos` and `test/bad_videos` are logged.
-
-    Attributes:
-        reasons: reason by path, of all bad videos that this process has met.
+    are one. Their number is logged as `train/bad_videos`, `val/bad_videos` or `test/bad_videos`; `reasons` has this
+    process's by path.
     """
 
     def __init__(self) -> None:
@@ -46,7 +44,6 @@ class BadVideos(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any, **__: Any
     ) -> None:
-        """Notes the videos that were replaced in training, or left out in validation and testing."""
         stage = _stage(trainer)
         for path, reason in batch.bad:
             if path not in self.reasons:
@@ -58,7 +55,6 @@ class BadVideos(Callback):
         pl_module.log(f"{stage}/bad_videos", float(len(batch.bad)), batch_size=1, **options)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sums up the epoch, the validation or the test."""
         stage = _stage(trainer)
         parts = [self._epochs.pop(stage, (0, []))] * trainer.world_size
         if trainer.world_size > 1:
@@ -88,16 +84,13 @@ def _stage(trainer: Trainer) -> str:
 class Throughput(Callback):
     """Measures what a training epoch spends on data and on computing, and prints a line of advice after it.
 
-    After 22 steps of a fit it also prints how long an epoch and the rest of the run will take, without validation:
-    "about 12 min an epoch, 20 h to go (1.9 s a step, 380 steps an epoch)". A step is that of one batch.
+    Logs, for an average step (of one batch), `train/step_seconds` (forward, backward, optimiser), `train/data_seconds`
+    (until the next batch is on the device) and `train/clips_per_second` (of both together, on all processes; printed
+    rates are one process's). After 22 steps of a fit it prints how long an epoch and the rest of the run will take,
+    without validation: "about 12 min an epoch, 20 h to go (1.9 s a step, 380 steps an epoch)".
 
-    Logs, for an average step, `train/step_seconds` (forward, backward, optimiser), `train/data_seconds` (from its end
-    until the next batch is on the device: 0 if the loader keeps up) and `train/clips_per_second` (of both together, on
-    all processes). The printed rates are those of one process.
-
-    A GPU runs asynchronously, so only one in `SAMPLED` steps is synchronised with and timed; the rest of an average
-    step's time is data time. The first steps of an epoch, in which the loader starts, count in the seconds printed and
-    not in the rates; validation during the epoch counts nowhere.
+    A GPU runs asynchronously, so only one in `SAMPLED` steps is synchronised with and timed. The first steps of an
+    epoch, in which the loader starts, count in the seconds printed and not in the rates; validation counts nowhere.
     """
 
     WARMUP_STEPS = 5
@@ -109,25 +102,21 @@ class Throughput(Callback):
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts measuring."""
         self._steps: list[
             tuple[float, int, float | None]
         ] = []  # seconds with the wait before, clips, those of the step
         self._last = perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves out the validation."""
         self._last = perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Starts the clock if this step is timed."""
         timed = pl_module.device.type != "cuda" or len(self._steps) % self.SAMPLED == 0
         self._start = _now(pl_module) if timed else None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Notes the step's seconds."""
         now = perf_counter() if self._start is None else _now(pl_module)
         step_seconds = None if self._start is None else now - self._start
         self._steps.append((now - self._last, batch.clips.shape[:2].numel(), step_seconds))
@@ -235,14 +224,12 @@ class Memory(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts measuring, also where an epoch is resumed in the middle."""
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     on_train_epoch_start = on_train_start
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs."""
         if pl_module.device.type == "cuda":
             held = torch.cuda.max_memory_allocated(pl_module.device)
         elif STATM.is_file():
@@ -255,28 +242,23 @@ class Memory(Callback):
 class FiniteLoss(Callback):
     """Ends the run at a loss that is not finite, before any weight changes, and logs `train/gradient_norm`.
 
-    That is the 2-norm of all gradients before clipping, logged every trainer.log_every_n_steps. It must be finite too,
-    except in 16-mixed, whose scaler skips such steps and goes on with a smaller scale.
-
-    Checking the loss before its backward pass and the norm before the optimiser's step synchronises with a GPU twice a
-    step, which costs some milliseconds. A step later it would be free, but by then the weights are lost and may be in a
-    checkpoint. Where one of several processes ends, the launcher ends the others.
+    The norm, of all gradients before clipping, is logged every trainer.log_every_n_steps and must be finite too, except
+    in 16-mixed, whose scaler skips such steps. Checking both synchronises with a GPU twice a step, which costs some
+    milliseconds; a step later it would be free, but the weights would be lost and perhaps in a checkpoint. Where one of
+    several processes ends, the launcher ends the others.
 
     Raises:
         NotFiniteError: names step, epoch, loss, the videos of this process's batch, and the newest checkpoint.
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Remembers the batch."""
         self._paths, self._batch_index = batch.paths, batch_idx
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Checks the loss; in 16-mixed it is the scaled one."""
-        if not loss.isfinite().all():
+        if not loss.isfinite().all():  # in 16-mixed it is the scaled one
             self._end(trainer, "loss", loss.item())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Logs and checks the norm of the gradients, which are unscaled by now."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -9,6 +9,7 @@ import math
 import re
 import signal
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -61,16 +62,16 @@ def newest_intact(folder: str | Path) -> tuple[Path, list[tuple[Path, str]]]:
     for _, path in _step_files(Path(folder)):
         try:
             verify(path)
+            return path, damaged
         except DamagedCheckpointError as error:
             damaged.append((path, str(error)))
-        else:
-            return path, damaged
     reasons = "; ".join(reason for _, reason in damaged) or "no step_*.ckpt there"
     best = Path(folder) / "best.ckpt"
     way = f"; {best} may be intact: --ckpt_path {best}" if best.exists() else ""
     raise UserError(f"{folder} holds no checkpoint to resume from: {reasons}{way}")
 
 
+@dataclass(eq=False)
 class RunCheckpoints(Checkpoint):
     """Saves all that a run needs to resume bit for bit, often enough that no kill costs more than every_n_steps.
 
@@ -103,23 +104,15 @@ class RunCheckpoints(Checkpoint):
         OSError: at the end of fit, if the last save failed.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        every_n_steps: int | None = None,
-        keep: int = 3,
-        monitor: str | None = "val/top1",
-        start: str | Path | None = None,
-    ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise UserError(f"every_n_steps must be at least 1, or None for one save per epoch, got {every_n_steps}")
-        if keep < 1:
-            raise UserError(f"keep must be at least 1, got {keep}")
-        self.folder = Path(folder)
-        self.every_n_steps = every_n_steps
-        self.keep = keep
-        self.monitor = monitor
-        self.start_name = "a start from scratch" if start is None else Path(start).name
+    folder: Path
+    every_n_steps: int | None = None
+    keep: int = 3
+    monitor: str | None = "val/top1"
+    start: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.keep, 1 if self.every_n_steps is None else self.every_n_steps) < 1:
+            raise UserError(f"every_n_steps and keep must be at least 1, got {self.every_n_steps} and {self.keep}")
         self.last_good: Path | None = None
         self.best_score: float | None = None
         self.best_step: int | None = None
@@ -130,11 +123,9 @@ class RunCheckpoints(Checkpoint):
         self._lock: IO[bytes] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score so far and its step."""
         return {"best_score": self.best_score, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the best score."""
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -147,18 +138,17 @@ class RunCheckpoints(Checkpoint):
             self._lock = lock(self.folder / ".lock")
         if not trainer.strategy.broadcast(self._lock is not None):
             raise UserError(f"another run is writing to {self.folder}: choose another folder, or wait for its end")
-        first = trainer.strategy.broadcast(self.start_name)
-        if self.start_name != first:
+        start = "a start from scratch" if self.start is None else Path(self.start).name
+        if start != (first := trainer.strategy.broadcast(start)):
             raise UserError(
-                f"process {trainer.global_rank} resumes from {self.start_name}, and process 0 from {first}: all of "
-                f"them must see the same files in {self.folder}"
+                f"process {trainer.global_rank} resumes from {start}, and process 0 from {first}: all of them must see "
+                f"the same files in {self.folder}"
             )
         if trainer.is_global_zero:
             for path in self.folder.glob("*.ckpt.tmp"):
                 path.unlink()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """Lets other runs have the folder."""
         if self._lock is not None:
             Path(str(self._lock.name)).unlink(missing_ok=True)
             self._lock.close()
@@ -176,9 +166,6 @@ class RunCheckpoints(Checkpoint):
 
     def _on_signal(self, *_: Any) -> None:
         self._told_to_stop = True
-
-    def _all_told_to_stop(self, trainer: Trainer) -> bool:
-        return trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False)
 
     def _stop(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
@@ -206,10 +193,10 @@ class RunCheckpoints(Checkpoint):
         if start.absolute().parent != self.folder.absolute():
             self.best_score = self.best_step = None  # another run's
         path = self.folder / "best.ckpt"
-        if not path.exists():
-            return
         try:
             verify(path)
+        except FileNotFoundError:
+            return
         except DamagedCheckpointError as error:
             log.warning("%s: its score is ignored", error)
             return
@@ -219,7 +206,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Stops if a signal came in a validation, or at the end of the last epoch, whose metrics are logged by now."""
-        if self._all_told_to_stop(trainer):
+        if trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
             self._stop(trainer)
 
     on_validation_batch_start = on_train_epoch_start  # all processes have equally many batches
@@ -242,15 +229,14 @@ class RunCheckpoints(Checkpoint):
         assert fetcher is not None
         if trainer.is_last_batch or (not trainer.should_stop and epoch_loop._should_check_val_fx(fetcher)):
             return
-        stops = self._all_told_to_stop(trainer)
+        stops = trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False)
         if self._due or stops:
             self._save(trainer)
         if stops:
             self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes which weights the metrics are of."""
-        self._step_validated = trainer.global_step
+        self._step_validated = trainer.global_step  # the metrics are those of these weights
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves, as the best if it is; raises UserError if the validation did not log the monitored metric."""

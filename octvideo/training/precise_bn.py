@@ -67,7 +67,7 @@ def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callabl
             forward(batch)
             clips += _num_clips(batch)
     totals = torch.cat(list(sums.values()), 1)
-    if _in_parallel():
+    if distributed.is_initialized():
         distributed.all_reduce(totals)
         distributed.all_reduce(clips)
     if clips == 0:
@@ -103,10 +103,6 @@ def _sums(x: Tensor | Octaves) -> Tensor:
     return count * torch.stack((torch.ones_like(mean), mean, var + mean.square()))
 
 
-def _in_parallel() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
 def _num_clips(batch: Any) -> int:
     clips = getattr(batch, "clips", None)
     return len(batch) if clips is None else clips.shape[:2].numel()
@@ -116,7 +112,7 @@ def _in_step(batches: Iterable[T], device: torch.device) -> Iterator[T]:
     """The batches that have clips in every process, as long as every process has batches."""
     for batch in itertools.chain(batches, [None]):
         state = torch.tensor(0 if batch is None else 1 if _num_clips(batch) == 0 else 2, device=device)
-        if _in_parallel():
+        if distributed.is_initialized():
             distributed.all_reduce(state, distributed.ReduceOp.MIN)
         if batch is None or state == 0:
             return
@@ -144,7 +140,6 @@ class PreciseBatchNorm(Callback):
         self.num_batches = num_batches
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that there is something to estimate, and from what."""
         if stage != "fit":
             return
         _estimated(pl_module)
@@ -155,13 +150,11 @@ class PreciseBatchNorm(Callback):
         self._estimated_at = -1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimates for the validation in fit, before weights are swapped for it."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:  # before weights are swapped for it
             self._estimate(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimates for the checkpoint, unless the validation has just done so."""
-        if self._estimated_at != trainer.global_step:
+        if self._estimated_at != trainer.global_step:  # not just before, for the validation
             self._estimate(trainer, pl_module)
 
     def _estimate(self, trainer: Trainer, module: LightningModule) -> None:

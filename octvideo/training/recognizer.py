@@ -168,7 +168,6 @@ class Recognizer(LightningModule):
         return score_clips(self, batch.clips.flatten(0, 1)).unflatten(0, batch.clips.shape[:2])
 
     def on_test_epoch_start(self) -> None:
-        """Forgets an earlier test."""
         self._tested: tuple[list[Any], ...] = [], [], []  # videos, their hits, and bad videos
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
@@ -192,8 +191,7 @@ class Recognizer(LightningModule):
             torch.distributed.all_gather_object(parts, self._tested)
         videos, hits, bad = (list(itertools.chain(*kind)) for kind in zip(*parts, strict=True))
         accuracies = torch.tensor(hits).mean(0).tolist() if hits else [None] * 4
-        names = "top1", "top5", "clip_top1", "clip_top5"
-        self.results: dict[str, Any] = dict(zip(names, accuracies, strict=True))
+        self.results: dict[str, Any] = dict(zip(("top1", "top5", "clip_top1", "clip_top5"), accuracies, strict=True))
         self.results |= {"videos": sorted(videos, key=itemgetter("path")), "bad": sorted(bad, key=itemgetter("path"))}
 
     def configure_model(self) -> None:
