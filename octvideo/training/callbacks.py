@@ -102,9 +102,8 @@ class Throughput(Callback):
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._steps: list[
-            tuple[float, int, float | None]
-        ] = []  # seconds with the wait before, clips, those of the step
+        # The seconds of each step with the wait before it, its clips, and where it is timed its seconds alone.
+        self._steps: list[tuple[float, int, float | None]] = []
         self._last = perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,15 +117,12 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         now = perf_counter() if self._start is None else _now(pl_module)
-        step_seconds = None if self._start is None else now - self._start
-        self._steps.append((now - self._last, batch.clips.shape[:2].numel(), step_seconds))
-        if len(self._first_seconds) < 22:
-            self._first_seconds.append(now - self._last)
+        seconds, self._last = now - self._last, now
+        self._steps.append((seconds, batch.clips.shape[:2].numel(), None if self._start is None else now - self._start))
+        if len(self._first_seconds) < 22:  # from the end of a timed step to that of another
+            self._first_seconds.append(seconds)
             if len(self._first_seconds) == 22:
-                self._estimate(
-                    trainer, sum(self._first_seconds[8:]) / 14, batch_idx + 1
-                )  # from timed step to timed step
-        self._last = now
+                self._estimate(trainer, sum(self._first_seconds[8:]) / 14, batch_idx + 1)
 
     def _estimate(self, trainer: Trainer, step_seconds: float, num_done: int) -> None:
         """Prints how long the run will take, unless an epoch is endless."""
@@ -285,14 +281,10 @@ def _cure(trainer: Trainer) -> str:
 
 @contextlib.contextmanager
 def naming_killed_loaders(trainer: Trainer) -> Iterator[None]:
-    """Turns torch's errors for a loader process that died into one that says why it may have, and how to resume.
+    """Raises LoaderKilledError, which says why a loader process may have died and how to resume, in place of torch's.
 
-    Args:
-        trainer: whose fit or test runs inside.
-
-    Raises:
-        LoaderKilledError: in place of torch's RuntimeError, or of the OSError or EOFError for the tensors that the
-            process no longer hands over; other errors pass.
+    That is a RuntimeError, or an OSError or EOFError for the tensors that the process no longer hands over. Other
+    errors pass.
     """
     try:
         yield

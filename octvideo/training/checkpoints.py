@@ -99,8 +99,7 @@ class RunCheckpoints(Checkpoint):
         best_score: highest value of the monitored metric, reached after best_step optimiser steps.
 
     Raises:
-        UserError: every_n_steps or keep below 1; in fit, processes that resume from different checkpoints, or another
-            run that is writing to the folder.
+        UserError: every_n_steps or keep below 1; processes that resume from different checkpoints; a folder in use.
         OSError: at the end of fit, if the last save failed.
     """
 
