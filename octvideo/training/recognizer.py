@@ -39,7 +39,7 @@ class Recognizer(LightningModule):
     Args:
         name: network: c2d_r50, i3d_r50, slow_r50, slowfast_r50, c2d_r50_nonlocal, i3d_r50_nonlocal, csn_r101,
             r2plus1d_r50, x3d_xs, x3d_s, x3d_m or x3d_l.
-        alpha: share of channels at low resolution in res2 to res4, in [0, 1]; or four, for res2 to res5; or
+        alpha: share of octave channels at low resolution in res2 to res4, in [0, 1]; or four, for res2 to res5; or
             {regex of convolutions' names: number}, such as experiments/allocation.py writes.
         num_classes: number of classes.
         freeze: regexes matched from the start of module names (`blocks.0` is the stem, `blocks.1` res2 ...) whose
