@@ -9,6 +9,8 @@ import sys
 import torch
 from lightning.pytorch import Callback
 
+from octvideo.data.preprocessing import Preprocessing
+
 
 class Signal(Callback):
     """Sends this process and those that load its data a signal when a batch starts, counted over all epochs.
@@ -61,7 +63,7 @@ class NotANumber(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
-            pl_module.mean = torch.nan
+            pl_module.preprocessing = Preprocessing(mean=torch.nan)
 
 
 class KilledLoader(Callback):

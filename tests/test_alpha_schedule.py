@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from octvideo import create_model
 from octvideo.models.zoo import set_alpha
-from octvideo.training.alpha_schedule import AlphaSchedule, alpha_at
+from octvideo.training.alpha_schedule import AlphaSchedule
 
 NUM_BATCHES = 4
 
@@ -29,18 +29,20 @@ def _one_thread():
 
 
 class Module(LightningModule):
-    """A small network, and all that it was run at."""
+    """A small network with one block a stage, and all that it was run at."""
 
     def __init__(self, alpha=0.25, name="i3d_r50", accumulate=1):
         super().__init__()
         self.save_hyperparameters()
         seed_everything(0, verbose=False)
         self.network = create_model(name, alpha=alpha, width=8, num_classes=3, dropout=0.0, channels_last=True)
+        self.stages = [block for block in self.network.blocks if isinstance(block, ResStage)]
+        for stage in self.stages:
+            stage.res_blocks = stage.res_blocks[:1]
         self.trained, self.validated = [], []
 
     def alphas(self):
-        stages = [block for block in self.network.blocks if isinstance(block, ResStage)]
-        return tuple(stage.res_blocks[0].branch2.conv_b.alpha for stage in stages)
+        return tuple(stage.res_blocks[0].branch2.conv_b.alpha for stage in self.stages)
 
     def training_step(self, batch, batch_idx):
         clips, labels = batch
@@ -84,8 +86,8 @@ def logged(logger, *names):
 
 def test_alpha_is_a_staircase_from_start_to_target():
     def alphas(start, target):
-        options = {"begin_epoch": 1, "end_epoch": 3, "num_steps": 4}
-        return [alpha_at(k / 4, start, target, **options) for k in range(14)]
+        schedule = AlphaSchedule(start, 3, begin_epoch=1, num_steps=4)
+        return [schedule.alpha_at(k / 4, target) for k in range(14)]
 
     steps = [0.5] * 6 + [0.4375] * 2 + [0.375] * 2 + [0.3125] * 2 + [0.25] * 2
     assert alphas(0.5, 0.25) == steps
@@ -94,8 +96,8 @@ def test_alpha_is_a_staircase_from_start_to_target():
 
 def test_steps_are_not_late_by_rounding_and_the_target_is_exact():
     assert int(0.3 / 1.5 * 5) == 0  # and not 1
-    assert alpha_at(0.3, 0.5, 0.0, begin_epoch=0, end_epoch=1.5, num_steps=5) == 0.4
-    assert alpha_at(0.7, 0.7, 0.1, begin_epoch=0.1, end_epoch=0.7, num_steps=6) == 0.1
+    assert AlphaSchedule(0.5, 1.5, num_steps=5).alpha_at(0.3, 0.0) == 0.4
+    assert AlphaSchedule(0.7, 0.7, begin_epoch=0.1, num_steps=6).alpha_at(0.7, 0.1) == 0.1
 
 
 def test_one_alpha_and_four_meet_stage_by_stage():
@@ -206,7 +208,7 @@ def test_a_compiled_network_is_compiled_again_for_each_alpha(tmp_path):
             return outputs[-1].sum()
 
     module = Compiled()
-    for stage in (block for block in module.network.blocks if isinstance(block, ResStage)):
+    for stage in module.stages:
         stage.res_blocks = nn.ModuleList([nn.Conv3d(8, 8, 1)])  # torch.compile takes a second for each block
     module.network.blocks[-1].proj = nn.Linear(8, 3)
     set_alpha(module.network, 0.25).compile(backend=backend)

@@ -125,6 +125,12 @@ class At(Callback):
             self.does()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The model at the end of three epochs."""
+    return fit(tmp_path_factory.mktemp("whole"), every_n_steps=None)[0]
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A checkpoint of every size of record, as its path and its bytes."""
@@ -258,13 +264,13 @@ def test_the_newest_intact_checkpoint_is_found_and_the_damaged_ones_are_named(sa
 
 
 def test_a_folder_without_an_intact_checkpoint_is_an_error_with_the_reasons(tmp_path):
-    with pytest.raises(ValueError, match=r"no checkpoint to go on from: no step_\*\.ckpt there"):
+    with pytest.raises(ValueError, match=r"no checkpoint to resume from: no step_\*\.ckpt there"):
         newest_intact(tmp_path)
     (tmp_path / "step_00000004.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"go on from: .*step_00000004\.ckpt is no intact checkpoint: cannot be read"):
+    with pytest.raises(ValueError, match=r"resume from: .*step_00000004\.ckpt is no intact checkpoint: cannot be read"):
         newest_intact(tmp_path)
     (tmp_path / "best.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"; (.*)/best\.ckpt may be: --ckpt_path \1/best\.ckpt$"):
+    with pytest.raises(ValueError, match=r"; (.*)/best\.ckpt may be intact: --ckpt_path \1/best\.ckpt$"):
         newest_intact(tmp_path)
 
 
@@ -302,8 +308,7 @@ def test_the_step_before_a_validation_amid_an_epoch_is_saved(tmp_path):
     assert {"step_00000001.ckpt", "step_00000005.ckpt"} <= set(files(tmp_path))  # the validation follows steps 2 and 6
 
 
-def test_a_run_that_somebody_stops_amid_an_epoch_can_be_prolonged_from_there(tmp_path):
-    whole, _, _ = fit(tmp_path / "whole")
+def test_a_run_that_somebody_stops_amid_an_epoch_can_be_prolonged_from_there(tmp_path, whole):
     stop = At(lambda: None)
     stop.on_train_batch_end = lambda trainer, *args: setattr(trainer, "should_stop", trainer.global_step == 2)
     _, saves, _ = fit(tmp_path / "stopped", callbacks=[stop], every_n_steps=None)
@@ -382,8 +387,8 @@ def test_without_links_there_are_copies(tmp_path, monkeypatch, hard_links):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_n_steps": 0}, "every_n_steps must be at least 1, .* got 0"),
-        ({"keep": 0}, "keep must be at least 1, got 0"),
+        ({"every_n_steps": 0}, "every_n_steps and keep must be at least 1, got 0 and 3"),
+        ({"keep": 0}, "every_n_steps and keep must be at least 1, got None and 0"),
     ],
 )
 def test_counts_below_one_are_refused(tmp_path, options, message):
@@ -433,8 +438,7 @@ def test_going_on_from_any_checkpoint_repeats_the_run_bit_for_bit(tmp_path, opti
         assert again.ended == [batches for batches in model.ended if batches > done], start.name
 
 
-def test_a_run_that_a_limit_of_steps_ended_amid_an_epoch_can_be_prolonged(tmp_path):
-    whole, _, _ = fit(tmp_path / "whole", every_n_steps=None)
+def test_a_run_that_a_limit_of_steps_ended_amid_an_epoch_can_be_prolonged(tmp_path, whole):
     _, saves, _ = fit(tmp_path, every_n_steps=None, max_steps=6, max_epochs=-1)
     again, _, _ = fit(tmp_path, ckpt_path=saves.last_good, every_n_steps=None)
     assert again.steps == whole.steps[-len(again.steps) :]
@@ -471,7 +475,7 @@ def test_a_best_that_could_not_be_saved_is_not_the_best(tmp_path, small_files):
             self.kept.append(trainer.checkpoint_callback)
 
     kept, last = [], tmp_path / "step_00000004.ckpt"
-    way = f"the end of the training is not saved: [Errno 27] File too large; free space and go on from {last} with"
+    way = f"the end of the training is not saved: [Errno 27] File too large; free space and resume from {last} with"
     with pytest.raises(OSError, match=re.escape(way)):
         fit(
             tmp_path,
@@ -518,17 +522,16 @@ def test_a_signal_saves_the_step_under_way_and_leaves(tmp_path, caplog, number):
     assert left.value.code == EXIT_PREEMPTED == 75
     assert len(model.steps) == BATCHES + 2 * ACCUMULATE
     assert step_of(tmp_path / "last.ckpt") == 6
-    assert f"told to leave by a signal: exit code 75; go on from {left.value.path}" in caplog.text
+    assert f"stopped by SIGTERM or SIGUSR1: exit code 75; resume from {left.value.path}" in caplog.text
     assert signal.getsignal(number) == before
 
 
-def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_end(tmp_path):
+def test_a_signal_in_the_last_step_of_an_epoch_waits_for_its_end(tmp_path, whole):
     model = Tiny()
     with pytest.raises(Preempted) as left:
         fit(tmp_path, model, callbacks=[At(send(signal.SIGTERM), 3)], limit_val_batches=0, every_n_steps=100)
     assert left.value.path == tmp_path / "step_00000004.ckpt"
     assert model.ended == [7]
-    whole, _, _ = fit(tmp_path / "whole", limit_val_batches=0)
     again, _, _ = fit(tmp_path, ckpt_path=left.value.path, limit_val_batches=0)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
 
@@ -553,7 +556,7 @@ def test_processes_that_go_on_from_different_checkpoints_are_refused(tmp_path):
     saves = RunCheckpoints(tmp_path, start="there/step_00000001.ckpt")
     strategy = SimpleNamespace(broadcast=lambda name: "step_00000002.ckpt")
     trainer = SimpleNamespace(strategy=strategy, is_global_zero=False, global_rank=3)
-    with pytest.raises(ValueError, match=r"process 3 goes on from step_00000001.ckpt, and process 0 from step_0"):
+    with pytest.raises(ValueError, match=r"process 3 resumes from step_00000001.ckpt, and process 0 from step_0"):
         saves.setup(trainer, None, "fit")
 
 
@@ -657,7 +660,7 @@ class Estimate(Callback):
 @pytest.mark.parametrize(
     ("options", "best"), [({"max_steps": 6, "max_epochs": -1}, (0.25, 4)), ({"stop": 6}, (0.75, 6))]
 )
-def test_a_run_that_stops_amid_an_epoch_keeps_what_follows_and_can_be_prolonged(tmp_path, options, best):
+def test_a_run_that_stops_amid_an_epoch_keeps_what_follows_and_can_be_prolonged(tmp_path, whole, options, best):
     """Lightning validates where a callback stops the run, and not at max_steps."""
 
     class Stop(Callback):
@@ -669,10 +672,9 @@ def test_a_run_that_stops_amid_an_epoch_keeps_what_follows_and_can_be_prolonged(
     assert (saves.best_score, saves.best_step) == best
     assert step_of(tmp_path / "best.ckpt") == best[1]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["net.1.running_mean"].tolist() == [6, 6]
-    wanted, _, _ = fit(tmp_path / "whole", Tiny(scores), monitor="val/top1")
     found, _, trainer = fit(tmp_path, Tiny(scores), monitor="val/top1", ckpt_path=tmp_path / "last.ckpt")
     assert trainer.global_step == 12
-    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), whole.parameters(), strict=True))
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
@@ -693,6 +695,6 @@ def test_a_file_system_without_locks_has_no_guard(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    monkeypatch.setattr("fcntl.lockf", refuse)
     fit(tmp_path, max_epochs=1)
     assert "step_00000004.ckpt" in files(tmp_path)

@@ -82,7 +82,7 @@ def assert_one_line(finished, *parts):
         (["--model.alpha=1.5"], ["alpha must lie in [0, 1], got 1.5"]),
         (["--model.name=i3d"], ["no model 'i3d'; there are c2d_r50, c2d_r50_nonlocal, i3d_r50"]),
         (["--ckpt_path=nothing.ckpt"], ["nothing.ckpt: no such file"]),
-        (["--ckpt_path=last"], ["runs/oct_i3d/checkpoints holds no checkpoint to go on from: no step_*.ckpt there"]),
+        (["--ckpt_path=last"], ["runs/oct_i3d/checkpoints holds no checkpoint to resume from: no step_*.ckpt there"]),
         (["--model.name=slowfast_r50", "--data.clip_frames=6"], ["multiple of model.frame_ratio 4", "got 6"]),
         (["--cfg=nothing.yaml"], ["nothing.yaml"]),
         (["--model.weights=nothing.pth"], ["nothing.pth: no such file"]),

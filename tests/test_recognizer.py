@@ -9,9 +9,11 @@ from torch import nn
 
 from octvideo.data.clips import BadVideo
 from octvideo.data.loading import Batch
+from octvideo.data.module import VideoData
+from octvideo.data.multigrid import Multigrid
 from octvideo.layers.normalization import SubBatchNorm
 from octvideo.models.recomputation import RecomputedResBlock
-from octvideo.training.recognizer import Recognizer, parameter_groups
+from octvideo.training.recognizer import Recognizer
 
 
 def small(**options):
@@ -19,8 +21,8 @@ def small(**options):
 
 
 def test_biases_and_batch_norms_have_no_weight_decay():
-    network = small().network
-    decayed, others = parameter_groups(network, 1e-4)
+    recognizer = small()
+    network, (decayed, others) = recognizer.network, recognizer.configure_optimizers().param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (1e-4, 0)
     convolutions = [module.weight for module in network.modules() if isinstance(module, (nn.Conv3d, nn.Linear))]
     assert {id(p) for p in decayed["params"]} == {id(weight) for weight in convolutions}
@@ -34,6 +36,27 @@ def test_a_network_starts_from_weights_that_its_checkpoints_do_not_name(tmp_path
     started = small(weights=str(tmp_path / "x.pth"))
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), started.network.parameters(), strict=True))
     assert "weights" not in started.hparams
+
+
+def test_checkpoints_record_every_option_with_the_names_of_version_0_1():
+    network = {"depth": None, "dropout": 0.5, "frame_ratio": 4, "channel_ratio": 8, "downsample": "conv", "round_to": 1}
+    training = {
+        **{"freeze": None, "normalization": "batch", "sub_batch": None, "recompute": False, "compile": False},
+        **{"learning_rate": 0.1, "reference_batch": 64, "batch_size": None, "warmup_start": 0.01, "warmup_epochs": 34},
+        **{
+            "milestones": None,
+            "label_smoothing": 0.0,
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
+            "mean": 0.4,
+            "std": 0.225,
+        },
+        "seed": 0,
+    }
+    given = {"name": "c2d_r50", "alpha": 0.25, "num_classes": 4, "width": 8}
+    assert small(mean=0.4).hparams == given | network | training
+    with pytest.raises(TypeError, match="alhpa"):
+        small(alhpa=0.1)
 
 
 def test_downsampling_reaches_the_network():
@@ -111,7 +134,8 @@ def rates(recognizer, trainer, epochs):
     """The learning rates that the recognizer sets at epochs, which may be fractions."""
     recognizer._trainer = trainer
     optimizer = recognizer.configure_optimizers()
-    recognizer.optimizers = lambda use_pl_optimizer: optimizer
+    trainer.optimizers, logged = [optimizer], []
+    recognizer.log = lambda name, value: logged.append((name, value))
     recognizer.on_train_start()
     found = []
     for epoch in epochs:
@@ -121,6 +145,7 @@ def rates(recognizer, trainer, epochs):
         )
         assert len({group["lr"] for group in optimizer.param_groups}) == 1
         found.append(optimizer.param_groups[0]["lr"])
+    assert logged == [("learning_rate", rate) for rate in found]
     return found
 
 
@@ -167,9 +192,8 @@ def test_the_rate_changes_with_each_step_and_not_with_each_accumulated_batch():
 def test_multigrids_rates_follow_the_steps_and_grow_with_the_long_cycles_batch():
     """Of 40 steps 10 are in the first two epochs, of 8 times the clips, and 30 in the third one."""
     lengths, factors = [5, 5, 30], [8, 8, 1]
-    data = SimpleNamespace(
-        multigrid="long", batch_factor=factors.__getitem__, batches_in_epoch=lambda epoch: 2 * lengths[epoch]
-    )
+    data = VideoData(multigrid=Multigrid())
+    data.batch_factor, data.batches_in_epoch = factors.__getitem__, lambda epoch: 2 * lengths[epoch]
     trainer = trainer_of(accumulated=2, num_batches=60, max_epochs=3, datamodule=data)
     found = rates(small(warmup_epochs=0), trainer, (0, 1, 2, 2.5))
     cosine = [0.05 * (1 + math.cos(math.pi * step / 40)) for step in (0, 5, 10, 25)]
@@ -199,8 +223,11 @@ def test_the_resolved_schedule_is_printed(caplog):
 def test_a_warm_up_longer_than_the_run_is_shortened_with_a_warning(warmup_epochs, shortened, recwarn):
     found = rates(small(warmup_epochs=warmup_epochs), trainer_of(max_epochs=5), [k / 10 for k in range(13)])
     warnings = [str(warning.message) for warning in recwarn if "warm-up" in str(warning.message)]
-    assert warnings == (["a warm-up of 34 epochs does not fit into 5: it takes a fifth of the run instead; set "
-                         "model.warmup_epochs"] if shortened else [])  # fmt: skip
+    shown = (
+        "a warm-up of 34 epochs does not fit into a run of 5: it takes a fifth of the run instead; set "
+        "model.warmup_epochs"
+    )
+    assert warnings == [shown] * shortened
     assert found[:11] == sorted(found[:11])  # rises for an epoch
     assert found[12] < found[11] < found[10]
 
@@ -216,7 +243,7 @@ def place(epoch, batches=0):
     """A stand-in for Lightning's loop: so many epochs are over, and so many batches of the next one."""
 
     def progress(**counts):
-        return SimpleNamespace(current=SimpleNamespace(state_dict=lambda: counts))
+        return SimpleNamespace(current=SimpleNamespace(**counts))
 
     epochs = progress(started=epoch + (batches > 0), processed=epoch)
     return SimpleNamespace(
@@ -234,7 +261,8 @@ def test_a_number_of_steps_goes_on_with_other_batches_after_an_epoch():
 
 
 def test_a_short_cycle_may_run_for_a_number_of_steps():
-    data = SimpleNamespace(multigrid="short", batch_factor=lambda epoch: 1, batches_in_epoch=lambda epoch: 100)
+    data = VideoData(multigrid=Multigrid())
+    data.batch_factor, data.batches_in_epoch = lambda epoch: 1, lambda epoch: 100
     recognizer = small(warmup_epochs=0)
     trainer = trainer_of(max_epochs=-1, max_steps=150, datamodule=data, fit_loop=place(epoch=0), global_step=0)
     found = rates(recognizer, trainer, (0, 0.75))
@@ -243,9 +271,9 @@ def test_a_short_cycle_may_run_for_a_number_of_steps():
 
 def test_dropout_depends_on_the_place_in_the_run_alone():
     recognizer = small()
-    trainer = trainer_of()
+    trainer = trainer_of(optimizers=[SimpleNamespace(param_groups=[])])
     recognizer._trainer = trainer
-    recognizer.optimizers = lambda use_pl_optimizer: SimpleNamespace(param_groups=[])
+    recognizer.log = lambda name, value: None
     recognizer.on_train_start()
     drawn = []
     for epoch, batch, rank, noise in ((0, 3, 0, 0), (0, 3, 0, 7), (0, 4, 0, 0), (1, 3, 0, 0), (0, 3, 1, 0)):
@@ -302,14 +330,16 @@ def test_recomputed_blocks_and_compiled_networks_are_switched_on():
     [
         ({"learning_rate": 0}, "learning_rate must be positive"),
         ({"warmup_epochs": -1}, "warmup_start and warmup_epochs at least 0"),
-        ({"weight_decay": -1}, "weight_decay at least 0"),
-        ({"milestones": [3, 2]}, "the first one first"),
+        ({"weight_decay": -1}, "weight_decay must be at least 0, got -1"),
+        ({"milestones": [3, 2]}, r"epochs above 0 in ascending order, got \[3, 2\]"),
         ({"label_smoothing": 1}, r"label_smoothing must lie in \[0, 1\), got 1"),
-        ({"batch_size": 0}, "sub_batch, reference_batch and batch_size must be at least 1, got None, 64 and 0"),
-        ({"freeze": ["stem"]}, "model.freeze 'stem' is the name of no part of the network"),
-        ({"freeze": ["("]}, r"model.freeze '\(' is no regular expression"),
+        ({"batch_size": 0}, "model.batch_size must be at least 1, got 0"),
+        ({"freeze": ["stem"]}, "model.freeze 'stem' matches no part of the network"),
+        ({"freeze": ["("]}, r"model.freeze '\(' is an invalid regex: missing \)"),
+        ({"sub_batch": 0}, "model.sub_batch must be at least 1, got 0"),
+        ({"reference_batch": -1}, "model.reference_batch must be at least 1, got -1"),
         ({"momentum": 1.0}, "momentum must lie between 0 and 1"),
-        ({"std": 0}, "std be positive"),
+        ({"std": 0}, "std must be positive, got 0"),
         ({"width": 0}, "width must be at least 1, got 0"),
         ({"weights": "nothing.pth"}, "nothing.pth: no such file"),
         ({"channel_ratio": 0}, "frame_ratio and channel_ratio must be at least 1, got 4 and 0"),
@@ -322,9 +352,7 @@ def test_wrong_numbers_are_refused(options, message):
 
 def test_mixed_labels_give_the_shared_cross_entropy_and_count_the_larger_share():
     recognizer = small().train()
-    logged = {}
-    recognizer.log = lambda name, value, **options: logged.update({name: value})
-    recognizer.optimizers = lambda: type("Optimizer", (), {"param_groups": [{"lr": 0.1}]})()
+    recognizer.log = lambda name, value, **options: None
     logits = torch.tensor([[2.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 3, 0], [0, 0, 1, 0]])
     recognizer.network = nn.Sequential(nn.Flatten(), nn.Identity())
     recognizer.forward = lambda clips: logits
@@ -344,7 +372,6 @@ def test_mixed_labels_give_the_shared_cross_entropy_and_count_the_larger_share()
 def test_smoothed_labels_give_the_smoothed_cross_entropy():
     recognizer = small(label_smoothing=0.2).train()
     recognizer.log = lambda name, value, **options: None
-    recognizer.optimizers = lambda: SimpleNamespace(param_groups=[{"lr": 0.1}])
     logits = torch.tensor([[2.0, 0, 0, 0], [0, 1, 0, 0]])
     recognizer.forward = lambda clips: logits
     clips = torch.zeros(2, 1, 3, 1, 1, 1, dtype=torch.uint8)
@@ -354,5 +381,5 @@ def test_smoothed_labels_give_the_smoothed_cross_entropy():
 
 
 def test_a_network_frozen_whole_is_refused():
-    with pytest.raises(ValueError, match="freezes all of the network"):
+    with pytest.raises(ValueError, match="freezes the whole network"):
         small(freeze=["blocks"]).configure_optimizers()

@@ -131,7 +131,7 @@ def test_a_loss_that_is_no_number_ends_training_with_the_place_and_the_way_on(mo
     (line,) = [line for line in finished.stderr.splitlines() if line.startswith("train_net.py: error")]
     assert "the loss is nan in step 3 (epoch 1, batch 3, process 0)" in line
     assert line.count("train/") == 8  # the batch's videos
-    assert "the run goes on from" in line
+    assert "; resume from " in line
     assert "step_00000002.ckpt with --ckpt_path last" in line
     weights = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(value.isfinite().all() for value in weights.values())
@@ -172,7 +172,7 @@ def test_a_run_that_was_not_begun_starts_by_auto_and_is_refused_by_last(motions,
     options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     refused = run_tool("train_net.py", *options, "--ckpt_path=last")
     assert refused.returncode == 2
-    assert "holds no checkpoint to go on from: no step_*.ckpt there" in refused.stderr
+    assert "holds no checkpoint to resume from: no step_*.ckpt there" in refused.stderr
     begun = run_tool("train_net.py", *options, "--ckpt_path=auto")
     assert begun.returncode == 0, begun.stderr
     assert "resuming from" not in begun.stdout

@@ -56,6 +56,11 @@ def test_a_schedule_scales_with_the_batch_at_every_point():
     assert all(doubled.at(epoch) == pytest.approx(2 * SCRATCH.at(epoch)) for epoch in (0, 17, 34, 98, 150))
 
 
+def test_a_run_of_another_length_has_the_warm_up_or_a_fifth_of_itself():
+    assert SCRATCH.over(40) == Schedule(0.1, 40, 0.01, 34)
+    assert SCRATCH.over(34) == Schedule(0.1, 34, 0.01, 6.8)
+
+
 def test_a_schedule_says_what_it_is():
     assert str(SCRATCH) == "half a cosine from 0.1 to 0 over 196 epochs, warm-up from 0.01 in 34 epochs"
     assert str(IMAGENET) == "0.01, times 0.1 at epoch 41, 68.3333 of 82"
@@ -68,8 +73,8 @@ def test_a_schedule_says_what_it_is():
         ({"warmup_start": -1}, "warmup_start and warmup_epochs at least 0.*got 0.1, -1"),
         ({"warmup_epochs": -1}, "warmup_start and warmup_epochs at least 0"),
         ({"epochs": 0}, "longer than 0 epochs"),
-        ({"milestones": (0, 3)}, r"epochs above 0, the first one first, got \[0, 3\]"),
-        ({"milestones": (5, 3)}, "the first one first"),
+        ({"milestones": (0, 3)}, r"epochs above 0 in ascending order, got \[0, 3\]"),
+        ({"milestones": (5, 3)}, "in ascending order"),
         ({"decay": 1}, "decay must lie between 0 and 1, got 1"),
     ],
 )

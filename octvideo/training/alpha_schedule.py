@@ -1,4 +1,4 @@
-"""Alpha over training: it says how a network is run, not what its weights are, so it may change on the way."""
+"""Alpha over training: a network's weights are the same at every alpha, so it may change on the way."""
 
 from __future__ import annotations
 
@@ -15,43 +15,24 @@ from octvideo.errors import UserError
 from octvideo.models.zoo import set_alpha, stage_alphas
 
 
-def alpha_at(
-    progress: float, start: float, target: float, *, begin_epoch: float, end_epoch: float, num_steps: int
-) -> float:
-    """The alpha after some of the training: `start`, then a staircase of equal steps to `target`.
-
-    Args:
-        progress: epochs trained so far, with a fraction for the present one.
-        start: alpha until the first step.
-        target: alpha from `end_epoch` on, exactly.
-        begin_epoch: where the line that the staircase stays behind leaves `start`.
-        end_epoch: where it reaches `target`; above `begin_epoch`.
-        num_steps: equal changes; the k-th one is k / num_steps of the way from `begin_epoch` to `end_epoch`.
-    """
-    if progress >= end_epoch:
-        return target
-    share = max(0.0, (progress - begin_epoch) / (end_epoch - begin_epoch))
-    return start + (target - start) * int(share * num_steps + 1e-6) / num_steps  # 3 * (1 / 3) may be just below 1
-
-
 class AlphaSchedule(Callback):
     """Trains from one alpha to the model's own in a few steps: cheap epochs first, or the reverse.
 
-    The alpha follows from the epoch and the batch alone. A run that goes on from a checkpoint, in the middle of an
-    epoch too, is where it was, and checkpoints keep the model's own alpha. It changes between optimiser steps only, is
-    what a validation in between runs at, and is logged as `alpha` (a number a stage: `alpha/res2` ... `alpha/res5`).
-    Batch norm's running averages follow within some 50 steps of a change. Validations before `end_epoch` are at other
-    alphas than the model's, and so may be the best of them. Where an alpha on the way is 0, build the model with
-    downsample "pool": a vanilla network strides where one with octaves pools, which is a change of its own.
+    Alpha follows from the epoch and the batch alone, so that a resumed run, also in the middle of an epoch, is where it
+    was, and checkpoints keep the model's own alpha. It changes between optimiser steps only, validations run at the
+    current one, and it is logged as `alpha` (with one a stage: `alpha/res2` ... `alpha/res5`). Batch norm's running
+    averages follow within some 50 steps of a change. Validations before `end_epoch`, and so perhaps the best of them,
+    are at other alphas than the model's. Where an alpha on the way is 0, build the model with downsample "pool": a
+    vanilla network strides where one with octaves pools, which is a change of its own.
 
     Args:
         start: alpha at first, in [0, 1]: one for res2 to res4, or four for res2 to res5, as the model's.
-        end_epoch: from then on the network has the model's own alpha; may be a fraction.
-        begin_epoch: the first change comes one step's time after it; may be a fraction.
-        num_steps: equal changes between the two. With torch.compile, each of them compiles again.
+        end_epoch: from then on the network has the model's own alpha; may be fractional.
+        begin_epoch: the first step comes one step's length after it; may be fractional.
+        num_steps: equal steps between the two. With torch.compile, each of them compiles again.
 
     Raises:
-        ValueError: a number out of its range.
+        UserError: a number out of its range; in fit, an `end_epoch` not before the end of the training.
     """
 
     def __init__(
@@ -59,7 +40,7 @@ class AlphaSchedule(Callback):
     ) -> None:
         try:
             stage_alphas(start)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"start of the alpha schedule: {error}") from error
         if not 0 <= begin_epoch < end_epoch:
             raise UserError(
@@ -75,19 +56,23 @@ class AlphaSchedule(Callback):
         self._alpha: float | tuple[float, ...] | None = None
 
     def alpha_at(self, progress: float, target: float | Sequence[float]) -> float | tuple[float, ...]:
-        """The alpha after `progress` epochs: a number where `start` and `target` are, else four, one a stage."""
-        stages = tuple(
-            alpha_at(progress, a, b, begin_epoch=self.begin_epoch, end_epoch=self.end_epoch, num_steps=self.num_steps)
-            for a, b in zip(stage_alphas(self.start), stage_alphas(target), strict=True)
-        )
+        """Alpha after `progress` epochs: one number where `start` and `target` are, else four, one a stage.
+
+        It is `start`, then a staircase of equal steps, of which the k-th comes k / num_steps of the way from
+        `begin_epoch` to `end_epoch`, and from there on `target`, exactly.
+        """
+        way = max(0.0, (progress - self.begin_epoch) / (self.end_epoch - self.begin_epoch))
+        share = int(way * self.num_steps + 1e-6) / self.num_steps  # 3 * (1 / 3) may be just below 1
+        pairs = zip(stage_alphas(self.start), stage_alphas(target), strict=True)
+        stages = tuple(b if progress >= self.end_epoch else a + (b - a) * share for a, b in pairs)
         return stages if isinstance(self.start, Sequence) or isinstance(target, Sequence) else stages[0]
 
     def check(self, network: nn.Module, target: float | Sequence[float]) -> None:
-        """Raises ValueError for an alpha on the way, or at its end, that cannot be; leaves the network at `target`.
+        """Raises UserError for an alpha on the way that the network cannot have, and leaves it at the model's own.
 
         Args:
             network: of `create_model`.
-            target: the model's alpha.
+            target: the model's own alpha.
         """
         if isinstance(target, Mapping):
             raise UserError("an alpha schedule needs a model.alpha of one number or four, got one for each layer")
@@ -96,29 +81,26 @@ class AlphaSchedule(Callback):
             alpha = self.alpha_at(self.begin_epoch * (1 - share) + self.end_epoch * share, target)
             try:
                 set_alpha(network, alpha)
-            except ValueError as error:
+            except UserError as error:
                 set_alpha(network, target)
                 raise UserError(f"alpha {alpha} of the alpha schedule: {error}") from error
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses alphas that the network cannot take before the first of them."""
-        self.check(_network(pl_module), _target(pl_module))
+        """Refuses alphas that the network cannot have before the first step."""
+        self.check(pl_module.get_submodule("network"), pl_module.hparams["alpha"])
         self._alpha = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses a training that ends before it has come to the model's own alpha."""
+        """Refuses a training that ends before it comes to the model's own alpha."""
         if trainer.fast_dev_run or math.isinf(trainer.num_training_batches):  # type: ignore[attr-defined]
             return
         steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         epochs = trainer.estimated_stepping_batches / steps_per_epoch
         if epochs <= self.end_epoch:
-            raise UserError(
-                f"end_epoch of the alpha schedule must lie before the end of the training, {epochs:g} epochs: "
-                f"got {self.end_epoch:g}"
-            )
+            limit = f"before the end of the training, {epochs:g} epochs"
+            raise UserError(f"end_epoch of the alpha schedule must lie {limit}: got {self.end_epoch:g}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Sets and logs the alpha of this step."""
         alpha = self._set(trainer, pl_module, batch_idx)
         if isinstance(alpha, tuple):
             pl_module.log_dict({f"alpha/res{k}": value for k, value in enumerate(alpha, 2)}, batch_size=1)
@@ -126,29 +108,21 @@ class AlphaSchedule(Callback):
             pl_module.log("alpha", alpha, batch_size=1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets the alpha of the moment: a run may go on with a validation, or start with a trial one."""
+        """Sets the current alpha: a run may resume with a validation, or start with a sanity check."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._set(trainer, pl_module, trainer.fit_loop.batch_idx)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the network at the model's own alpha, wherever the training was stopped."""
-        set_alpha(_network(pl_module), _target(pl_module))
+        set_alpha(pl_module.get_submodule("network"), pl_module.hparams["alpha"])
 
     def _set(self, trainer: Trainer, module: LightningModule, batch: int) -> float | tuple[float, ...]:
         """Gives the network the alpha of this batch, where it has another."""
         stepped = batch - batch % trainer.accumulate_grad_batches
-        alpha = self.alpha_at(trainer.current_epoch + stepped / trainer.num_training_batches, _target(module))
+        progress = trainer.current_epoch + stepped / trainer.num_training_batches
+        alpha = self.alpha_at(progress, module.hparams["alpha"])
         if alpha != self._alpha:
-            set_alpha(_network(module), alpha)
+            set_alpha(module.get_submodule("network"), alpha)
             self._alpha = alpha
-            torch.compiler.reset()  # what was compiled is of no more use, and dynamo stops compiling after a few
+            torch.compiler.reset()  # the old code is of no more use, and dynamo stops compiling after a few
         return alpha
-
-
-def _network(module: LightningModule) -> nn.Module:
-    return module.network  # type: ignore[return-value]
-
-
-def _target(module: LightningModule) -> float | Sequence[float]:
-    """The model's own alpha, as in its hyper-parameters and thus in its checkpoints."""
-    return module.hparams["alpha"]

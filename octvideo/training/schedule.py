@@ -1,4 +1,4 @@
-"""The learning rate over a run, as a function of epochs: the same however many devices share the batch."""
+"""The learning rate as a function of the epoch: the same for any number of devices that share a batch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from octvideo.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Half a cosine or steps, reached through a linear warm-up (the recipes of SlowFast and of non-local networks).
+    """Half a cosine, or steps, after a linear warm-up: the recipes of SlowFast and of non-local networks.
 
-    The cosine runs over all epochs; the warm-up leads in a line from `warmup_start` to where the curve is at its end.
+    The cosine runs over all epochs; the warm-up rises from `warmup_start` to the curve's value where it ends.
 
     Args:
-        peak: learning rate at the curve's start.
+        peak: learning rate at the start of the curve.
         epochs: length of the run.
         warmup_start: learning rate at the start of the warm-up.
         warmup_epochs: length of the warm-up.
-        milestones: epochs, in order, at each of which the rate falls to `decay` of what it was; empty: half a cosine
-            from the peak to 0.
+        milestones: epochs in ascending order at which the rate is multiplied by `decay`; empty: half a cosine to 0.
         decay: factor at each milestone.
 
     Raises:
-        ValueError: a number out of its range.
+        UserError: a number out of its range.
     """
 
     peak: float
@@ -42,22 +41,15 @@ class Schedule:
                 f"epochs, got {self.peak}, {self.warmup_start}, {self.warmup_epochs} and {self.epochs}"
             )
         if any(milestone <= 0 for milestone in self.milestones) or list(self.milestones) != sorted(self.milestones):
-            raise UserError(f"milestones must be epochs above 0, the first one first, got {list(self.milestones)}")
+            raise UserError(f"milestones must be epochs above 0 in ascending order, got {list(self.milestones)}")
         if not 0 < self.decay < 1:
             raise UserError(f"decay must lie between 0 and 1, got {self.decay}")
 
     def at(self, epoch: float) -> float:
-        """The learning rate.
-
-        Args:
-            epoch: epochs since the start of the run, with fractions.
-        """
+        """The learning rate after so many epochs, which may be fractional."""
         if epoch < self.warmup_epochs:
-            end = self._curve(self.warmup_epochs)
+            end = dataclasses.replace(self, warmup_epochs=0).at(self.warmup_epochs)
             return self.warmup_start + (end - self.warmup_start) * epoch / self.warmup_epochs
-        return self._curve(epoch)
-
-    def _curve(self, epoch: float) -> float:
         if self.milestones:
             return self.peak * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
         return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / self.epochs)))
@@ -66,12 +58,16 @@ class Schedule:
         """The schedule for `factor` times as many clips a step (linear scaling, Goyal et al., 2017)."""
         return dataclasses.replace(self, peak=self.peak * factor, warmup_start=self.warmup_start * factor)
 
+    def over(self, epochs: float) -> Schedule:
+        """The schedule of a run of another length; a warm-up that does not fit takes a fifth of it."""
+        warmup_epochs = self.warmup_epochs if self.warmup_epochs < epochs else epochs / 5
+        return dataclasses.replace(self, epochs=epochs, warmup_epochs=warmup_epochs)
+
     def __str__(self) -> str:
+        curve = f"half a cosine from {self.peak:.6g} to 0 over {self.epochs:g} epochs"
         if self.milestones:
-            places = ", ".join(f"{milestone:g}" for milestone in self.milestones)
-            curve = f"{self.peak:.6g}, times {self.decay:g} at epoch {places} of {self.epochs:g}"
-        else:
-            curve = f"half a cosine from {self.peak:.6g} to 0 over {self.epochs:g} epochs"
+            milestones = ", ".join(f"{milestone:g}" for milestone in self.milestones)
+            curve = f"{self.peak:.6g}, times {self.decay:g} at epoch {milestones} of {self.epochs:g}"
         if self.warmup_epochs:
             curve += f", warm-up from {self.warmup_start:.6g} in {self.warmup_epochs:g} epochs"
         return curve
