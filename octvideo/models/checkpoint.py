@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.files import verify
 from octvideo.models.weights import read_checkpoint
@@ -55,18 +56,17 @@ class Trained:
         network: in evaluation mode; takes (B, 3, T, H, W), normalised as `normalize` does, and gives (B, num_classes).
         options: what `octvideo.create_model` made it from: name, alpha, num_classes ...
         labels: name of each class; "class 3" where the checkpoint has none.
-        preprocessing: how it wants its clips: clip_frames, frame_stride, sampling, target_fps, short_videos,
-            test_crop_size ... as in `octvideo.data.module.VideoData`, and mean and std.
+        preprocessing: how it wants its clips.
     """
 
     network: nn.Module
     options: dict[str, Any]
     labels: list[str]
-    preprocessing: dict[str, Any]
+    preprocessing: Preprocessing
 
     def normalize(self, clips: Tensor) -> Tensor:
         """uint8 RGB clips of any shape to float32: scaled to [0, 1], less the mean, over the std."""
-        return (clips.float() / 255 - self.preprocessing["mean"]) / self.preprocessing["std"]
+        return self.preprocessing.normalize(clips)
 
 
 def load_trained(path: str | Path, alpha: float | None = None) -> Trained:
@@ -90,7 +90,9 @@ def load_trained(path: str | Path, alpha: float | None = None) -> Trained:
         known = {"downsample": "conv", "round_to": 1} | checkpoint["hyper_parameters"]
         options = {key: known[key] for key in NETWORK_OPTIONS}
         data = checkpoint["VideoData"]
-        preprocessing = data["preprocessing"] | {key: known[key] for key in ("mean", "std")}
+        preprocessing = Preprocessing.from_mapping(
+            data["preprocessing"] | {key: known[key] for key in ("mean", "std")}
+        )
         tensors = checkpoint["state_dict"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not a checkpoint of train_net.py: it has no {error}") from error
