@@ -7,8 +7,8 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from octvideo.errors import UserError
 
@@ -61,3 +61,8 @@ def clip_size(text: str) -> tuple[int, int, int]:
         raise argparse.ArgumentTypeError(f"TxHxW is wanted, such as 8x224x224, got {text!r}")
     frames, height, width = map(int, sizes)
     return frames, height, width
+
+
+def several(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """The type of an option for values with commas between them, each once."""
+    return lambda text: list(dict.fromkeys(convert(part.strip()) for part in text.split(",")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import matplotlib
@@ -25,14 +24,20 @@ RIGHT, WRONG = (48, 128, 210), (218, 106, 38)  # pixels of an image cannot follo
 STYLE = {
     **{"axes.facecolor": "none", "figure.facecolor": "none", "text.color": TEXT, "axes.labelcolor": TEXT},
     **{"axes.edgecolor": GRID, "grid.color": GRID, "xtick.color": GRID, "ytick.color": GRID},
-    **{"xtick.labelcolor": TEXT, "ytick.labelcolor": TEXT, "font.size": 10, "axes.labelsize": 10, "font.sans-serif": ["DejaVu Sans"]},
+    **{
+        "xtick.labelcolor": TEXT,
+        "ytick.labelcolor": TEXT,
+        "font.size": 10,
+        "axes.labelsize": 10,
+        "font.sans-serif": ["DejaVu Sans"],
+    },
     **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
     **{"axes.grid": True, "axes.grid.axis": "y", "ytick.major.size": 0, "axes.axisbelow": True},
     **{"axes.autolimit_mode": "round_numbers", "axes.xmargin": 0, "axes.ymargin": 0},
     **{"axes.formatter.limits": (-3, 4), "axes.formatter.useoffset": False},
-    **{"lines.linewidth": 1.75, "lines.markersize": 6, "svg.fonttype": "none", "figure.dpi": 72},
+    **{"font.sans-serif": ["DejaVu Sans"], "lines.linewidth": 1.75, "svg.fonttype": "none", "figure.dpi": 72},
 }
-FRAME = (0.19, 0.22, 0.76, 0.7)  # of a chart's axes in its figure: left, bottom, width, height
+FRAME = (0.17, 0.19, 0.78, 0.75)  # of a chart's axes in its figure: left, bottom, width, height
 # What a page needs no part of: ids that charts share, clips (which would halve marks at the edge), and addresses.
 SUPERFLUOUS = re.compile(
     r'<metadata>.*?</metadata>|<style.*?</style>|<clipPath.*?</clipPath>|<!--.*?-->|(?<=<g) id="[^"]*"'
@@ -91,7 +96,9 @@ def draw(chart: Chart) -> Figure:
     low, high = axes.get_ylim()
     if chart.percent:
         axes.set_ylim(max(low, 0), min(high, 100))
-    _label_marks(axes, [(x, y, text) for one in chart.series for x, y, text in zip(*one[1:3], one.labels, strict=False)])
+    _label_marks(
+        axes, [(x, y, text) for one in chart.series for x, y, text in zip(*one[1:3], one.labels, strict=False)]
+    )
     return figure
 
 

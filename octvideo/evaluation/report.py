@@ -82,25 +82,15 @@ class Curve(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """The predictions.json of N videos and C classes.
-
-    Args:
-        paths: N files.
-        labels: (N,) classes.
-        order: (N, C) classes, the likeliest first.
-        scores: (N, C) probabilities.
-        clips: clip_top1 and clip_top5: (N,) shares of each video's clips, or a number where only the average is known.
-        bad: (path, reason) of videos that could not be decoded.
-        names: of the C classes.
-    """
+    """The predictions.json of N videos and C classes."""
 
     paths: list[str]
-    labels: NDArray[np.int64]
-    order: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    clips: dict[str, Floats | float]
-    bad: list[tuple[str, str]]
-    names: list[str]
+    labels: NDArray[np.int64]  # (N,) classes
+    order: NDArray[np.int64]  # (N, C) classes, the likeliest first
+    scores: NDArray[np.float32]  # (N, C) probabilities
+    clips: dict[str, Floats | float]  # clip_top1, clip_top5: (N,) shares of each video's clips, or just the average
+    bad: list[tuple[str, str]]  # (path, reason) of videos that could not be decoded
+    names: list[str]  # of the classes
 
     def accuracies(self) -> dict[str, Accuracy]:
         """Accuracies of videos and clips, named as in predictions.json; empty if no video was tested."""
@@ -126,40 +116,26 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class Card:
-    """A checkpoint's network, and what it costs.
-
-    Args:
-        epoch: finished epochs and, if it was written within one, that one.
-        step: optimiser steps.
-        lightning: the version that wrote it.
-        macs: multiply-adds of one clip.
-        seconds: for each alpha, as `say_alpha` writes it, the seconds of one clip in each round.
-    """
+    """A checkpoint's network, and what it costs."""
 
     checkpoint: Path
     trained: Trained
-    epoch: int
+    epoch: int  # finished ones and, if the checkpoint was written within one, that one
     step: int
-    lightning: str
+    lightning: str  # the version that wrote it
     parameters: int
-    macs: int
-    seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    macs: int  # of one clip
+    seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of one clip in each round, by `say_alpha`
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training and its test, as far as its folder has them.
-
-    Args:
-        alphas: rows of alphas.json.
-        curves: figures over the training, under the names that were logged.
-        missing: a sentence for each part that is not there.
-    """
+    """A training and its test, as far as its folder has them; `missing` has a sentence for each part that it lacks."""
 
     name: str
     predictions: Predictions | None = None
-    alphas: Sequence[Mapping[str, Any]] = ()
-    curves: Mapping[str, Curve] = field(default_factory=dict)
+    alphas: Sequence[Mapping[str, Any]] = ()  # rows of alphas.json
+    curves: Mapping[str, Curve] = field(default_factory=dict)  # by their names in the log
     card: Card | None = None
     missing: Sequence[str] = ()
 
@@ -332,23 +308,15 @@ def curve_charts(curves: Mapping[str, Curve]) -> list[Chart]:
 
 
 class Point(NamedTuple):
-    """A network at one alpha: its accuracies over videos, and its cost for one clip.
+    """A network at one alpha: its accuracies over videos, and its cost for one clip."""
 
-    Args:
-        name: the run's, with the kind of batch-norm statistics where there are several.
-        alpha: as `say_alpha` writes it; "?" without a checkpoint.
-        videos: how many were tested.
-        gmacs: None without a checkpoint.
-        seconds: one number a round; empty if it was not measured.
-    """
-
-    name: str
-    alpha: str
+    name: str  # the run's, with the kind of batch-norm statistics where there are several
+    alpha: str  # as `say_alpha` writes it; "?" without a checkpoint
     videos: int
     top1: Accuracy
     top5: Accuracy
-    gmacs: float | None
-    seconds: Sequence[float]
+    gmacs: float | None  # None without a checkpoint
+    seconds: Sequence[float]  # one number a round; empty if it was not measured
 
 
 def points_of(run: Run) -> list[Point]:
@@ -471,7 +439,6 @@ def _section(run: Run, thumbnail: Thumbnail) -> dict[str, Any]:
         "run": run,
         "charts": curve_charts(run.curves),
         "thinned": any(len(curve.steps) > CURVE_POINTS for curve in run.curves.values()),
-        "bad": () if run.predictions is None else run.predictions.bad,
         "tested": None,
     }
     if run.predictions is None or not run.predictions.paths:
