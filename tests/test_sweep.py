@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -237,28 +236,28 @@ def test_a_test_without_a_good_video_is_a_failed_run(run_here, recipe, trained, 
 
 
 @pytest.mark.parametrize(
-    ("options", "part"),
+    ("options", "parts"),
     [
-        (["--alphas", "much"], "an alpha is a number or a FILE.yaml, got 'much'"),
-        (["--alphas", "2"], "alpha must lie in [0, 1], got 2"),
-        (["--alphas", "0:max"], "only :pool may follow an alpha, got '0:max'"),
-        (["--alphas", "nothing.yaml"], "nothing.yaml has no model.alpha"),
-        (["--alphas", ".5,0.50"], "--alphas has two of the same name: alpha-0.5, alpha-0.5"),
-        (["--seeds", "one"], "--seeds: must be whole numbers with commas between them, got 'one'"),
-        (["--rounds", "0"], "argument --rounds: (.*) whole number from 1.*, got '0'"),
-        (["--statistics_batches", "0"], "argument --statistics_batches: (.*) whole number from 1.*, got '0'"),
-        (["--ckpt", "nothing.ckpt"], "--ckpt nothing.ckpt: no such file"),
-        (["--ckpt", str(CONFIG), "--alphas", str(CONFIG)], "--ckpt tests at numbers"),
-        (["--model.alpha=.5"], "a sweep sets --model.alpha itself: give --alphas, --seeds and --output"),
-        (["more"], "unrecognized arguments: more"),
-        (["--cfg", "nothing.yaml"], "--cfg nothing.yaml: no such file"),
+        (["--alphas", "much"], ["an alpha is a number or a FILE.yaml, got 'much'"]),
+        (["--alphas", "2"], ["alpha must lie in [0, 1], got 2"]),
+        (["--alphas", "0:max"], ["only :pool may follow an alpha, got '0:max'"]),
+        (["--alphas", "nothing.yaml"], ["nothing.yaml has no model.alpha"]),
+        (["--alphas", ".5,0.50"], ["--alphas has two of the same name: alpha-0.5, alpha-0.5"]),
+        (["--seeds", "one"], ["--seeds: must be whole numbers with commas between them, got 'one'"]),
+        (["--rounds", "0"], ["argument --rounds: ", "whole number from 1", "got '0'"]),
+        (["--statistics_batches", "0"], ["argument --statistics_batches: ", "whole number from 1", "got '0'"]),
+        (["--ckpt", "nothing.ckpt"], ["--ckpt nothing.ckpt: no such file"]),
+        (["--ckpt", str(CONFIG), "--alphas", str(CONFIG)], ["--ckpt tests at numbers"]),
+        (["--model.alpha=.5"], ["a sweep sets --model.alpha itself: give --alphas, --seeds and --output"]),
+        (["more"], ["unrecognized arguments: more"]),
+        (["--cfg", "nothing.yaml"], ["--cfg nothing.yaml: no such file"]),
     ],
 )
-def test_a_mistake_of_a_sweep_is_one_line(run_here, tmp_path, options, part):
+def test_a_mistake_of_a_sweep_is_one_line(run_here, tmp_path, options, parts):
     status, _, errors, calls = run_here("--cfg", CONFIG, "--output", tmp_path / "out", *options)
     assert (status, calls) == (2, [])
     assert errors.startswith("sweep.py: error: ")
-    assert part in errors or re.search(part, errors)
+    assert all(part in errors for part in parts)
     assert len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
