@@ -7,7 +7,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn
 
 from octvideo.errors import UserError
@@ -63,6 +63,17 @@ def clip_size(text: str) -> tuple[int, int, int]:
     return frames, height, width
 
 
-def several(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+def several(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """The type of an option for values with commas between them, each once."""
-    return lambda text: list(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
+    return lambda text: tuple(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
+
+
+def one_of(names: Collection[str], what: str) -> Callable[[str], str]:
+    """The type of an option for one of several names."""
+
+    def convert(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"no {what} {text!r}; there are {', '.join(names)}")
+        return text
+
+    return convert

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -21,7 +21,7 @@ TEXT, GRID = "#0000fd", "#0000fe"
 VARIABLES = {colour: f"var(--s{number})" for number, colour in enumerate(COLOURS)}
 VARIABLES |= {TEXT: "currentColor", GRID: "var(--grid)"}
 RIGHT, WRONG = (48, 128, 210), (218, 106, 38)  # pixels of an image cannot follow the mode: these suit both
-STYLE = {
+STYLE: dict[Any, Any] = {
     **{"axes.facecolor": "none", "figure.facecolor": "none", "text.color": TEXT, "axes.labelcolor": TEXT},
     **{"axes.edgecolor": GRID, "grid.color": GRID, "xtick.color": GRID, "ytick.color": GRID},
     **{
@@ -109,15 +109,14 @@ def _label_marks(axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None
     """
     marks = axes.transData.transform([(x, y) for x, y, _ in labels] or np.empty((0, 2)))
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
-    for number, (mark, (*place, text)) in enumerate(zip(marks, labels, strict=True)):
+    for number, (mark, (x, y, text)) in enumerate(zip(marks, labels, strict=True)):
         if any(text == labels[i][2] and np.hypot(*(mark - marks[i])) < 14 for i in range(number)):
             continue
         for right, up in ((6, 5), (6, -14), (-6, 5), (-6, -14)):
-            label = axes.annotate(
-                text, place, (right, up), textcoords="offset points", ha="left" if right > 0 else "right"
-            )
+            side = "left" if right > 0 else "right"
+            label = axes.annotate(text, (x, y), (right, up), textcoords="offset points", ha=side)
             box = label.get_window_extent()
-            nearest = np.hypot(*(marks - (box.min + box.max) / 2).T).argmin()
+            nearest = np.hypot(*(marks - np.mean(box.get_points(), 0)).T).argmin()
             inside = box.x1 < axes.bbox.x1 + 8 and box.x0 > axes.bbox.x0 and axes.bbox.y0 < box.y0
             if inside and labels[nearest][2] == text and not box.count_overlaps(taken):
                 taken.append(box)
