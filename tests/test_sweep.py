@@ -39,7 +39,8 @@ def run_here(monkeypatch, capsys):
         calls.append((name, options))
         finished = run_tool({"train": "train_net.py", "test": "test_net.py"}[name], *options)
         log.write_text(finished.stdout + finished.stderr)
-        return "" if finished.returncode == 0 else finished.stderr.strip().splitlines()[-1]
+        if finished.returncode:
+            raise sweep.RunFailedError(finished.stderr.strip().splitlines()[-1])
 
     def run(*options):
         calls.clear()
@@ -272,10 +273,9 @@ def test_a_misspelt_option_is_refused_before_anything_runs(tmp_path):
 def test_what_a_called_tool_says_is_kept_and_its_last_line_is_the_reason(tmp_path, monkeypatch):
     (tmp_path / "tool.py").write_text("import sys\nprint(sys.argv[1])\nsys.exit(sys.argv[2] if sys.argv[2:] else 0)\n")
     monkeypatch.setattr(sweep, "COMMAND", [sys.executable])
-    assert sweep.call(str(tmp_path / "tool.py"), ["good"], tmp_path / "log.txt") == ""
-    assert (
-        sweep.call(str(tmp_path / "tool.py"), ["bad", "a warning\nthe reason\n"], tmp_path / "log.txt") == "the reason"
-    )
+    sweep.call(str(tmp_path / "tool.py"), ["good"], tmp_path / "log.txt")
+    with pytest.raises(sweep.RunFailedError, match=r"^the reason$"):
+        sweep.call(str(tmp_path / "tool.py"), ["bad", "a warning\nthe reason\n"], tmp_path / "log.txt")
     assert (tmp_path / "log.txt").read_text() == "good\nbad\na warning\nthe reason\n\n"
 
 
@@ -309,7 +309,20 @@ def test_an_interrupted_call_lets_the_tool_end_and_keeps_what_it_said(tmp_path, 
     assert (tmp_path / "log.txt").read_text() == "saved\n"
 
 
-def test_a_killed_tool_is_said_to_be():
-    assert sweep.why("train", -9, "a warning\n") == "train was killed by SIGKILL"
-    assert sweep.why("train", 3, " \n") == "train ended with 3"
-    assert sweep.why("train", 0, "a warning\n") == ""
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("os.kill(os.getpid(), 9)", "tool.py was killed by SIGKILL"),
+        ("print(' ', file=sys.stderr); os._exit(3)", "tool.py ended with 3"),
+        ("print('a warning', file=sys.stderr)", None),
+    ],
+)
+def test_a_killed_tool_is_said_to_be(tmp_path, monkeypatch, end, reason):
+    (tmp_path / "tool.py").write_text(f"import os, sys\n{end}\n")
+    monkeypatch.setattr(sweep, "COMMAND", [sys.executable])
+    monkeypatch.chdir(tmp_path)
+    if reason is None:
+        sweep.call("tool.py", [], tmp_path / "log.txt")
+        return
+    with pytest.raises(sweep.RunFailedError, match=f"^{reason}$"):
+        sweep.call("tool.py", [], tmp_path / "log.txt")

@@ -156,25 +156,24 @@ def keep(path: Path, what: Row) -> None:
         fail(f"{path.parent} holds a sweep of another recipe or alpha ({path}): choose another --output")
 
 
+class RunFailedError(Exception):
+    """A run without a result; the message says why."""
+
+
 def check_options(arguments: argparse.Namespace) -> None:
     """Ends the program for options that train or test refuses, before anything starts."""
     tool, more = ("test", ["--ckpt", str(arguments.ckpt[0])]) if arguments.ckpt else ("train", [])
-    if reason := call(tool, [*arguments.recipe, *more, "--print_config"], Path(os.devnull)):
-        fail(reason.removeprefix(f"octvideo {tool}: error: "))
+    try:
+        call(tool, [*arguments.recipe, *more, "--print_config"], Path(os.devnull))
+    except RunFailedError as error:
+        fail(str(error).removeprefix(f"octvideo {tool}: error: "))
 
 
-def why(tool: str, status: int, errors: str) -> str:
-    """Why a command failed: how it was killed, or its last line on standard error; empty if it did not."""
-    if status < 0:
-        return f"{tool} was killed by {signal.Signals(-status).name}"
-    lines = [line for line in errors.splitlines() if line.strip()] or [f"{tool} ended with {status}"]
-    return lines[-1] if status else ""
+def call(tool: str, options: Sequence[str], log: Path) -> None:
+    """Runs a command to its end, with its output appended to a log. Where this is interrupted, the command saves first.
 
-
-def call(tool: str, options: Sequence[str], log: Path) -> str:
-    """Runs a command to its end, with its output appended to a log; returns why it failed, or an empty text.
-
-    Where this is interrupted, the command saves first.
+    Raises:
+        RunFailedError: it was killed, or failed; with its last line on standard error.
     """
     with log.open("a") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([*COMMAND, tool, *options], stdout=printed, stderr=errors)
@@ -189,19 +188,23 @@ def call(tool: str, options: Sequence[str], log: Path) -> str:
             errors.seek(0)
             said = errors.read()
             printed.write(said)
-    return why(tool, status, said)
+    if status < 0:
+        raise RunFailedError(f"{tool} was killed by {signal.Signals(-status).name}")
+    if status:
+        raise RunFailedError([f"{tool} ended with {status}", *said.strip().splitlines()][-1])
 
 
-def run_all(arguments: argparse.Namespace) -> dict[Variant, dict[str, Row | str]]:
+def run_all(arguments: argparse.Namespace) -> tuple[dict[Variant, list[Row]], list[str]]:
     """Trains and tests, or tests, whatever is not there yet.
 
     Returns:
-        For each variant and each seed or checkpoint its entry of "runs" in sweep.json, or why there is none.
+        The "runs" of sweep.json for each variant, and a sentence for each run that failed.
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     runs = {str(file): file for file in arguments.ckpt or ()} or {f"seed {seed}": seed for seed in arguments.seeds}
-    found: dict[Variant, dict[str, Row | str]] = {variant: {} for variant in arguments.alphas}
+    found: dict[Variant, list[Row]] = {variant: [] for variant in arguments.alphas}
+    failed = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(runs) * len(found))
         for run, which in runs.items():
@@ -210,14 +213,16 @@ def run_all(arguments: argparse.Namespace) -> dict[Variant, dict[str, Row | str]
                 progress.update(task, description=name)
                 if not console.is_terminal:
                     console.print(name, highlight=False)
-                results[run] = (test if arguments.ckpt else train)(variant, which, arguments)
-                if isinstance(results[run], str):
-                    progress.print(f"{name} failed: {results[run]}", markup=False, style="yellow")
+                try:
+                    results.append((test if arguments.ckpt else train)(variant, which, arguments))
+                except RunFailedError as error:
+                    failed.append(f"{name} failed: {error}")
+                    progress.print(failed[-1], markup=False, style="yellow")
                 progress.advance(task)
-    return found
+    return found, failed
 
 
-def train(variant: Variant, seed: int, arguments: argparse.Namespace) -> Row | str:
+def train(variant: Variant, seed: int, arguments: argparse.Namespace) -> Row:
     """Trains and tests one network, as far as that is not done yet."""
     folder = arguments.output / variant.folder / f"seed-{seed}"
     results, checkpoint = folder / "test" / "predictions.json", folder / "checkpoints" / "last.ckpt"
@@ -226,15 +231,13 @@ def train(variant: Variant, seed: int, arguments: argparse.Namespace) -> Row | s
         alpha = ["--cfg", str(variant.file)] if variant.file else ["--model.alpha", str(variant.alpha)]
         options = [*arguments.recipe, *alpha, "--model.downsample", variant.downsample, "--seed_everything", str(seed)]
         options += ["--trainer.default_root_dir", str(folder)]
-        reason = call("train", [*options, "--ckpt_path", "auto"], folder / "log.txt")
-        reason = reason or call("test", [*options, "--ckpt", str(checkpoint)], folder / "log.txt")
-        if reason:
-            return reason
+        call("train", [*options, "--ckpt_path", "auto"], folder / "log.txt")
+        call("test", [*options, "--ckpt", str(checkpoint)], folder / "log.txt")
     found = json.loads(results.read_text())
     return entry(seed, checkpoint, found | {key: len(found[key]) for key in ("videos", "bad")})
 
 
-def test(variant: Variant, checkpoint: Path, arguments: argparse.Namespace) -> Row | str:
+def test(variant: Variant, checkpoint: Path, arguments: argparse.Namespace) -> Row:
     """Tests one checkpoint at one alpha, if that is not done yet."""
     with checkpoint.open("rb") as file:
         folder = arguments.output / variant.folder / hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -250,25 +253,23 @@ def test(variant: Variant, checkpoint: Path, arguments: argparse.Namespace) -> R
         options = [*arguments.recipe, "--model.downsample", variant.downsample, "--alphas", str(variant.alpha)]
         options += ["--ckpt", str(checkpoint), "--output", str(folder)]
         options += ["--statistics_batches", str(arguments.statistics_batches)]
-        if reason := call("test", options, folder / "log.txt"):
-            return reason
+        call("test", options, folder / "log.txt")
     if found := estimated():
         return entry(checkpoint, checkpoint, found)
-    return f"there are no training videos to estimate batch-norm statistics on: {folder / 'log.txt'}"
+    raise RunFailedError(f"there are no training videos to estimate batch-norm statistics on: {folder / 'log.txt'}")
 
 
-def entry(run: int | Path, checkpoint: Path, found: Row) -> Row | str:
-    """What sweep.json says of a run, or why it says nothing."""
+def entry(run: int | Path, checkpoint: Path, found: Row) -> Row:
+    """A run's entry in sweep.json."""
     if not found["videos"]:
-        return "none of the videos to test on can be decoded"
+        raise RunFailedError("none of the videos to test on can be decoded")
     accuracies = {key: found[key] for key in ("top1", "clip_top1", "videos", "bad")}
     return {"run": str(run), "checkpoint": str(checkpoint), **accuracies}
 
 
-def rows_of(found: dict[Variant, dict[str, Row | str]], rounds: int) -> dict[Variant, Row]:
+def rows_of(found: dict[Variant, list[Row]], rounds: int) -> dict[Variant, Row]:
     """The rows of sweep.json, of variants with a result."""
-    tested = {variant: [run for run in runs.values() if isinstance(run, dict)] for variant, runs in found.items()}
-    tested = {variant: runs for variant, runs in tested.items() if runs}
+    tested = {variant: runs for variant, runs in found.items() if runs}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     macs, calls = [], []
     for variant, runs in tested.items():  # the checkpoint may be one of another alpha
@@ -334,12 +335,11 @@ def draw(rows: dict[Variant, Row]) -> Figure:
     for panel, (key, label) in zip(panels, costs.items(), strict=True):
         panel.plot([row[key] for row in line], [100 * row["top1"] for row in line], "-", color="grey", alpha=0.5)
         for index, (variant, row) in enumerate(rows.items()):
-            marker = "*" if variant.file else "o" if variant.alpha else "s"
-            style = {"color": f"C{index % 10}", "alpha": 0.9}
+            marker, colour = "*" if variant.file else "o" if variant.alpha else "s", f"C{index % 10}"
             spread, tops = 100 * (row["top1_deviation"] or 0), [100 * run["top1"] for run in row["runs"]]
-            style_of_mean = {"fmt": marker, "capsize": 3, "markersize": 9, "label": variant.title, **style}
-            panel.errorbar(row[key], 100 * row["top1"], spread, **style_of_mean)
-            panel.plot([row[key]] * len(tops), tops, ".", markersize=4, **style)
+            mean = {"fmt": marker, "capsize": 3, "markersize": 9, "label": variant.title, "color": colour}
+            panel.errorbar(row[key], 100 * row["top1"], spread, **mean)
+            panel.plot([row[key]] * len(tops), tops, ".", markersize=4, color=colour)
         panel.set_xlabel(label)
         panel.margins(x=0.1)
         panel.grid(alpha=0.3)
@@ -361,18 +361,13 @@ def main(words: list[str]) -> int:
             for variant in arguments.alphas:
                 what = {"alpha": variant.alpha, "downsample": variant.downsample}
                 keep(arguments.output / variant.folder / "alpha.json", what)
-            found = run_all(arguments)
+            found, failed = run_all(arguments)
             rows = rows_of(found, arguments.rounds)
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
     if rows:
         write_results(rows, arguments.output)
-    failed = [
-        f"alpha {variant.name}, {run} failed: {reason}"
-        for variant, runs in found.items()
-        for run, reason in runs.items()
-        if isinstance(reason, str)
-    ]
-    print("".join(f"{line}\n" for line in failed), end="", file=sys.stderr)
+    for line in failed:
+        print(line, file=sys.stderr)
     return 1 if failed else 0

@@ -56,17 +56,14 @@ class Statistics(Callback):
     """Sets batch-norm statistics, before a test, to those of training clips at the network's current alpha.
 
     The clips are the same before each test.
-
-    Attributes:
-        num_batches: training batches of each process; 0 leaves the statistics as they are.
     """
 
     def __init__(self, data: VideoData) -> None:
         self.data = data
-        self.num_batches = 0
+        self.num_batches = 0  # of each process; 0 leaves the statistics as they are
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimates them."""
+        """Estimates the statistics."""
         if self.num_batches == 0:
             return
         loader = self.data.statistics_dataloader(0, self.num_batches)
@@ -122,11 +119,11 @@ class Testing(CommandLine):
             train_list = self.datamodule.lists["train_list"]
             if train_list is not None and Path(train_list).is_file():
                 self.datamodule.read("train_list")
-            else:
-                missing = "no training list is given" if train_list is None else f"{train_list} does not exist"
-                cure = "give one by --data.train_list FILE"
-                rank_zero_info(f"{missing}: testing with the checkpoint's statistics only; {cure}")
-                self.statistics_batches = 0
+                return
+            missing = "no training list is given" if train_list is None else f"{train_list} does not exist"
+            cure = "give one by --data.train_list FILE"
+            rank_zero_info(f"{missing}: testing with the checkpoint's statistics only; {cure}")
+            self.statistics_batches = 0
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Builds a trainer that writes neither logs nor checkpoints."""
@@ -151,18 +148,15 @@ def print_results(table: Table, results: dict[str, Any]) -> None:
 
 
 def run_test(cli: Testing) -> dict[str, Any]:
-    """Tests the checkpoint's weights and statistics at the network's current alpha.
-
-    Returns:
-        `Recognizer.results`, the same on every rank.
+    """Tests the checkpoint at the network's current alpha; returns `Recognizer.results`, the same on every rank.
 
     Raises:
-        ListError: scores that are not numbers.
+        UserError: scores that are not numbers.
     """
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt"], verbose=False, weights_only=True)
     results: dict[str, Any] = cli.model.results
     if any(math.isnan(video["scores"][0]) for video in results["videos"]):
-        raise ListError(f"{cli.config['ckpt']} gives scores that are not numbers: its training diverged")
+        raise UserError(f"{cli.config['ckpt']} gives scores that are not numbers: its training diverged")
     return results
 
 
