@@ -103,7 +103,7 @@ class Task:
         self.seconds[number] = min(self.seconds.get(number, np.inf), cpu_seconds() - start - self.start_seconds)
 
     def row(self) -> dict[str, Any]:
-        """What was measured."""
+        """The task's row of FILE."""
         clips = self.clips * len(self.seconds)
         return {
             "source": self.source,

@@ -199,7 +199,7 @@ class Group:
         return f"{self.model} {size_name(self.size)} batch {self.batch} {self.mode} {self.dtype}"
 
     def row(self, alpha: float, time_ratio: float, mac_ratio: float) -> Row:
-        """What the rows of networks and of layers share."""
+        """The entries that rows of networks and of layers share."""
         found = {key: getattr(self, key) for key in ("model", "batch", "mode", "dtype")}
         ratios = {"time_ratio": time_ratio, "mac_ratio": mac_ratio, "time_over_mac": time_ratio / mac_ratio}
         return found | {"alpha": alpha, "size": size_name(self.size)} | ratios
@@ -311,7 +311,8 @@ def prepare(group: Group, variant: Variant, options: argparse.Namespace) -> nn.M
         network.to(DTYPES[group.dtype])
     if not options.compile:
         return network
-    return torch.compile(network, dynamic=False, mode=options.compile_mode)  # type: ignore[return-value]
+    compiled: Any = torch.compile(network, dynamic=False, mode=options.compile_mode)  # torch calls it a function
+    return compiled
 
 
 def is_fused(group: Group, variant: Variant, options: argparse.Namespace) -> bool:
