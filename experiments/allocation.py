@@ -1,4 +1,24 @@
-"""An alpha for each layer: how much the loss rises where a layer alone is octave, and a choice under a budget."""
+"""Chooses an alpha for each layer of a trained network under a budget of multiply-adds.
+
+python experiments/allocation.py --cfg configs/quickstart.yaml --ckpt VANILLA_CHECKPOINT --output allocation.yaml
+                                 [--budget .7] [--alphas .25,.5,.75] [--batches 20] [--skip REGEX]
+
+The checkpoint is one of `octvideo train`, best trained at alpha 0 with --model.downsample pool, so that octave layers
+change nothing else. Every group of convolutions that must share an alpha (those of a residual stage whose outputs are
+added to each other; most others are alone) is made octave by itself, at each of --alphas: how much higher is the loss,
+and how many multiply-adds of a test clip are saved? Starting at alpha 0, the step with the least rise of the loss for
+what it saves is taken, until the budget is met. Loss and batch-norm statistics come from the same --batches of training
+clips, without dropout and mixing: validation clips stay unseen.
+
+Results, each a YAML file for `octvideo train` (--cfg RECIPE --cfg allocation.yaml); octvideo.create_model and
+octvideo.octavize take its model.alpha as alpha:
+allocation.yaml              the choice
+allocation.uniform.yaml      one alpha for the same convolutions, at the same cost: what the choice must beat
+allocation.json              {"of": what was measured, "sensitivities": [{"names", "alpha", "loss", "macs"}]}; what it
+                             holds is not measured again, so an interrupted run resumes and another budget is quick
+
+Exit status: 0 written; 2 a mistake in the command; 130 on Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +49,7 @@ from torch.overrides import TorchFunctionMode
 from octvideo.commands.command_line import CommandLine, start
 from octvideo.commands.options import fail, one_line_errors
 from octvideo.commands.test import read_alphas
-from octvideo.errors import ListError
-from octvideo.evaluation.report import clip_size
+from octvideo.errors import ListError, UserError
 from octvideo.files import appearing
 from octvideo.models.checkpoint import load_trained
 from octvideo.models.cost import count_macs
@@ -39,33 +58,29 @@ from octvideo.models.zoo import set_alpha
 from octvideo.training.precise_bn import estimate_statistics
 
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
-# They join channels side by side, so what they join may be split in different ways.
-SIDE_BY_SIDE = (torch.cat, torch.concat, torch.concatenate)
+SIDE_BY_SIDE = (torch.cat, torch.concat, torch.concatenate)  # the maps they join may be split in different ways
+SHOWN = 10  # rows of the table
+WIDTH = 160  # characters that one of its lines may have, unless it is for a terminal
+PRECISION = 1e-3  # of the uniform alpha
+HOW_FAST = ("num_workers", "decode_timeout_seconds")  # options of the data that do not change the clips
 
 
 class Sensitivity(NamedTuple):
-    """What it does to a network that some convolutions are octave while all others have alpha 0.
+    """The effect of making one group of convolutions octave while all others have alpha 0."""
 
-    Args:
-        names: of the convolutions, a group of `groups_that_add`.
-        alpha: theirs.
-        loss: how much higher it is than with alpha 0 everywhere.
-        macs: how many multiply-adds of a clip fewer there are.
-    """
-
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # a group of `groups_that_add`
     alpha: float
-    loss: float
-    macs: int
+    loss: float  # the rise
+    macs: int  # multiply-adds of a clip saved
 
 
 class _Origins(TorchFunctionMode):
-    """Follows from which convolutions tensors come, and joins those whose outputs meet cell by cell."""
+    """Tracks which convolutions tensors come from, and joins those whose outputs meet elementwise."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.groups: dict[str, set[str]] = {}
-        self._origins: dict[int, str] = {}  # of tensors: one convolution of the group that they come from
+        self._origins: dict[int, str] = {}  # by id of a tensor: one convolution of the group that it comes from
         self._kept: list[Tensor] = []  # so that no other tensor gets their ids
         for name, module in network.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
@@ -100,18 +115,18 @@ class _Origins(TorchFunctionMode):
 
 
 def groups_that_add(network: nn.Module, clip_size: Sequence[int]) -> list[tuple[str, ...]]:
-    """The convolutions of a network, in groups that must have one alpha.
+    """The convolutions of a network, in groups that must share an alpha.
 
-    Octaves are added cell by cell where they are split alike only. So the last convolutions of all blocks of a residual
-    stage and its shortcut are a group, and so are a depthwise convolution and the one before it; others are alone.
+    Octaves add elementwise only if they are split alike. So the last convolutions of all blocks of a residual stage and
+    its shortcut are a group, as are a depthwise convolution and the one before it; others are alone.
 
     Args:
-        network: of ordinary modules; it is neither run nor changed.
+        network: ordinary modules; it is neither run nor changed.
         clip_size: size of its input without the batch dimension, such as (3, T, H, W).
 
     Returns:
         Names of convolutions that can be octave (`octavize` leaves those that read the input, and those inside
-        attention), in the order of `named_modules`. A group with a convolution that cannot be is left out.
+        attention), in the order of `named_modules`. A group with any other convolution is left out.
     """
     model = octavize(copy.deepcopy(network), 0).to("meta").eval()
     origins = _Origins(model)
@@ -126,7 +141,7 @@ def groups_that_add(network: nn.Module, clip_size: Sequence[int]) -> list[tuple[
 
 
 def mapping_of(alphas: Mapping[str, float]) -> dict[str, float]:
-    """The alphas of convolutions, given by their names, as `octavize` and `create_model` take them: {regex: number}."""
+    """Alphas by the names of convolutions, as `octavize` and `create_model` take them: {regex: number}."""
     return {f"^{re.escape(name)}$": alpha for name, alpha in alphas.items()}
 
 
@@ -138,28 +153,28 @@ def measure_sensitivities(
     clip_size: Sequence[int],
     options: Mapping[str, Any] = NO_OPTIONS,
 ) -> Iterator[Sensitivity]:
-    """Makes one group of convolutions after the other octave and sees what it does.
+    """Makes one group of convolutions after the other octave, and measures the effect.
 
     Args:
-        network: it is changed in between, and has alpha 0 everywhere in the end.
+        network: changed meanwhile; has alpha 0 everywhere in the end.
         groups: all of `groups_that_add`.
         tries: groups, each with an alpha in (0, 1].
-        loss: of the network; called once more for alpha 0 everywhere, first.
+        loss: of the network; called first for alpha 0 everywhere.
         clip_size: size of the network's input without the batch dimension, such as (3, T, H, W).
-        options: others of `octavize`, such as downsample.
+        options: other options of `octavize`, such as downsample.
 
     Yields:
-        One for each try, in their order; none for an alpha that a group's channels cannot be split at.
+        One for each try, in order, except where a group's channels cannot be split at the alpha.
 
     Raises:
-        ValueError: a loss that is not finite.
+        UserError: a loss that is not finite.
     """
     everywhere = {name: 0.0 for group in groups for name in group}
 
     def finite_loss(where: str) -> float:
         found = loss(network)
         if not math.isfinite(found):
-            raise ValueError(f"the loss is {found} {where}")
+            raise UserError(f"the loss is {found} {where}")
         return found
 
     try:
@@ -185,29 +200,29 @@ def allocate(
     clip_size: Sequence[int],
     options: Mapping[str, Any] = NO_OPTIONS,
 ) -> dict[str, float]:
-    """Chooses an alpha for each convolution: greedily, by the least rise of the loss for a multiply-add that is saved.
+    """Chooses an alpha for each convolution greedily, by the least rise of the loss for a saved multiply-add.
 
-    Starting from alpha 0, it takes the step (of a group of convolutions, to a higher alpha) with the least ratio until
-    the network is cheap enough. Rises are taken to add up, which they do only roughly; one below 0 counts as none. What
-    the network costs is counted anew after each step.
+    Starting from alpha 0, it takes the step (of a group, to a higher alpha) with the least ratio until the network is
+    cheap enough. Rises are assumed to add up, which holds only roughly; one below 0 counts as 0. The cost of the
+    network is counted anew after each step.
 
     Args:
         network: left as it was; its weights do not matter.
         groups: all of `groups_that_add`.
         sensitivities: of those groups that may be octave.
-        budget: share of the multiply-adds at alpha 0 that is allowed, in (0, 1].
+        budget: allowed share of the multiply-adds at alpha 0, in (0, 1].
         clip_size: size of the network's input without the batch dimension.
-        options: others of `octavize`.
+        options: other options of `octavize`.
 
     Returns:
         {regex: alpha} with an entry for each convolution of the groups, also where its alpha is 0: an option such as
-        downsample is for what an entry names.
+        downsample affects the convolutions that an entry names.
 
     Raises:
-        ValueError: a budget out of its range, or below what the highest alphas reach.
+        UserError: a budget out of its range, or below what the highest alphas reach.
     """
     if not 0 < budget <= 1:
-        raise ValueError(f"budget must lie in (0, 1], got {budget}")
+        raise UserError(f"budget must lie in (0, 1], got {budget}")
     effects: dict[tuple[str, ...], dict[float, tuple[float, int]]] = {group: {0.0: (0.0, 0)} for group in groups}
     for names, alpha, loss, macs in sensitivities:
         effects[names][alpha] = (loss, macs)
@@ -227,7 +242,7 @@ def allocate(
                     ratio = max(0.0, loss - loss_now) / (saved - saved_now)
                     steps.append((ratio, saved_now - saved, names, higher))
         if not steps:
-            raise ValueError(
+            raise UserError(
                 f"{budget:g} of the multiply-adds is out of reach: at their highest alphas these convolutions leave "
                 f"{macs / vanilla:.3f}"
             )
@@ -237,45 +252,34 @@ def allocate(
     return mapping()
 
 
-SHOWN = 10  # rows of the table
-WIDTH = 160  # characters that one of its lines may have, unless it is for a terminal
-PRECISION = 1e-3  # of the uniform alpha
-HOW_FAST = ("num_workers", "decode_timeout_seconds")  # options of the data that say nothing of the clips
-
-
 class Allocating(CommandLine):
     """Options, network and clips."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds this tool's own."""
+        """Adds the experiment's own."""
         super().add_arguments_to_parser(parser)
         add = parser.add_argument
-        add("--ckpt", type=str, required=True, help="checkpoint that train_net.py wrote")
+        add("--ckpt", type=str, required=True, help="checkpoint that `octvideo train` wrote")
         add("--output", type=Path, required=True, help="YAML file for the result")
         add("--budget", type=float, default=0.7, help="share of alpha 0's multiply-adds, in (0, 1]")
-        add(
-            "--alphas",
-            type=str,
-            default=".25,.5,.75",
-            help="to try for each layer, in (0, 1], between commas",
-        )
-        add("--batches", type=int, default=20, help="training batches that losses and statistics are of")
+        add("--alphas", type=str, default=".25,.5,.75", help="to try for each layer, in (0, 1], between commas")
+        add("--batches", type=int, default=20, help="training batches for losses and statistics")
         add("--skip", type=list[str], default=[], help="regexes of names of convolutions that stay at alpha 0")
 
     def before_instantiate_classes(self) -> None:
-        """Takes the network's options from the checkpoint, and checks this tool's."""
+        """Takes the network's options from the checkpoint, and checks the experiment's."""
         self.alphas = sorted(read_alphas(self.config["alphas"]))
         self.output: Path = self.config["output"]
         if any(not 0 < alpha <= 1 for alpha in self.alphas):
-            raise ValueError(f"--alphas must lie in (0, 1], got {self.config['alphas']}")
+            raise UserError(f"--alphas must lie in (0, 1], got {self.config['alphas']}")
         if not 0 < self.config["budget"] <= 1:
-            raise ValueError(f"--budget must lie in (0, 1], got {self.config['budget']}")
+            raise UserError(f"--budget must lie in (0, 1], got {self.config['budget']}")
         if self.config["batches"] < 1:
-            raise ValueError(f"--batches must be at least 1, got {self.config['batches']}")
+            raise UserError(f"--batches must be at least 1, got {self.config['batches']}")
         if self.output.suffix not in (".yaml", ".yml") or not self.output.parent.is_dir():
-            raise ValueError(f"--output must be a .yaml file in a folder that exists, got {self.output}")
+            raise UserError(f"--output must be a .yaml file in a folder that exists, got {self.output}")
         self.take_network_of(self.config["ckpt"], "--ckpt")
-        self.config["model"]["normalization"] = "batch"  # it is of training, and frozen ones cannot be estimated
+        self.config["model"]["normalization"] = "batch"  # others are for training; frozen ones cannot be estimated
         self.config["trainer"]["devices"] = 1
 
     def instantiate_classes(self) -> None:
@@ -283,13 +287,13 @@ class Allocating(CommandLine):
         super().instantiate_classes()
         self.datamodule.read("train_list")
         trained = load_trained(self.config["ckpt"])
-        self.size = clip_size(trained)
+        self.size = trained.preprocessing.clip_size
         self.model.network.load_state_dict(trained.network.state_dict())
         set_alpha(self.model.network, 0)
         self.model.to(self.trainer.strategy.root_device)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Which only says where to compute."""
+        """Builds a trainer for its device alone."""
         return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
 
 
@@ -328,7 +332,7 @@ def loss_on(cli: Allocating, batches: Sequence[tuple[Tensor, Tensor]]) -> Callab
 
 
 def subject(cli: Allocating) -> dict[str, Any]:
-    """What losses depend on, besides layers and alphas."""
+    """Everything that losses depend on, besides layers and alphas."""
     with open(cli.config["ckpt"], "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     clips = {key: value for key, value in cli.config["data"].as_dict().items() if key not in HOW_FAST}
@@ -337,12 +341,7 @@ def subject(cli: Allocating) -> dict[str, Any]:
 
 
 def measure(cli: Allocating, groups: Sequence[tuple[str, ...]], tried: Sequence[tuple[str, ...]]) -> list[Sensitivity]:
-    """What a former run kept, and what is missing of it; kept as it comes.
-
-    Args:
-        cli: network, clips and options.
-        groups: all that there are.
-        tried: those to measure.
+    """The sensitivities of the groups to be tried; those that an earlier run kept in the file are not measured again.
 
     Raises:
         ListError: there are no clips.
@@ -353,12 +352,10 @@ def measure(cli: Allocating, groups: Sequence[tuple[str, ...]], tried: Sequence[
         try:
             kept = json.loads(path.read_text())
         except ValueError as error:
-            fail(f"{path} is no file of this tool: {error}")
+            fail(f"{path} is not a file of this experiment: {error}")
         if not isinstance(kept, dict) or kept.get("of") != of:
-            fail(
-                f"{path} holds sensitivities of another checkpoint or of other clips: delete it, or choose another "
-                "--output"
-            )
+            cure = "delete it, or choose another --output"
+            fail(f"{path} holds sensitivities of another checkpoint or of other clips: {cure}")
         for row in kept["sensitivities"]:
             known[tuple(row["names"]), row["alpha"]] = Sensitivity(**row | {"names": tuple(row["names"])})
     tries = [(group, alpha) for group in tried for alpha in cli.alphas]
@@ -386,28 +383,22 @@ def groups_to_try(cli: Allocating, groups: list[tuple[str, ...]]) -> list[tuple[
 
 
 class Costs:
-    """Multiply-adds of a test clip.
-
-    Args:
-        cli: network and size of a clip.
-        groups: all that there are.
-        tried: those that may be octave.
-    """
+    """Multiply-adds of a test clip, where only the groups in `tried` may be octave."""
 
     def __init__(self, cli: Allocating, groups: Sequence[tuple[str, ...]], tried: Sequence[tuple[str, ...]]) -> None:
         self.network, self.size = copy.deepcopy(cli.model.network).to("meta"), cli.size
         self.names, self.tried = ([name for group in part for name in group] for part in (groups, tried))
 
     def of(self, alphas: dict[str, float]) -> int:
-        """Those at the alphas of a mapping."""
+        """The multiply-adds at the alphas of a mapping."""
         return count_macs(set_alpha(self.network, alphas), self.size)
 
     def uniform(self, alpha: float) -> dict[str, float]:
-        """The mapping with one alpha for all that is tried."""
+        """The mapping with one alpha for all convolutions that are tried."""
         return mapping_of(dict.fromkeys(self.names, 0.0) | dict.fromkeys(self.tried, alpha))
 
     def alpha_for(self, macs: int) -> float:
-        """The highest alpha for all that is tried (to PRECISION) with which it does not cost less."""
+        """The highest alpha for all convolutions that are tried, to PRECISION, that does not cost less."""
         low, high = 0.0, 1.0
         while high - low > PRECISION:
             middle = (low + high) / 2
@@ -416,7 +407,7 @@ class Costs:
 
 
 def write(path: Path, alpha: dict[str, float], downsample: str, comment: str) -> None:
-    """Writes options for train_net.py."""
+    """Writes options for `octvideo train`."""
     options = yaml.safe_dump({"model": {"alpha": alpha, "downsample": downsample}}, sort_keys=False, width=200)
     with appearing(path) as partial:
         partial.write_text(f"# {comment}\n{options}")
@@ -424,7 +415,7 @@ def write(path: Path, alpha: dict[str, float], downsample: str, comment: str) ->
 
 
 def print_table(sensitivities: Sequence[Sensitivity], chosen: dict[str, float], vanilla: int) -> None:
-    """Prints what was tried of the groups that save most, and what was chosen."""
+    """Prints the sensitivities and choices of the groups that save most."""
     alphas = sorted({entry.alpha for entry in sensitivities})
     rows: dict[tuple[str, ...], dict[float, Sensitivity]] = {}
     for entry in sensitivities:
@@ -448,7 +439,7 @@ def choose(cli: Allocating) -> None:
     tried = groups_to_try(cli, groups)
     costs = Costs(cli, groups, tried)
     vanilla = costs.of(costs.uniform(0))
-    with contextlib.suppress(ValueError):  # channel groups that the alpha does not divide: then it is seen in the end
+    with contextlib.suppress(ValueError):  # if the alpha does not divide channel groups, `allocate` finds out
         if (least := costs.of(costs.uniform(cli.alphas[-1])) / vanilla) > budget + 1e-9:
             fail(f"{budget:g} of the multiply-adds is out of reach: alpha {cli.alphas[-1]:g} leaves {least:.3f}")
     sensitivities = measure(cli, groups, tried)
@@ -464,13 +455,13 @@ def choose(cli: Allocating) -> None:
 
 
 def main() -> int:
-    """Allocates."""
+    """Runs the experiment."""
     cli = start(lambda: Allocating(__doc__ or "", sys.argv[1:], keep_options=False))
     try:
         with one_line_errors():
             choose(cli)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command resumes", file=sys.stderr)
         return 130
     return 0
 

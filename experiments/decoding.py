@@ -3,17 +3,17 @@
 python experiments/decoding.py LIST --json FILE [--root DIR --backends pyav,torchcodec --protocols slowfast ...]
 
 LIST is a list file, with a line 'path class' for each video. Everything runs in one thread; times are CPU seconds, so
-clips a second are those of one core, and other programs disturb little. The sources take turns, pass by pass over the
-videos, and of several rounds the fastest counts for each pass.
+clips per second are those of one core, and other programs disturb little. The sources are interleaved, pass by pass
+over the videos, and the fastest of several rounds counts for each pass.
 
 Sources: octvideo decodes, scales and crops training clips of --crop-size; "10 x 3 views" is a whole multi-view test of
-a video from one pass of decoding, and "10 x 3 views, separate" the same with each view read by itself (their clips are
-views). pytorchvideo is its LabeledVideoDataset: the frames of the same windows, neither scaled nor cropped, without
-sound. ffmpeg is the program with -threads 1, which decodes the spans of the slowfast clips to nothing, without the time
-of its start: what a decoder that leaves nothing out can reach.
+a video from one pass of decoding, and "10 x 3 views, separate" the same with each view read by itself (a clip is a view
+there). pytorchvideo is its LabeledVideoDataset: the frames of the same windows, neither scaled nor cropped, without
+sound. ffmpeg is the program with -threads 1, which decodes the spans of the slowfast clips and discards the frames,
+without its start-up time: the limit for a decoder that skips nothing.
 
 Rows of FILE, a JSON list: source, backend, protocol, clips_per_second, frames_decoded_per_clip. For decoders that do
-not tell what they decoded, that is the number of frames from the key frame before a clip to its last frame.
+not report what they decoded, that is the number of frames from the key frame before a clip to its last frame.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,46 +41,40 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from octvideo.commands.options import Parser, fail
+from octvideo.commands.options import Parser, fail, number, one_of, several
 from octvideo.data.clips import Decoding, Draw, TestViews, TrainingClips, clips_of, cut
 from octvideo.data.lists import VideoList, read_list
 from octvideo.data.multigrid import ClipShape
+from octvideo.data.reader import Backend
 from octvideo.data.sampling import PROTOCOLS, Sampling, even_crops
 from octvideo.data.video import READERS, Video
 from octvideo.errors import DecodeError, ListError
+from octvideo.files import appearing
 
 TEST_CLIPS, TEST_CROPS = 10, 3
 SEED = 0
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("list", type=Path, metavar="LIST", help="list file, with a line 'path class' for each video")
     add("--json", type=Path, metavar="FILE", help="where to write the rows")
     add("--root", metavar="DIR", help="folder that the paths start from; default: the list's own")
     add("--separator", default=" ", help="what stands between path and class (default: a space)")
-    add("--backends", default=",".join(READERS), help="decoders, with commas between them (default: all installed)")
-    add("--protocols", default=",".join(PROTOCOLS), help="sampling protocols (default: %(default)s)")
-    add("--clip-frames", type=int, default=8, help="frames in a clip (default: 8)")
-    add("--frame-stride", type=int, default=8, help="length of a clip's window for each frame (default: 8)")
-    add("--target-fps", type=float, default=30, help="rate that windows are counted at (default: 30)")
-    add("--crop-size", type=int, default=224, help="height and width of clips (default: 224)")
+    backends, protocols = several(one_of(READERS, "backend")), several(one_of(PROTOCOLS, "protocol"))
+    add("--backends", type=backends, default=",".join(READERS), help="decoders (default: all installed)")
+    add("--protocols", type=protocols, default=",".join(PROTOCOLS), help="sampling protocols (default: %(default)s)")
+    add("--clip-frames", type=number, default=8, help="frames in a clip (default: 8)")
+    add("--frame-stride", type=number, default=8, help="length of a clip's window for each frame (default: 8)")
+    add("--target-fps", type=float, default=30, help="rate at which windows are counted (default: 30)")
+    add("--crop-size", type=number, default=224, help="height and width of clips (default: 224)")
     add("--short-side", type=int, nargs=2, default=(256, 320), help="of frames before the crop (default: 256 320)")
-    add("--passes", type=int, default=8, help="clips of each video (default: 8)")
-    add("--rounds", type=int, default=3, help="times that each pass is measured; the fastest counts (default: 3)")
-    add("--max-videos", type=int, default=20, help="take no more videos than these, evenly from the list (default: 20)")
-    options = parser.parse_args(arguments)
-    options.backends = options.backends.split(",")
-    options.protocols = options.protocols.split(",")
-    for name, known in (("backends", READERS), ("protocols", PROTOCOLS)):
-        for value in getattr(options, name):
-            if value not in known:
-                fail(f"--{name}: no {value!r}; there are {', '.join(known)}")
-    for name in ("clip_frames", "frame_stride", "crop_size", "passes", "rounds", "max_videos"):
-        if getattr(options, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    add("--passes", type=number, default=8, help="clips of each video (default: 8)")
+    add("--rounds", type=number, default=3, help="times that each pass is measured; the fastest counts (default: 3)")
+    add("--max-videos", type=number, default=20, help="take at most so many videos, evenly from the list (default: 20)")
+    options = parser.parse_args(words)
     if not options.crop_size <= options.short_side[0] <= options.short_side[1]:
         fail(f"--short-side must be two sizes from --crop-size {options.crop_size} upwards, the smaller first")
     if options.target_fps <= 0:
@@ -91,25 +86,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @dataclass
 class Task:
-    """One way of making clips.
+    """One way of making clips."""
 
-    Args:
-        source: octvideo, pytorchvideo or ffmpeg.
-        backend: what decodes.
-        protocol: which clips.
-        read: makes the clips of one pass over the videos.
-        clips: how many these are.
-        decoded: frames decoded for a pass.
-        start_seconds: CPU time of a pass that is none of the decoding.
-    """
-
-    source: str
+    source: str  # octvideo, pytorchvideo or ffmpeg
     backend: str
     protocol: str
-    read: Callable[[int], Any]
-    clips: int
-    decoded: Callable[[int], float]
-    start_seconds: float = 0.0
+    read: Callable[[int], Any]  # makes the clips of a pass over the videos
+    clips: int  # in a pass
+    decoded: Callable[[int], float]  # frames decoded for a pass
+    start_seconds: float = 0.0  # CPU time of a pass that does not go into decoding
     seconds: dict[int, float] = field(default_factory=dict)
 
     def measure(self, number: int) -> None:
@@ -119,7 +104,7 @@ class Task:
         self.seconds[number] = min(self.seconds.get(number, np.inf), cpu_seconds() - start - self.start_seconds)
 
     def row(self) -> dict[str, Any]:
-        """What was measured."""
+        """The task's row of FILE."""
         clips = self.clips * len(self.seconds)
         return {
             "source": self.source,
@@ -131,41 +116,32 @@ class Task:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of those that it has waited for."""
+    """CPU time of this process and of child processes that have ended."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 class Timeline:
-    """When the frames of a video are shown, read from its packets.
-
-    Args:
-        path: the file.
-    """
+    """The timestamps of a video's frames and key frames, read from its packets."""
 
     def __init__(self, path: str) -> None:
         with av.open(path, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             packets = [packet for packet in container.demux(stream) if packet.size and packet.pts is not None]
-            seconds = np.array([float(packet.pts * packet.time_base) for packet in packets])
+            seconds = np.array([float((packet.pts or 0) * packet.time_base) for packet in packets])
             keys = np.array([packet.is_keyframe for packet in packets], dtype=bool)
         self.frames = np.sort(seconds) - seconds.min()
         self.keys = np.sort(seconds[keys]) - seconds.min()
 
     def span(self, first_seconds: float, last_seconds: float) -> int:
-        """Frames from the key frame before one moment to the one shown at another."""
+        """The number of frames from the key frame before one timestamp to the frame shown at another."""
         before = self.keys[self.keys <= first_seconds + 1e-3]
         start = before[-1] if len(before) else 0.0
         return int(((self.frames >= start - 1e-6) & (self.frames <= last_seconds + 1e-3)).sum())
 
 
 class Videos:
-    """The videos that are measured, and where their training clips lie.
-
-    Args:
-        videos: the list.
-        options: of the command line.
-    """
+    """The videos to measure, and the timestamps of their training clips."""
 
     def __init__(self, videos: VideoList, options: argparse.Namespace) -> None:
         self.list = videos
@@ -184,11 +160,11 @@ class Videos:
         return Sampling(self.options.clip_frames, self.options.frame_stride, protocol, self.options.target_fps)
 
     def position(self, number: int, video: int) -> int:
-        """Which turn of an epoch a video has in a pass."""
+        """The position in an epoch of a video in a pass."""
         return number * len(self) + video
 
     def times(self, protocol: str, number: int, video: int) -> NDArray[np.float64]:
-        """The moments of the frames of the training clip that a pass takes of a video."""
+        """The timestamps of the frames of a video's training clip in a pass."""
         rng = np.random.default_rng((SEED, 0, self.position(number, video), 0))
         frames, fps = self.facts[video]
         return np.sort((self.sampling(protocol).train_clips(frames, fps, 1, rng).ravel() + 0.5) / fps)
@@ -197,23 +173,28 @@ class Videos:
         """Frames from key frames to the last frames of a pass's training clips."""
         times = [self.times(protocol, number, video) for video in range(len(self))]
         return sum(
-            timeline.span(moments[0], moments[-1]) for timeline, moments in zip(self.timelines, times, strict=True)
+            timeline.span(seconds[0], seconds[-1]) for timeline, seconds in zip(self.timelines, times, strict=True)
         )
 
 
-def readable(videos: VideoList, backends: Sequence[str], console: Console) -> VideoList:
-    """The videos that every backend can read to their end; the others are named."""
+def readable(videos: VideoList, backends: Sequence[Backend], console: Console) -> VideoList:
+    """The videos that every backend can read to the end; prints the others."""
     good = []
-    for place, path in enumerate(videos.paths):
+    for index, path in enumerate(videos.paths):
         try:
             for backend in backends:
-                with Video(path, backend) as video:  # type: ignore[arg-type]
+                with Video(path, backend) as video:
                     video.frames_at([0, video.duration_seconds])
             Timeline(path)
-            good.append(place)
+            good.append(index)
         except (DecodeError, av.error.FFmpegError, ValueError) as error:
             console.print(f"left out: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    return VideoList([videos.paths[place] for place in good], videos.labels[good])
+    return chosen(videos, good)
+
+
+def chosen(videos: VideoList, indices: Any) -> VideoList:
+    """Some videos of a list."""
+    return VideoList([videos.paths[index] for index in indices], videos.labels[indices])
 
 
 def octvideo_training(videos: Videos, backend: Any, protocol: str) -> Task:
@@ -225,12 +206,14 @@ def octvideo_training(videos: Videos, backend: Any, protocol: str) -> Task:
     clips = TrainingClips(decoding, shape, mirror=True, seed=SEED)
 
     def decoded(number: int) -> float:
-        frames = []
+        total = 0
         for index, path in enumerate(videos.list.paths):
             with Video(path, backend) as video:
                 video.frames_at(videos.times(protocol, number, index))
-                frames.append(video.frames_decoded)
-        return videos.spans(protocol, number) if None in frames else sum(frames)
+                if video.frames_decoded is None:
+                    return videos.spans(protocol, number)
+                total += video.frames_decoded
+        return total
 
     def read(number: int) -> None:
         for video in range(len(videos)):
@@ -240,7 +223,7 @@ def octvideo_training(videos: Videos, backend: Any, protocol: str) -> Task:
 
 
 def octvideo_views(videos: Videos, backend: Any, protocol: str, separate: bool) -> Task:
-    """All views of each video, from one pass of decoding or each by itself."""
+    """All views of each video, from one pass of decoding or each read by itself."""
     size = videos.options.short_side[0]
     sampling = videos.sampling(protocol)
     views = TestViews(
@@ -259,7 +242,8 @@ def octvideo_views(videos: Videos, backend: Any, protocol: str, separate: bool) 
                 with Video(path, backend) as video:
                     numbers = sampling.dense_clips(video.num_frames, video.fps, TEST_CLIPS)
                     (clip,) = clips_of(video, numbers[view // TEST_CROPS][None], size)
-                    crops = even_crops(*clip[0].shape[:2], size, TEST_CROPS)
+                    height, width, _ = clip[0].shape
+                    crops = even_crops(height, width, size, TEST_CROPS)
                     np.ascontiguousarray(cut(clip, crops[view % TEST_CROPS], size))
                     frames.append(video.frames_decoded)
 
@@ -270,7 +254,7 @@ def octvideo_views(videos: Videos, backend: Any, protocol: str, separate: bool) 
         for index, path in enumerate(videos.list.paths):
             with Video(path, backend) as video:
                 dense = sampling.dense_clips(video.num_frames, video.fps, TEST_CLIPS)
-                times = (dense + 0.5) / video.fps
+                times = ((dense + 0.5) / video.fps).astype(np.float64)
                 video.frames_at(times.ravel())
                 timeline = videos.timelines[index]
                 if separate:
@@ -286,13 +270,13 @@ def octvideo_views(videos: Videos, backend: Any, protocol: str, separate: bool) 
 
 
 def pytorchvideo_clips(videos: Videos, backend: str) -> Task:
-    """The same windows from pytorchvideo's data set, with every frame in them."""
+    """The same windows from pytorchvideo's data set, with all of their frames."""
     from pytorchvideo.data import LabeledVideoDataset
     from pytorchvideo.data.clip_sampling import ClipInfo, ClipSampler
 
     starts: list[float] = []
 
-    class SameWindows(ClipSampler):
+    class SameWindows(ClipSampler):  # type: ignore[misc]  # pytorchvideo has no types
         def __call__(self, last_end: Any, duration: Any, annotation: Any) -> ClipInfo:
             start = starts.pop(0)
             return ClipInfo(start, start + self._clip_duration, 0, 0, True)
@@ -313,32 +297,22 @@ def pytorchvideo_clips(videos: Videos, backend: str) -> Task:
         if count != len(videos):
             raise DecodeError("pytorchvideo", f"gave {count} clips of {len(videos)} videos")
 
-    return Task(
-        "pytorchvideo",
-        backend,
-        "pytorchvideo",
-        read,
-        len(videos),
-        lambda number: videos.spans("pytorchvideo", number),
-    )
+    return Task("pytorchvideo", backend, "pytorchvideo", read, len(videos), partial(videos.spans, "pytorchvideo"))
 
 
 def ffmpeg_spans(videos: Videos) -> Task:
-    """The spans of the slowfast clips, decoded by the program to nothing."""
+    """The spans of the slowfast clips, decoded by the ffmpeg program, which discards the frames."""
 
     def run(path: str, *options: str) -> None:
         command = ["ffmpeg", "-nostdin", "-v", "error", "-threads", "1", *options[:2], "-i", path]
-        subprocess.run(
-            [*command, *options[2:], "-map", "0:V:0", "-an", "-f", "null", "-"],
-            check=True,
-            stderr=subprocess.DEVNULL,
-        )
+        command += [*options[2:], "-map", "0:V:0", "-an", "-f", "null", "-"]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
     def read(number: int) -> None:
         for video, path in enumerate(videos.list.paths):
-            moments = videos.times("slowfast", number, video)
-            length = moments[-1] - moments[0] + 1 / videos.facts[video][1]
-            run(path, "-ss", f"{moments[0]:.4f}", "-t", f"{length:.4f}")
+            seconds = videos.times("slowfast", number, video)
+            length = seconds[-1] - seconds[0] + 1 / videos.facts[video][1]
+            run(path, "-ss", f"{seconds[0]:.4f}", "-t", f"{length:.4f}")
 
     def start() -> float:
         begin = cpu_seconds()
@@ -347,13 +321,11 @@ def ffmpeg_spans(videos: Videos) -> Task:
         return cpu_seconds() - begin
 
     starts = min(start() for _ in range(3))
-    return Task(
-        "ffmpeg", "ffmpeg", "slowfast", read, len(videos), lambda number: videos.spans("slowfast", number), starts
-    )
+    return Task("ffmpeg", "ffmpeg", "slowfast", read, len(videos), partial(videos.spans, "slowfast"), starts)
 
 
 def plan(videos: Videos, backends: Sequence[str], console: Console) -> list[Task]:
-    """What is measured."""
+    """All ways of making clips that can be measured here."""
     options = videos.options
     tasks = [octvideo_training(videos, backend, protocol) for backend in backends for protocol in options.protocols]
     tasks += [octvideo_views(videos, backend, options.protocols[0], separate=False) for backend in backends]
@@ -363,7 +335,7 @@ def plan(videos: Videos, backends: Sequence[str], console: Console) -> list[Task
         try:
             task.read(0)
             tasks.append(task)
-        except Exception as error:  # whatever it raises: it is another project's, and only compared with
+        except Exception as error:  # another project, which is only compared with, may raise anything
             reason = str(error).strip().split("\n")[0]
             console.print(f"pytorchvideo with {backend} cannot be measured: {type(error).__name__}: {reason}")
     if shutil.which("ffmpeg"):
@@ -379,19 +351,14 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console) -> None:
     table.add_column("clips / s", justify="right")
     table.add_column("frames decoded\na clip", justify="right")
     for row in rows:
-        table.add_row(
-            row["source"],
-            row["backend"],
-            row["protocol"],
-            f"{row['clips_per_second']:.1f}",
-            f"{row['frames_decoded_per_clip']:.1f}",
-        )
+        names = (row[key] for key in ("source", "backend", "protocol"))
+        table.add_row(*names, *(f"{row[key]:.1f}" for key in ("clips_per_second", "frames_decoded_per_clip")))
     console.print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures."""
-    options = parse(arguments)
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs the experiment."""
+    options = parse(words)
     console = Console(highlight=False)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -402,8 +369,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         videos = read_list(options.list, root=root, separator=options.separator)
     except ListError as error:
         fail(str(error))
-    chosen = np.linspace(0, len(videos.paths) - 1, min(options.max_videos, len(videos.paths))).round().astype(int)
-    videos = VideoList([videos.paths[place] for place in chosen], videos.labels[chosen])
+    number_of = min(options.max_videos, len(videos.paths))
+    videos = chosen(videos, np.linspace(0, len(videos.paths) - 1, number_of).round().astype(int))
     backends = []
     for backend in options.backends:
         try:
@@ -430,9 +397,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(videos.paths)} videos, {options.passes} clips of each, best of {options.rounds} rounds")
     print_table(rows, console)
     if options.json:
-        unfinished = options.json.with_name(f"{options.json.name}.{os.getpid()}.unfinished")
-        unfinished.write_text(json.dumps(rows, indent=1) + "\n")
-        os.replace(unfinished, options.json)
+        with appearing(options.json) as path:
+            path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Measures what networks cost and how fast they are over alpha, against vanilla networks in their best form.
+"""Measures the cost and speed of networks over alpha, against vanilla networks in their best form.
 
 python experiments/speed.py [--quick] [--models A,B] [--alphas 0,.25] [--batch N] [--size TxHxW] [--dtype fp32|bf16]
-                          [--mode inference|train] [--compile] [--json FILE] [--plot FILE] [--layers]
+                            [--mode inference|train] [--compile] [--json FILE] [--plot FILE] [--layers]
 
-Forms of a network, which run in turn (A B C, A B C, ...) on the same clips:
+Forms of a network, which run interleaved (A B C, A B C, ...) on the same clips:
   octvideo   octvideo's, with its fast form (channels last) at every alpha, 0 included
   shipped    pytorchvideo's network as its author ships it: alpha 0
   textbook   octave layers as they are usually written: default memory layout, four nn.Conv3d, nn.AvgPool3d,
              nn.Upsample, and a batch norm for each map: alphas above 0
 
-Networks of the same model, batch, mode and dtype are a group. A group's ratios are against octvideo at alpha 0, which
-is always measured: time_ratio is the median over the rounds of the ratio within a round, so that a machine whose speed
-drifts does not show in it; time / MAC is time_ratio / mac_ratio, 1 where the arithmetic shows in full.
+Networks of the same model, batch, mode and dtype are a group. A group's ratios are relative to octvideo at alpha 0,
+which is always measured: time_ratio is the median over the rounds of the ratio within a round, so that a machine whose
+speed drifts does not affect it; time / MAC is time_ratio / mac_ratio, 1 if time falls as much as the arithmetic.
 Inference in bf16 has weights and clips in bfloat16; training has float32 weights under autocast. A training step is
 forward, cross entropy, backward, and dropping the gradients; no step of an optimiser.
 """
@@ -19,7 +19,6 @@ forward, cross entropy, backward, and dropping the gradients; no step of an opti
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -37,18 +36,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from textbook import NoTextbookError, Seen, each_map, textbook, watch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import octvideo
 from octvideo import MODELS, Octaves, OctConv3d, create_model
-from octvideo.commands.options import Parser, clip_size, fail, number
-from octvideo.layers.convolution import split_channels
-from octvideo.layers.parts import Parts, split_by_parts
+from octvideo.commands.options import Parser, clip_size, fail, number, one_of, several
+from octvideo.files import appearing
 from octvideo.models.cost import (
     count_macs,
     count_macs_of,
@@ -76,51 +77,28 @@ MODES = ("inference", "train")
 QUICK = {"models": ("i3d_r50",), "alphas": (0.0, 0.25, 0.5), "size": (8, 112, 112), "rounds": 10}
 
 
-# Options
-
-
-def several(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """An option's type for values with commas between them, each once."""
-    return lambda text: tuple(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
-
-
-def one_of(names: Sequence[str], what: str) -> Callable[[str], str]:
-    """An option's type for one of several names."""
-
-    def convert(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"no {what} {text!r}; there are {', '.join(names)}")
-        return text
-
-    return convert
-
-
 def share(text: str) -> float:
-    """An option's type for a share of low channels."""
+    """The type of an option for a share of low channels."""
     if not re.fullmatch(r"\d*\.?\d+|\d+\.", text) or not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"alpha must lie in [0, 1], got {text!r}")
     return float(text)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options, checked as far as they can be without a network."""
+    """The options, checked as far as possible without a network."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--models", type=several(one_of(tuple(MODELS), "model")), default=("i3d_r50",), metavar="A,B")
+    add("--models", type=several(one_of(MODELS, "model")), default=("i3d_r50",), metavar="A,B")
     add("--alphas", type=several(share), default=(0.0, 0.125, 0.25, 0.5), metavar="0,.25", help="0 is always measured")
     add("--batch", type=several(number), default=(1,), metavar="N,M", help="clips at once")
     add("--size", type=clip_size, metavar="TxHxW", help="frames, height and width; default: each network's published")
-    add("--dtype", type=several(one_of(tuple(DTYPES), "dtype")), default=("fp32",), metavar="fp32,bf16")
+    add("--dtype", type=several(one_of(DTYPES, "dtype")), default=("fp32",), metavar="fp32,bf16")
     add("--mode", type=several(one_of(MODES, "mode")), default=("inference",), metavar="inference,train")
     add("--compile", action="store_true", help="compiled networks; in inference with batch norm folded in and frozen")
-    add(
-        "--compile-mode",
-        choices=("default", "reduce-overhead", "max-autotune"),
-        default="default",
-        help="torch.compile's mode; reduce-overhead uses CUDA graphs",
-    )
+    compile_modes, what = ("default", "reduce-overhead", "max-autotune"), "reduce-overhead uses CUDA graphs"
+    add("--compile-mode", choices=compile_modes, default="default", help=f"torch.compile's mode; {what}")
     add("--fuse", action="store_true", help="inference with batch norm folded in (the octvideo form only)")
-    add("--forms", type=several(one_of(tuple(FORMS), "form")), default=tuple(FORMS), metavar="A,B", help="default: all")
+    add("--forms", type=several(one_of(FORMS, "form")), default=tuple(FORMS), metavar="A,B", help="default: all")
     add("--width", type=number, metavar="N", help="channels of the stem; default: as published")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=number, metavar="N", help="on the CPU; default: as torch chooses")
@@ -128,11 +106,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--warmup", type=number, default=3, metavar="N", help="calls of each network before those")
     add("--json", type=Path, metavar="FILE", help="write the rows there, after every group")
     add("--plot", type=Path, metavar="FILE", help="write a PNG of time and MACs over alpha there")
-    add(
-        "--layers",
-        action="store_true",
-        help="time each octave layer by itself too (eager); list those furthest from theory",
-    )
+    what = "time each octave layer by itself too (eager); list those furthest from theory"
+    add("--layers", action="store_true", help=what)
     add("--layers-json", type=Path, metavar="FILE", help="write the rows of --layers there")
     add("--quick", action="store_true", help="i3d_r50 on 8x112x112 at 3 alphas; other options still count")
     if parser.parse_args(arguments).quick:
@@ -148,15 +123,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         fail("--layers-json needs --layers")
     if options.layers and not any(options.alphas):
         fail("--layers needs an alpha above 0 in --alphas")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        fail("--plot needs matplotlib: pip install matplotlib")
     for option in ("json", "plot", "layers_json"):
         check_writable(f"--{option.replace('_', '-')}", getattr(options, option))
     return options
 
 
 def check_writable(option: str, path: Path | None) -> None:
-    """Ends the program if a file cannot be written, before the work whose result it is for."""
+    """Ends the program if a result file cannot be written, before the work."""
     if path is None:
         return
     if path.is_dir():
@@ -165,180 +138,6 @@ def check_writable(option: str, path: Path | None) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         fail(f"{option} {path}: {error.strerror}")
-
-
-# Forms of a network
-
-
-class NoTextbookError(ValueError):
-    """A network that the textbook form is not defined for."""
-
-
-class TextbookConv3d(nn.Module):
-    """An octave convolution as it is usually written: up to four nn.Conv3d, in the default memory layout.
-
-    It computes what OctConv3d computes: a spatial stride pools both maps first, and then low_to_high is not upsampled.
-
-    Args:
-        vanilla: the convolution with the joint weight.
-        alpha: share of its output that is low.
-        parts: (high, low) channels of its input, the pieces in the order of the weight's columns.
-
-    Shape:
-        Input: (B, C_in, T, H, W), or Octaves of that shape.
-        Output: Octaves of (B, C_out, T', H', W'), or a Tensor if no channel is low.
-
-    Raises:
-        NoTextbookError: several groups, or no high channel.
-    """
-
-    def __init__(self, vanilla: nn.Conv3d, alpha: float, parts: Parts) -> None:
-        super().__init__()
-        if vanilla.groups > 1:
-            raise NoTextbookError(f"a convolution of {vanilla.groups} groups")
-        outputs = split_channels(vanilla.out_channels, alpha)
-        if not outputs[0] or not sum(high for high, _ in parts):
-            raise NoTextbookError("a convolution without high channels")
-        biases = (None, None) if vanilla.bias is None else vanilla.bias.split(outputs)
-        (high_to_high, low_to_high), (high_to_low, low_to_low) = (
-            split_by_parts(rows, parts, 1) for rows in vanilla.weight.split(outputs)
-        )
-        path = partial(self._path, vanilla)
-        self.high_to_high, self.low_to_high = path(high_to_high, biases[0]), path(low_to_high, None)
-        self.high_to_low, self.low_to_low = path(high_to_low, biases[1]), path(low_to_low, None)
-        self.strided = vanilla.stride[-1] == 2
-        self.pool = nn.AvgPool3d((1, 2, 2), ceil_mode=True, count_include_pad=False)
-        self.upsample = nn.Upsample(scale_factor=(1, 2, 2), mode="nearest")
-
-    @staticmethod
-    def _path(vanilla: nn.Conv3d, weight: Tensor, bias: Tensor | None) -> nn.Conv3d | None:
-        """The convolution with a slice of the weight, if there are such channels."""
-        if 0 in weight.shape:
-            return None
-        path = nn.Conv3d(
-            weight.shape[1],
-            weight.shape[0],
-            vanilla.kernel_size,
-            (vanilla.stride[0], 1, 1),
-            vanilla.padding,
-            vanilla.dilation,
-            bias=bias is not None,
-            padding_mode=vanilla.padding_mode,
-            device=weight.device,
-        )
-        path.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
-        return path
-
-    def forward(self, x: Tensor | Octaves) -> Tensor | Octaves:
-        """Convolves along the four paths and sums them for each resolution."""
-        high, low = x if isinstance(x, Octaves) else (x, None)
-        high = self.pool(high) if self.strided else high
-        out_high = self.high_to_high(high)
-        if low is not None:
-            from_low = self.low_to_high(low)
-            height, width = out_high.shape[-2:]
-            out_high = out_high + (from_low if self.strided else self.upsample(from_low)[..., :height, :width])
-        if self.high_to_low is None:
-            return out_high
-        out_low = self.high_to_low(self.pool(high))
-        if low is not None:
-            out_low = out_low + self.low_to_low(self.pool(low) if self.strided else low)
-        return Octaves(out_high, out_low)
-
-
-class TextbookNorm(nn.Module):
-    """A batch norm for each map, with the share of the vanilla one's parameters and statistics.
-
-    Shape:
-        Input and output: Octaves of (B, C, T, H, W).
-    """
-
-    def __init__(self, vanilla: _BatchNorm, parts: Parts) -> None:
-        super().__init__()
-        channels = [sum(part) for part in zip(*parts, strict=True)]
-        self.high, self.low = (
-            nn.BatchNorm3d(size, vanilla.eps, vanilla.momentum, device=vanilla.running_mean.device) for size in channels
-        )
-        state = vanilla.state_dict()
-        shares = {key: split_by_parts(value, parts, 0) if value.dim() else (value,) * 2 for key, value in state.items()}
-        for i, norm in enumerate((self.high, self.low)):
-            norm.load_state_dict({key: share[i] for key, share in shares.items()})
-
-    def forward(self, x: Octaves) -> Octaves:
-        """Normalises each map."""
-        return Octaves(self.high(x.high), self.low(x.low), x.parts)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A layer that ran.
-
-    Attributes:
-        name: among the network's modules.
-        layer: the module.
-        input: its input without the values, on "meta".
-        octave: whether its input or its output was Octaves.
-    """
-
-    name: str
-    layer: nn.Module
-    input: Tensor | Octaves
-    octave: bool
-
-
-def watch(network: nn.Module, clip: Tensor) -> list[Seen]:
-    """Runs a network once; its convolutions and batch norms in the order in which they ran."""
-    seen: list[Seen] = []
-
-    def note(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        octave = isinstance(inputs[0], Octaves) or isinstance(output, Octaves)
-        seen.append(Seen(name, layer, each_map(inputs[0], lambda x: x.to("meta")), octave))
-
-    hooks = [
-        layer.register_forward_hook(partial(note, name))
-        for name, layer in network.named_modules()
-        if isinstance(layer, (nn.Conv3d, _BatchNorm))
-    ]
-    with torch.no_grad():
-        network(clip)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-def each_map(x: Tensor | Octaves, change: Callable[[Tensor], Tensor]) -> Tensor | Octaves:
-    """Applies a function to a Tensor, or to both maps of Octaves."""
-    return Octaves(change(x.high), change(x.low), x.parts) if isinstance(x, Octaves) else change(x)
-
-
-def textbook(vanilla: nn.Module, octave: nn.Module, size: Size) -> nn.Module:
-    """Exchanges layers of a vanilla network, in place, for textbook ones where an octave network has octaves.
-
-    Args:
-        vanilla: the network as shipped, whose weights stay.
-        octave: the same network with octave layers, on "meta".
-        size: of the clips.
-
-    Returns:
-        The vanilla network.
-
-    Raises:
-        NoTextbookError: a layer that the textbook form is not defined for.
-    """
-    for seen in watch(octave.eval(), torch.empty((1, 3, *size), device="meta")):
-        if not seen.octave:
-            continue
-        parts = seen.input.parts if isinstance(seen.input, Octaves) else ((seen.input.shape[1], 0),)
-        layer = vanilla.get_submodule(seen.name)
-        try:
-            if isinstance(layer, nn.Conv3d):
-                exchanged: nn.Module = TextbookConv3d(layer, seen.layer.alpha, parts)
-            else:
-                exchanged = TextbookNorm(layer, parts)
-        except NoTextbookError as error:
-            raise NoTextbookError(f"{seen.name} is {error}") from error
-        vanilla.set_submodule(seen.name, exchanged)
-    return vanilla
 
 
 def settle(network: nn.Module) -> nn.Module:
@@ -375,9 +174,6 @@ FORMS: dict[str, Callable[[str, float, int | None, Size], nn.Module]] = {
 }
 
 
-# What is to be measured
-
-
 @dataclass(frozen=True)
 class Variant:
     """One network of a group, and its cost for one clip."""
@@ -390,7 +186,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Group:
-    """Networks that are measured in turn; the first one, octvideo at alpha 0, is what the others are compared with."""
+    """Networks that are measured interleaved; the first one, octvideo at alpha 0, is the reference of the others."""
 
     model: str
     size: Size
@@ -402,6 +198,12 @@ class Group:
     def __str__(self) -> str:
         return f"{self.model} {size_name(self.size)} batch {self.batch} {self.mode} {self.dtype}"
 
+    def row(self, alpha: float, time_ratio: float, mac_ratio: float) -> Row:
+        """The entries that rows of networks and of layers share."""
+        found = {key: getattr(self, key) for key in ("model", "batch", "mode", "dtype")}
+        ratios = {"time_ratio": time_ratio, "mac_ratio": mac_ratio, "time_over_mac": time_ratio / mac_ratio}
+        return found | {"alpha": alpha, "size": size_name(self.size)} | ratios
+
 
 def size_name(size: Sequence[int]) -> str:
     """A size as the options give it: 8x224x224."""
@@ -409,7 +211,7 @@ def size_name(size: Sequence[int]) -> str:
 
 
 def plan(options: argparse.Namespace, tell: Callable[[str], Any]) -> list[Group]:
-    """What to measure; every network runs once without data, so that what cannot work shows before anything starts.
+    """The groups to measure; each network runs once without data, so that mistakes show before anything starts.
 
     Args:
         options: the command line's.
@@ -435,7 +237,7 @@ def plan(options: argparse.Namespace, tell: Callable[[str], Any]) -> list[Group]
 
 
 def variants_of(model: str, size: Size, options: argparse.Namespace, tell: Callable[[str], Any]) -> Iterator[Variant]:
-    """The forms and alphas of a network, and what each costs."""
+    """The forms and alphas of a network, and the cost of each."""
     above = [alpha for alpha in options.alphas if alpha]
     alphas = {"octvideo": [0.0, *(above if "octvideo" in options.forms else ())], "shipped": [0.0], "textbook": above}
     for form in FORMS:
@@ -460,17 +262,14 @@ def has_average_pool(dtype: torch.dtype, device: str) -> bool:
 
 
 def check_training(model: str, size: Size, options: argparse.Namespace) -> None:
-    """Raises ValueError if maps of one cell leave batch norm nothing to train on."""
+    """Raises ValueError if maps of one pixel leave batch norm nothing to train on."""
     with torch.device("meta"), torch.no_grad():
         for alpha in {0.0, *options.alphas}:
             octvideo_form(model, alpha, options.width, size).train()(torch.empty((min(options.batch), 3, *size)))
 
 
-# Measuring
-
-
 def measure(group: Group, options: argparse.Namespace, tick: Callable[[], Any]) -> list[Row]:
-    """Measures the networks of a group in turn; a row for each."""
+    """Measures the networks of a group, interleaved; returns a row for each."""
     torch._dynamo.reset()
     clip, labels = random_clips(group, options.device)
     networks = [prepare(group, variant, options) for variant in group.variants]
@@ -487,10 +286,10 @@ def measure(group: Group, options: argparse.Namespace, tick: Callable[[], Any]) 
     rows = []
     for i, (variant, network) in enumerate(zip(group.variants, networks, strict=True)):
         saved = count_saved_bytes(network, forwards[i]) if train else None
-        peak = measure_peak_bytes(steps[i]) + own_bytes(network) + clip.nbytes if options.device == "cuda" else None
-        rows.append(
-            row_of(group, variant, options, seconds[i], seconds[0]) | {"saved_bytes": saved, "peak_bytes": peak}
-        )
+        own = clip.nbytes + sum(tensor.nbytes for tensor in itertools.chain(network.parameters(), network.buffers()))
+        peak = measure_peak_bytes(steps[i]) + own if options.device == "cuda" else None
+        row = row_of(group, variant, options, seconds[i], seconds[0])
+        rows.append(row | {"saved_bytes": saved, "peak_bytes": peak})
     return rows
 
 
@@ -508,11 +307,12 @@ def prepare(group: Group, variant: Variant, options: argparse.Namespace) -> nn.M
     network = FORMS[variant.form](group.model, variant.alpha, options.width, group.size).to(options.device)
     if group.mode == "inference":
         network.eval()
-        network = octvideo.models.fuse(network) if is_fused(group, variant, options) else network
+        network = octvideo.fuse(network) if is_fused(group, variant, options) else network
         network.to(DTYPES[group.dtype])
     if not options.compile:
         return network
-    return torch.compile(network, dynamic=False, mode=options.compile_mode)  # type: ignore[return-value]
+    compiled: Any = torch.compile(network, dynamic=False, mode=options.compile_mode)  # torch calls it a function
+    return compiled
 
 
 def is_fused(group: Group, variant: Variant, options: argparse.Namespace) -> bool:
@@ -520,7 +320,7 @@ def is_fused(group: Group, variant: Variant, options: argparse.Namespace) -> boo
     return group.mode == "inference" and variant.form == "octvideo" and (options.fuse or options.compile)
 
 
-def infer(network: nn.Module, clip: Tensor) -> None:
+def infer(network: nn.Module, clip: Tensor | Octaves) -> None:
     """One forward pass."""
     with torch.inference_mode():
         network(clip)
@@ -532,7 +332,7 @@ def autocast(group: Group, device: str) -> torch.autocast:
 
 
 def training_forward(group: Group, network: nn.Module, clip: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    """The part of a training step that keeps what backward needs; gives the loss."""
+    """The forward pass of a training step, which returns the loss."""
 
     def forward() -> Tensor:
         with autocast(group, clip.device.type):
@@ -542,7 +342,7 @@ def training_forward(group: Group, network: nn.Module, clip: Tensor, labels: Ten
 
 
 def training_step(network: nn.Module, forward: Callable[[], Tensor]) -> Callable[[], None]:
-    """A training step without an optimiser's."""
+    """A training step, less the optimiser's."""
 
     def step() -> None:
         forward().backward()
@@ -551,34 +351,14 @@ def training_step(network: nn.Module, forward: Callable[[], Tensor]) -> Callable
     return step
 
 
-def own_bytes(network: nn.Module) -> int:
-    """Memory of parameters and buffers."""
-    return sum(tensor.nbytes for tensor in itertools.chain(network.parameters(), network.buffers()))
-
-
 def row_of(
     group: Group, variant: Variant, options: argparse.Namespace, seconds: Sequence[float], vanilla: Sequence[float]
 ) -> Row:
-    """What is known of one network, as the JSON file has it.
-
-    Args:
-        group: of the network.
-        variant: the network.
-        options: the command line's.
-        seconds: its measurements, one for each round.
-        vanilla: those of octvideo at alpha 0 in the same rounds.
-    """
+    """A network's row of the JSON file, from its seconds in each round and those of octvideo at alpha 0."""
     least, low, median, high = np.quantile(seconds, (0, 0.25, 0.5, 0.75)).tolist()
     time_ratio = statistics.median(own / other for own, other in zip(seconds, vanilla, strict=True))
-    mac_ratio = variant.macs / group.variants[0].macs
-    return {
-        "model": group.model,
+    return group.row(variant.alpha, time_ratio, variant.macs / group.variants[0].macs) | {
         "form": variant.form,
-        "alpha": variant.alpha,
-        "batch": group.batch,
-        "size": size_name(group.size),
-        "mode": group.mode,
-        "dtype": group.dtype,
         "compiled": options.compile,
         "fused": is_fused(group, variant, options),
         "params": variant.params,
@@ -589,9 +369,6 @@ def row_of(
         "seconds_min": least,
         "rounds": options.rounds,
         "clips_per_second": group.batch / median,
-        "time_ratio": time_ratio,
-        "mac_ratio": mac_ratio,
-        "time_over_mac": time_ratio / mac_ratio,
         "normalised_against": "octvideo, alpha 0",
         "device": options.device,
         "hardware": hardware(options.device),
@@ -600,18 +377,15 @@ def row_of(
     }
 
 
-# Single layers
-
-
 def measure_layers(group: Group, options: argparse.Namespace, task: Callable[[int], Callable[[], Any]]) -> list[Row]:
     """Times each octave layer of a group's networks by itself, against the same layer at alpha 0; eager and not fused.
 
-    Each layer gets what it gets in the network, with random values. Layers that are alike are measured once.
+    Each layer gets its input in the network, with random values. Layers that are alike are measured once.
 
     Args:
-        group: of the networks; its training mode times forward and backward.
+        group: the networks; in training mode, forward and backward are timed.
         options: the command line's.
-        task: takes the number of measurements that come, and gives what to call after each.
+        task: takes the number of measurements to come, and returns the function to call after each.
     """
     vanilla = seen_in(group, 0, options)
     pairs = []
@@ -626,7 +400,7 @@ def measure_layers(group: Group, options: argparse.Namespace, task: Callable[[in
 
 
 def seen_in(group: Group, alpha: float, options: argparse.Namespace) -> dict[str, Seen]:
-    """The convolutions of a network and what they get."""
+    """The convolutions of a network with their inputs."""
     torch.manual_seed(0)
     network = octvideo_form(group.model, alpha, options.width, group.size).to(options.device).eval()
     clip, _ = random_clips(group, options.device)
@@ -654,13 +428,8 @@ def layer_row(
     )
     time_ratio = statistics.median(own / other for own, other in zip(seconds, vanilla_seconds, strict=True))
     layer = vanilla.layer
-    return {
-        "model": group.model,
-        "batch": group.batch,
-        "size": size_name(group.size),
-        "mode": group.mode,
-        "dtype": group.dtype,
-        "alpha": alpha,
+    assert isinstance(layer, OctConv3d)
+    return group.row(alpha, time_ratio, macs[0] / macs[1]) | {
         "layers": [seen.name for seen in alike],
         "kernel": size_name(layer.kernel_size),
         "stride": size_name(layer.stride),
@@ -670,9 +439,6 @@ def layer_row(
         "macs": int(macs[0]),
         "seconds": statistics.median(seconds),
         "vanilla_seconds": statistics.median(vanilla_seconds),
-        "time_ratio": time_ratio,
-        "mac_ratio": macs[0] / macs[1],
-        "time_over_mac": time_ratio / (macs[0] / macs[1]),
     }
 
 
@@ -708,14 +474,10 @@ def maps(x: Tensor | Octaves) -> list[Tensor]:
     return [part for part in (x if isinstance(x, Octaves) else (x,)) if part.shape[1]]
 
 
-# Results
-
-
 def write_json(rows: Sequence[Row], path: Path) -> None:
     """Writes rows so that the file is complete at any time."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(unfinished, path)
+    with appearing(path) as partial:
+        partial.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 RATIOS = {"time\nratio": "{time_ratio:.3f}", "MAC\nratio": "{mac_ratio:.3f}", "time\n/ MAC": "{time_over_mac:.3f}"}
@@ -735,14 +497,14 @@ LAYER_COLUMNS = {
 
 
 def in_units(row: Row) -> Row:
-    """A row with the units that tables have: milliseconds, 10^9 multiply-adds, 10^6 bytes."""
+    """A row in the units of the tables: milliseconds, 10^9 multiply-adds, 10^6 bytes."""
     milliseconds = {key.replace("seconds", "ms"): 1000 * row[key] for key in row if "seconds" in key}
     megabytes = {key: "" if row[key] is None else f"{row[key] / 1e6:.1f}" for key in row if key.endswith("_bytes")}
     return row | milliseconds | megabytes | {"giga_macs": row["macs"] / 1e9, "alike": len(row.get("layers", ()))}
 
 
 def print_table(rows: Sequence[Row], columns: dict[str, str], console: Console, title: str = "") -> None:
-    """Prints rows; what is the same in all of them goes into the title, and a line lies between groups."""
+    """Prints rows, with a line between groups; values that all of them share go into the title."""
     entries = [{name: pattern.format(**in_units(row)) for name, pattern in columns.items()} for row in rows]
     same = [name for name in columns if len(entries) > 1 and len({entry[name] for entry in entries}) == 1]
     constants = [f"{' '.join(name.split())} {entries[0][name]}" for name in same if entries[0][name]]
@@ -756,7 +518,7 @@ def print_table(rows: Sequence[Row], columns: dict[str, str], console: Console, 
 
 
 def is_vanilla(row: Row) -> bool:
-    """Whether a row is its group's first, which the others are compared with."""
+    """Whether a row is its group's first, the reference of the others."""
     return row.get("form") == "octvideo" and row["alpha"] == 0
 
 
@@ -768,28 +530,21 @@ def print_layers(title: str, rows: Sequence[Row], console: Console, most: int = 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     """Draws time and MACs over alpha, relative to octvideo at alpha 0: a panel for each group."""
-    import matplotlib  # optional
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     starts = [i for i, row in enumerate(rows) if is_vanilla(row)]
     groups = [rows[start:end] for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
-    figure, panels = pyplot.subplots(
-        lines, columns, squeeze=False, layout="constrained", figsize=(max(6.4, 4.8 * columns), 3.8 * lines + 0.6)
-    )
+    figure = Figure(figsize=(max(6.4, 4.8 * columns), 3.8 * lines + 0.6), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False)
     for panel in panels.flat[len(groups) :]:
         panel.axis("off")
     for panel, group in zip(panels.flat, groups, strict=False):
         draw(panel, group)
     figure.suptitle(title, fontsize=9, wrap=True)
     figure.savefig(path, format="png", dpi=150)
-    pyplot.close(figure)
 
 
-def draw(panel: Any, rows: Sequence[Row]) -> None:
+def draw(panel: Axes, rows: Sequence[Row]) -> None:
     """Draws one group."""
     ours = sorted((row for row in rows if row["form"] == "octvideo"), key=lambda row: row["alpha"])
     theory = sorted({(row["alpha"], row["mac_ratio"]) for row in rows})
@@ -801,11 +556,8 @@ def draw(panel: Any, rows: Sequence[Row]) -> None:
             ratios = [row["time_ratio"] for row in found]
             panel.plot([row["alpha"] for row in found], ratios, style, markersize=8, label=f"time, {form}")
     first = rows[0]
-    compiled = ", compiled" if first["compiled"] else ""
-    panel.set_title(
-        f"{first['model']}, {first['size']}, batch {first['batch']}\n{first['mode']}, {first['dtype']}{compiled}",
-        fontsize=10,
-    )
+    how = f"{first['mode']}, {first['dtype']}{', compiled' if first['compiled'] else ''}"
+    panel.set_title(f"{first['model']}, {first['size']}, batch {first['batch']}\n{how}", fontsize=10)
     panel.set_xlabel("alpha: share of low channels")
     panel.set_ylabel("relative to alpha 0, fast form")
     panel.set_ylim(bottom=0)
@@ -813,22 +565,8 @@ def draw(panel: Any, rows: Sequence[Row]) -> None:
     panel.legend(fontsize=8)
 
 
-def make_progress() -> Progress:
-    """A bar on standard error for those who watch; it moves between measurements only, never during one."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        auto_refresh=False,
-        disable=not console.is_terminal or "CI" in os.environ,
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures."""
+    """Runs the experiment."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     if options.threads:
@@ -837,11 +575,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=180, highlight=False)  # numbers are never cut; a table is as wide as it needs
     machine = f"{hardware(options.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     console.print(f"{machine}\nexperiments/speed.py {shlex.join(arguments)}", markup=False, soft_wrap=True)
-    progress = make_progress()
+    bar, errors = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()), Console(stderr=True)
+    hidden = not errors.is_terminal or "CI" in os.environ
+    # It moves between measurements only, never during one.
+    progress = Progress(*bar, TimeRemainingColumn(), console=errors, auto_refresh=False, disable=hidden)
 
     @cache  # each line once
     def tell(message: str) -> None:
-        progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        errors.print(message, markup=False, highlight=False, soft_wrap=True)
 
     try:
         groups = plan(options, tell)

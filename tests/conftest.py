@@ -89,6 +89,7 @@ def _be_tool(arguments, folder, environment):
     sys.argv = arguments
     sys.path.insert(0, str(ROOT))
     sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(Path(arguments[0]).parent))  # as for any script
     sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
     runpy.run_path(arguments[0], run_name="__main__")
 

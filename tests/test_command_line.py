@@ -563,7 +563,7 @@ def test_a_checkpoint_is_tested_at_other_alphas_with_its_own_and_with_new_statis
     ("options", "parts"),
     [
         (["--alphas=0,1.5"], ["--alphas 1.5: alpha must lie in [0, 1], got 1.5"]),
-        (["--alphas=0;1"], ["--alphas wants numbers with commas between them, such as 0,.25,.5, got '0;1'"]),
+        (["--alphas=0;1"], ["--alphas must be numbers with commas between them, such as 0,.25,.5, got '0;1'"]),
         (["--alphas=0", "--statistics_batches=-1"], ["--statistics_batches must be at least 0, got -1"]),
         (["--alphas=0", "--statistics_batches=1", "--data.batch_size=64"], ["train.csv, for --statistics_batches"]),
     ],

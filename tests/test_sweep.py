@@ -1,7 +1,6 @@
-"""tools/sweep.py and experiments/allocation.py: what they train, keep, write and refuse."""
+"""`octvideo sweep` and experiments/allocation.py: what they train, keep, write and refuse."""
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ import yaml
 from conftest import run_tool
 from test_command_line import CONFIG, assert_one_line, motions, small, trained  # noqa: F401
 
+from octvideo.commands import sweep
 from octvideo.models.checkpoint import load_trained
 from octvideo.models.octavize import octavize
 
@@ -33,22 +33,22 @@ def recipe(motions, tmp_path_factory):  # noqa: F811
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """Runs the sweep in this process, and the tools that it calls as the other tests do; what it printed, its calls."""
-    tool = importlib.import_module("sweep")
     calls = []
 
     def call(name, options, log):
         calls.append((name, options))
-        finished = run_tool(name, *options)
+        finished = run_tool({"train": "train_net.py", "test": "test_net.py"}[name], *options)
         log.write_text(finished.stdout + finished.stderr)
-        return "" if finished.returncode == 0 else finished.stderr.strip().splitlines()[-1]
+        if finished.returncode:
+            raise sweep.RunFailedError(finished.stderr.strip().splitlines()[-1])
 
     def run(*options):
         calls.clear()
-        monkeypatch.setattr(tool, "call", call)
-        monkeypatch.setattr(tool, "check_options", lambda *_: None)  # has a test of its own
-        monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, options)])
+        monkeypatch.setattr(sweep, "call", call)
+        monkeypatch.setattr(sweep, "check_options", lambda _: None)  # has a test of its own
+        monkeypatch.setattr(sys, "argv", ["sweep.py"])
         try:
-            status = tool.main()
+            status = sweep.main([str(option) for option in options])
         except SystemExit as error:
             status = error.code
         return status, *capsys.readouterr(), [name for name, _ in calls]
@@ -120,7 +120,7 @@ def test_what_was_measured_serves_another_budget_and_no_other_checkpoint(allocat
         (["--budget=.2"], "0.2 of the multiply-adds is out of reach"),
         (["--budget=0"], "--budget must lie in (0, 1], got 0"),
         (["--alphas=0,.5"], "--alphas must lie in (0, 1], got 0,.5"),
-        (["--alphas=many"], "--alphas wants numbers"),
+        (["--alphas=many"], "--alphas must be numbers"),
         (["--batches=0"], "--batches must be at least 1, got 0"),
         (["--skip=[res9]"], "--skip: no convolution has a name that matches 'res9'"),
         (["--skip=[blocks]"], "--skip leaves no convolution"),
@@ -137,10 +137,10 @@ def test_a_sweep_trains_each_alpha_with_each_seed_and_goes_on_where_it_was(run_h
     common = ["--cfg", recipe, "--output", tmp_path, "--alphas", variants, "--rounds", 3]
     status, _, errors, calls = run_here(*common, "--seeds", 0)
     assert status == 0, errors
-    assert calls == ["train_net.py", "test_net.py"] * 2
+    assert calls == ["train", "test"] * 2
     status, _, errors, calls = run_here(*common, "--seeds", "0,1")
     assert status == 0, errors
-    assert calls == ["train_net.py", "test_net.py"] * 2  # those of seed 0 are there
+    assert calls == ["train", "test"] * 2  # those of seed 0 are there
     rows = json.loads((tmp_path / "sweep.json").read_text())
     assert [(row["alpha"], row["downsample"], row["seeds"]) for row in rows] == [
         ("0", "pool", 2),
@@ -190,7 +190,7 @@ def test_checkpoints_are_tested_at_other_alphas_with_new_statistics(run_here, re
     common = ["--cfg", recipe, "--output", tmp_path, "--ckpt", checkpoint, "--statistics_batches", 2, "--rounds", 1]
     status, _, errors, calls = run_here(*common, "--alphas", "0:pool,.5")
     assert status == 0, errors
-    assert calls == ["test_net.py", "test_net.py"]
+    assert calls == ["test", "test"]
     rows = json.loads((tmp_path / "sweep.json").read_text())
     for row, folder in zip(rows, ("alpha-0-pool", "alpha-0.5"), strict=True):
         (path,) = (tmp_path / folder).glob("*/alphas.json")
@@ -201,7 +201,7 @@ def test_checkpoints_are_tested_at_other_alphas_with_new_statistics(run_here, re
     path.write_text(json.dumps([estimated | {"statistics": "checkpoint"}]))  # as if it had been killed in between
     status, _, errors, calls = run_here(*common, "--alphas", "0:pool,.5")
     assert status == 0, errors
-    assert calls == ["test_net.py"]
+    assert calls == ["test"]
     assert json.loads((tmp_path / "sweep.json").read_text())[1]["top1"] == estimated["top1"]
     status, _, errors, calls = run_here(*common, "--alphas", ".5", "--data.train_list", "nothing.csv")
     assert (status, calls) == (2, [])
@@ -215,7 +215,7 @@ def test_checkpoints_are_tested_at_other_alphas_with_new_statistics(run_here, re
         file.write(b"more")  # another file
     status, _, errors, calls = run_here(*common, "--alphas", ".5", "--ckpt", tmp_path / "other.ckpt")
     assert status == 1
-    assert calls == ["test_net.py"]
+    assert calls == ["test"]
 
 
 def test_a_test_without_a_good_video_is_a_failed_run(run_here, recipe, trained, tmp_path):  # noqa: F811
@@ -237,28 +237,28 @@ def test_a_test_without_a_good_video_is_a_failed_run(run_here, recipe, trained, 
 
 
 @pytest.mark.parametrize(
-    ("options", "part"),
+    ("options", "parts"),
     [
-        (["--alphas", "much"], "an alpha is a number or a FILE.yaml, got 'much'"),
-        (["--alphas", "2"], "alpha must lie in [0, 1], got 2"),
-        (["--alphas", "0:max"], "behind an alpha only :pool may stand, got '0:max'"),
-        (["--alphas", "nothing.yaml"], "nothing.yaml has no model.alpha"),
-        (["--alphas", ".5,0.50"], "--alphas has two of the same name: alpha-0.5, alpha-0.5"),
-        (["--seeds", "one"], "whole numbers with commas between them are wanted, got 'one'"),
-        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--statistics_batches", "0"], "--statistics_batches must be at least 1, got 0"),
-        (["--ckpt", "nothing.ckpt"], "--ckpt nothing.ckpt: no such file"),
-        (["--ckpt", str(CONFIG), "--alphas", str(CONFIG)], "--ckpt tests at numbers"),
-        (["--model.alpha=.5"], "--model.alpha is what a sweep sets itself"),
-        (["more"], "unrecognized arguments: more"),
-        (["--cfg", "nothing.yaml"], "--cfg nothing.yaml: no such file"),
+        (["--alphas", "much"], ["an alpha is a number or a FILE.yaml, got 'much'"]),
+        (["--alphas", "2"], ["alpha must lie in [0, 1], got 2"]),
+        (["--alphas", "0:max"], ["only :pool may follow an alpha, got '0:max'"]),
+        (["--alphas", "nothing.yaml"], ["nothing.yaml has no model.alpha"]),
+        (["--alphas", ".5,0.50"], ["--alphas has two of the same name: alpha-0.5, alpha-0.5"]),
+        (["--seeds", "one"], ["--seeds: must be whole numbers with commas between them, got 'one'"]),
+        (["--rounds", "0"], ["argument --rounds: ", "whole number from 1", "got '0'"]),
+        (["--statistics_batches", "0"], ["argument --statistics_batches: ", "whole number from 1", "got '0'"]),
+        (["--ckpt", "nothing.ckpt"], ["--ckpt nothing.ckpt: no such file"]),
+        (["--ckpt", str(CONFIG), "--alphas", str(CONFIG)], ["--ckpt tests at numbers"]),
+        (["--model.alpha=.5"], ["a sweep sets --model.alpha itself: give --alphas, --seeds and --output"]),
+        (["more"], ["unrecognized arguments: more"]),
+        (["--cfg", "nothing.yaml"], ["--cfg nothing.yaml: no such file"]),
     ],
 )
-def test_a_mistake_of_a_sweep_is_one_line(run_here, tmp_path, options, part):
+def test_a_mistake_of_a_sweep_is_one_line(run_here, tmp_path, options, parts):
     status, _, errors, calls = run_here("--cfg", CONFIG, "--output", tmp_path / "out", *options)
     assert (status, calls) == (2, [])
     assert errors.startswith("sweep.py: error: ")
-    assert part in errors
+    assert all(part in errors for part in parts)
     assert len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -271,23 +271,22 @@ def test_a_misspelt_option_is_refused_before_anything_runs(tmp_path):
 
 
 def test_what_a_called_tool_says_is_kept_and_its_last_line_is_the_reason(tmp_path, monkeypatch):
-    sweep = importlib.import_module("sweep")
     (tmp_path / "tool.py").write_text("import sys\nprint(sys.argv[1])\nsys.exit(sys.argv[2] if sys.argv[2:] else 0)\n")
-    monkeypatch.setattr(sweep, "TOOLS", tmp_path)
-    assert sweep.call("tool.py", ["good"], tmp_path / "log.txt") == ""
-    assert sweep.call("tool.py", ["bad", "a warning\nthe reason\n"], tmp_path / "log.txt") == "the reason"
+    monkeypatch.setattr(sweep, "COMMAND", [sys.executable])
+    sweep.call(str(tmp_path / "tool.py"), ["good"], tmp_path / "log.txt")
+    with pytest.raises(sweep.RunFailedError, match=r"^the reason$"):
+        sweep.call(str(tmp_path / "tool.py"), ["bad", "a warning\nthe reason\n"], tmp_path / "log.txt")
     assert (tmp_path / "log.txt").read_text() == "good\nbad\na warning\nthe reason\n\n"
 
 
 def test_an_interrupted_call_lets_the_tool_end_and_keeps_what_it_said(tmp_path, monkeypatch):
-    sweep = importlib.import_module("sweep")
     (tmp_path / "tool.py").write_text(
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('saved', file=sys.stderr), sys.exit(75)))\n"
         "open(sys.argv[1], 'w').close()\n"
         "time.sleep(60)\n"
     )
-    monkeypatch.setattr(sweep, "TOOLS", tmp_path)
+    monkeypatch.setattr(sweep, "COMMAND", [sys.executable])
     started = tmp_path / "started"
 
     def interrupt(*_):
@@ -303,15 +302,27 @@ def test_an_interrupted_call_lets_the_tool_end_and_keeps_what_it_said(tmp_path, 
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            sweep.call("tool.py", [str(started)], tmp_path / "log.txt")
+            sweep.call(str(tmp_path / "tool.py"), [str(started)], tmp_path / "log.txt")
     finally:
         thread.join()
         signal.signal(signal.SIGUSR2, before)
     assert (tmp_path / "log.txt").read_text() == "saved\n"
 
 
-def test_a_killed_tool_is_said_to_be():
-    why = importlib.import_module("sweep").why
-    assert why("train_net.py", -9, "a warning\n") == "train_net.py was killed by SIGKILL"
-    assert why("train_net.py", 3, " \n") == "train_net.py ended with 3"
-    assert why("train_net.py", 0, "a warning\n") == ""
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ("os.kill(os.getpid(), 9)", "tool.py was killed by SIGKILL"),
+        ("print(' ', file=sys.stderr); os._exit(3)", "tool.py ended with 3"),
+        ("print('a warning', file=sys.stderr)", None),
+    ],
+)
+def test_a_killed_tool_is_said_to_be(tmp_path, monkeypatch, end, reason):
+    (tmp_path / "tool.py").write_text(f"import os, sys\n{end}\n")
+    monkeypatch.setattr(sweep, "COMMAND", [sys.executable])
+    monkeypatch.chdir(tmp_path)
+    if reason is None:
+        sweep.call("tool.py", [], tmp_path / "log.txt")
+        return
+    with pytest.raises(sweep.RunFailedError, match=f"^{reason}$"):
+        sweep.call("tool.py", [], tmp_path / "log.txt")

@@ -1,19 +1,19 @@
 """Tests a checkpoint on many views of each video, and writes every video's scores.
 
-python tools/test_net.py --cfg configs/oct_i3d.yaml --ckpt runs/oct_i3d/checkpoints/best.ckpt [--output DIR]
+octvideo test --cfg configs/oct_i3d.yaml --ckpt runs/oct_i3d/checkpoints/best.ckpt [--output DIR]
 
 The network is the one in the checkpoint, whatever the YAML file says; options on the command line override it.
 Prints clip and video accuracies (views averaged after softmax) and writes DIR/predictions.json:
 {"top1", "top5", "clip_top1", "clip_top5", "videos": [{"path", "label", "scores", and "clip_top1", "clip_top5": shares
 of its clips}], "bad": [{"path", "reason"}], "labels": [class names, if the checkpoint or data.labels has them]}.
 
-With --report it also writes DIR/report.html, as tools/report.py does.
+With --report it also writes DIR/report.html, as `octvideo report` does.
 
-With --alphas 0,.125,.25,.5 it tests the same weights at several alphas, each with the batch-norm statistics of the
-checkpoint and with those that training clips have at that alpha, prints a table and writes DIR/alphas.json:
+With --alphas 0,.125,.25,.5 it tests the same weights at several alphas, each with the checkpoint's batch-norm
+statistics and with statistics re-estimated on training clips at that alpha, prints a table and writes DIR/alphas.json:
 [{"alpha", "gmacs" (of one test clip), "statistics" ("checkpoint" or "re-estimated"), "top1", "top5", "clip_top1",
-"clip_top5", "videos" and "bad" (their numbers)}]. Every row decodes the test videos again. Alpha 0 strides as the
-checkpoint's model.downsample says: what was trained with octaves wants --model.downsample pool there.
+"clip_top5", "videos" and "bad" (how many)}]. Every row decodes the test videos again. At alpha 0 strides follow the
+checkpoint's model.downsample: a network trained with octaves needs --model.downsample pool there.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from rich.table import Column, Table
 from octvideo.commands.command_line import CommandLine, start
 from octvideo.commands.options import one_line_errors
 from octvideo.commands.report import write_report
+from octvideo.data.module import VideoData
 from octvideo.errors import ListError, UserError
 from octvideo.evaluation.report import read_run
 from octvideo.files import appearing
@@ -40,43 +41,38 @@ from octvideo.models.cost import count_macs
 from octvideo.models.zoo import set_alpha
 from octvideo.training.precise_bn import estimate_statistics
 
+ACCURACIES = ("clip_top1", "clip_top5", "top1", "top5")
+
 
 def read_alphas(text: str) -> list[float]:
-    """The numbers of --alphas, each once.
-
-    Raises:
-        ValueError: something that is no number.
-    """
+    """The numbers of --alphas, each once."""
     try:
         return list(dict.fromkeys(float(part) for part in text.split(",")))
     except ValueError as error:
-        raise UserError(f"--alphas wants numbers with commas between them, such as 0,.25,.5, got {text!r}") from error
+        raise UserError(f"--alphas must be numbers with commas between them, such as 0,.25,.5, got {text!r}") from error
 
 
 class Statistics(Callback):
-    """Sets batch-norm statistics, before a test, to those that training clips have at the network's present alpha.
+    """Sets batch-norm statistics, before a test, to those of training clips at the network's current alpha.
 
     The clips are the same before each test.
-
-    Attributes:
-        num_batches: training batches of each process; 0 leaves the statistics as they are.
     """
 
-    def __init__(self) -> None:
-        self.num_batches = 0
+    def __init__(self, data: VideoData) -> None:
+        self.data = data
+        self.num_batches = 0  # of each process; 0 leaves the statistics as they are
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimates them."""
+        """Estimates the statistics."""
         if self.num_batches == 0:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        loader = data.statistics_dataloader(0, self.num_batches)
+        loader = self.data.statistics_dataloader(0, self.num_batches)
         batches = (batch.clips.flatten(0, 1).to(pl_module.device) for batch in loader)
         try:
             with trainer.precision_plugin.forward_context():
                 estimate_statistics(pl_module, batches, pl_module)
-        except ValueError as error:
-            raise ListError(f"{data.lists['train_list']}, for --statistics_batches: {error}") from error
+        except UserError as error:
+            raise ListError(f"{self.data.lists['train_list']}, for --statistics_batches: {error}") from error
 
 
 class Testing(CommandLine):
@@ -85,40 +81,33 @@ class Testing(CommandLine):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds --ckpt, --output and the options for other alphas."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--ckpt", type=str, required=True, help="checkpoint that train_net.py wrote")
-        parser.add_argument("--ckpt_path", type=str | None, help=SUPPRESS)  # of training, as --print_config writes it
-        parser.add_argument("--output", type=str | None, help="folder for predictions.json; default: RUN_FOLDER/test")
-        parser.add_argument("--report", action="store_true", help="write report.html there too: curves, mistakes, cost")
-        parser.add_argument(
-            "--alphas",
-            type=str | None,
-            help="alphas of res2 to res4 to test at, such as 0,.125,.25,.5; each takes the time of a test or, with "
-            "re-estimated statistics, of two and of decoding the training clips for them",
-        )
-        parser.add_argument(
-            "--statistics_batches",
-            type=int,
-            default=200,
-            help="training batches (of each process) to re-estimate statistics on with --alphas; 0: do not",
-        )
+        add = parser.add_argument
+        add("--ckpt", type=str, required=True, help="checkpoint that `octvideo train` wrote")
+        add("--ckpt_path", type=str | None, help=SUPPRESS)  # of training, as --print_config writes it
+        add("--output", type=str | None, help="folder for predictions.json; default: RUN_FOLDER/test")
+        add("--report", action="store_true", help="write report.html there too: curves, mistakes, cost")
+        what = "alphas of res2 to res4 to test at, such as 0,.125,.25,.5; each takes the time of a test or, with "
+        what += "re-estimated statistics, of two and of decoding the training clips for them"
+        add("--alphas", type=str | None, help=what)
+        what = "training batches (of each process) to re-estimate statistics on with --alphas; 0: do not"
+        add("--statistics_batches", type=int, default=200, help=what)
 
     def before_instantiate_classes(self) -> None:
         """Takes the network's options from the checkpoint, so that it is tested at the alpha it was trained at."""
         self.take_processes_of_launcher()
         self.take_network_of(self.config["ckpt"], "--ckpt")
-        if self.config["trainer"]["strategy"] == "fsdp":  # which is for training: testing has no gradients to shard
+        if self.config["trainer"]["strategy"] == "fsdp":  # testing has no gradients to shard
             self.config["trainer"]["strategy"] = "auto"
         self.alphas: list[float] = []
-        self.statistics = Statistics()
         self.statistics_batches: int = self.config["statistics_batches"]
         if self.config["alphas"] is not None:
             self.alphas = read_alphas(self.config["alphas"])
             if self.statistics_batches < 0:
                 raise UserError(f"--statistics_batches must be at least 0, got {self.statistics_batches}")
-            self.config["model"]["normalization"] = "batch"  # it is of training, and frozen ones cannot be estimated
+            self.config["model"]["normalization"] = "batch"  # others are for training; frozen ones cannot be estimated
 
     def instantiate_classes(self) -> None:
-        """Reads the lists and tries the alphas too, so that what is wrong shows before anything starts."""
+        """Reads the lists and tries the alphas too, so that mistakes show before anything starts."""
         super().instantiate_classes()
         self.datamodule.read("test_list")
         for alpha in self.alphas:
@@ -130,64 +119,64 @@ class Testing(CommandLine):
             train_list = self.datamodule.lists["train_list"]
             if train_list is not None and Path(train_list).is_file():
                 self.datamodule.read("train_list")
-            else:
-                missing = "no training videos are named" if train_list is None else f"{train_list} does not exist"
-                rank_zero_info(
-                    f"{missing}: testing with the checkpoint's statistics only; name some by --data.train_list FILE"
-                )
-                self.statistics_batches = 0
+                return
+            missing = "no training list is given" if train_list is None else f"{train_list} does not exist"
+            cure = "give one by --data.train_list FILE"
+            rank_zero_info(f"{missing}: testing with the checkpoint's statistics only; {cure}")
+            self.statistics_batches = 0
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Testing leaves no logs and no checkpoints."""
+        """Builds a trainer that writes neither logs nor checkpoints."""
+        self.statistics = Statistics(self.datamodule)
         self.trainer_defaults["callbacks"].append(self.statistics)
         return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
 
 
-ACCURACIES = ("clip_top1", "clip_top5", "top1", "top5")
-
-
 def percent(accuracy: float | None) -> str:
-    """An accuracy in a table; None is that of no video."""
+    """An accuracy in a table, where None stands for no video."""
     return "-" if accuracy is None else f"{100 * accuracy:.2f} %"
 
 
-def print_table(results: dict[str, Any]) -> None:
+def print_results(table: Table, results: dict[str, Any]) -> None:
     """Prints accuracies, and the bad videos with their reasons."""
-    table = Table("", "top-1", "top-5")
-    for kind, prefix in (("clip", "clip_"), ("video", "")):
-        table.add_row(kind, *(percent(results[f"{prefix}top{k}"]) for k in (1, 5)))
-    Console().print(table)
-    print_bad(results)
-
-
-def print_bad(results: dict[str, Any]) -> None:
-    """Prints how many videos were tested, and the bad ones with their reasons."""
     console = Console()
+    console.print(table)
     console.print(f"{len(results['videos'])} videos tested, {len(results['bad'])} bad")
     for bad in results["bad"]:
-        console.print(
-            f"  {bad['path']}: {bad['reason']}", style="yellow", markup=False, highlight=False, soft_wrap=True
-        )
+        text = f"  {bad['path']}: {bad['reason']}"
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def test(cli: Testing) -> dict[str, Any]:
-    """Tests the checkpoint's weights and statistics at the network's present alpha.
-
-    Returns:
-        What `Recognizer.results` holds, the same in every process.
+def run_test(cli: Testing) -> dict[str, Any]:
+    """Tests the checkpoint at the network's current alpha; returns `Recognizer.results`, the same on every rank.
 
     Raises:
-        ListError: scores that are no numbers.
+        UserError: scores that are not numbers.
     """
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt"], verbose=False, weights_only=True)
     results: dict[str, Any] = cli.model.results
     if any(math.isnan(video["scores"][0]) for video in results["videos"]):
-        raise ListError(f"{cli.config['ckpt']} gives scores that are no numbers: its training diverged")
+        raise UserError(f"{cli.config['ckpt']} gives scores that are not numbers: its training diverged")
     return results
 
 
+def test(cli: Testing, path: Path) -> None:
+    """Tests at the network's own alpha, prints accuracies and writes predictions.json."""
+    results = run_test(cli)
+    if not cli.trainer.is_global_zero:
+        return
+    table = Table("", "top-1", "top-5")
+    for kind, prefix in (("clip", "clip_"), ("video", "")):
+        table.add_row(kind, *(percent(results[f"{prefix}top{k}"]) for k in (1, 5)))
+    print_results(table, results)
+    labels = {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
+    with appearing(path) as partial:
+        partial.write_text(json.dumps(results | labels))
+    print(f"predictions: {path}")
+
+
 def test_alphas(cli: Testing, path: Path) -> None:
-    """Tests at each of --alphas, keeps the rows in a file as they come, and prints them."""
+    """Tests at each of --alphas, writes the rows to a file as they come, and prints them."""
     data, network, rows = cli.datamodule, cli.model.network, []
     size = data.preprocessing.clip_size
     macs = {alpha: count_macs(set_alpha(network, alpha), size) for alpha in cli.alphas}  # before it is sharded
@@ -197,14 +186,13 @@ def test_alphas(cli: Testing, path: Path) -> None:
         set_alpha(network, alpha)
         for num_batches in dict.fromkeys((0, cli.statistics_batches)):
             cli.statistics.num_batches = num_batches
-            results = test(cli)
+            results = run_test(cli)
             row = {
                 "alpha": alpha,
                 "gmacs": macs[alpha] / 1e9,
                 "statistics": "re-estimated" if num_batches else "checkpoint",
                 **{key: results[key] for key in ACCURACIES},
-                "videos": len(results["videos"]),
-                "bad": len(results["bad"]),
+                **{key: len(results[key]) for key in ("videos", "bad")},
             }
             rows.append(row)
             accuracies = (percent(results[key]) for key in ACCURACIES)
@@ -213,27 +201,20 @@ def test_alphas(cli: Testing, path: Path) -> None:
                 with appearing(path) as partial:
                     partial.write_text(json.dumps(rows, indent=1))
     if cli.trainer.is_global_zero:
-        Console().print(table)
-        print_bad(results)
+        print_results(table, results)
         print(f"rows: {path}")
 
 
-def main(arguments: list[str]) -> None:
-    """Tests."""
-    cli = start(lambda: Testing(__doc__ or "", arguments, keep_options=False))
+def main(words: list[str]) -> None:
+    """Runs the command."""
+    cli = start(lambda: Testing(__doc__ or "", words, keep_options=False))
     output = Path(cli.config["output"] or cli.run_folder / "test")
     with one_line_errors():
         output.mkdir(parents=True, exist_ok=True)  # before the work whose result it is for
         if cli.alphas:
             test_alphas(cli, output / "alphas.json")
         else:
-            results = test(cli)
-            if cli.trainer.is_global_zero:
-                print_table(results)
-                labels = {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
-                with appearing(output / "predictions.json") as partial:
-                    partial.write_text(json.dumps(results | labels))
-                print(f"predictions: {output / 'predictions.json'}")
+            test(cli, output / "predictions.json")
         if cli.config["report"] and cli.trainer.is_global_zero:
             checkpoint = Path(cli.config["ckpt"])
             inside = checkpoint.parent.name == "checkpoints"
