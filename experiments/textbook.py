@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from octvideo import Octaves, OctConv3d
 from octvideo.layers.convolution import split_channels
-from octvideo.layers.octaves import Parts, split_by_parts
+from octvideo.layers.parts import Parts, split_by_parts
 
 
 class NoTextbookError(ValueError):
