@@ -135,7 +135,7 @@ def test_a_run_writes_options_logs_and_checkpoints(trained):
         header.split(",")
     )
     assert rows
-    assert "epoch 2/2  learning_rate" in (trained / "output.txt").read_text()  # no terminal: a line for each epoch
+    assert "epoch 2/2  loss " in (trained / "output.txt").read_text()  # no terminal: a line for each epoch
     checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["epoch"] == 1
     assert checkpoint["global_step"] == 8

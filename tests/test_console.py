@@ -1,14 +1,19 @@
 """What a run prints."""
 
+import io
 from types import SimpleNamespace
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
 from test_callbacks import Slow, Tiny, clock, trainer_with  # noqa: F401
 from torch.utils.data import DataLoader
 
+from octvideo.data.module import VideoData
 from octvideo.training.callbacks import Memory, Throughput
-from octvideo.training.console import EpochLines
+from octvideo.training.console import FIGURES, EpochLines, ProgressBar, RunSummary
+from octvideo.training.recognizer import Recognizer
 
 
 def test_an_epoch_that_is_resumed_in_the_middle_says_so(clock, capsys, tmp_path):  # noqa: F811
@@ -21,8 +26,7 @@ def test_an_epoch_that_is_resumed_in_the_middle_says_so(clock, capsys, tmp_path)
     trainer.fit(Tiny(clock), loader, ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)
     lines = [line for line in capsys.readouterr().out.split("\n") if line.startswith("epoch")]
     assert [line.split("  ")[0] for line in lines] == ["epoch 1/2 from batch 5", "epoch 2/2"]
-    assert " GiB" in lines[0]
-    assert "  1.33 clips/s" in lines[0]
+    assert "  1.333 clips/s" in lines[0]
 
 
 def test_an_epochs_line_has_validation_figures_only_if_it_was_validated(capsys):
@@ -39,4 +43,73 @@ def test_an_epochs_line_has_validation_figures_only_if_it_was_validated(capsys):
     callback.on_train_epoch_end(trainer, None)
     trainer.current_epoch = 5
     callback.on_train_epoch_end(trainer, None)
-    assert capsys.readouterr().out == "epoch 5/10  loss 0.5  val top-1 75.0%\nepoch 6/10  loss 0.5\n"
+    assert capsys.readouterr().out == "epoch 5/10  loss 0.5  val top1 75.0%\nepoch 6/10  loss 0.5\n"
+
+
+def test_an_epochs_line_fits_120_columns_with_every_figure_in_it(capsys):
+    values = {"loss": 0.123456, "top1": 1.0, "top5": 1.0, "learning_rate": 1.23456e-5, "clips_per_second": 1234.56}
+    names = [name for group in FIGURES for name in group]
+    trainer = SimpleNamespace(
+        callback_metrics={name: torch.tensor(values[name.rpartition("/")[2]]) for name in names},
+        is_global_zero=True,
+        current_epoch=194,
+        max_epochs=196,
+    )
+    callback = EpochLines()
+    callback.on_train_start(trainer, None)
+    callback.on_train_batch_start(trainer, None, None, 12344)
+    callback.on_validation_end(trainer, None)
+    callback.on_train_epoch_end(trainer, None)
+    line = capsys.readouterr().out.removesuffix("\n")
+    assert line == (
+        "epoch 195/196 from batch 12345  loss 0.123 top1 100.0%  val loss 0.123 top1 100.0% top5 100.0%  lr 1.2e-05  "
+        "1235 clips/s"
+    )
+    assert len(line) <= 120
+
+
+@pytest.mark.parametrize(("alpha", "shown"), [(0.25, "0.25"), ({"conv_b": 0.5}, "per layer")])
+def test_a_run_starts_with_a_summary(alpha, shown, capsys, tmp_path):
+    (tmp_path / "train.csv").write_text("a.mp4 0\nb.mp4 1\n" * 600)
+    (tmp_path / "val.csv").write_text("c.mp4 1\n")
+    lists = [str(tmp_path / f"{split}.csv") for split in ("train", "val")]
+    data = VideoData(*lists, clip_frames=4, crop_size=32, short_side=(32, 40), num_classes=2)
+    model = Recognizer("x3d_xs", alpha, 2)
+    trainer = SimpleNamespace(is_global_zero=True, datamodule=data, world_size=1, precision="32-true")
+    summary = RunSummary()
+    summary.setup(trainer, model, "fit")
+    summary.on_train_start(trainer, model)
+    network, videos, device = capsys.readouterr().out.splitlines()
+    parameters = sum(parameter.numel() for parameter in model.network.parameters())
+    assert network.startswith(f"network: x3d_xs, alpha {shown}, {parameters:,} parameters, 0.0")
+    assert network.endswith(" GMACs a clip of 4 x 32 x 32")
+    assert videos == "data: 2 classes, 1,200 training and 1 validation videos"
+    assert device == f"device: cpu, {torch.get_num_threads()} threads, precision 32-true"
+
+
+def test_the_bar_counts_epochs_from_one_and_leaves_nothing(monkeypatch, tmp_path):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr("rich.progress.get_console", lambda: console)
+    trainer = trainer_with(tmp_path, ProgressBar(), max_epochs=2, enable_progress_bar=True)
+    trainer.fit(Plain(), DataLoader(torch.ones(6, 1), 2), DataLoader(torch.ones(2, 1), 2))
+    written = screen.getvalue()
+    assert "epoch 1 " in written
+    assert "epoch 2 " in written
+    assert "epoch 0" not in written
+    assert "validation " in written
+    last_line = written.rsplit("\x1b[2K", 1)[1]  # what follows the last command to erase a line
+    assert last_line.strip() == ""
+
+
+class Plain(Tiny):
+    """Takes tensors, and validates."""
+
+    def __init__(self):
+        super().__init__(None)
+
+    def training_step(self, batch, index):
+        return self.layer(batch).mean()
+
+    def validation_step(self, batch, index):
+        self.log("val/loss", self.layer(batch).mean())

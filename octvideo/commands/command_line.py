@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-import torch
 from jsonargparse import ActionConfigFile
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
@@ -23,9 +21,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from octvideo.commands.options import fail, with_config_files
 from octvideo.data.module import VideoData
-from octvideo.errors import DamagedCheckpointError, UserError
-from octvideo.files import verify
-from octvideo.models.checkpoint import NETWORK_OPTIONS
+from octvideo.errors import UserError
+from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.training.alpha_schedule import AlphaSchedule
 from octvideo.training.callbacks import BadVideos
 from octvideo.training.console import ProgressBar
@@ -41,7 +38,6 @@ NOTES = re.compile(r"Tip:|PU available:|Trainer\.fit. stopped|Seed set to")
 for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
     logging.getLogger(name).addFilter(lambda record: not NOTES.search(record.getMessage()))
 
-CHECKPOINT_OPTIONS = (*NETWORK_OPTIONS, "mean", "std")
 LoggerName = Literal["tensorboard", "csv", "wandb"]
 # Options of training besides model, data and trainer; testing accepts them, so that one YAML file serves both.
 TRAINING_OPTIONS: dict[str, tuple[Any, Any, str]] = {
@@ -118,7 +114,7 @@ class CommandLine(LightningCLI):
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"description": description, "default_env": False},
+            parser_kwargs={"description": description, "default_env": False, "allow_abbrev": False},
             trainer_defaults={"use_distributed_sampler": False, "callbacks": [*progress, BadVideos()]},
             run=False,
             args=with_config_files(words),
@@ -148,19 +144,14 @@ class CommandLine(LightningCLI):
         Its weights fit at every alpha, so another alpha in the YAML file would silently change the network.
         """
         try:
-            verify(path)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            # Older checkpoints do not name what there was no choice of.
-            known = {"downsample": "conv", "round_to": 1} | checkpoint["hyper_parameters"]
-            trained = {key: known[key] for key in CHECKPOINT_OPTIONS}
+            checkpoint = read_training_checkpoint(path, mmap=True)
         except FileNotFoundError as error:
             raise UserError(f"{option} {path}: no such file") from error
-        except DamagedCheckpointError as error:
+        except UserError as error:
             raise UserError(f"{option} {error}") from error
-        except (RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError, OSError) as error:
-            raise UserError(f"{option} {path}: not a checkpoint of train_net.py: {error}") from error
+        trained = checkpoint.options | {key: checkpoint.recorded[key] for key in ("mean", "std")}
         options = self.config["model"]
-        for key in CHECKPOINT_OPTIONS:
+        for key in trained:
             given = any(argument.split("=")[0] == f"--model.{key}" for argument in self.words)
             if not given and options[key] != trained[key]:
                 print(f"model.{key} {trained[key]} taken from the checkpoint (config says {options[key]})")

@@ -82,7 +82,7 @@ def _stage(trainer: Trainer) -> str:
 
 
 class Throughput(Callback):
-    """Measures what a training epoch spends on data and on computing, and prints a line of advice after it.
+    """Measures what a training epoch spends on data and on computing, and prints advice when the balance changes.
 
     Logs, for an average step (of one batch), `train/step_seconds` (forward, backward, optimiser), `train/data_seconds`
     (until the next batch is on the device) and `train/clips_per_second` (of both together, on all processes; printed
@@ -94,6 +94,7 @@ class Throughput(Callback):
     """
 
     WARMUP_STEPS = 5
+    _bound = ""
     SAMPLED = 7  # shares no factor with usual numbers of accumulated batches
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,7 +142,7 @@ class Throughput(Callback):
         print(f"{epoch}{to_go} ({step_seconds:.2g} s a step, {num_steps} steps an epoch)", flush=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs, and prints one line; nothing after an epoch of the first steps only or without clips."""
+        """Logs, unless no step was timed; prints what limits the speed where that has changed."""
         steps = self._steps[self.WARMUP_STEPS :]
         timed = [seconds for *_, seconds in steps if seconds is not None]
         seconds, clips = sum(step[0] for step in steps), sum(step[1] for step in steps)
@@ -162,7 +163,8 @@ class Throughput(Callback):
                 f"{model_rate} ({waited}): raise data.num_workers, or re-encode the videos with "
                 "tools/prepare_data.py --reencode"
             )
-        if trainer.is_global_zero:
+        bound, self._bound = self._bound, advice.partition(":")[0]
+        if trainer.is_global_zero and bound != self._bound:
             print(advice, flush=True)
 
 

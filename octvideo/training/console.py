@@ -8,19 +8,16 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from octvideo.data.module import VideoData
 from octvideo.models.cost import count_macs, count_parameters
 
-# The figures of an epoch's line: the metric, and how it is printed.
-FIGURES = {
-    "train/loss": "loss {:.4g}",
-    "train/top1": "top-1 {:.1%}",
-    "val/loss": "val loss {:.4g}",
-    "val/top1": "val top-1 {:.1%}",
-    "val/top5": "val top-5 {:.1%}",
-    "learning_rate": "lr {:.3g}",
-    "train/clips_per_second": "{:.3g} clips/s",
-    "train/memory_gib": "{:.3g} GiB",
-}
+# An epoch's line: groups of metrics, and how each is printed.
+FIGURES: tuple[dict[str, str], ...] = (
+    {"train/loss": "loss {:.3g}", "train/top1": "top1 {:.1%}"},
+    {"val/loss": "loss {:.3g}", "val/top1": "top1 {:.1%}", "val/top5": "top5 {:.1%}"},
+    {"learning_rate": "lr {:.2g}"},
+    {"train/clips_per_second": "{:.4g} clips/s"},
+)
 
 
 class RunSummary(callbacks.Callback):
@@ -30,8 +27,8 @@ class RunSummary(callbacks.Callback):
         """Counts the network's cost, before it is sharded."""
         if stage != "fit" or not trainer.is_global_zero:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        size = (3, data.clip_frames, data.crop_size, data.crop_size)
+        clips = self._data(trainer).preprocessing
+        size = (3, clips.clip_frames, clips.crop_size, clips.crop_size)
         network: Any = pl_module.network
         options = pl_module.hparams
         alpha = "per layer" if isinstance(options["alpha"], dict) else options["alpha"]
@@ -40,11 +37,17 @@ class RunSummary(callbacks.Callback):
             f"{count_macs(network, size) / 1e9:.3g} GMACs a clip of {' x '.join(map(str, size[1:]))}"
         )
 
+    @staticmethod
+    def _data(trainer: Trainer) -> VideoData:
+        data = getattr(trainer, "datamodule", None)
+        assert isinstance(data, VideoData)
+        return data
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints, after the sanity check."""
         if not trainer.is_global_zero:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = self._data(trainer)
         videos = [
             f"{len(data.read(f'{split}_list').paths):,} {name}"
             for split, name in (("train", "training"), ("val", "validation"))
@@ -61,7 +64,7 @@ class RunSummary(callbacks.Callback):
 
 
 class EpochLines(callbacks.Callback):
-    """Prints one line an epoch, of at most 120 columns; an epoch resumed in the middle says from which batch."""
+    """Prints one line an epoch, of at most 120 columns. Bad videos and memory are reported elsewhere."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits for the first batch."""
@@ -78,17 +81,21 @@ class EpochLines(callbacks.Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints."""
-        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        shown = [name for name in FIGURES if name in metrics and (self._validated or not name.startswith("val/"))]
-        figures = [FIGURES[name].format(metrics[name]) for name in shown]
-        if bad := sum(metrics.get(f"{stage}/bad_videos", 0) for stage in ("train", "val")):
-            figures.append(f"{bad:.0f} bad videos")
+        metrics = {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if self._validated or not name.startswith("val/")
+        }
         epoch = f"epoch {trainer.current_epoch + 1}"
         epoch += f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""  # -1 trains until max_steps
-        epoch += f" from batch {self._first + 1}" if self._first else ""
+        line = [epoch + (f" from batch {self._first + 1}" if self._first else "")]
+        for group in FIGURES:
+            shown = [form.format(metrics[name]) for name, form in group.items() if name in metrics]
+            if shown:
+                line.append(" ".join(["val", *shown] if "val/top1" in group else shown))
         self._first, self._validated = None, False
         if trainer.is_global_zero:
-            print("  ".join([epoch, *figures]), flush=True)
+            print("  ".join(line), flush=True)
 
 
 class ProgressBar(callbacks.ProgressBar):

@@ -175,6 +175,8 @@ class PreciseBatchNorm(Callback):
                     stack.callback(average._swap_models, module)
             stack.enter_context(trainer.precision_plugin.forward_context())
             clips = estimate_statistics(module, batches(), module)
-        self._estimated_at = trainer.global_step
-        if trainer.is_global_zero:
-            print(f"precise BN: statistics of {clips} clips in {perf_counter() - start:.0f} s", flush=True)
+        first, self._estimated_at = self._estimated_at < 0, trainer.global_step
+        if first and trainer.is_global_zero:
+            print(
+                f"precise BN: {perf_counter() - start:.0f} s an epoch for the statistics of {clips} clips", flush=True
+            )
