@@ -306,12 +306,14 @@ def test_frozen_parts_keep_weights_and_statistics():
 
 def test_sub_batches_have_the_clips_of_a_batch_at_full_size():
     """In training, and in batches of another size that batch-norm statistics are estimated from."""
-    recognizer = small(normalization="sub", batch_size=4)
+    recognizer = small(normalization="sub", batch_size=4).train()
     norms = [module for module in recognizer.network.modules() if isinstance(module, SubBatchNorm)]
     assert len(norms) == 53
     for clips, splits in ((8, 2), (3, 1), (12, 3), (4, 1)):
         recognizer(torch.zeros(clips, 3, 2, 32, 32, dtype=torch.uint8))
-        assert {norm.splits for norm in norms} == {splits}
+        assert {norm.num_batches_tracked.item() for norm in norms} == {splits}
+        for norm in norms:
+            norm.reset_running_stats()
 
 
 def test_recomputed_blocks_and_compiled_networks_are_switched_on():

@@ -23,7 +23,7 @@ from octvideo.data.loading import Batch
 from octvideo.data.module import VideoData
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
-from octvideo.layers.normalization import SubBatchNorm, normalize
+from octvideo.layers.normalization import normalize
 from octvideo.models.recomputation import recompute as recompute_blocks
 from octvideo.models.scoring import score_clips, top_hits
 from octvideo.models.zoo import create_model
@@ -112,13 +112,13 @@ class Recognizer(LightningModule):
         defaults = cast(dict[str, Any], create_model.__kwdefaults__)
         network = defaults | network | {"alpha": alpha, "num_classes": num_classes}
         self.save_hyperparameters(ignore=["weights", "channels_last"])
-        normalize(self.network, normalization)
+        normalize(
+            self.network, normalization, clips_per_part=(sub_batch or batch_size) if normalization == "sub" else None
+        )
         for pattern in freeze or ():
             self._freeze(pattern)
         if recompute:
             recompute_blocks(self.network)
-        self._sub_norms = [module for module in self.network.modules() if isinstance(module, SubBatchNorm)]
-        self.sub_batch = sub_batch or batch_size
         accuracies = (MulticlassAccuracy(num_classes, k, average="micro") for k in (1, 1, min(5, num_classes)))
         self.train_top1, self.val_top1, self.val_top5 = accuracies
         self.val_loss = MeanMetric()
@@ -137,8 +137,6 @@ class Recognizer(LightningModule):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (B, num_classes) of clips (B, C, T, H, W) in uint8 RGB, which are normalised here, on the device."""
-        for norm in self._sub_norms:
-            norm.splits = max(1, len(clips) // (self.sub_batch or len(clips)))
         return self.network(self.preprocessing.normalize(clips))
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
