@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from octvideo.errors import UserError
 
 with warnings.catch_warnings():  # fvcore, below pytorchvideo, still calls torch.jit.script
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")
     from pytorchvideo.models.csn import create_csn
     from pytorchvideo.models.net import MultiPathWayWithFuse, Net
     from pytorchvideo.models.r2plus1d import create_r2plus1d
