@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from networks import settle
+from pytorchvideo.models import resnet, slowfast, x3d
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +43,16 @@ def every_test_compiles_anew():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def two_blocks_a_stage(monkeypatch):
+    """Compilers take a minute for what is in each stage twice: the first block, with its shortcut, and another."""
+    for module in (resnet, slowfast):
+        monkeypatch.setitem(module._MODEL_STAGE_DEPTH, 50, (2, 2, 2, 2))
+    monkeypatch.setattr(x3d, "round_repeats", lambda repeats, factor: 2)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_blocks_a_stage")
 @pytest.mark.parametrize(("name", "size"), [("i3d_r50", "odd"), ("slowfast_r50", "odd"), ("x3d_s", "even")])
 def test_compiles_without_graph_breaks_in_evaluation(name, size):
     network, clip = network_and_clip(name, SIZES[size])
@@ -52,6 +62,7 @@ def test_compiles_without_graph_breaks_in_evaluation(name, size):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_blocks_a_stage")
 @pytest.mark.parametrize(("name", "alpha"), [("i3d_r50", 0.25), ("slowfast_r50", ONE_STAGE), ("x3d_s", ONE_STAGE)])
 def test_compiles_without_graph_breaks_in_training(name, alpha):
     network, clip = network_and_clip(name, SIZES["even"], alpha=alpha)
@@ -66,6 +77,7 @@ def test_compiles_without_graph_breaks_in_training(name, alpha):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_blocks_a_stage")
 @pytest.mark.parametrize(
     ("name", "size", "alpha", "strict"),
     [
@@ -89,6 +101,7 @@ def test_exports_for_any_batch(name, size, alpha, strict):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_blocks_a_stage")
 @pytest.mark.parametrize(
     ("name", "size", "alpha"),
     [("i3d_r50", "odd", 0.25), ("slowfast_r50", "even", ONE_STAGE), ("x3d_s", "odd", ONE_STAGE)],
