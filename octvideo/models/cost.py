@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.types import Device
 from torch.utils.flop_counter import FlopCounterMode
 
 from octvideo.errors import UserError
 
 Call = Callable[[], Any]
+Device = str | torch.device
 
 
 def count_macs(model: nn.Module, clip_size: Sequence[int] = (3, 8, 224, 224)) -> int:
