@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from memory import count_saved_bytes, measure_peak_bytes
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -50,15 +51,7 @@ import octvideo
 from octvideo import MODELS, Octaves, OctConv3d, create_model
 from octvideo.commands.options import Parser, clip_size, fail, number, one_of, several
 from octvideo.files import appearing
-from octvideo.models.cost import (
-    count_macs,
-    count_macs_of,
-    count_parameters,
-    count_saved_bytes,
-    hardware,
-    measure_peak_bytes,
-    time_interleaved,
-)
+from octvideo.models.cost import count_macs, count_macs_of, count_parameters, hardware, time_interleaved
 
 Size = tuple[int, int, int]
 Row = dict[str, Any]

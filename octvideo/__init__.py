@@ -13,20 +13,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MODELS", "OctConv2d", "OctConv3d", "Octaves", "create_model", "fuse", "octavize", "predict"]
 
-_HOMES = {
-    "MODELS": "octvideo.models.zoo",
-    "OctConv2d": "octvideo.layers.convolution",
-    "OctConv3d": "octvideo.layers.convolution",
-    "Octaves": "octvideo.layers.octaves",
-    "create_model": "octvideo.models.zoo",
-    "fuse": "octvideo.models.fuse",
-    "octavize": "octvideo.models.octavize",
-    "predict": "octvideo.evaluation.prediction",
-}
+_HOMES = ("layers.convolution", "models.octavize", "models.fuse", "models.zoo", "evaluation.prediction")
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: the command line must set up its process before PyTorch starts."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    modules = (importlib.import_module(f"octvideo.{home}") for home in _HOMES)  # up to the first that has it
+    return next(getattr(module, name) for module in modules if hasattr(module, name))

@@ -12,18 +12,12 @@ class ListError(UserError):
 
 
 class DecodeError(UserError):
-    """A video that cannot be decoded.
-
-    Args:
-        path: the file.
-        reason: what is wrong with it, in one line.
-    """
+    """A video that cannot be decoded: its path, and the reason in one line."""
 
     def __init__(self, path: str, reason: str = "") -> None:
         # A loader's worker process rebuilds an error from its message alone.
         super().__init__(f"{path}: {reason}" if reason else path)
-        self.path = path
-        self.reason = reason
+        self.path, self.reason = path, reason
 
     def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str]]:
         return type(self), (self.path, self.reason)

@@ -10,7 +10,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +24,7 @@ SEAL_BYTES = len(MARK) + hashlib.sha256().digest_size
 
 
 def blocks(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """The content of a file, a megabyte at a time; raises OSError where it cannot be read."""
+    """The content of a file, a megabyte at a time."""
     with open(path, "rb") as file:
         yield from iter(partial(file.read, BLOCK_BYTES), b"")
 
@@ -33,8 +33,8 @@ def blocks(path: str | os.PathLike[str]) -> Iterator[bytes]:
 def appearing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Yields the name of a temporary file beside a path; at the end, what was written there takes the path's place.
 
-    A program killed at any moment leaves the old file or the new one, and at most the temporary one (by default hidden,
-    for `remove_partial` to find). File and folder are forced to the disk, so that a power cut cannot undo it.
+    Forced to the disk: a program killed at any time leaves the old file or the new one, and at most the temporary one,
+    which is hidden by default, for `remove_partial` to find.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary or path.with_name(f".{os.getpid()}{PARTIAL}")
@@ -53,12 +53,6 @@ def appearing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)  # os.replace leaves it where it is another hard link to the path's old file
-
-
-def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Writes parts of bytes to a file, by way of path + ".tmp"; raises OSError, and then the old file is unchanged."""
-    with appearing(path, path.with_name(path.name + ".tmp")) as temporary, temporary.open("wb") as file:
-        file.writelines(parts)
 
 
 def point_to(name: Path, target: Path, symbolic: bool = False) -> None:
@@ -89,7 +83,7 @@ def remove_partial(folder: Path) -> None:
 def lock(path: Path) -> BinaryIO | None:
     """Locks a file, made if need be, until it is closed or this process ends; None if another process holds it.
 
-    Child processes do not inherit the lock. Where the file system has no locks there is no guard.
+    Child processes do not inherit the lock. On a file system without locks the file is open, but not locked.
     """
     file = path.open("ab")
     try:
@@ -102,42 +96,31 @@ def lock(path: Path) -> BinaryIO | None:
 
 
 def seal(archive: memoryview) -> bytes:
-    """What to write behind the bytes of torch.save's zip archive: a comment in it, with the checksum of all of them.
-
-    The archive's own checksums do not cover its directory, where a flipped bit can pass one record off as another.
-    """
+    """A zip comment with a checksum, to write behind an archive of torch.save, whose own do not cover its directory."""
     archive[-2:] = SEAL_BYTES.to_bytes(2, "little")  # the length of the comment, which torch.save leaves empty
     return MARK + hashlib.sha256(archive).digest()
 
 
 def verify(path: str | Path) -> None:
-    """Reads a whole checkpoint and compares its checksum.
-
-    Files without a `seal` are checked by their zip archive's own checksums, which finds every truncation and every
-    change of a tensor.
-
-    Raises:
-        DamagedCheckpointError: the file is truncated, changed or cannot be read; the message says which.
-        FileNotFoundError: there is no such file.
-    """
+    """Reads a checkpoint and compares its `seal`, or zip checksums; FileNotFoundError or DamagedCheckpointError."""
+    reason = ""
     try:
         with open(path, "rb") as file:
             content = os.fstat(file.fileno()).st_size - SEAL_BYTES
             file.seek(max(content, 0))
             end = file.read()
+            file.seek(0)
             if end.startswith(MARK):
-                file.seek(0)
                 digest = hashlib.sha256()
                 while chunk := file.read(min(content - file.tell(), BLOCK_BYTES)):
                     digest.update(chunk)
                 reason = "" if end == MARK + digest.digest() else "its bytes are not those that were written"
-            else:
-                with zipfile.ZipFile(file) as archive:
-                    if archive.comment or not end.endswith(b"\0\0"):  # torch.save's comment is empty: its length is 0
-                        reason = "its checksum is torn"
-                    else:
-                        record = archive.testzip()
-                        reason = f"the record {record} is not what was written" if record else ""
+            elif (archive := zipfile.ZipFile(file)).comment or not end.endswith(
+                b"\0\0"
+            ):  # torch.save's comment is empty
+                reason = "its checksum is torn"
+            elif record := archive.testzip():
+                reason = f"the record {record} is not what was written"
     except FileNotFoundError:
         raise
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:

@@ -20,7 +20,8 @@ from networks import settle
 from octvideo import create_model
 from octvideo.data.module import VideoData
 from octvideo.data.motions import CLASSES, make_data_set, write_video
-from octvideo.models.checkpoint import read_labels, read_preprocessing
+from octvideo.data.preprocessing import Preprocessing
+from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.cost import count_macs
 from octvideo.training.precise_bn import estimate_statistics
 
@@ -142,9 +143,10 @@ def test_a_run_writes_options_logs_and_checkpoints(trained):
 
 
 def test_checkpoints_hold_labels_and_preprocessing(trained):
-    path = trained / "checkpoints" / "best.ckpt"
-    assert read_labels(path) == list(CLASSES)
-    preprocessing = read_preprocessing(path)
+    found = read_training_checkpoint(trained / "checkpoints" / "best.ckpt")
+    assert found.labels == list(CLASSES)
+    parameters = found.content["hyper_parameters"]
+    preprocessing = found.content["VideoData"]["preprocessing"] | {key: parameters[key] for key in ("mean", "std")}
     assert preprocessing.pop("short_side") in ((32, 36), [32, 36])
     assert preprocessing == {
         "clip_frames": 4,
@@ -198,8 +200,8 @@ def test_a_checkpoint_without_labels_or_later_options_is_still_tested_and_gone_o
     for option in ("downsample", "round_to"):
         del checkpoint["hyper_parameters"][option]
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    assert read_labels(tmp_path / "old.ckpt") is None
-    assert read_preprocessing(tmp_path / "old.ckpt") == {"mean": 0.45, "std": 0.225}
+    found = read_training_checkpoint(tmp_path / "old.ckpt")
+    assert (found.labels, found.preprocessing) == (None, Preprocessing(mean=0.45, std=0.225))
     (tmp_path / "lists").mkdir()
     for name in ("train.csv", "val.csv"):  # no labels.txt beside them
         (tmp_path / "lists" / name).write_text((motions / name).read_text())

@@ -7,13 +7,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import count_saved_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from octvideo import Octaves, OctConv2d, OctConv3d
 from octvideo.layers.paths import Kernel, Paths
 from octvideo.layers.resampling import add_upsampled, average_pool, lay_channels_last, upsample
-from octvideo.models.cost import count_saved_bytes
 
 DOUBLE = {"dtype": torch.float64}
 LAYERS = {

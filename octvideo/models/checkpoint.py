@@ -22,35 +22,19 @@ NETWORK_OPTIONS = (
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """What a checkpoint of train_net.py says about its network.
+    """What a checkpoint of train_net.py says about its network."""
 
-    Attributes:
-        options: what `octvideo.create_model` made the network from: `NETWORK_OPTIONS`.
-        recorded: the options of `Preprocessing` that the file holds; only mean and std if it holds no data options.
-        labels: class names by index; None if the file has none.
-        tensors: the state_dict of the Lightning module, whose network is `network`.
-        content: all of the file: epoch, global_step, optimizer_states, callbacks ...
-    """
-
-    options: dict[str, Any]
-    recorded: dict[str, Any]
-    labels: list[str] | None
-    tensors: dict[str, Tensor]
-    content: dict[str, Any]
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How the network wants its clips, with defaults for what is not recorded."""
-        return Preprocessing.from_mapping(self.recorded)
+    options: dict[str, Any]  # what `octvideo.create_model` made the network from: `NETWORK_OPTIONS`
+    preprocessing: Preprocessing  # how it wants its clips, with defaults for what is not recorded
+    labels: list[str] | None  # class names by index
+    tensors: dict[str, Tensor]  # the state_dict of the Lightning module, whose network is `network`
+    content: dict[str, Any]  # all of the file: epoch, global_step, optimizer_states, callbacks ...
 
 
 def read_training_checkpoint(path: str | Path, mmap: bool = False) -> TrainingCheckpoint:
-    """Opens a checkpoint of train_net.py of any version, whole; with mmap, tensors are read when they are used.
+    """Opens a checkpoint of train_net.py of any version; with mmap, tensors are read when they are used.
 
-    Raises:
-        FileNotFoundError: no such file.
-        DamagedCheckpointError: a truncated or changed file.
-        UserError: a file of another kind.
+    Raises FileNotFoundError, DamagedCheckpointError (truncated or changed), or UserError for a file of another kind.
     """
     verify(path)
     content = read_checkpoint(path, mmap)
@@ -60,59 +44,37 @@ def read_training_checkpoint(path: str | Path, mmap: bool = False) -> TrainingCh
         options = {key: known[key] for key in NETWORK_OPTIONS}
         data = content.get("VideoData") or {}  # named after the class that wrote it
         recorded = data.get("preprocessing", {}) | {key: known[key] for key in ("mean", "std")}
-        return TrainingCheckpoint(options, recorded, data.get("labels"), content["state_dict"], content)
+        preprocessing = Preprocessing.from_mapping(recorded)
+        return TrainingCheckpoint(options, preprocessing, data.get("labels"), content["state_dict"], content)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: not a checkpoint of train_net.py: it has no {error}") from error
 
 
-def read_labels(path: str | Path) -> list[str] | None:
-    """Class names by index in a checkpoint of train_net.py; None if it has none. Errors: `read_training_checkpoint`."""
-    return read_training_checkpoint(path, mmap=True).labels
-
-
-def read_preprocessing(path: str | Path) -> dict[str, Any]:
-    """The options of `Preprocessing` that a checkpoint of train_net.py holds. Errors: `read_training_checkpoint`."""
-    return read_training_checkpoint(path, mmap=True).recorded
-
-
 @dataclass(frozen=True)
 class Trained:
-    """A trained network, ready for clips.
+    """A trained network, ready for clips."""
 
-    Args:
-        network: in evaluation mode; takes (B, 3, T, H, W), normalised by `normalize`, and gives (B, num_classes).
-        options: what `octvideo.create_model` made it from: name, alpha, num_classes ...
-        labels: class names by index; "class 3" where the checkpoint has none.
-        preprocessing: how it wants its clips.
-    """
-
-    network: nn.Module
-    options: dict[str, Any]
-    labels: list[str]
+    network: nn.Module  # in evaluation mode; takes (B, 3, T, H, W) from `normalize`, and gives (B, num_classes)
+    options: dict[str, Any]  # what `octvideo.create_model` made it from: name, alpha, num_classes ...
+    labels: list[str]  # class names by index; "class 3" where the checkpoint has none
     preprocessing: Preprocessing
 
     def normalize(self, clips: Tensor) -> Tensor:
-        """uint8 RGB clips (..., 3, T, H, W) as the network takes them; `Preprocessing.normalize`."""
+        """uint8 RGB clips (..., 3, T, H, W) as the network takes them."""
         return self.preprocessing.normalize(clips)
 
 
 def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
     """Opens the network of a checkpoint of train_net.py, with its averaged weights if any, channels last on the CPU.
 
-    Args:
-        path: the file; for errors see `read_training_checkpoint`.
-        alpha: as `octvideo.create_model`'s; None: as it was trained.
-
-    Raises:
-        UserError: also for weights that do not fit the network, or an impossible alpha.
+    `alpha` None is as trained. Raises as `read_training_checkpoint`, and UserError if alpha or weights do not fit.
     """
     checkpoint = read_training_checkpoint(path)
     if "VideoData" not in checkpoint.content:
         raise UserError(f"{path}: not a checkpoint of train_net.py: it has no 'VideoData'")
     options = checkpoint.options | ({} if alpha is None else {"alpha": alpha})
     network = create_model(**options, channels_last=True)
-    prefix = "network."
-    state = {k.removeprefix(prefix): v for k, v in checkpoint.tensors.items() if k.startswith(prefix)}
+    state = {k.partition(".")[2]: v for k, v in checkpoint.tensors.items() if k.startswith("network.")}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds, parameters, memory kept for the backward pass, seconds."""
+"""What a network costs: multiply-adds, parameters, seconds."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from octvideo.errors import UserError
+
+Call = Callable[[], Any]
+Device = str | torch.device
 
 
 def count_macs(model: nn.Module, clip_size: Sequence[int] = (3, 8, 224, 224)) -> int:
@@ -29,7 +31,7 @@ def count_macs(model: nn.Module, clip_size: Sequence[int] = (3, 8, 224, 224)) ->
     return count_macs_of(lambda: model(torch.empty((1, *clip_size), device="meta")))
 
 
-def count_macs_of(call: Callable[[], Any]) -> int:
+def count_macs_of(call: Call) -> int:
     """Multiply-adds of what a function runs, without gradients: of one layer on its input, for example."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
@@ -41,50 +43,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, each storage once, without parameters and buffers.
-
-    Counts what autograd saves: the clip where a convolution needs it, and under autocast the copies of weights; not
-    what an autograd function keeps in other ways than `save_for_backward`. `forward` runs the model with gradients on,
-    and returns something that depends on all it computed, such as a loss.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in chain(model.parameters(), model.buffers())}
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = forward()  # keeps the graph, or a storage freed meanwhile could be counted as another
-    del kept
-    return sum(size for pointer, size in saved.items() if pointer not in own)
-
-
-def measure_peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes of CUDA memory that a call needs, beyond those allocated before it."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def time_interleaved(
-    calls: Sequence[Callable[[], Any]],
-    *,
-    rounds: int,
-    warmup: int = 1,
-    device: str | torch.device = "cpu",
-    after_each: Callable[[], Any] = lambda: None,
+    calls: Sequence[Call], *, rounds: int, warmup: int = 1, device: Device = "cpu", after_each: Call = lambda: None
 ) -> list[list[float]]:
-    """Seconds that each of several functions takes, called in turn: A B C, A B C, ...
+    """Seconds that each of several functions takes in each of `rounds`, called in turn: A B C, A B C, ...
 
-    A machine that gets slower or faster does so for all of them, so ratios within a round stay true. `rounds` (at least
-    1) are measured, after `warmup` others; on "cuda" each measurement waits for the device; `after_each` call, outside
-    the measured time, progress can be shown.
+    A machine that gets slower or faster does so for all of them, so ratios within a round stay true. On "cuda" each
+    measurement waits for the device. `after_each` runs after every call, outside the measured time.
     """
     if rounds < 1 or warmup < 0:
         raise UserError(f"rounds must be at least 1 and warmup at least 0, got {rounds} and {warmup}")

@@ -31,23 +31,19 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Report:
-    """The alpha of every convolution of a network, and why some stayed vanilla; `print` it.
-
-    `replaced` names other modules that were replaced by equivalents, such as pytorchvideo's Swish.
-    """
+    """The alpha of every convolution of a network, and why some stayed vanilla; `print` it."""
 
     network: str
     assignments: tuple[Assignment, ...]
-    replaced: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()  # names of pytorchvideo's Swish modules, which became nn.SiLU
 
     def __str__(self) -> str:
         octave = sum(not assignment.reason for assignment in self.assignments)
         lines = [f"{self.network}: {octave} of {len(self.assignments)} convolutions are octave"]
         width = max((len(assignment.name) for assignment in self.assignments), default=0)
-        for assignment in self.assignments:
-            split = f"{assignment.channels - assignment.low} high + {assignment.low} low channels"
-            what = assignment.reason or f"alpha {assignment.alpha:g}: {split}"
-            lines.append(f"  {assignment.name:{width}}  {what}")
+        for part in self.assignments:
+            what = part.reason or f"alpha {part.alpha:g}: {part.channels - part.low} high + {part.low} low channels"
+            lines.append(f"  {part.name:{width}}  {what}")
         lines += [f"  {name:{width}}  replaced by nn.SiLU, the same function" for name in self.replaced]
         return "\n".join(lines)
 
@@ -65,44 +61,46 @@ def octavize(
     """Gives every nn.Conv2d and nn.Conv3d of a network an alpha, in place; the weights stay untouched.
 
     Calling it again sets every option anew; alpha 0 with the other options left out restores the vanilla network.
+    Otherwise the network's `octave_report` is a `Report`.
 
     Args:
-        model: any network of ordinary modules.
         alpha: share of low channels, in [0, 1]: a number for every convolution except those that read the network's
             input, lie inside attention layers, or have a stride or padding that would misalign the two maps; or
             {regex: number}, where the first regex found in a convolution's name (`named_modules`) decides, else 0.
         temporal: halve time as well as height and width (3-D convolutions).
         skip: a regex, or several, of names that stay at alpha 0 whatever `alpha` says.
-        downsample: "pool" makes every convolution that `alpha` covers average-pool for a spatial stride of 2 at alpha 0
-            too, as octave convolutions do: the fair control for an octave network.
-        channels_last: all convolutions, at alpha 0 too, use the channels_last memory format and run as 2-D ones where
-            they are factorised (1 x k x k, k x 1 x 1): faster, and equal up to rounding.
+        downsample: "pool" averages for a spatial stride of 2 at alpha 0 too, as octave convolutions do: a fair control.
+        channels_last: use that memory format, and run factorised convolutions as 2-D: faster, and equal up to rounding.
         round_to: rounds the number of low channels to a multiple; see `octvideo.layers.convolution.split_channels`.
 
-    Returns:
-        The same model. Unless it is vanilla, its `octave_report` is a `Report`.
-
-    Raises:
-        UserError: an option out of its range, groups that cannot be split, a regex that is invalid, matches no
-            convolution or gives an alpha to one that would misalign the maps, or a network with no convolution that
-            could become octave, such as a transformer; the network is unchanged.
+    Raises UserError, and changes nothing, for an invalid option or regex, for one that matches no convolution or does
+    not suit it, and for a network in which none could become octave, such as a transformer.
     """
     defaults = OctaveOptions(0, temporal, downsample, channels_last, round_to)
     plan = _plan(model, alpha, (skip,) if isinstance(skip, str) else tuple(skip), defaults)
     vanilla = not any(options.alpha for _, options, _ in plan) and downsample == "conv" and not channels_last
     for module, options, _ in plan:
         if octave := _octave_class(module):
-            _make_sizes_ints(module)
+            for name in ("kernel_size", "stride", "padding", "dilation", "_reversed_padding_repeated_twice"):
+                if not isinstance(value := getattr(module, name), str):  # pytorchvideo leaves numpy's integers,
+                    setattr(module, name, tuple(map(int, value)))  # which torch.compile cannot trace
             if not vanilla:
                 swap_class(module, octave)
                 module.set_options(options)
             elif type(module) is octave:
                 _restore(module)
-    replaced = _replace_swish(model, vanilla)
+    replaced = []
+    for name, layer in model.named_modules():
+        kind = original_class(layer)
+        if (kind.__module__, kind.__name__) == ("pytorchvideo.layers.swish", "Swish"):  # octaves cannot pass it
+            replaced.append(name)
+            swap_class(layer, kind if vanilla else nn.SiLU)
+            layer.__dict__.pop("inplace", None)
+            layer.__dict__.update({} if vanilla else {"inplace": False})
     model.__dict__.pop("octave_report", None)
     if not vanilla:
-        assignments = tuple(assignment for _, _, assignment in plan)
-        model.__dict__["octave_report"] = Report(type(model).__name__, assignments, replaced)
+        lines = tuple(line for *_, line in plan)
+        model.__dict__["octave_report"] = Report(type(model).__name__, lines, tuple(replaced))
     return model
 
 
@@ -110,13 +108,12 @@ def _plan(
     model: nn.Module, alpha: float | Mapping[str, float], skip: tuple[str, ...], defaults: OctaveOptions
 ) -> list[tuple[Any, OctaveOptions, Assignment]]:
     """Each convolution with its options and its line of the report; raises what octavize does, and changes nothing."""
-    convolutions: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)
-    }
+    modules: dict[str, Any] = dict(model.named_modules())
+    convolutions = {name: module for name, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd)}
     possible = [name for name, module in convolutions.items() if _octave_class(module)]
     attention = {  # compares tokens or positions with each other: all must be at one resolution
         layer: type(module).__name__
-        for layer, module in model.named_modules()
+        for layer, module in modules.items()
         if isinstance(module, nn.MultiheadAttention)
         or re.search(r"Attention(2d|3d)?$|^non_?local$", type(module).__name__, re.I)
     }
@@ -126,11 +123,10 @@ def _plan(
         raise UserError(f"{described} has no nn.Conv2d or nn.Conv3d that could become octave")
     for pattern in (*(alpha if isinstance(alpha, Mapping) else ()), *skip):
         try:
-            found = any(re.search(pattern, name) for name in possible)
+            if not any(re.search(pattern, name) for name in possible):
+                raise UserError(f"no convolution of {type(model).__name__} has a name that matches {pattern!r}")
         except re.error as error:
             raise UserError(f"invalid regex {pattern!r}: {error}") from error
-        if not found:
-            raise UserError(f"no convolution of {type(model).__name__} has a name that matches {pattern!r}")
 
     # The network's input is read by the first convolution, and by others of as few channels (RGB): SlowFast has two
     # stems. A network whose input has more than 4 channels is taken to have one.
@@ -138,7 +134,6 @@ def _plan(
     plan = []
     for name, module in convolutions.items():
         problem = misalignment(module, defaults.temporal)
-        around = next((kind for layer, kind in attention.items() if name.startswith(f"{layer}.")), None)
         share, reason = 0.0, ""
         if is_parametrized(module):
             reason = "its weight is parametrized"
@@ -151,8 +146,8 @@ def _plan(
             share, reason = (shares[0], "") if shares else (0.0, "no regex of alpha matches its name")
         elif module is first or module.in_channels == first.in_channels <= 4:
             reason = "it reads the network's input"
-        elif around:
-            reason = f"it is inside an attention layer, {around}"
+        elif around := [kind for layer, kind in attention.items() if name.startswith(f"{layer}.")]:
+            reason = f"it is inside an attention layer, {around[0]}"
         else:
             share, reason = (0.0, problem) if problem else (alpha, "")
         if share and problem:
@@ -166,8 +161,8 @@ def _plan(
         except UserError as error:
             raise UserError(f"{name}: {error}; skip it, or choose another alpha for it") from error
         channels, low = module.out_channels, options.split(module.out_channels)[1]
-        if not low:
-            reason = reason or (f"{channels} channels have no low one at alpha {share:g}" if share else "alpha 0")
+        if not low and not reason:
+            reason = f"{channels} channels have no low one at alpha {share:g}" if share else "alpha 0"
         plan.append((module, options, Assignment(name, channels, share, low, reason and f"left: {reason}")))
     if not isinstance(alpha, Mapping) and alpha > 0 and not any(options.alpha for _, options, _ in plan):
         lines = "; ".join(f"{left.name} is {left.reason}" for _, _, left in plan[:3])
@@ -178,12 +173,11 @@ def _plan(
 def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
     """The class that a convolution may take; a subclass of nn.Conv2d or nn.Conv3d must convolve as its base does."""
     kind: Any = type(module)
-    if is_parametrized(module) or isinstance(module, LazyModuleMixin):  # their classes have other work
-        return None
-    for plain, octave in ((nn.Conv2d, OctConv2d), (nn.Conv3d, OctConv3d)):
-        as_base = kind.forward is plain.forward and kind._conv_forward is plain._conv_forward
-        if kind is octave or (isinstance(module, plain) and as_base):
-            return octave
+    if not (is_parametrized(module) or isinstance(module, LazyModuleMixin)):  # their classes have other work
+        for plain, octave in ((nn.Conv2d, OctConv2d), (nn.Conv3d, OctConv3d)):
+            as_base = kind.forward is plain.forward and kind._conv_forward is plain._conv_forward
+            if kind is octave or (isinstance(module, plain) and as_base):
+                return octave
     return None
 
 
@@ -194,27 +188,3 @@ def _restore(module: nn.Module) -> None:
     module.__class__ = bases.get(type(module), type(module))
     for name in vars(OctConv2d(1, 1, 1, device="meta")).keys() - vars(nn.Conv2d(1, 1, 1, device="meta")).keys():
         module.__dict__.pop(name, None)
-
-
-def _replace_swish(model: nn.Module, vanilla: bool) -> tuple[str, ...]:
-    """Replaces pytorchvideo's Swish, an autograd function that octaves cannot pass, by nn.SiLU, or restores it."""
-    names = []
-    for name, module in model.named_modules():
-        kind = original_class(module)
-        if (kind.__module__, kind.__name__) == ("pytorchvideo.layers.swish", "Swish"):
-            names.append(name)
-            if vanilla:
-                restore_class(module)
-                module.__dict__.pop("inplace", None)
-            else:
-                swap_class(module, nn.SiLU)
-                module.__dict__["inplace"] = False
-    return tuple(names)
-
-
-def _make_sizes_ints(module: nn.Module) -> None:
-    """pytorchvideo leaves numpy integers, which torch.compile cannot trace."""
-    for name in ("kernel_size", "stride", "padding", "dilation", "_reversed_padding_repeated_twice"):
-        value = getattr(module, name)
-        if not isinstance(value, str):
-            setattr(module, name, tuple(int(entry) for entry in value))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -26,11 +26,7 @@ class _Recomputed(nn.Module):
             return block(x)
         if torch.compiler.is_compiling():  # updates statistics once however often it computes, and has no contexts
             return checkpoint(block, x, use_reentrant=False)
-
-        def contexts() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), _spare_buffers(self)
-
-        return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _spare_buffers(self)))
 
 
 class RecomputedResBlock(_Recomputed, ResBlock):  # type: ignore[misc]
@@ -38,45 +34,33 @@ class RecomputedResBlock(_Recomputed, ResBlock):  # type: ignore[misc]
 
 
 class RecomputedNonLocalResBlock(_Recomputed, NonLocalResBlock):
-    """A residual block with a non-local block behind it, both computed again in the backward pass."""
+    """A residual block and the non-local block behind it, both computed again in the backward pass."""
 
 
 def recompute(network: nn.Module) -> int:
-    """Switches on activation checkpointing for the residual and non-local blocks of a network, in place.
+    """Switches on activation checkpointing for a network's residual and non-local blocks, in place; returns how many.
 
     In training, only a block's input is kept for the backward pass, which costs another forward pass of the blocks.
     Gradients, batch-norm statistics and dropout are the same, bit for bit; names, weights and state_dict stay. Where
     torch.compile breaks the graph inside a block, statistics are updated twice a step: compile such networks without.
-
-    Args:
-        network: one of `octvideo.models.zoo`, or any with pytorchvideo's `ResBlock`s.
-
-    Returns:
-        The number of blocks.
-
-    Raises:
-        UserError: the network has none.
+    Raises UserError for a network without pytorchvideo's `ResBlock`s.
     """
     kinds = {ResBlock: RecomputedResBlock, NonLocalResBlock: RecomputedNonLocalResBlock}
     for module in network.modules():
         swap_class(module, kinds.get(type(module), type(module)))
     count = sum(isinstance(module, _Recomputed) for module in network.modules())
-    if count == 0:
+    if not count:
         raise UserError(f"{type(network).__name__} has no residual blocks (pytorchvideo's ResBlock) to recompute")
     return count
 
 
-@contextlib.contextmanager
+@contextmanager
 def _spare_buffers(block: nn.Module) -> Iterator[None]:
-    """Gives the block copies of its buffers to write to: the forward pass has already updated the running statistics.
-
-    (Without any, batch norms would keep fewer tensors than in the forward pass, which checkpointing refuses.)
-    """
-    places = [(module, *place) for module in block.modules() for place in module.named_buffers(recurse=False)]
-    for module, name, buffer in places:
-        setattr(module, name, buffer.clone())
-    try:
+    # The forward pass has already updated the running statistics, so the block gets copies to write to. Without any,
+    # batch norms would keep fewer tensors than in the forward pass, which checkpointing refuses.
+    with ExitStack() as stack:
+        for module in block.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                stack.callback(setattr, module, name, buffer)
+                setattr(module, name, buffer.clone())
         yield
-    finally:
-        for module, name, buffer in places:
-            setattr(module, name, buffer)

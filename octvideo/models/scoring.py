@@ -7,12 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-CLIPS_PER_PASS = 10  # enough to fill a GPU
-
 
 def score_clips(network: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
-    """Softmax probabilities (N, num_classes) in float32 of clips (N, C, T, H, W), CLIPS_PER_PASS at a time; N >= 1."""
-    return torch.cat([network(part).float() for part in clips.split(CLIPS_PER_PASS)]).softmax(1)
+    """Softmax probabilities (N, num_classes) in float32 of clips (N, C, T, H, W), 10 at a time, which fill a GPU."""
+    return torch.cat([network(part).float() for part in clips.split(10)]).softmax(1)
 
 
 def top_hits(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

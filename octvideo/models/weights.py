@@ -14,12 +14,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from octvideo.errors import UserError
 
-WRAPPERS = ("module", "network", "model")  # what DDP, Lightning modules and others put before every name
-CONTAINERS = ("state_dict", "model_state", "model")  # keys under which a checkpoint keeps its tensors
-SHOWN = 6  # names that a report lists of each kind
 # From our names to other projects'. A name is first written "stage.pathway.rest" (1 the stem, 2 to 5 the stages, 6 the
 # head), then all patterns are applied in order; a name that still starts with a digit has no counterpart.
 PYSLOWFAST: tuple[tuple[str, str], ...] = (
@@ -43,17 +41,11 @@ PYSLOWFAST: tuple[tuple[str, str], ...] = (
     (r"^6\.0\.proj", "head.projection"),
 )
 IMAGE_RESNET = (  # torchvision's and timm's
-    (r"^1\.0\.conv", "conv1"),
-    (r"^1\.0\.norm", "bn1"),
-    (r"^2\.0\.res_blocks", "layer1"),
-    (r"^3\.0\.res_blocks", "layer2"),
-    (r"^4\.0\.res_blocks", "layer3"),
-    (r"^5\.0\.res_blocks", "layer4"),
+    (r"^1\.0\.(conv|norm)", r"\g<1>1"),
+    *((rf"^{stage}\.0\.res_blocks", f"layer{stage - 1}") for stage in (2, 3, 4, 5)),
     (r"branch1_conv", "downsample.0"),
     (r"branch1_norm", "downsample.1"),
-    (r"branch2\.(conv|norm)_a", r"\g<1>1"),
-    (r"branch2\.(conv|norm)_b", r"\g<1>2"),
-    (r"branch2\.(conv|norm)_c", r"\g<1>3"),
+    *((rf"branch2\.(conv|norm)_{letter}", rf"\g<1>{number}") for number, letter in enumerate("abc", 1)),
     (r"norm(\d)", r"bn\1"),
     (r"^6\.0\.proj", "fc"),
 )
@@ -70,31 +62,20 @@ class LoadReport:
 
     Each of the model's parameters and floating-point buffers is named in one of `matched`, `inflated`, `joined` and
     `missing`. (Batch norms' num_batches_tracked is loaded, but not listed.)
-
-    Attributes:
-        path: the checkpoint.
-        source: the project or kind of network that its names belong to.
-        matched: loaded as they are.
-        inflated: loaded from a 2-D weight, spread over the frames of a temporal kernel.
-        joined: made of several tensors: an octave layer's four blocks, or a norm folded into its convolution.
-        skipped: why tensors were not loaded, by their name in the model, or in the file if the model has none.
-        missing: kept the values they had.
     """
 
     path: str
-    source: str
-    matched: tuple[str, ...]
-    inflated: tuple[str, ...]
-    joined: tuple[str, ...]
-    skipped: Mapping[str, str]
-    missing: tuple[str, ...]
+    source: str  # the project or kind of network that its names belong to
+    matched: tuple[str, ...]  # loaded as they are
+    inflated: tuple[str, ...]  # loaded from a 2-D weight, spread over the frames of a temporal kernel
+    joined: tuple[str, ...]  # of several tensors: an octave layer's four blocks, or a norm folded into its convolution
+    skipped: Mapping[str, str]  # why, by the tensor's name in the model, or in the file if the model has none
+    missing: tuple[str, ...]  # kept the values they had
 
     def __str__(self) -> str:
         loaded = len(self.matched) + len(self.inflated) + len(self.joined)
-        text = (
-            f"weights from {self.path} ({self.source}): {loaded} of {loaded + len(self.missing)} tensors: "
-            f"{len(self.matched)} matched, {len(self.inflated)} inflated, {len(self.joined)} joined"
-        )
+        counts = f"{len(self.matched)} matched, {len(self.inflated)} inflated, {len(self.joined)} joined"
+        text = f"weights from {self.path} ({self.source}): {loaded} of {loaded + len(self.missing)} tensors: {counts}"
         if self.skipped:
             text += f"\n  skipped: {_some(f'{name} ({reason})' for name, reason in self.skipped.items())}"
         if untouched := [name for name in self.missing if name not in self.skipped]:
@@ -103,7 +84,7 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean", "center"] = "mean") -> LoadReport:
-    """Loads a checkpoint into a network, in place, and prints what became of its tensors.
+    """Loads a file of torch.save into a network, in place, and prints what became of its tensors.
 
     Recognised by their names: octvideo's checkpoints and any plain state dict; pytorchvideo's; PySlowFast's; octave
     networks that keep a layer's four blocks as separate convolutions (conv_h2h, conv_l2h, conv_h2l, conv_l2l); 2-D
@@ -111,17 +92,12 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
     alpha, and give the results they gave at the alpha they were trained at. (Octave ResNets of four blocks pool for a
     stride of 2 in their vanilla stage too: `octavize(resnet50, {"layer[123]": 0.5, "layer4": 0}, downsample="pool")`.)
 
-    A tensor of another shape is skipped; so is the whole classifier if its classes differ.
+    A tensor of another shape is skipped; so is the whole classifier if its classes differ. Inflating by "mean" gives
+    each frame of a temporal kernel the 2-D weight over the number of frames, so that a still clip gives what the image
+    gave; "center" puts it in the middle frame, with zeros around it.
 
-    Args:
-        model: a network of `create_model`, or any other whose names the checkpoint has.
-        path: a file written by torch.save.
-        inflate: "mean" gives each frame of a temporal kernel the 2-D weight over the number of frames, so that a still
-            clip gives what the image gave; "center" puts it in the middle frame, with zeros around it.
-
-    Raises:
-        UserError: a file that torch.load(weights_only=True) cannot read or without tensors, an unknown `inflate`, or
-            values for fewer than half of the tensors that such a checkpoint can hold; then the model is unchanged.
+    Raises UserError for a file that torch.load(weights_only=True) cannot read or without tensors, and for values for
+    fewer than half of the tensors that such a checkpoint can hold; then the model is unchanged.
     """
     if inflate not in ("mean", "center"):
         raise UserError(f"inflate must be 'mean' or 'center', got {inflate!r}")
@@ -131,37 +107,48 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
     source, names = _names(state, tensors, checkpoint)
     source = "octave layers of four blocks" if joints else source
     joints |= _fold_shortcut_norms(tensors, names)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    head = {name for name in names if name.rpartition(".")[0] in linear[-1:] and names[name] in tensors}
+    if all(tensors[names[name]].shape == state[name].shape for name in head):
+        head = set()  # loaded; otherwise new as a whole
 
-    values, skipped = {}, _take_out_foreign_head(model, state, tensors, names)
-    matched: list[str] = []
-    inflated: list[str] = []
-    joined: list[str] = []
+    values: dict[str, Tensor] = {}
+    skipped: dict[str, str] = {}
+    found: dict[str, list[str]] = {"matched": [], "inflated": [], "joined": []}
     for name, other in names.items():
         if other not in tensors:
             continue
         tensor, wanted = tensors.pop(other), state[name].shape
-        groups = getattr(model.get_submodule(name.rpartition(".")[0]), "groups", 1)
-        flat = tensor.dim() == 4 and len(wanted) == 5 and tensor.shape == (*wanted[:2], *wanted[3:])
-        if other in joints and groups > 1:
+        shape, groups = tensor.shape, getattr(model.get_submodule(name.rpartition(".")[0]), "groups", 1)
+        flat = tensor.dim() == 4 and len(wanted) == 5 and shape == (*wanted[:2], *wanted[3:])
+        if name in head:
+            classes, shapes = f"{shape[0]} -> {wanted[0]} classes", f"shape {tuple(shape)} for {tuple(wanted)}"
+            skipped[name] = f"{classes if shape[:1] != wanted[:1] else shapes}: new head"
+        elif other in joints and groups > 1:
             skipped[name] = f"the four blocks of a layer of {groups} groups cannot be merged into one weight"
-        elif not flat and tensor.shape != wanted:
-            skipped[name] = f"shape {tuple(tensor.shape)} does not fit {tuple(wanted)}"
+        elif not flat and shape != wanted:
+            skipped[name] = f"shape {tuple(shape)} does not fit {tuple(wanted)}"
         else:
-            values[name] = _inflate(tensor, wanted[2], inflate) if flat else tensor
+            if flat and inflate == "mean":
+                tensor = (tensor / wanted[2]).unsqueeze(2).expand(wanted)
+            elif flat:
+                tensor = F.pad(tensor.unsqueeze(2), (0, 0, 0, 0, wanted[2] // 2, (wanted[2] - 1) // 2))
+            values[name] = tensor
             if state[name].is_floating_point():
-                (joined if other in joints else inflated if flat else matched).append(name)
+                found["joined" if other in joints else "inflated" if flat else "matched"].append(name)
     skipped |= {name: "not in the model" for name in tensors if not name.endswith("num_batches_tracked")}
-    missing = [name for name in state if name not in values and state[name].is_floating_point()]
-    loaded = len(matched) + len(inflated) + len(joined)
+    missing = tuple(name for name in state if name not in values and state[name].is_floating_point())
+    loaded = sum(map(len, found.values()))
     if not loaded or loaded < sum(name in names for name in missing):
         raise UserError(
             f"{path} ({source}) has values for {loaded} of {loaded + len(missing)} tensors of {type(model).__name__}, "
-            f"fewer than half; the model is unchanged. Left over in the file: "
+            "fewer than half; the model is unchanged. Left over in the file: "
             f"{_some(f'{name} ({reason})' for name, reason in skipped.items())}. "
             f"Without a value in the model: {_some(missing)}"
         )
     model.load_state_dict(values, strict=False)
-    report = LoadReport(str(path), source, tuple(matched), tuple(inflated), tuple(joined), skipped, tuple(missing))
+    matched, inflated, joined = map(tuple, found.values())
+    report = LoadReport(str(path), source, matched, inflated, joined, skipped, missing)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a training run load; one on each machine says so
         print(report)
     return report
@@ -169,16 +156,11 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
-    rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return (", ".join(names[:SHOWN]) or "nothing") + rest
+    return (", ".join(names[:6]) or "nothing") + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """Reads a file of torch.save that holds a dict, on the CPU; with mmap, tensors are read when they are used.
-
-    Raises:
-        UserError: no such file, or one that torch.load(weights_only=True) cannot read.
-    """
+    """A dict that torch.save wrote, on the CPU, with tensors read only when used if `mmap`; UserError if unreadable."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
@@ -194,15 +176,13 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
 def _tensors(checkpoint: Mapping[str, Any], path: str | Path, own: set[str]) -> dict[str, Tensor]:
     """The tensors by name, without the prefixes of torch.compile, DDP and Lightning that are not the model's `own`."""
-    inner = next((checkpoint[key] for key in CONTAINERS if isinstance(checkpoint.get(key), dict)), checkpoint)
-    tensors = {
-        name.replace("_orig_mod.", ""): value
-        for name, value in inner.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
+    containers = ("state_dict", "model_state", "model")
+    inner = next((checkpoint[key] for key in containers if isinstance(checkpoint.get(key), dict)), checkpoint)
+    named = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    tensors = {name.replace("_orig_mod.", ""): value for name, value in named.items()}
     if not tensors:
         raise UserError(f"{path}: no tensors in it; it holds {_some(str(key) for key in checkpoint)}")
-    while len(first := {name.split(".")[0] for name in tensors}) == 1 and first <= set(WRAPPERS) - own:
+    while len(first := {name.split(".")[0] for name in tensors}) == 1 and first <= {"module", "network", "model"} - own:
         tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
     return tensors
 
@@ -218,16 +198,13 @@ def _names(state: Iterable[str], tensors: Iterable[str], checkpoint: Mapping[str
         return "octvideo" if "hyper_parameters" in checkpoint else "pytorchvideo", names
     else:
         return "state dict", names
-    places = {
-        name: place
-        for name, other in names.items()
-        if (place := re.match(r"blocks\.(\d+)\.(?:multipathway_blocks\.(\d)\.)?(.*)", other))
-    }
-    blocks = sorted({place[1] for place in places.values()}, key=int)  # those with weights, not the pools
-    for name, place in places.items():
-        names[name] = f"{blocks.index(place[1]) + 1}.{place[2] or 0}.{place[3]}"
-        for pattern, replacement in patterns:
-            names[name] = re.sub(pattern, replacement, names[name])
+    places = {name: re.match(r"blocks\.(\d+)\.(?:multipathway_blocks\.(\d)\.)?(.*)", name) for name in names.values()}
+    blocks = sorted({int(place[1]) for place in places.values() if place})  # those with weights, not the pools
+    for name, other in names.items():
+        if place := places[other]:
+            names[name] = f"{blocks.index(int(place[1])) + 1}.{place[2] or 0}.{place[3]}"
+            for pattern, replacement in patterns:
+                names[name] = re.sub(pattern, replacement, names[name])
     return source, {name: other for name, other in names.items() if not other[0].isdigit()}
 
 
@@ -238,21 +215,17 @@ def _join_four_blocks(tensors: dict[str, Tensor]) -> set[str]:
     becomes conv1 and bn1; downsample.0 becomes downsample.0 and downsample.1. Biases added to the same map are summed.
     """
     joints: dict[str, Tensor] = {}
-    layers = {match[1] for name in tensors if (match := re.match(r"(.*)\.conv_[hl]2[hl]\.weight$", name))}
-    for layer in layers:
+    for layer in {match[1] for name in tensors if (match := re.match(r"(.*)\.conv_[hl]2[hl]\.weight$", name))}:
         parent = layer.removesuffix(".conv")
         whole = any(f"{parent}.bn_{side}.weight" in tensors for side in "hl")
         for kind in ("weight", "bias"):
-            blocks = {
-                way: tensors.pop(name)
-                for way in ("h2h", "l2h", "h2l", "l2l")
-                if (name := f"{layer}.conv_{way}.{kind}") in tensors
-            }
-            rows = [[block for way, block in blocks.items() if way[2] == side] for side in "hl"]
-            if blocks:
-                joints[f"{parent if whole else layer}.{kind}"] = torch.cat(
-                    [torch.cat(row, 1) if kind == "weight" else torch.stack(row).sum(0) for row in rows if row]
-                )
+            rows = []
+            for side in "hl":
+                ways = [name for way in "hl" if (name := f"{layer}.conv_{way}2{side}.{kind}") in tensors]
+                row = [tensors.pop(name) for name in ways]
+                rows += [torch.cat(row, 1) if kind == "weight" else torch.stack(row).sum(0)] if row else []
+            if rows:
+                joints[f"{parent if whole else layer}.{kind}"] = torch.cat(rows)
         norm = re.sub(r"conv(\d*)$", r"bn\1", re.sub(r"downsample\.0$", "downsample.1", parent))
         norm += ".bn" if norm == parent else ""
         for entry in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked") if whole else ():
@@ -266,42 +239,15 @@ def _join_four_blocks(tensors: dict[str, Tensor]) -> set[str]:
 def _fold_shortcut_norms(tensors: dict[str, Tensor], names: Mapping[str, str]) -> set[str]:
     """Folds PySlowFast's batch norms of X3D shortcuts that ours do not have, in place; returns the changed names.
 
-    PySlowFast normalises every shortcut, pytorchvideo only those that change the number of channels. In evaluation, a
-    batch norm is a scale, folded into the shortcut's convolution, and a shift, folded into the block's last batch norm,
-    because both are added.
+    The scale goes into the shortcut's convolution, the shift to that of the block's last batch norm: both are added.
     """
     known, changed = set(names.values()), set()
     for norm in [name.removesuffix(".weight") for name in tensors if name.endswith("branch1_bn.weight")]:
         convolution, last = f"{norm.removesuffix('_bn')}.weight", norm.replace("branch1_bn", "branch2.c_bn.bias")
         if f"{norm}.weight" not in known and {convolution, last} <= known & tensors.keys():
-            weight, bias, mean, variance = (
-                tensors.pop(f"{norm}.{entry}") for entry in ("weight", "bias", "running_mean", "running_var")
-            )
-            scale = weight / (variance + 1e-5).sqrt()  # PySlowFast's epsilon
-            tensors[convolution] = tensors[convolution] * scale.reshape(-1, 1, 1, 1, 1)
-            tensors[last] = tensors[last] + bias - mean * scale
+            entries = ("running_mean", "running_var", "weight", "bias")
+            mean, variance, scale, bias = (tensors.pop(f"{norm}.{entry}") for entry in entries)
+            folded = fuse_conv_bn_weights(tensors[convolution], None, mean, variance, 1e-5, scale, bias)  # its epsilon
+            tensors[convolution], tensors[last] = folded[0], tensors[last] + folded[1]
             changed |= {convolution, last}
     return changed
-
-
-def _take_out_foreign_head(
-    model: nn.Module, state: Mapping[str, Tensor], tensors: dict[str, Tensor], names: Mapping[str, str]
-) -> dict[str, str]:
-    """Removes the classifier (the last linear layer) from the tensors, as a whole, if it does not fit; the reasons."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    head = [name for name in names if linear and name.rpartition(".")[0] == linear[-1] and names[name] in tensors]
-    if all(tensors[names[name]].shape == state[name].shape for name in head):
-        return {}
-    reasons = {}
-    for name in head:
-        got, wanted = tensors.pop(names[name]).shape, state[name].shape
-        classes, shapes = f"{got[0]} -> {wanted[0]} classes", f"shape {tuple(got)} for {tuple(wanted)}"
-        reasons[name] = f"{classes if got[:1] != wanted[:1] else shapes}: new head"
-    return reasons
-
-
-def _inflate(weight: Tensor, frames: int, inflate: str) -> Tensor:
-    """(O, I, H, W) to (O, I, frames, H, W)."""
-    if inflate == "mean":
-        return (weight / frames).unsqueeze(2).repeat(1, 1, frames, 1, 1)
-    return F.pad(weight.unsqueeze(2), (0, 0, 0, 0, frames // 2, (frames - 1) // 2))

@@ -28,18 +28,13 @@ from octvideo.layers.swapping import swap_class
 from octvideo.models.octavize import octavize
 from octvideo.models.weights import load_weights
 
-DEPTHS = (50, 101, 152)
 Alpha = float | Sequence[float] | Mapping[str, float]
 
 
 class HeadPool(nn.AvgPool3d):
     """A published head's average pooling, of any size of map: all frames, and a window or the smaller map it meets.
 
-    A larger map (a 256 crop) keeps several windows, whose logits the head averages.
-
-    Shape:
-        Input: (B, C, T, H, W) or Octaves of that shape.
-        Output: a Tensor (B, C, 1, max(1, H - 6), max(1, W - 6)); (B, C, 1, 1, 1) for Octaves.
+    (B, C, T, H, W) becomes (B, C, 1, max(1, H - 6), max(1, W - 6)), which the head averages; Octaves, (B, C, 1, 1, 1).
     """
 
     def __init__(self, window: int = 7) -> None:
@@ -69,10 +64,9 @@ class NonLocalBlock(nn.Module):
         self.pool = nn.MaxPool3d((1, 2, 2))
         self.norm = nn.BatchNorm3d(channels)
         for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
-            else:
-                nn.init.zeros_(parameter)
+            nn.init.zeros_(parameter)
+        for convolution in (self.conv_theta, self.conv_phi, self.conv_g, self.conv_out):
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor | Octaves) -> Tensor | Octaves:
         pooled = self.pool(x) if min(x.shape[3:]) > 1 else x
@@ -81,8 +75,7 @@ class NonLocalBlock(nn.Module):
         # (B, 1, T H W, C): one head, in ONNX's form.
         queries, keys, values = (y.flatten(2).transpose(1, 2).unsqueeze(1) for y in maps)
         found = F.scaled_dot_product_attention(queries, keys, values).squeeze(1)
-        found = found.transpose(1, 2).unflatten(2, maps[0].shape[2:])
-        return x + self.norm(self.conv_out(found))
+        return x + self.norm(self.conv_out(found.transpose(1, 2).unflatten(2, maps[0].shape[2:])))
 
 
 class NonLocalResBlock(ResBlock):
@@ -100,10 +93,7 @@ class PooledPathways(PoolConcatPathway):
 
 
 class SlowFast(Net):
-    """A SlowFast network that takes one clip: the slow pathway sees one of `frame_ratio` frames, from first to last.
-
-    From (B, 3, T, H, W), T a multiple of frame_ratio, to (B, num_classes).
-    """
+    """A SlowFast network of one clip, whose slow pathway sees one of `frame_ratio` frames, from first to last."""
 
     def __init__(self, blocks: nn.ModuleList, frame_ratio: int) -> None:
         super().__init__(blocks=blocks)
@@ -122,26 +112,14 @@ class SlowFast(Net):
         return super().forward([x.index_select(2, slow), x])
 
 
-def _resnet(
-    num_classes: int = 400,
-    *,
-    width: int = 64,
-    depth: int = 50,
-    dropout: float = 0.5,
-    stem: int,
-    temporal_kernels: tuple[tuple[int, ...], ...],
-    pool_frames: bool = True,
-    non_local: bool = False,
-) -> Net:
-    """A video ResNet; `stem` and `temporal_kernels` (a tuple a stage, repeated over its blocks) are sizes in frames."""
+def _resnet(*kernels: Sequence[int], non_local: bool = False, width: int = 64, depth: int = 50, **options: Any) -> Net:
+    """A video ResNet with `kernels` of so many frames in the stem and the blocks of each stage, repeated over them."""
     network = create_resnet(
         model_depth=depth,
-        model_num_class=num_classes,
-        dropout_rate=dropout,
         stem_dim_out=width,
-        stem_conv_kernel_size=(stem, 7, 7),
-        stage1_pool=nn.MaxPool3d if pool_frames else None,
-        stage_conv_a_kernel_size=tuple([(size, 1, 1) for size in stage] for stage in temporal_kernels),
+        stem_conv_kernel_size=(*kernels[0], 7, 7),
+        stage_conv_a_kernel_size=tuple([(frames, 1, 1) for frames in stage] for stage in kernels[1:]),
+        **options,
     )
     for stage, i in ((3, 1), (3, 3), (4, 1), (4, 3), (4, 5)) if non_local else ():  # in res3 and res4
         block = network.blocks[stage].res_blocks[i]
@@ -150,63 +128,43 @@ def _resnet(
     return network
 
 
-def _slowfast(
-    num_classes: int = 400,
-    *,
-    width: int = 64,
-    depth: int = 50,
-    dropout: float = 0.5,
-    frame_ratio: int = 4,
-    channel_ratio: int = 8,
-) -> SlowFast:
+def _slowfast(*, frame_ratio: int, channel_ratio: int, width: int = 64, depth: int = 50, **options: Any) -> SlowFast:
     network = create_slowfast(
         slowfast_channel_reduction_ratio=(channel_ratio,),
         slowfast_fusion_conv_kernel_size=(7, 1, 1),
         slowfast_fusion_conv_stride=(frame_ratio, 1, 1),
         model_depth=depth,
-        model_num_class=num_classes,
-        dropout_rate=dropout,
         stem_dim_outs=(width, width // channel_ratio),
+        **options,
     )
     return SlowFast(network.blocks, frame_ratio)
 
 
-def _csn(num_classes: int = 400, *, width: int = 64, depth: int = 101, dropout: float = 0.5) -> Net:
-    sizes = {"model_depth": depth, "model_num_class": num_classes, "stem_dim_out": width}
-    return create_csn(**sizes, dropout_rate=dropout, stem_pool=nn.MaxPool3d)
+def _csn(*, width: int = 64, depth: int = 101, **options: Any) -> Net:
+    return create_csn(model_depth=depth, stem_dim_out=width, stem_pool=nn.MaxPool3d, **options)
 
 
-def _r2plus1d(num_classes: int = 400, *, width: int = 64, dropout: float = 0.5) -> Net:
-    return create_r2plus1d(model_num_class=num_classes, dropout_rate=dropout, stem_dim_out=width)
+def _r2plus1d(*, width: int = 64, **options: Any) -> Net:
+    return create_r2plus1d(stem_dim_out=width, **options)
 
 
-def _x3d(
-    num_classes: int = 400, *, width: int = 24, dropout: float = 0.5, crop_size: int, depth_factor: float = 2.2
-) -> Net:
+def _x3d(*, crop_size: int, width: int = 24, depth_factor: float = 2.2, **options: Any) -> Net:
     """An X3D that gives logits; pytorchvideo's ends in a softmax, which training must not see."""
-    return create_x3d(
-        model_num_class=num_classes,
-        dropout_rate=dropout,
-        stem_dim_in=width // 2,
-        width_factor=2.0,
-        depth_factor=depth_factor,
-        input_crop_size=crop_size,
-        head_activation=None,
-    )
+    factors = {"width_factor": 2.0, "depth_factor": depth_factor}
+    return create_x3d(stem_dim_in=width // 2, input_crop_size=crop_size, head_activation=None, **factors, **options)
 
 
-_c2d = partial(_resnet, stem=1, temporal_kernels=((1,), (1,), (1,), (1,)))
-_i3d = partial(_resnet, stem=5, temporal_kernels=((3,), (3, 1), (3, 1), (1, 3)))
-# Each takes num_classes and the keywords width, dropout and, where there is a choice, depth.
+_c2d = partial(_resnet, (1,), (1,), (1,), (1,), (1,), stage1_pool=nn.MaxPool3d)
+_i3d = partial(_resnet, (5,), (3,), (3, 1), (3, 1), (1, 3), stage1_pool=nn.MaxPool3d)
+# Each takes a width and, where there is a choice, a depth, and hands other keywords to pytorchvideo.
 MODELS: dict[str, Callable[..., Net]] = {
-    # C2D sees each frame by itself and pools over time; I3D has temporal kernels of 3 in every second block. Non-local
-    # blocks follow blocks 1 and 3 of res3 and 1, 3 and 5 of res4 (Wang et al., CVPR 2018).
+    # C2D sees each frame by itself; I3D has temporal kernels of 3 in every second block (Wang et al., CVPR 2018).
     "c2d_r50": _c2d,
     "c2d_r50_nonlocal": partial(_c2d, non_local=True),
     "i3d_r50": _i3d,
     "i3d_r50_nonlocal": partial(_i3d, non_local=True),
     # A wide network on few frames, alone and joined by a thin one on many (Feichtenhofer et al., ICCV 2019).
-    "slow_r50": partial(_resnet, stem=1, temporal_kernels=((1,), (1,), (3,), (3,)), pool_frames=False),
+    "slow_r50": partial(_resnet, (1,), (1,), (1,), (3,), (3,)),
     "slowfast_r50": _slowfast,
     # 3 x 3 x 3 convolutions factorised into 1 x 3 x 3 and 3 x 1 x 1, or depthwise (Tran et al., CVPR 2018, ICCV 2019).
     "r2plus1d_r50": _r2plus1d,
@@ -252,21 +210,32 @@ def create_model(
         frame_ratio: SlowFast only: frames of the fast pathway for each frame of the slow pathway.
         channel_ratio: SlowFast only: channels of the slow pathway for each channel of the fast pathway.
         downsample: what a spatial stride of 2 does in res2 to res5 at alpha 0: "conv" strides as published, "pool"
-            averages first, as octave convolutions do, which makes the fair baseline for an octave network.
+            averages first, as octave convolutions do: the fair baseline for an octave network.
         channels_last: use the channels_last memory format and run factorised convolutions as 2-D ones, which is faster
             and equal up to rounding; default: if any alpha is above 0.
-        round_to: round the number of low channels of each convolution to a multiple of this; 16 is faster at alphas
-            such as 0.1, but changes how many channels are low.
-        weights: checkpoint to start from: octvideo's, pytorchvideo's, PySlowFast's, or a 2-D ImageNet ResNet's, which
-            is inflated. A classifier with other classes starts fresh.
+        round_to: round each convolution's low channels to a multiple of this; 16 is faster at alphas such as 0.1.
+        weights: a checkpoint of octvideo, pytorchvideo, PySlowFast or a 2-D ResNet; for other classes the head is new.
 
-    Raises:
-        UserError: an unknown name, a number out of its range, or a checkpoint that does not fit.
+    Raises UserError for an unknown name, a number out of its range, or a checkpoint that does not fit.
     """
-    if not isinstance(alpha, Mapping):
-        stage_alphas(alpha)  # refused before anything is built
+    if name not in MODELS:
+        raise UserError(f"no model {name!r}; there are {', '.join(MODELS)}")
+    if num_classes < 1:
+        raise UserError(f"num_classes must be at least 1, got {num_classes}")
+    known = inspect.signature(MODELS[name]).parameters
+    if depth is not None and ("depth" not in known or depth not in (50, 101, 152)):
+        allowed = "one of (50, 101, 152)" if "depth" in known else f"left out for {name}"
+        raise UserError(f"depth must be {allowed}, got {depth}")
+    if min(frame_ratio, channel_ratio) < 1:
+        raise UserError(f"frame_ratio and channel_ratio must be at least 1, got {frame_ratio} and {channel_ratio}")
+    width = known["width"].default if width is None else width
+    multiple = channel_ratio if "channel_ratio" in known else 8 if name.startswith("x3d") else 1
+    if width < 1 or width % multiple:
+        kind = f"a multiple of {multiple} for {name}" if multiple > 1 else "at least 1"
+        raise UserError(f"width must be {kind}, got {width}")
     options = {"width": width, "depth": depth, "frame_ratio": frame_ratio, "channel_ratio": channel_ratio}
-    network = _build(name, num_classes, {"dropout": dropout} | options)
+    options = {key: value for key, value in options.items() if key in known and value is not None}
+    network = MODELS[name](**options, model_num_class=num_classes, dropout_rate=dropout)
     for module in network.modules():
         for child_name, child in module.named_children():
             if type(child) is nn.AvgPool3d:
@@ -277,27 +246,6 @@ def create_model(
     # Kept for set_alpha: a convolution at alpha 0 may be vanilla, and then knows no octave option.
     network.octave_options = {"downsample": downsample, "channels_last": channels_last, "round_to": round_to}
     return set_alpha(network, alpha)
-
-
-def _build(name: str, num_classes: int, options: Mapping[str, Any]) -> Net:
-    """A network of `MODELS`, from those of the options that it has and that are not None."""
-    if name not in MODELS:
-        raise UserError(f"no model {name!r}; there are {', '.join(MODELS)}")
-    if num_classes < 1:
-        raise UserError(f"num_classes must be at least 1, got {num_classes}")
-    known = inspect.signature(MODELS[name]).parameters
-    if (depth := options["depth"]) is not None and ("depth" not in known or depth not in DEPTHS):
-        allowed = f"one of {DEPTHS}" if "depth" in known else f"left out for {name}"
-        raise UserError(f"depth must be {allowed}, got {depth}")
-    frames, channels = options["frame_ratio"], options["channel_ratio"]
-    if min(frames, channels) < 1:
-        raise UserError(f"frame_ratio and channel_ratio must be at least 1, got {frames} and {channels}")
-    multiple = channels if "channel_ratio" in known else 8 if name.startswith("x3d") else 1
-    width = known["width"].default if options["width"] is None else options["width"]
-    if width < 1 or width % multiple:
-        kind = f"a multiple of {multiple} for {name}" if multiple > 1 else "at least 1"
-        raise UserError(f"width must be {kind}, got {width}")
-    return MODELS[name](num_classes, **{k: v for k, v in options.items() if k in known and v is not None})
 
 
 def stage_alphas(alpha: float | Sequence[float]) -> tuple[float, float, float, float]:
@@ -311,21 +259,15 @@ def stage_alphas(alpha: float | Sequence[float]) -> tuple[float, float, float, f
 
 
 def set_alpha(network: nn.Module, alpha: Alpha) -> nn.Module:
-    """Gives a network of `create_model` another alpha, in place; its weights and other options stay.
-
-    Raises:
-        UserError: another network, or an alpha out of range or that its groups cannot have; then it is unchanged.
-    """
+    """Gives a network of `create_model` another alpha, in place; UserError, and no change, where it cannot have it."""
     options: Any = getattr(network, "octave_options", None)
     if not isinstance(network, Net) or options is None:
         raise UserError(f"set_alpha takes a network that create_model built, got {type(network).__name__}")
-    if isinstance(alpha, Mapping):
-        patterns = dict(alpha)
-    else:
+    if not isinstance(alpha, Mapping):
         stages = zip(residual_stages(network), stage_alphas(alpha), strict=True)
-        patterns = {f"^blocks\\.{block}\\.": value for block, value in stages}
-    fast = any(patterns.values()) if options["channels_last"] is None else options["channels_last"]
-    return octavize(network, patterns, **(options | {"channels_last": fast}))
+        alpha = {f"^blocks\\.{block}\\.": value for block, value in stages}
+    fast = any(alpha.values()) if options["channels_last"] is None else options["channels_last"]
+    return octavize(network, alpha, **(options | {"channels_last": fast}))
 
 
 def residual_stages(network: Net) -> list[int]:

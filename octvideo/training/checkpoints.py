@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from octvideo.errors import DamagedCheckpointError, UserError
-from octvideo.files import lock, point_to, seal, verify, write_atomically
+from octvideo.files import appearing, lock, point_to, seal, verify
 
 log = logging.getLogger(__name__)
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the run stopped on a signal and waits to be started again
@@ -43,8 +43,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # In memory first: where a write fails, torch.save hides the OSError behind a RuntimeError without its errno.
         archive = io.BytesIO()
         torch.save(checkpoint, archive)
-        with archive.getbuffer() as content:
-            write_atomically(Path(path), [content, seal(content)])
+        temporary = Path(f"{path}.tmp")
+        with archive.getbuffer() as content, appearing(Path(path), temporary), temporary.open("wb") as file:
+            file.writelines([content, seal(content)])
 
     def load_checkpoint(self, path: str | Path, *options: Any, **named: Any) -> dict[str, Any]:
         """Loads what torch.save wrote, here or elsewhere; raises DamagedCheckpointError or FileNotFoundError."""
