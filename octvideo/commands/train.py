@@ -40,13 +40,11 @@ class Training(CommandLine):
     trains = True
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds --ckpt_path."""
         super().add_arguments_to_parser(parser)
         what = "checkpoint to resume from: a file; last: the newest intact one of this run; auto: the same, if any"
         parser.add_argument("--ckpt_path", type=str | None, help=what)
 
     def before_instantiate_classes(self) -> None:
-        """Refuses to train over another run, or to resume from nothing."""
         self.take_processes_of_launcher()
         self.ckpt_path = ckpt_path = self.config.pop("ckpt_path")  # config.yaml must not have it
         if self.config["ema_decay"] is not None and self.config["trainer"]["strategy"] == "fsdp":
@@ -61,38 +59,31 @@ class Training(CommandLine):
         begun = any(folder.glob("*.ckpt"))
         named = ckpt_path in ("last", "auto")
         if begun and not named and (ckpt_path is None or Path(ckpt_path).absolute().parent != folder.absolute()):
-            raise UserError(
-                f"{self.run_folder} already holds a run: resume it with --ckpt_path last, or choose another folder by "
-                "--trainer.default_root_dir"
-            )
+            ways = "resume it with --ckpt_path last, or choose another folder by --trainer.default_root_dir"
+            raise UserError(f"{self.run_folder} already holds a run: {ways}")
         if named:
-            self.ckpt_path = self._newest(folder) if begun or ckpt_path == "last" else None
+            self.ckpt_path = None
+        if ckpt_path == "last" or (named and begun):
+            path, damaged = newest_intact(folder)
+            for other, reason in damaged:
+                print(f"{other} is skipped: {reason}", file=sys.stderr)
+            print(f"resuming from {path}")
+            self.ckpt_path = str(path)
         if self.ckpt_path is not None:
             self.take_network_of(self.ckpt_path, "--ckpt_path")
         elif model["weights"] is None and (model["freeze"] or model["normalization"] == "frozen"):
-            raise UserError(
-                "model.freeze and normalization frozen need a trained network: name one by --model.weights FILE"
-            )
-
-    def _newest(self, folder: Path) -> str:
-        """The newest intact checkpoint of the run, with a line for each damaged one."""
-        path, damaged = newest_intact(folder)
-        for other, reason in damaged:
-            print(f"{other} is skipped: {reason}", file=sys.stderr)
-        print(f"resuming from {path}")
-        return str(path)
+            needed = "a trained network: name one by --model.weights FILE"
+            raise UserError(f"model.freeze and normalization frozen need {needed}")
 
     def instantiate_classes(self) -> None:
-        """Reads the lists too, so that mistakes in them show before anything starts."""
         super().instantiate_classes()
         if (schedule := self.config_init["alpha_schedule"]) is not None:
             schedule.check(self.model.network, self.model.hparams["alpha"])
-        self.datamodule.read("train_list")
+        self.datamodule.read("train_list")  # so that mistakes in the lists show before anything starts
         if self.datamodule.lists["val_list"] is not None:
             self.datamodule.read("val_list")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds loggers, checkpoints and the callbacks that the options name."""
         options = self.config["trainer"]
         if options["logger"] in (None, True):
             kwargs["logger"] = [self._logger(name) for name in self.config["loggers"]] or False

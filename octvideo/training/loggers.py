@@ -32,7 +32,7 @@ class _Patient:
             self._warned = True
 
     def _recover(self) -> None:
-        """Makes the next call possible."""
+        pass
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with self._going_on():
@@ -55,18 +55,14 @@ class PatientTensorBoardLogger(_Patient, TensorBoardLogger):  # type: ignore[mis
     """A TensorBoardLogger that warns where it cannot write, and lets training go on."""
 
     def _recover(self) -> None:
-        self._experiment = None  # the next call opens new files: TensorBoard's writer has ended with the error
+        self._experiment = None  # TensorBoard's writer has ended with the error: the next call opens new files
 
 
 class PatientCSVLogger(_Patient, CSVLogger):  # type: ignore[misc]
-    """A CSVLogger that warns where it cannot write, and lets training go on.
-
-    Its file changes as a whole or not at all. Rows that could not be written are tried again with the next ones.
-    """
+    """Likewise a CSVLogger; its file changes as a whole or not at all, and rows that failed are tried again."""
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the rows that are not in the file yet."""
         with self._going_on():
             writer = self.experiment
             if not writer.metrics:
