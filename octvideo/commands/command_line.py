@@ -1,7 +1,5 @@
 """The command line that training and testing share: YAML, typed options, errors of one line."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 import os
@@ -34,16 +32,16 @@ for message in (
     *(".*WeightAveraging callback with a model that overrides.*", r".*module\(s\) in eval mode at the start.*"),
 ):
     warnings.filterwarnings("ignore", message)
-NOTES = re.compile(r"Tip:|PU available:|Trainer\.fit. stopped|Seed set to")
+NOTES = r"Tip:|PU available:|Trainer\.fit. stopped|Seed set to"
 for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-    logging.getLogger(name).addFilter(lambda record: not NOTES.search(record.getMessage()))
+    logging.getLogger(name).addFilter(lambda record: not re.search(NOTES, record.getMessage()))
 
 LoggerName = Literal["tensorboard", "csv", "wandb"]
 # Options of training besides model, data and trainer; testing accepts them, so that one YAML file serves both.
 TRAINING_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "save_every_n_steps": (int | None, None, "optimiser steps after which to write a checkpoint, besides each epoch's"),
     "keep_checkpoints": (int, 3, "newest checkpoints to keep, besides the best"),
-    "ema_decay": (float | None, None, "decay of an average of the weights, which is validated and saved, such as .999"),
+    "ema_decay": (float | None, None, "decay of the moving average of weights to validate and save, such as .999"),
     "precise_bn": (int, 0, "training batches to compute batch-norm statistics from after each epoch; 0: running ones"),
     "alpha_schedule": (AlphaSchedule | None, None, "train at other alphas before the model's own"),
     "self_test": (bool, False, "before training in 16 bits, compare each kind of convolution with its 32-bit result"),
@@ -92,8 +90,7 @@ class CommandLine(LightningCLI):
     trains = False  # else --help says nothing of TRAINING_OPTIONS
 
     def __init__(self, description: str, words: list[str], keep_options: bool) -> None:
-        self.words = words
-        self.shows_progress = sys.stdout.isatty()
+        self.words, self.shows_progress = words, sys.stdout.isatty()
         callbacks = [*([ProgressBar()] if self.shows_progress else []), BadVideos()]
         super().__init__(
             *(Recognizer, VideoData),
@@ -155,7 +152,8 @@ class CommandLine(LightningCLI):
         if world % local:
             counts = f"{world} in all and {local} on this one"
             raise UserError(f"every node must have the same number of processes, got {counts}")
-        self.config["trainer"] |= {"devices": local, "num_nodes": world // local}
+        trainer = self.config["trainer"]
+        trainer["devices"], trainer["num_nodes"] = local, world // local
 
     def instantiate_classes(self) -> None:
         model, data = self.config["model"], self.config["data"]

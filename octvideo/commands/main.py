@@ -1,7 +1,5 @@
 """The `octvideo` command: finds the sub-command, sets up its process, and runs it."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import os

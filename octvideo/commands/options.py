@@ -1,7 +1,5 @@
 """What all sub-commands share: errors of one line, types of options, and the configurations that are installed."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
@@ -77,9 +75,8 @@ def with_config_files(words: list[str]) -> list[str]:
     found = []
     for word, before in zip(words, ["", *words], strict=False):
         option, _, value = word.partition("=")
-        if option in ("--cfg", "-c") and value:
-            word = f"{option}={config_file(value)}"
-        found.append(config_file(word) if before in ("--cfg", "-c") else word)
+        given = f"{option}={config_file(value)}" if option in ("--cfg", "-c") and value else word
+        found.append(config_file(given) if before in ("--cfg", "-c") else given)
     return found
 
 

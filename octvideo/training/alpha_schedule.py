@@ -1,7 +1,5 @@
 """Alpha over training: a network's weights are the same at every alpha, so it may change on the way."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,10 +84,8 @@ class AlphaSchedule(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         alpha = self._set(trainer, pl_module, batch_idx)
-        if isinstance(alpha, tuple):
-            pl_module.log_dict({f"alpha/res{k}": value for k, value in enumerate(alpha, 2)}, batch_size=1)
-        else:
-            pl_module.log("alpha", alpha, batch_size=1)
+        stages = enumerate(alpha, 2) if isinstance(alpha, tuple) else ()
+        pl_module.log_dict({f"alpha/res{k}": value for k, value in stages} or {"alpha": alpha}, batch_size=1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:  # which may resume with a validation, or start with a sanity check

@@ -1,7 +1,5 @@
 """Callbacks that Lightning lacks."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math
@@ -30,20 +28,17 @@ STATM = Path("/proc/self/statm")  # on Linux: this process's memory, in pages
 
 
 class BadVideos(Callback):
-    """Logs each undecodable video once, and a summary of every epoch that has some: all processes', by reason.
+    """Logs each undecodable video once, a summary of each epoch's by reason, and their number (`train/bad_videos`).
 
-    Reasons that differ only in numbers count as one. The number of videos is logged as `train/bad_videos`, `val/...` or
-    `test/...`; `reasons` has this process's by path.
+    Reasons that differ only in numbers count as one; `reasons` has this process's by path.
     """
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
         self._epochs: defaultdict[str, tuple[int, list[tuple[str, str]]]] = defaultdict(lambda: (0, []))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any, **__: Any
-    ) -> None:
-        stage = _stage(trainer)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any, **_: Any) -> None:
+        stage, batch = _stage(trainer), rest[1]
         for path, reason in batch.bad:
             if path not in self.reasons:
                 self.reasons[path] = reason
@@ -81,11 +76,10 @@ def _stage(trainer: Trainer) -> str:
 
 
 class Throughput(Callback):
-    """Measures what a training epoch spends on data and on computing, and prints advice when the balance changes.
+    """Logs seconds a batch for computing and for waiting, and clips a second; prints advice when their balance changes.
 
-    Logs the average `train/step_seconds` (forward, backward, optimiser) and `train/data_seconds` (until the next batch
-    is on the device) of a batch, and `train/clips_per_second` of all processes (printed rates are one process's). After
-    22 steps it prints how long an epoch and the rest of the run will take without validation.
+    After 22 steps it prints how long an epoch and the rest of the run will take, without validation. Logged rates are
+    those of all processes, printed ones this process's.
     """
 
     WARMUP_STEPS = 5  # of an epoch, in which the loader starts: they count in the seconds printed, not in the rates
@@ -108,16 +102,15 @@ class Throughput(Callback):
         timed = pl_module.device.type != "cuda" or len(self._steps) % self.SAMPLED == 0
         self._start = _now(pl_module) if timed else None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         now = perf_counter() if self._start is None else _now(pl_module)
         seconds, self._last = now - self._last, now
-        self._steps.append((seconds, batch.clips.shape[:2].numel(), None if self._start is None else now - self._start))
+        clips = rest[1].clips.shape[:2].numel()
+        self._steps.append((seconds, clips, None if self._start is None else now - self._start))
         if len(self._first_seconds) < 22:  # from the end of a timed step to that of another
             self._first_seconds.append(seconds)
             if len(self._first_seconds) == 22:
-                self._estimate(trainer, sum(self._first_seconds[8:]) / 14, batch_idx + 1)
+                self._estimate(trainer, sum(self._first_seconds[8:]) / 14, rest[2] + 1)
 
     def _estimate(self, trainer: Trainer, step_seconds: float, num_done: int) -> None:
         num_steps, data, left = trainer.num_training_batches, getattr(trainer, "datamodule", None), math.inf
@@ -150,9 +143,9 @@ class Throughput(Callback):
         bound, advice = "compute", f"the model takes {model_rate} clips/s and the loader keeps up ({waited})"
         if data_seconds > 0.1 * (data_seconds + step_seconds):
             workers = getattr(trainer.train_dataloader, "num_workers", 0)
-            bound, rates = "loader", f"{_short(clips / seconds)} clips/s from {workers} workers, the model takes"
+            bound, rate = "loader", f"{_short(clips / seconds)} clips/s from {workers} workers"
             cure = "raise data.num_workers, or re-encode the videos with tools/prepare_data.py --reencode"
-            advice = f"{rates} {model_rate} ({waited}): {cure}"
+            advice = f"{rate}, the model takes {model_rate} ({waited}): {cure}"
         if trainer.is_global_zero and bound != self._bound:
             print(f"{bound}-bound: {advice}", flush=True)
         self._bound = bound
@@ -179,10 +172,9 @@ def _duration(seconds: float) -> str:
 
 
 class MovingAverage(WeightAveraging):
-    """Lightning's averaged weights, as an exponential moving average that is quick at first.
+    """An exponential moving average of the weights, of which step n keeps min(decay, (1 + n) / (10 + n)).
 
-    Step n keeps min(decay, (1 + n) / (10 + n)) of the average, with decay in (0, 1): by the decay alone, the random
-    initial weights would count for 1 / (1 - decay) steps, which short trainings do not have.
+    By the decay alone (in (0, 1)), the random initial weights would count for 1 / (1 - decay) steps.
     """
 
     def __init__(self, decay: float) -> None:
@@ -201,10 +193,7 @@ class MovingAverage(WeightAveraging):
 
 
 class Memory(Callback):
-    """Logs `train/memory_gib` after every training epoch: of the process that takes most, in GiB (2^30 bytes).
-
-    On a GPU, the epoch's peak in tensors; on a CPU (on Linux), what the process without its loaders holds at the end.
-    """
+    """Logs each epoch's `train/memory_gib`, of the process with most: a GPU's peak in tensors, or what a CPU's holds."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.device.type == "cuda":
@@ -225,9 +214,8 @@ class Memory(Callback):
 class FiniteLoss(Callback):
     """Ends the run at a loss that is not finite, before any weight changes, and logs `train/gradient_norm`.
 
-    The norm, of all gradients before clipping, is logged every trainer.log_every_n_steps and must be finite too, except
-    in 16-mixed, whose scaler skips such steps. Checking synchronises with a GPU, some milliseconds a step; a step later
-    it would be free, but the weights lost. Raises NotFiniteError in one process; the launcher ends the others.
+    The norm, of all gradients before clipping, must be finite too, except in 16-mixed, whose scaler skips such steps.
+    Checking synchronises with a GPU, some milliseconds a step; a step later it would be free, but the weights lost.
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -238,8 +226,8 @@ class FiniteLoss(Callback):
             self._end(trainer, "loss", loss.item())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+        gradients = [x.grad for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval > 0 and (trainer.global_step + 1) % interval == 0:

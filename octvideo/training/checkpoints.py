@@ -1,7 +1,5 @@
 """Checkpoints that are never lost: written whole or not at all, verified when read, kept until a newer one is safe."""
 
-from __future__ import annotations
-
 import copy
 import io
 import logging
@@ -37,17 +35,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes files of torch.save that appear when they are whole, with a checksum; refuses to load a damaged one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Saves atomically: where that fails with an OSError, an older file is still there."""
         if storage_options is not None:
             raise TypeError(f"checkpoints are saved without storage_options, got {storage_options!r}")
-        # In memory first: where a write fails, torch.save hides the OSError behind a RuntimeError without its errno.
-        archive = io.BytesIO()
+        archive = io.BytesIO()  # where a write fails, torch.save hides the OSError behind a RuntimeError without errno
         torch.save(checkpoint, archive)
         with archive.getbuffer() as content:
             write_atomically(Path(path), [content, seal(content)])
 
     def load_checkpoint(self, path: str | Path, *options: Any, **named: Any) -> dict[str, Any]:
-        """Loads what any torch.save wrote; raises DamagedCheckpointError or FileNotFoundError."""
         verify(path)
         return super().load_checkpoint(path, *options, **named)
 
@@ -71,29 +66,22 @@ def newest_intact(folder: str | Path) -> tuple[Path, list[tuple[Path, str]]]:
 class RunCheckpoints(Checkpoint):
     """Saves all that a run needs to resume bit for bit, often enough that no kill costs more than every_n_steps.
 
-    Files are named step_00000120.ckpt after the optimiser steps taken. The last step of an epoch is saved after its
-    validation, which Lightning would skip if it resumed from an earlier checkpoint; the step before a validation is
-    saved too, so that a kill in it costs one step. last.ckpt links to the newest, best.ckpt is another name of the best
-    at the end of an epoch. A run that stopped within an epoch (max_steps, early stopping) can be prolonged exactly.
+    step_00000120.ckpt, named after its optimiser steps, is saved every `every_n_steps` (None: never), before each
+    validation and after that at the end of an epoch, which Lightning would skip if it resumed from an earlier file.
+    last.ckpt links to the newest, best.ckpt is another name of the best at the end of an epoch. A run that stopped
+    within an epoch (max_steps, early stopping) can be prolonged exactly.
 
     SIGTERM and SIGUSR1, sent to any process, save after the current optimiser step, or end a validation at once, and
     raise Preempted in all processes. A save that fails (the disk is full) is a warning: no older file is deleted, and
-    the next save tries again; if it is the last, fit ends with an OSError.
-
-    Args:
-        folder: of one run, one at a time: UserError if in use. Files older than `keep`, or newer than a step that the
-            run went back to, are deleted there.
-        every_n_steps: optimiser steps between saves; None: only at the end of each epoch and before a validation.
-        keep: how many of the newest step checkpoints stay.
-        monitor: validation metric whose highest finite value makes best.ckpt; None: no best.ckpt.
-        start: the checkpoint that this process resumes from; UserError if other processes have another.
+    the next save tries again; if it is the last, fit ends with an OSError. Raises UserError for a folder in use, and
+    for processes that resume from different files.
     """
 
-    folder: Path
+    folder: Path  # of one run; files newer than a step that it went back to are deleted there
     every_n_steps: int | None = None
-    keep: int = 3
-    monitor: str | None = "val/top1"
-    start: str | Path | None = None
+    keep: int = 3  # newest step checkpoints
+    monitor: str | None = "val/top1"  # metric whose highest finite value makes best.ckpt; None: no best.ckpt
+    start: str | Path | None = None  # the file that this process resumes from
 
     def __post_init__(self) -> None:
         if min(self.keep, 1 if self.every_n_steps is None else self.every_n_steps) < 1:
@@ -120,15 +108,14 @@ class RunCheckpoints(Checkpoint):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.folder / ".lock")
+            for path in self.folder.glob("*.ckpt.tmp") if self._lock is not None else ():
+                path.unlink()
         if not trainer.strategy.broadcast(self._lock is not None):
             raise UserError(f"another run is writing to {self.folder}: choose another folder, or wait for its end")
         start = "a start from scratch" if self.start is None else Path(self.start).name
         if start != (first := trainer.strategy.broadcast(start)):
             got = f"process {trainer.global_rank} resumes from {start}, and process 0 from {first}"
             raise UserError(f"{got}: all of them must see the same files in {self.folder}")
-        if trainer.is_global_zero:
-            for path in self.folder.glob("*.ckpt.tmp"):
-                path.unlink()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if self._lock is not None:
@@ -173,14 +160,13 @@ class RunCheckpoints(Checkpoint):
         if start.absolute().parent != self.folder.absolute():
             self.best_score = self.best_step = None  # another run's
         path = self.folder / "best.ckpt"
-        try:
-            verify(path)
-        except FileNotFoundError:
+        if not path.exists():
             return
+        try:
+            state = AtomicCheckpointIO().load_checkpoint(path)["callbacks"][self.state_key]
         except DamagedCheckpointError as error:
             log.warning("%s: its score is ignored", error)
             return
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["callbacks"][self.state_key]
         if state["best_score"] is not None and (self.best_score is None or state["best_score"] > self.best_score):
             self.load_state_dict(state)
 
@@ -197,9 +183,8 @@ class RunCheckpoints(Checkpoint):
             return
         self._step_seen = step
         self._due |= self.every_n_steps is not None and step % self.every_n_steps == 0
-        self._due |= _validates_next(trainer, rest[2])
         # A run that ends in the middle of an epoch can only be prolonged exactly from here.
-        self._due |= step == trainer.max_steps or trainer.should_stop
+        self._due |= _validates_next(trainer, rest[2]) or step == trainer.max_steps or trainer.should_stop
         # Lightning resumes from a checkpoint made here as if what follows the batch, a validation or the end of the
         # epoch, were over: such a save waits. (The validation that a stop brings about is no part of the epoch.)
         epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
@@ -231,12 +216,10 @@ class RunCheckpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # A run that stops within an epoch is saved again after the validation that follows, at the same position.
-        if self._position is not None and self._position[0] == trainer.global_step:
-            checkpoint.update(self._position[1])
-        else:
-            names = ("loops", type(getattr(trainer, "datamodule", None)).__qualname__)
-            position = {name: checkpoint[name] for name in names if name in checkpoint}
-            self._position = trainer.global_step, copy.deepcopy(position)
+        if self._position is None or self._position[0] != trainer.global_step:
+            names = {"loops", type(getattr(trainer, "datamodule", None)).__qualname__} & checkpoint.keys()
+            self._position = trainer.global_step, copy.deepcopy({name: checkpoint[name] for name in names})
+        checkpoint.update(self._position[1])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._failure is not None and self.last_good != self._path(trainer):

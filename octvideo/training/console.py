@@ -1,7 +1,5 @@
 """What a run prints: a summary before the first step, a progress bar in a terminal, and one line an epoch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -103,7 +101,7 @@ class ProgressBar(callbacks.ProgressBar):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, figures=figures)
 
-    def _stop(self, *_: Any) -> None:
+    def _stop(self, *_: Any, **__: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -123,7 +121,7 @@ class ProgressBar(callbacks.ProgressBar):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start("test", sum(trainer.num_test_batches))
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any, **_: Any) -> None:
         self._advance(rest[2] + 1)
 
     on_test_batch_end = on_validation_batch_end

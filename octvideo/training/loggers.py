@@ -1,7 +1,5 @@
 """Lightning's loggers, for runs that must not end because a log cannot be written."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -26,13 +24,11 @@ class _Patient:
         try:
             yield
         except OSError as error:
-            self._recover()
+            if isinstance(self, TensorBoardLogger):
+                self._experiment = None  # its writer has ended with the error: the next call opens new files
             if not self._warned:
                 log.warning("%s cannot write: %s. Training goes on without it.", type(self).__name__, error)
             self._warned = True
-
-    def _recover(self) -> None:
-        pass
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with self._going_on():
@@ -53,9 +49,6 @@ class _Patient:
 
 class PatientTensorBoardLogger(_Patient, TensorBoardLogger):  # type: ignore[misc]
     """A TensorBoardLogger that warns where it cannot write, and lets training go on."""
-
-    def _recover(self) -> None:
-        self._experiment = None  # TensorBoard's writer has ended with the error: the next call opens new files
 
 
 class PatientCSVLogger(_Patient, CSVLogger):  # type: ignore[misc]

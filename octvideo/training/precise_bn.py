@@ -1,7 +1,5 @@
 """Precise batch norm: statistics estimated for the weights as they are."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -25,9 +23,8 @@ T = TypeVar("T")
 def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callable[[T], Any]) -> int:
     """Sets the running statistics of batch norms to those of all given clips; returns the clips' number.
 
-    The running averages of training lag behind the weights and forget; these are the mean and the unbiased variance
-    over all positions of all clips (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021). Batch norms normalise
-    with each batch's own statistics meanwhile, as in training; all else is in evaluation mode. Weights, training modes,
+    They are the mean and the unbiased variance over all positions (Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
+    2021), while batch norms normalise by each batch, as in training, and all else evaluates. Weights, training modes,
     torch's random state, frozen batch norms and those that nothing ran through stay as they are.
 
     In a process group all processes call it, and their batches count together: all skip a batch that is empty in one
@@ -46,17 +43,11 @@ def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callabl
     def add(norm: _BatchNorm, inputs: tuple[Any, ...]) -> None:
         sums[norm] += _sums(inputs[0])
 
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-        model.eval()
+    with evaluating(model, device) as stack:
         for norm in norms:
             stack.callback(setattr, norm, "track_running_stats", norm.track_running_stats)
             norm.training, norm.track_running_stats = True, False
             stack.enter_context(norm.register_forward_pre_hook(add))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         for batch in _in_step(batches, device):
             forward(batch)
             clips += _num_clips(batch)
@@ -72,6 +63,18 @@ def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callabl
             norm.get_buffer("running_mean").copy_(mean)
             norm.get_buffer("running_var").copy_((squares - mean * values) / (count - 1).clamp(min=1))
     return int(clips)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, device: torch.device) -> Iterator[contextlib.ExitStack]:
+    """Evaluation mode, without gradients; training modes and torch's random state are restored after it."""
+    devices = [device] if device.type == "cuda" else []
+    eager = torch.compiler.set_stance("force_eager")  # compiled code would not call hooks
+    with contextlib.ExitStack() as stack, eager, torch.no_grad(), torch.random.fork_rng(devices):
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        model.eval()
+        yield stack
 
 
 def _estimated(model: nn.Module) -> list[_BatchNorm]:
@@ -114,10 +117,8 @@ def _in_step(batches: Iterable[T], device: torch.device) -> Iterator[T]:
 class PreciseBatchNorm(Callback):
     """Estimates batch-norm statistics before each validation and at the end of each training epoch.
 
-    They are those of the weights that are validated and saved: the averaged ones with Lightning's weight averaging. The
-    clips are training clips without mixing from `num_batches` batches of each process (fewer in a shorter epoch), a
-    function of the epoch, so that a resumed run estimates the same. The data module needs `statistics_dataloader(epoch,
-    num_batches)`.
+    They are those of the weights that are validated and saved (Lightning's averaged ones if any), and of training clips
+    without mixing: `num_batches` of each process, or an epoch's, as a function of the epoch, so that resuming is exact.
     """
 
     def __init__(self, num_batches: int = 200) -> None:
@@ -161,5 +162,5 @@ class PreciseBatchNorm(Callback):
             clips = estimate_statistics(module, batches(), module)
         first, self._estimated_at = self._estimated_at < 0, trainer.global_step
         if first and trainer.is_global_zero:
-            seconds = f"{perf_counter() - start:.0f} s"
-            print(f"precise BN: {seconds} an epoch for the statistics of {clips} clips", flush=True)
+            text = f"{perf_counter() - start:.0f} s an epoch for the statistics of {clips} clips"
+            print(f"precise BN: {text}", flush=True)

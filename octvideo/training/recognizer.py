@@ -1,7 +1,5 @@
 """The Lightning module: loss, optimiser, learning rate, validation and multi-view testing of a network."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
@@ -49,13 +47,12 @@ class Recognizer(LightningModule):
         recompute: activation checkpointing of residual blocks: less memory, about a third more time.
         compile: compile the network with torch.compile; the first steps take minutes.
         learning_rate: peak of the schedule, for `reference_batch` clips a step.
-        reference_batch: clips a step, of all processes and accumulated batches, that the learning rates are meant for;
-            they are scaled in proportion to the run's. Null uses them as given.
+        reference_batch: clips a step, over all processes, that learning rates are for; null: do not scale them.
         batch_size: clips in a batch of each process (set by data.batch_size); null: learning rates are not scaled.
         warmup_start: learning rate at the start of the warm-up, for `reference_batch` clips a step.
         warmup_epochs: length of the warm-up; may be fractional.
-        milestones: epochs, possibly fractional, at which the learning rate falls to a tenth; empty: half a cosine to 0
-            over the whole run. With multigrid, whose epochs differ in steps, the schedule's epoch has the mean number.
+        milestones: epochs, possibly fractional, at which the learning rate falls to a tenth; empty: half a cosine to 0.
+            With multigrid, whose epochs differ in steps, the schedule's epoch has the mean number.
         label_smoothing: share of each label that is spread over all classes.
         momentum: of SGD with Nesterov momentum.
         weight_decay: of convolution and classifier weights; biases and batch norms have none.
@@ -111,23 +108,19 @@ class Recognizer(LightningModule):
         clips_per_part = (sub_batch or batch_size) if normalization == "sub" else None
         normalize(self.network, normalization, clips_per_part=clips_per_part)
         for pattern in freeze or ():
-            self._freeze(pattern)
+            try:
+                parts = [part for name, part in self.network.named_modules() if name and re.match(pattern, name)]
+            except re.error as error:
+                raise UserError(f"model.freeze {pattern!r} is an invalid regex: {error}") from error
+            if not parts:
+                raise UserError(f"model.freeze {pattern!r} matches no part of the network")
+            for part in parts:
+                normalize(part.requires_grad_(False), "frozen")
         if recompute:
             recompute_blocks(self.network)
         accuracies = (MulticlassAccuracy(num_classes, k, average="micro") for k in (1, 1, min(5, num_classes)))
         self.train_top1, self.val_top1, self.val_top5 = accuracies
         self.val_loss = MeanMetric()
-
-    def _freeze(self, pattern: str) -> None:
-        try:
-            parts = [module for name, module in self.network.named_modules() if name and re.match(pattern, name)]
-        except re.error as error:
-            raise UserError(f"model.freeze {pattern!r} is an invalid regex: {error}") from error
-        if not parts:
-            raise UserError(f"model.freeze {pattern!r} matches no part of the network")
-        for part in parts:
-            part.requires_grad_(False)
-            normalize(part, "frozen")
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (B, num_classes) of clips (B, C, T, H, W) in uint8 RGB, which are normalised here, on the device."""
@@ -136,8 +129,7 @@ class Recognizer(LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Cross-entropy of a batch; the accuracy of mixed clips counts the class of the larger share."""
         videos, views = batch.clips.shape[:2]
-        logits = self(batch.clips.flatten(0, 1)).float()
-        labels = batch.labels.repeat_interleave(views, 0)
+        logits, labels = self(batch.clips.flatten(0, 1)).float(), batch.labels.repeat_interleave(views, 0)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
         self.train_top1(logits, labels.argmax(1) if labels.dim() > 1 else labels)
         self.log("train/loss", loss, on_epoch=True, batch_size=videos, sync_dist=True)
@@ -151,8 +143,8 @@ class Recognizer(LightningModule):
             self.val_loss.update(F.nll_loss(scores.clamp_min(1e-12).log(), batch.labels), len(scores))
             self.val_top1.update(scores, batch.labels)
             self.val_top5.update(scores, batch.labels)
-        for name in ("loss", "top1", "top5"):
-            self.log(f"val/{name}", getattr(self, f"val_{name}"), on_epoch=True, batch_size=1)
+        metrics = {"val/loss": self.val_loss, "val/top1": self.val_top1, "val/top5": self.val_top5}
+        self.log_dict(metrics, batch_size=1)
 
     def _view_scores(self, batch: Batch) -> Tensor:  # probabilities (B, V, num_classes)
         return score_clips(self, batch.clips.flatten(0, 1)).unflatten(0, batch.clips.shape[:2])
@@ -201,7 +193,6 @@ class Recognizer(LightningModule):
         return torch.optim.SGD(groups, self.recipe.peak, momentum=self.hparams["momentum"], nesterov=True)
 
     def on_train_start(self) -> None:
-        # Makes the schedule for this run's length and batch size, and prints it.
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         accumulated = trainer.accumulate_grad_batches
         num_epochs, last_step = max(trainer.max_epochs or 0, 0), trainer.max_steps

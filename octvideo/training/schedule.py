@@ -1,10 +1,9 @@
 """The learning rate as a function of the epoch: the same for any number of devices that share a batch."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Self
 
 from octvideo.errors import UserError
 
@@ -44,11 +43,11 @@ class Schedule:
             return self.peak * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
         return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / self.epochs)))
 
-    def scaled(self, factor: float) -> Schedule:
+    def scaled(self, factor: float) -> Self:
         """The schedule for `factor` times as many clips a step (linear scaling, Goyal et al., 2017)."""
         return dataclasses.replace(self, peak=self.peak * factor, warmup_start=self.warmup_start * factor)
 
-    def over(self, epochs: float) -> Schedule:
+    def over(self, epochs: float) -> Self:
         """The schedule of a run of another length; a warm-up that does not fit takes a fifth of it."""
         warmup_epochs = self.warmup_epochs if self.warmup_epochs < epochs else epochs / 5
         return dataclasses.replace(self, epochs=epochs, warmup_epochs=warmup_epochs)

@@ -1,23 +1,21 @@
 """A test before training in 16 bits, if asked for: do this device's convolutions compute what its 32-bit ones do?"""
 
-from __future__ import annotations
-
-import contextlib
 import copy
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.linalg import vector_norm as norm
 from torch.overrides import TorchFunctionMode
 
 from octvideo.layers.octaves import Octaves
+from octvideo.training.precise_bn import evaluating
 
 # In I3D, SlowFast, X3D and R(2+1)D at alphas from 0 to 0.5 bfloat16 differed from float32 by at most 0.46 % in every
 # layer's output and gradients, and float16 by 0.12 %: rounding. oneDNN's wrong gradients were off by 87 % or more.
@@ -79,16 +77,10 @@ def find_convolutions(network: nn.Module, clips: Tensor) -> list[Convolution]:
     One forward pass in evaluation mode, uncompiled; the network and the random generators are left as they were.
     """
     recorder = _Recorder()
-    with contextlib.ExitStack() as stack:
+    with evaluating(network, clips.device) as stack, recorder:
         for name, module in network.named_modules():
-            stack.callback(setattr, module, "training", module.training)
             if isinstance(module, nn.modules.conv._ConvNd):
                 stack.enter_context(module.register_forward_pre_hook(functools.partial(recorder.note, name)))
-        network.eval()
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(torch.random.fork_rng([clips.device] if clips.device.type == "cuda" else []))
-        stack.enter_context(recorder)
         network(clips)
     return list(recorder.kinds.values())
 
@@ -103,7 +95,7 @@ def compare(convolution: Convolution, dtype: torch.dtype, device: torch.device) 
     layer._parameters = {
         k: None if x is None else nn.Parameter(torch.empty(x.shape, device=device)) for k, x in parameters
     }
-    inputs = torch.empty_like(convolution.input, dtype=torch.float32, device=device)
+    inputs: Any = torch.empty_like(cast(Tensor, convolution.input), dtype=torch.float32, device=device)
     weight, maps = layer.get_parameter("weight"), _maps(inputs)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -122,14 +114,10 @@ def compare(convolution: Convolution, dtype: torch.dtype, device: torch.device) 
 
     differences = []
     for quantity, exact, rounded in zip(QUANTITIES, run(False), run(True), strict=True):
-        errors = map(_relative_error, exact, rounded)
-        differences.append(Difference(convolution.name, quantity, max(errors, key=lambda x: (math.isnan(x), x))))
+        pairs = zip(exact, rounded, strict=True)
+        errors = [norm(a - b) / norm(a).clamp_min(1e-30) for a, b in pairs]  # 0 / 0 where there are no channels
+        differences.append(Difference(convolution.name, quantity, torch.stack(errors).max().item()))
     return differences
-
-
-def _relative_error(exact: Tensor, rounded: Tensor) -> float:
-    difference = torch.linalg.vector_norm(exact - rounded).item()
-    return difference / torch.linalg.vector_norm(exact).item() if difference else 0.0  # of no channels
 
 
 def known_faults(convolutions: Sequence[Convolution], dtype: torch.dtype, device: torch.device) -> list[str]:
@@ -146,9 +134,8 @@ def known_faults(convolutions: Sequence[Convolution], dtype: torch.dtype, device
         )
     if device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512":
         faults += [
-            f"{name} has a kernel of {kernel} frames for {frames}: oneDNN's bf16 weight gradient of such a "
-            "Conv3d reads uninitialised memory, and may be nan: raise data.clip_frames, or train with "
-            "--trainer.precision 32-true"
+            f"{name} has a kernel of {kernel} frames for {frames}: oneDNN's bf16 weight gradient of such a Conv3d "
+            "reads uninitialised memory, and may be nan: raise data.clip_frames, or --trainer.precision 32-true"
             for name, kernel, frames in calls
             if 1 < frames < kernel
         ]
@@ -158,10 +145,9 @@ def known_faults(convolutions: Sequence[Convolution], dtype: torch.dtype, device
 class SelfTest(Callback):
     """Compares the network's convolutions in 16 bits with the same ones in 32 before training, on this device.
 
-    Some releases of cuDNN and oneDNN compute 16-bit 3-D convolutions wrongly, and such a run merely learns worse. Each
-    difference is a warning; if there is none, a line says so. Every rank runs two training clips through the network
-    (sharded weights are gathered by all; one clip would use other kernels than a batch), then rank 0 compares, until
-    `limit_seconds` are over. I3D at 8 x 224 x 224 took 45 s on 2 busy cores.
+    Some releases of cuDNN and oneDNN compute 16-bit 3-D convolutions wrongly, and such a run merely learns worse. Every
+    rank runs two training clips through the network (sharded weights are gathered by all; one clip would use other
+    kernels than a batch), then rank 0 compares, for `limit_seconds`: I3D at 8 x 224 x 224 took 45 s on 2 busy cores.
     """
 
     def __init__(self, limit_seconds: float = 60) -> None:
@@ -192,7 +178,7 @@ class SelfTest(Callback):
             fault = f"{layer}: its {quantity} in {name} is off by {100 * error:.3g} % on this device"
             rank_zero_warn(f"self-test: {fault}, where rounding explains {100 * TOLERANCE:g}: {cure}")
         if compared and not wrong:
-            of_all = "" if len(compared) == 3 * len(kinds) else f" (of {len(kinds)}, in {self.limit_seconds:g} s)"
-            worst = f"{100 * max(difference.error for difference in compared):.2g} %"
-            kinds_compared = f"{len(compared) // 3} kinds of convolution{of_all}"
-            print(f"self-test: {kinds_compared} agree in {name} within {worst}", flush=True)
+            text = f"{len(compared) // 3} kinds of convolution"
+            text += "" if len(compared) == 3 * len(kinds) else f" (of {len(kinds)}, in {self.limit_seconds:g} s)"
+            worst = 100 * max(difference.error for difference in compared)
+            print(f"self-test: {text} agree in {name} within {worst:.2g} %", flush=True)

@@ -1,7 +1,5 @@
 """Training with weights, gradients and momenta sharded over all ranks."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +56,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
             names = [name for group in groups for name in group]
             values = {names[number]: values for number, values in state["state"].items()}
             both = zip(state["param_groups"], groups, strict=True)
-            named = {"state": values, "param_groups": [{**group, "params": inside} for group, inside in both]}
+            given = [{**group, "params": inside} for group, inside in both]
+            named: dict[str, Any] = {"state": values, "param_groups": given}
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=named, options=options)
         return checkpoint
 
