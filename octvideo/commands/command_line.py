@@ -127,10 +127,9 @@ class CommandLine(LightningCLI):
         """
         try:
             checkpoint = read_training_checkpoint(path, mmap=True)
-        except FileNotFoundError as error:
-            raise UserError(f"{option} {path}: no such file") from error
-        except UserError as error:
-            raise UserError(f"{option} {error}") from error
+        except (FileNotFoundError, UserError) as error:
+            what = f"{path}: no such file" if isinstance(error, FileNotFoundError) else error
+            raise UserError(f"{option} {what}") from error
         options, given = self.config["model"], {word.split("=")[0] for word in self.words}
         for key, value in (checkpoint.options | {key: checkpoint.recorded[key] for key in ("mean", "std")}).items():
             if f"--model.{key}" not in given and options[key] != value:

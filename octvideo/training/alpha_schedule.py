@@ -84,8 +84,8 @@ class AlphaSchedule(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         alpha = self._set(trainer, pl_module, batch_idx)
-        stages = enumerate(alpha, 2) if isinstance(alpha, tuple) else ()
-        pl_module.log_dict({f"alpha/res{k}": value for k, value in stages} or {"alpha": alpha}, batch_size=1)
+        values = {f"alpha/res{k}": x for k, x in enumerate(alpha, 2)} if isinstance(alpha, tuple) else {"alpha": alpha}
+        pl_module.log_dict(values, batch_size=1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:  # which may resume with a validation, or start with a sanity check

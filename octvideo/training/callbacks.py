@@ -99,8 +99,8 @@ class Throughput(Callback):
         self._last = perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        timed = pl_module.device.type != "cuda" or len(self._steps) % self.SAMPLED == 0
-        self._start = _now(pl_module) if timed else None
+        untimed = pl_module.device.type == "cuda" and len(self._steps) % self.SAMPLED
+        self._start = None if untimed else _now(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         now = perf_counter() if self._start is None else _now(pl_module)
@@ -165,8 +165,7 @@ def _short(rate: float) -> str:
 
 def _duration(seconds: float) -> str:
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        number = seconds / length
-        if number >= 2:
+        if (number := seconds / length) >= 2:
             return f"{number:.1f} {unit}" if number < 9.95 else f"{number:.0f} {unit}"
     return f"{seconds:.0f} s"
 
@@ -193,7 +192,7 @@ class MovingAverage(WeightAveraging):
 
 
 class Memory(Callback):
-    """Logs each epoch's `train/memory_gib`, of the process with most: a GPU's peak in tensors, or what a CPU's holds."""
+    """Logs each epoch's `train/memory_gib`, of the process with most: on a GPU the tensors' peak, else at the end."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.device.type == "cuda":
@@ -256,10 +255,8 @@ def naming_killed_loaders(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
-        died = str(error).startswith("DataLoader worker")
-        if not isinstance(error, RuntimeError):  # it may be about tensors that the process no longer hands over
-            died = "resource_sharer" in "".join(traceback.format_exception(error))
-        if not died:
+        lost = "resource_sharer" in "".join(traceback.format_exception(error))  # tensors it no longer hands over
+        if not str(error).startswith("DataLoader worker") and (isinstance(error, RuntimeError) or not lost):
             raise
         signal = re.search(r"killed by signal: ([\w ]+)", f"{error} {error.__cause__}")
         name, less = "Killed" if signal is None else signal[1], "lower data.num_workers or data.prefetch_batches"

@@ -27,13 +27,10 @@ class RunSummary(callbacks.Callback):
         self._data: VideoData = trainer.datamodule  # type: ignore[attr-defined]
         clips, options = self._data.preprocessing, pl_module.hparams
         size = (clips.clip_frames, clips.crop_size, clips.crop_size)
-        network: Any = pl_module.network
-        cost = f"{count_macs(network, (3, *size)) / 1e9:.3g}"  # now, before it is sharded
+        network: Any = pl_module.network  # not sharded yet
+        cost = f"{count_macs(network, (3, *size)) / 1e9:.3g} GMACs a clip of {' x '.join(map(str, size))}"
         alpha = "per layer" if isinstance(options["alpha"], dict) else options["alpha"]
-        self._network = (
-            f"{options['name']}, alpha {alpha}, {count_parameters(network):,} parameters, "
-            f"{cost} GMACs a clip of {' x '.join(map(str, size))}"
-        )
+        self._network = f"{options['name']}, alpha {alpha}, {count_parameters(network):,} parameters, {cost}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

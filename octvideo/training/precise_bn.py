@@ -51,13 +51,11 @@ def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callabl
         for batch in _in_step(batches, device):
             forward(batch)
             clips += _num_clips(batch)
-    totals = torch.cat(list(sums.values()), 1)
-    if distributed.is_initialized():
-        distributed.all_reduce(totals)
-        distributed.all_reduce(clips)
+    for total in (clips, *sums.values()) if distributed.is_initialized() else ():
+        distributed.all_reduce(total)
     if clips == 0:
         raise UserError("batch-norm statistics need clips, got only batches that are empty (in one process at least)")
-    for norm, (count, values, squares) in zip(norms, totals.split([n.num_features for n in norms], 1), strict=True):
+    for norm, (count, values, squares) in sums.items():
         if count.min() > 0:
             mean = values / count
             norm.get_buffer("running_mean").copy_(mean)
@@ -78,8 +76,8 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[contextlib.Ex
 
 
 def _estimated(model: nn.Module) -> list[_BatchNorm]:
-    norms = [x for x in model.modules() if isinstance(x, _BatchNorm) and not isinstance(x, FrozenBatchNorm)]
-    norms = [norm for norm in norms if norm.running_mean is not None]
+    norms = [x for x in model.modules() if isinstance(x, _BatchNorm) and x.running_mean is not None]
+    norms = [norm for norm in norms if not isinstance(norm, FrozenBatchNorm)]
     if not norms:
         raise UserError(f"{type(model).__name__} has no batch norm to estimate: all are frozen, or there are none")
     return norms
@@ -160,7 +158,7 @@ class PreciseBatchNorm(Callback):
                     stack.callback(average._swap_models, module)
             stack.enter_context(trainer.precision_plugin.forward_context())
             clips = estimate_statistics(module, batches(), module)
-        first, self._estimated_at = self._estimated_at < 0, trainer.global_step
-        if first and trainer.is_global_zero:
+        if self._estimated_at < 0 and trainer.is_global_zero:
             text = f"{perf_counter() - start:.0f} s an epoch for the statistics of {clips} clips"
             print(f"precise BN: {text}", flush=True)
+        self._estimated_at = trainer.global_step

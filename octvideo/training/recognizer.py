@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from operator import itemgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -102,8 +102,7 @@ class Recognizer(LightningModule):
         # Channels last is faster at every alpha.
         self.network = create_model(name, alpha=alpha, num_classes=num_classes, channels_last=True, **network)
         # Checkpoints record defaults too, but no file of weights: they hold their own, and open without that file.
-        defaults = cast(dict[str, Any], create_model.__kwdefaults__)
-        network = defaults | network | {"alpha": alpha, "num_classes": num_classes}
+        network = (create_model.__kwdefaults__ or {}) | network | {"alpha": alpha, "num_classes": num_classes}
         self.save_hyperparameters(ignore=["weights", "channels_last"])
         clips_per_part = (sub_batch or batch_size) if normalization == "sub" else None
         normalize(self.network, normalization, clips_per_part=clips_per_part)
@@ -212,8 +211,7 @@ class Recognizer(LightningModule):
             lengths = [min(count, limit) if isinstance(limit, int) else int(count * limit) for count in lengths]
             self._factors = [data.batch_factor(epoch) for epoch in range(num_epochs)]
         self._first_steps = [0, *itertools.accumulate(math.ceil(count / accumulated) for count in lengths)]
-        total = self._first_steps[-1]
-        self._epoch_steps = total / num_epochs
+        total, self._epoch_steps = self._first_steps[-1], self._first_steps[-1] / num_epochs
         recipe = self.recipe.over(num_epochs * (min(total, last_step) if last_step > 0 else total) / total)
         if recipe.warmup_epochs < self.recipe.warmup_epochs:
             misfit = f"a warm-up of {self.recipe.warmup_epochs:g} epochs does not fit into a run of {recipe.epochs:g}"

@@ -154,8 +154,7 @@ class SelfTest(Callback):
         self.limit_seconds = limit_seconds
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        bits = trainer.precision.partition("-")[0]
-        dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(bits)
+        dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(trainer.precision.partition("-")[0])
         if dtype is None:
             return
         clips = trainer.datamodule.preprocessing  # type: ignore[attr-defined]
@@ -164,7 +163,7 @@ class SelfTest(Callback):
             kinds = find_convolutions(pl_module, torch.zeros(size, dtype=torch.uint8, device=pl_module.device))
         if not trainer.is_global_zero:
             return
-        name = "bf16" if bits == "bf16" else "fp16"
+        name = "bf16" if dtype == torch.bfloat16 else "fp16"
         for fault in known_faults(kinds, dtype, pl_module.device):
             rank_zero_warn(f"self-test: {fault}")
         start, compared = perf_counter(), list[Difference]()
