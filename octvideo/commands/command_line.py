@@ -1,7 +1,5 @@
 """The command line that training and testing share: YAML, typed options, errors of one line."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 import os
@@ -34,20 +32,16 @@ for message in (
     *(".*WeightAveraging callback with a model that overrides.*", r".*module\(s\) in eval mode at the start.*"),
 ):
     warnings.filterwarnings("ignore", message)
-NOTES = re.compile(r"Tip:|PU available:|Trainer\.fit. stopped|Seed set to")
+NOTES = r"Tip:|PU available:|Trainer\.fit. stopped|Seed set to"
 for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-    logging.getLogger(name).addFilter(lambda record: not NOTES.search(record.getMessage()))
+    logging.getLogger(name).addFilter(lambda record: not re.search(NOTES, record.getMessage()))
 
 LoggerName = Literal["tensorboard", "csv", "wandb"]
 # Options of training besides model, data and trainer; testing accepts them, so that one YAML file serves both.
 TRAINING_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "save_every_n_steps": (int | None, None, "optimiser steps after which to write a checkpoint, besides each epoch's"),
     "keep_checkpoints": (int, 3, "newest checkpoints to keep, besides the best"),
-    "ema_decay": (
-        float | None,
-        None,
-        "decay of a moving average of the weights, such as .999; the averages are validated and saved",
-    ),
+    "ema_decay": (float | None, None, "decay of the moving average of weights to validate and save, such as .999"),
     "precise_bn": (int, 0, "training batches to compute batch-norm statistics from after each epoch; 0: running ones"),
     "alpha_schedule": (AlphaSchedule | None, None, "train at other alphas before the model's own"),
     "self_test": (bool, False, "before training in 16 bits, compare each kind of convolution with its 32-bit result"),
@@ -59,11 +53,10 @@ Cli = TypeVar("Cli", bound="CommandLine")
 class Parser(LightningArgumentParser):
     """Lightning's parser, with errors of one line."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends the program; jsonargparse would print its usage first."""
-        unknown, near = re.match(r"unrecognized arguments: --([\w.]+)", str(message)), list[str]()
-        if unknown:
-            near = difflib.get_close_matches(unknown[1], vars(self.get_defaults().as_flat()), 1)
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # jsonargparse's prints its usage first
+        unknown = re.match(r"unrecognized arguments: --([\w.]+)", str(message))
+        known = vars(self.get_defaults().as_flat()) if unknown else ()
+        near = difflib.get_close_matches(unknown[1] if unknown else "", known, 1)
         fail(in_one_line(str(message)) + "".join(f"; did you mean --{name}?" for name in near))
 
 
@@ -86,54 +79,43 @@ class KeptOptions(SaveConfigCallback):
     """Writes the options of a run to config.yaml in its folder, whatever its loggers are."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes them, on rank 0."""
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, path, skip_none=False, overwrite=True)
 
 
 class CommandLine(LightningCLI):
-    """Builds trainer, model and data from the options, without starting anything.
-
-    Args:
-        description: first lines of --help.
-        words: the command line.
-        keep_options: write the resolved options to config.yaml in the run folder.
-    """
+    """Builds trainer, model and data from the words of a command line; `keep_options` writes config.yaml."""
 
     trains = False  # else --help says nothing of TRAINING_OPTIONS
 
     def __init__(self, description: str, words: list[str], keep_options: bool) -> None:
-        self.words = words
-        self.shows_progress = sys.stdout.isatty()
-        progress = [ProgressBar()] if self.shows_progress else []
+        self.words, self.shows_progress = words, sys.stdout.isatty()
+        callbacks = [*([ProgressBar()] if self.shows_progress else []), BadVideos()]
         super().__init__(
-            Recognizer,
-            VideoData,
+            *(Recognizer, VideoData),
             save_config_callback=KeptOptions if keep_options else None,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={"description": description, "default_env": False, "allow_abbrev": False},
-            trainer_defaults={"use_distributed_sampler": False, "callbacks": [*progress, BadVideos()]},
+            trainer_defaults={"use_distributed_sampler": False, "callbacks": callbacks},
             run=False,
             args=with_config_files(words),
             auto_configure_optimizers=False,  # the recipe's is the recognizer's
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Lightning's, with --cfg for the YAML file."""
         parser = self.parser_class(**kwargs)
         what = "YAML file of options, or the name of an installed one, such as quickstart; later options override it"
         parser.add_argument("-c", "--cfg", action=ActionConfigFile, help=what)
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Data and model agree on the classes, and everything on the seed."""
         parser.link_arguments("model.num_classes", "data.num_classes")
         parser.link_arguments("data.batch_size", "model.batch_size")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        for part in ("data", "model"):
+            parser.link_arguments("seed_everything", f"{part}.seed", compute_fn=int)
         parser.set_defaults({"trainer.default_root_dir": "runs/default", "trainer.enable_model_summary": False})
         for name, (kind, default, what) in TRAINING_OPTIONS.items():
             parser.add_argument(f"--{name}", type=kind, default=default, help=what if self.trains else SUPPRESS)
@@ -141,21 +123,18 @@ class CommandLine(LightningCLI):
     def take_network_of(self, path: str | Path, option: str) -> None:
         """Takes the network's options from a checkpoint unless the command line gives them; model.weights is not read.
 
-        Its weights fit at every alpha, so another alpha in the YAML file would silently change the network.
+        Weights fit at every alpha, so another alpha in the YAML file would silently change the network.
         """
         try:
             checkpoint = read_training_checkpoint(path, mmap=True)
-        except FileNotFoundError as error:
-            raise UserError(f"{option} {path}: no such file") from error
-        except UserError as error:
-            raise UserError(f"{option} {error}") from error
-        trained = checkpoint.options | {key: checkpoint.recorded[key] for key in ("mean", "std")}
-        options = self.config["model"]
-        for key in trained:
-            given = any(argument.split("=")[0] == f"--model.{key}" for argument in self.words)
-            if not given and options[key] != trained[key]:
-                print(f"model.{key} {trained[key]} taken from the checkpoint (config says {options[key]})")
-                options[key] = trained[key]
+        except (FileNotFoundError, UserError) as error:
+            what = f"{path}: no such file" if isinstance(error, FileNotFoundError) else error
+            raise UserError(f"{option} {what}") from error
+        options, given = self.config["model"], {word.split("=")[0] for word in self.words}
+        for key, value in (checkpoint.options | {key: checkpoint.recorded[key] for key in ("mean", "std")}).items():
+            if f"--model.{key}" not in given and options[key] != value:
+                print(f"model.{key} {value} taken from the checkpoint (config says {options[key]})")
+                options[key] = value
         self.config["data"]["num_classes"] = options["num_classes"]
         options["weights"] = None
 
@@ -170,14 +149,12 @@ class CommandLine(LightningCLI):
         else:
             return
         if world % local:
-            raise UserError(
-                f"every node must have the same number of processes, got {world} in all and {local} on this one"
-            )
-        self.config["trainer"]["devices"] = local
-        self.config["trainer"]["num_nodes"] = world // local
+            counts = f"{world} in all and {local} on this one"
+            raise UserError(f"every node must have the same number of processes, got {counts}")
+        trainer = self.config["trainer"]
+        trainer["devices"], trainer["num_nodes"] = local, world // local
 
     def instantiate_classes(self) -> None:
-        """Refuses clips that SlowFast cannot divide."""
         model, data = self.config["model"], self.config["data"]
         counts = {"data.clip_frames": data["clip_frames"]}
         if data["multigrid"] is not None:
@@ -188,7 +165,6 @@ class CommandLine(LightningCLI):
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """No progress bar where there is no terminal."""
         if not self.shows_progress and self.config_init["trainer"]["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = False
         return super().instantiate_trainer(**kwargs)

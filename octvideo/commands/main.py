@@ -1,7 +1,5 @@
 """The `octvideo` command: finds the sub-command, sets up its process, and runs it."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import os
@@ -30,13 +28,7 @@ Version:              octvideo --version"""
 
 
 def run(command: str, words: list[str] | None = None, *, program: str = "") -> int:
-    """Runs a sub-command; returns the exit status.
-
-    Args:
-        command: one of COMMANDS.
-        words: the command line that follows it; default: all of this process's.
-        program: name of the program in its messages; default: the script's.
-    """
+    """Runs one of COMMANDS on `words` (default: sys.argv) as `program` (default: the script); returns the status."""
     # OpenMP threads that spin while they wait take the cores from the decoding processes, and threads that sleep at
     # once are slow to wake. On 2 cores a step of the quickstart takes 0.27 s alone and 5.7 s beside another training
     # by default, 0.37 and 0.67 s with sleeping threads, and 0.28 and 0.68 s like this. PyTorch reads this on import.

@@ -1,7 +1,5 @@
 """What all sub-commands share: errors of one line, types of options, and the configurations that are installed."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
@@ -40,8 +38,7 @@ class Parser(argparse.ArgumentParser):
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(program or None, description=description, formatter_class=layout, allow_abbrev=False)
 
-    def error(self, message: str) -> NoReturn:
-        """Ends the program; argparse would print its usage first."""
+    def error(self, message: str) -> NoReturn:  # argparse's would print its usage first
         fail(message)
 
 
@@ -54,19 +51,14 @@ def number(text: str) -> int:
 
 def clip_size(text: str) -> tuple[int, int, int]:
     """The type of an option for frames, height and width of a clip."""
-    sizes = text.lower().split("x")
-    if len(sizes) != 3 or not all(re.fullmatch(r"0*[1-9]\d*", size) for size in sizes):
+    sizes = re.fullmatch("x".join([r"(0*[1-9]\d*)"] * 3), text.lower())
+    if sizes is None:
         raise argparse.ArgumentTypeError(f"must be TxHxW, such as 8x224x224, got {text!r}")
-    frames, height, width = map(int, sizes)
-    return frames, height, width
+    return int(sizes[1]), int(sizes[2]), int(sizes[3])
 
 
 def config_file(text: str) -> str:
-    """The file that --cfg names: a path, or the name of an installed configuration such as quickstart.
-
-    Raises:
-        UserError: neither.
-    """
+    """The file that --cfg names: a path, or the name of an installed configuration such as quickstart; or UserError."""
     if os.path.isfile(text):
         return text
     package = Path(errors.__file__).parent
@@ -83,9 +75,8 @@ def with_config_files(words: list[str]) -> list[str]:
     found = []
     for word, before in zip(words, ["", *words], strict=False):
         option, _, value = word.partition("=")
-        if option in ("--cfg", "-c") and value:
-            word = f"{option}={config_file(value)}"
-        found.append(config_file(word) if before in ("--cfg", "-c") else word)
+        given = f"{option}={config_file(value)}" if option in ("--cfg", "-c") and value else word
+        found.append(config_file(given) if before in ("--cfg", "-c") else given)
     return found
 
 

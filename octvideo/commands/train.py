@@ -4,12 +4,9 @@ octvideo train --cfg oct_i3d [--model.alpha 0.125 --trainer.max_epochs 5 ...]
 torchrun --nproc_per_node 8 tools/train_net.py --cfg configs/oct_i3d.yaml [--trainer.strategy fsdp]
 sbatch tools/slurm_train.sbatch --cfg configs/oct_i3d.yaml
 
-python tools/train_net.py is the same command. Exit status: 0 trained; 75 saved and stopped by SIGTERM or SIGUSR1, to be
-resumed with --ckpt_path last; 2 a mistake in options or files, or a loss that is not finite; others: a fault of the
-program.
+Exit status: 0 trained; 75 saved and stopped by SIGTERM or SIGUSR1, to be resumed with --ckpt_path last; 2 a mistake in
+options or files, or a loss that is not finite; others: a fault of the program.
 """
-
-from __future__ import annotations
 
 import signal
 import sys
@@ -18,7 +15,6 @@ from typing import Any
 
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger, WandbLogger
 
@@ -40,13 +36,11 @@ class Training(CommandLine):
     trains = True
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds --ckpt_path."""
         super().add_arguments_to_parser(parser)
         what = "checkpoint to resume from: a file; last: the newest intact one of this run; auto: the same, if any"
         parser.add_argument("--ckpt_path", type=str | None, help=what)
 
     def before_instantiate_classes(self) -> None:
-        """Refuses to train over another run, or to resume from nothing."""
         self.take_processes_of_launcher()
         self.ckpt_path = ckpt_path = self.config.pop("ckpt_path")  # config.yaml must not have it
         if self.config["ema_decay"] is not None and self.config["trainer"]["strategy"] == "fsdp":
@@ -58,41 +52,33 @@ class Training(CommandLine):
             if value is not None and (value < 0 or (value == 0 and option != "gradient_clip_val")):
                 raise UserError(f"trainer.{option} must be positive, got {value}")
         model, folder = self.config["model"], self.run_folder / "checkpoints"
-        begun = any(folder.glob("*.ckpt"))
-        named = ckpt_path in ("last", "auto")
+        begun, named = any(folder.glob("*.ckpt")), ckpt_path in ("last", "auto")
         if begun and not named and (ckpt_path is None or Path(ckpt_path).absolute().parent != folder.absolute()):
-            raise UserError(
-                f"{self.run_folder} already holds a run: resume it with --ckpt_path last, or choose another folder by "
-                "--trainer.default_root_dir"
-            )
-        if named:
-            self.ckpt_path = self._newest(folder) if begun or ckpt_path == "last" else None
+            ways = "resume it with --ckpt_path last, or choose another folder by --trainer.default_root_dir"
+            raise UserError(f"{self.run_folder} already holds a run: {ways}")
+        if ckpt_path == "last" or (named and begun):
+            path, damaged = newest_intact(folder)
+            for other, reason in damaged:
+                print(f"{other} is skipped: {reason}", file=sys.stderr)
+            print(f"resuming from {path}")
+            self.ckpt_path = str(path)
+        elif named:
+            self.ckpt_path = None
         if self.ckpt_path is not None:
             self.take_network_of(self.ckpt_path, "--ckpt_path")
         elif model["weights"] is None and (model["freeze"] or model["normalization"] == "frozen"):
-            raise UserError(
-                "model.freeze and normalization frozen need a trained network: name one by --model.weights FILE"
-            )
-
-    def _newest(self, folder: Path) -> str:
-        """The newest intact checkpoint of the run, with a line for each damaged one."""
-        path, damaged = newest_intact(folder)
-        for other, reason in damaged:
-            print(f"{other} is skipped: {reason}", file=sys.stderr)
-        print(f"resuming from {path}")
-        return str(path)
+            cure = "name one by --model.weights FILE"
+            raise UserError(f"model.freeze and normalization frozen need a trained network: {cure}")
 
     def instantiate_classes(self) -> None:
-        """Reads the lists too, so that mistakes in them show before anything starts."""
         super().instantiate_classes()
         if (schedule := self.config_init["alpha_schedule"]) is not None:
             schedule.check(self.model.network, self.model.hparams["alpha"])
-        self.datamodule.read("train_list")
+        self.datamodule.read("train_list")  # so that mistakes in the lists show before anything starts
         if self.datamodule.lists["val_list"] is not None:
             self.datamodule.read("val_list")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds loggers, checkpoints and the callbacks that the options name."""
         options = self.config["trainer"]
         if options["logger"] in (None, True):
             kwargs["logger"] = [self._logger(name) for name in self.config["loggers"]] or False
@@ -102,22 +88,8 @@ class Training(CommandLine):
             kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # tools/slurm_train.sbatch requeues
         if self.config["data"]["multigrid"] is not None:
             kwargs["reload_dataloaders_every_n_epochs"] = 1
-        self.trainer_defaults["callbacks"] += self._callbacks()
-        return super().instantiate_trainer(**kwargs)
-
-    def _logger(self, name: LoggerName) -> Logger:
-        folder = self.run_folder
-        if name == "tensorboard":
-            return PatientTensorBoardLogger(folder, name="", version="")
-        if name == "csv":
-            return PatientCSVLogger(folder, name="csv")
-        try:
-            return WandbLogger(save_dir=folder, name=folder.name, project="octvideo")
-        except ModuleNotFoundError as error:
-            raise UserError("loggers: wandb is not installed: pip install wandb, or leave it out") from error
-
-    def _callbacks(self) -> list[Callback]:
-        callbacks: list[Callback] = [SelfTest()] if self.config["self_test"] else []
+        callbacks = self.trainer_defaults["callbacks"]
+        callbacks += [SelfTest()] if self.config["self_test"] else []
         callbacks += [RunSummary(), FiniteLoss(), Throughput(), Memory(), EpochLines()]
         if (schedule := self.config_init["alpha_schedule"]) is not None:
             callbacks.append(schedule)
@@ -125,12 +97,21 @@ class Training(CommandLine):
             callbacks.append(MovingAverage(decay))
         if self.config["precise_bn"] > 0:
             callbacks.append(PreciseBatchNorm(self.config["precise_bn"]))
-        options = self.config["trainer"]
         if options["enable_checkpointing"] is not False and not options["fast_dev_run"]:
             monitor = None if self.datamodule.lists["val_list"] is None else "val/top1"
             every, keep = self.config["save_every_n_steps"], self.config["keep_checkpoints"]
             callbacks.append(RunCheckpoints(self.run_folder / "checkpoints", every, keep, monitor, self.ckpt_path))
-        return callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def _logger(self, name: LoggerName) -> Logger:
+        if name == "tensorboard":
+            return PatientTensorBoardLogger(self.run_folder, name="", version="")
+        if name == "csv":
+            return PatientCSVLogger(self.run_folder, name="csv")
+        try:
+            return WandbLogger(save_dir=self.run_folder, name=self.run_folder.name, project="octvideo")
+        except ModuleNotFoundError as error:
+            raise UserError("loggers: wandb is not installed: pip install wandb, or leave it out") from error
 
 
 def main(words: list[str]) -> None:

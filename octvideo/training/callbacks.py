@@ -1,7 +1,5 @@
 """Callbacks that Lightning lacks."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math
@@ -30,29 +28,25 @@ STATM = Path("/proc/self/statm")  # on Linux: this process's memory, in pages
 
 
 class BadVideos(Callback):
-    """Logs each video that could not be decoded once, with its reason, and a summary of every epoch that has some.
+    """Logs each undecodable video once, a summary of each epoch's by reason, and their number (`train/bad_videos`).
 
-    The summary counts those of all processes by reason, the most frequent first; reasons that differ only in numbers
-    are one. Their number is logged as `train/bad_videos`, `val/bad_videos` or `test/bad_videos`; `reasons` has this
-    process's by path.
+    Reasons that differ only in numbers count as one; `reasons` has this process's by path.
     """
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
         self._epochs: defaultdict[str, tuple[int, list[tuple[str, str]]]] = defaultdict(lambda: (0, []))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any, **__: Any
-    ) -> None:
-        stage = _stage(trainer)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any, **_: Any) -> None:
+        stage, batch = _stage(trainer), rest[1]
         for path, reason in batch.bad:
             if path not in self.reasons:
                 self.reasons[path] = reason
                 log.warning("bad video %s: %s", path, reason)
         tried, bad = self._epochs[stage]
         self._epochs[stage] = tried + len(batch.paths) + len(batch.bad), [*bad, *batch.bad]
-        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "reduce_fx": "sum", "sync_dist": True}
-        pl_module.log(f"{stage}/bad_videos", float(len(batch.bad)), batch_size=1, **options)
+        name, count = f"{stage}/bad_videos", float(len(batch.bad))
+        pl_module.log(name, count, on_step=False, on_epoch=True, batch_size=1, reduce_fx="sum", sync_dist=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stage = _stage(trainer)
@@ -66,11 +60,11 @@ class BadVideos(Callback):
         for path, reason in bad:
             alike[re.sub(r"\d+(\.\d+)?", "0", reason)].append(f"{reason}, e.g. {path}")
         groups = sorted(alike.values(), key=len, reverse=True)
-        lines = [f"{len(group)} x {group[0]}" for group in groups[:5]]
+        lines = [f"{stage}: {len(bad)} of {sum(count for count, _ in parts)} videos could not be decoded"]
+        lines += [f"{len(group)} x {group[0]}" for group in groups[:5]]
         if len(groups) > 5:
             lines.append(f"{sum(map(len, groups[5:]))} x other reasons")
-        tried = sum(count for count, _ in parts)
-        log.warning("\n  ".join([f"{stage}: {len(bad)} of {tried} videos could not be decoded", *lines]))
+        log.warning("\n  ".join(lines))
 
     on_validation_batch_end = on_test_batch_end = on_train_batch_end
     on_validation_epoch_end = on_test_epoch_end = on_train_epoch_end
@@ -82,25 +76,19 @@ def _stage(trainer: Trainer) -> str:
 
 
 class Throughput(Callback):
-    """Measures what a training epoch spends on data and on computing, and prints advice when the balance changes.
+    """Logs seconds a batch for computing and for waiting, and clips a second; prints advice when their balance changes.
 
-    Logs, for an average step (of one batch), `train/step_seconds` (forward, backward, optimiser), `train/data_seconds`
-    (until the next batch is on the device) and `train/clips_per_second` (of both together, on all processes; printed
-    rates are one process's). After 22 steps of a fit it prints how long an epoch and the rest of the run will take,
-    without validation: "about 12 min an epoch, 20 h to go (1.9 s a step, 380 steps an epoch)".
-
-    A GPU runs asynchronously, so only one in `SAMPLED` steps is synchronised with and timed. The first steps of an
-    epoch, in which the loader starts, count in the seconds printed and not in the rates; validation counts nowhere.
+    After 22 steps it prints how long an epoch and the rest of the run will take, without validation. Logged rates are
+    those of all processes, printed ones this process's.
     """
 
-    WARMUP_STEPS = 5
+    WARMUP_STEPS = 5  # of an epoch, in which the loader starts: they count in the seconds printed, not in the rates
+    SAMPLED = 7  # one GPU step in 7 is synchronised with and timed: no factor of usual numbers of accumulated batches
     _bound = ""
-    SAMPLED = 7  # shares no factor with usual numbers of accumulated batches
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the estimate, and the epoch, whose own hook a run resumed in the middle of an epoch does not call."""
         self._first_seconds: list[float] = []
-        self.on_train_epoch_start(trainer, pl_module)
+        self.on_train_epoch_start(trainer, pl_module)  # not called for an epoch resumed in the middle
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The seconds of each step with the wait before it, its clips, and where it is timed its seconds alone.
@@ -111,22 +99,20 @@ class Throughput(Callback):
         self._last = perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        timed = pl_module.device.type != "cuda" or len(self._steps) % self.SAMPLED == 0
-        self._start = _now(pl_module) if timed else None
+        untimed = pl_module.device.type == "cuda" and len(self._steps) % self.SAMPLED
+        self._start = None if untimed else _now(pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         now = perf_counter() if self._start is None else _now(pl_module)
         seconds, self._last = now - self._last, now
-        self._steps.append((seconds, batch.clips.shape[:2].numel(), None if self._start is None else now - self._start))
+        clips = rest[1].clips.shape[:2].numel()
+        self._steps.append((seconds, clips, None if self._start is None else now - self._start))
         if len(self._first_seconds) < 22:  # from the end of a timed step to that of another
             self._first_seconds.append(seconds)
             if len(self._first_seconds) == 22:
-                self._estimate(trainer, sum(self._first_seconds[8:]) / 14, batch_idx + 1)
+                self._estimate(trainer, sum(self._first_seconds[8:]) / 14, rest[2] + 1)
 
     def _estimate(self, trainer: Trainer, step_seconds: float, num_done: int) -> None:
-        """Prints how long the run will take, unless an epoch is endless."""
         num_steps, data, left = trainer.num_training_batches, getattr(trainer, "datamodule", None), math.inf
         if math.isinf(num_steps) or not trainer.is_global_zero:
             return
@@ -137,12 +123,11 @@ class Throughput(Callback):
                 left = sum(map(data.batches_in_epoch, epochs)) - num_done
         if trainer.max_steps >= 0:
             left = min(left, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
-        to_go = "" if math.isinf(left) else f", {_duration(left * step_seconds)} to go"
-        epoch = f"about {_duration(num_steps * step_seconds)} an epoch"
-        print(f"{epoch}{to_go} ({step_seconds:.2g} s a step, {num_steps} steps an epoch)", flush=True)
+        text = f"about {_duration(num_steps * step_seconds)} an epoch"
+        text += "" if math.isinf(left) else f", {_duration(left * step_seconds)} to go"
+        print(f"{text} ({step_seconds:.2g} s a step, {num_steps} steps an epoch)", flush=True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs, unless no step was timed; prints what limits the speed where that has changed."""
         steps = self._steps[self.WARMUP_STEPS :]
         timed = [seconds for *_, seconds in steps if seconds is not None]
         seconds, clips = sum(step[0] for step in steps), sum(step[1] for step in steps)
@@ -155,48 +140,40 @@ class Throughput(Callback):
         pl_module.log("train/clips_per_second", clips / seconds, reduce_fx="sum", sync_dist=True)
         model_rate, total = _short(clips / len(steps) / step_seconds), sum(step[0] for step in self._steps)
         waited = f"{max(0.0, total - len(self._steps) * step_seconds):.0f} of {total:.0f} s waited for clips"
-        advice = f"compute-bound: the model takes {model_rate} clips/s and the loader keeps up ({waited})"
+        bound, advice = "compute", f"the model takes {model_rate} clips/s and the loader keeps up ({waited})"
         if data_seconds > 0.1 * (data_seconds + step_seconds):
-            num_workers = getattr(trainer.train_dataloader, "num_workers", 0)
-            advice = (
-                f"loader-bound: {_short(clips / seconds)} clips/s from {num_workers} workers, the model takes "
-                f"{model_rate} ({waited}): raise data.num_workers, or re-encode the videos with "
-                "tools/prepare_data.py --reencode"
-            )
-        bound, self._bound = self._bound, advice.partition(":")[0]
+            workers = getattr(trainer.train_dataloader, "num_workers", 0)
+            bound, rate = "loader", f"{_short(clips / seconds)} clips/s from {workers} workers"
+            cure = "raise data.num_workers, or re-encode the videos with tools/prepare_data.py --reencode"
+            advice = f"{rate}, the model takes {model_rate} ({waited}): {cure}"
         if trainer.is_global_zero and bound != self._bound:
-            print(advice, flush=True)
+            print(f"{bound}-bound: {advice}", flush=True)
+        self._bound = bound
 
 
 def _now(module: LightningModule) -> float:
-    """The time at which the device has done everything it was told to do."""
+    """The time once the device is done."""
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
     return perf_counter()
 
 
 def _short(rate: float) -> str:
-    """Three digits, never with an exponent."""
+    """Three digits, no exponent."""
     return f"{float(f'{rate:.3g}'):.10g}"
 
 
 def _duration(seconds: float) -> str:
-    """About two digits, in the unit that suits them."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        number = seconds / length
-        if number >= 2:
+        if (number := seconds / length) >= 2:
             return f"{number:.1f} {unit}" if number < 9.95 else f"{number:.0f} {unit}"
     return f"{seconds:.0f} s"
 
 
 class MovingAverage(WeightAveraging):
-    """Lightning's averaged weights, as an exponential moving average that is quick at first.
+    """An exponential moving average of the weights, of which step n keeps min(decay, (1 + n) / (10 + n)).
 
-    After n steps it keeps min(decay, (1 + n) / (10 + n)) of itself: with the decay alone, the random initial weights
-    would count for 1 / (1 - decay) steps, which short trainings do not have.
-
-    Args:
-        decay: share of the average that a step keeps, in (0, 1); else UserError.
+    By the decay alone (in (0, 1)), the random initial weights would count for 1 / (1 - decay) steps.
     """
 
     def __init__(self, decay: float) -> None:
@@ -215,11 +192,7 @@ class MovingAverage(WeightAveraging):
 
 
 class Memory(Callback):
-    """Logs `train/memory_gib` after every training epoch: of the process that takes most, in GiB (2^30 bytes).
-
-    On a GPU it is the epoch's peak of memory in tensors; on a CPU, and on Linux only, the memory that the process holds
-    at the end of the epoch, without its loader processes.
-    """
+    """Logs each epoch's `train/memory_gib`, of the process with most: on a GPU the tensors' peak, else at the end."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.device.type == "cuda":
@@ -240,13 +213,8 @@ class Memory(Callback):
 class FiniteLoss(Callback):
     """Ends the run at a loss that is not finite, before any weight changes, and logs `train/gradient_norm`.
 
-    The norm, of all gradients before clipping, is logged every trainer.log_every_n_steps and must be finite too, except
-    in 16-mixed, whose scaler skips such steps. Checking both synchronises with a GPU twice a step, which costs some
-    milliseconds; a step later it would be free, but the weights would be lost and perhaps in a checkpoint. Where one of
-    several processes ends, the launcher ends the others.
-
-    Raises:
-        NotFiniteError: names step, epoch, loss, the videos of this process's batch, and the newest checkpoint.
+    The norm, of all gradients before clipping, must be finite too, except in 16-mixed, whose scaler skips such steps.
+    Checking synchronises with a GPU, some milliseconds a step; a step later it would be free, but the weights lost.
     """
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -257,8 +225,8 @@ class FiniteLoss(Callback):
             self._end(trainer, "loss", loss.item())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.get_total_norm([x.grad for x in parameters if x.grad is not None])
+        gradients = [x.grad for group in optimizer.param_groups for x in group["params"] if x.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval > 0 and (trainer.global_step + 1) % interval == 0:
@@ -275,7 +243,7 @@ class FiniteLoss(Callback):
 
 
 def _cure(trainer: Trainer) -> str:
-    """How to resume a run: from the attribute `last_good` of the callback that keeps checkpoints."""
+    """How to resume a run: from `last_good` of RunCheckpoints."""
     paths = [getattr(callback, "last_good", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
     path = next(filter(None, paths), None)
     return f"resume from {path} with --ckpt_path last" if path else "there is no checkpoint to resume from"
@@ -283,25 +251,17 @@ def _cure(trainer: Trainer) -> str:
 
 @contextlib.contextmanager
 def naming_killed_loaders(trainer: Trainer) -> Iterator[None]:
-    """Raises LoaderKilledError, which says why a loader process may have died and how to resume, in place of torch's.
-
-    That is a RuntimeError, or an OSError or EOFError for the tensors that the process no longer hands over. Other
-    errors pass.
-    """
+    """Turns torch's error for a dead loader process into a LoaderKilledError that says why and how to resume."""
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
-        died = str(error).startswith("DataLoader worker")
-        if not isinstance(error, RuntimeError):  # it may be about tensors that a process died with
-            died = "resource_sharer" in "".join(traceback.format_exception(error))
-        if not died:
+        lost = "resource_sharer" in "".join(traceback.format_exception(error))  # tensors it no longer hands over
+        if not str(error).startswith("DataLoader worker") and (isinstance(error, RuntimeError) or not lost):
             raise
         signal = re.search(r"killed by signal: ([\w ]+)", f"{error} {error.__cause__}")
-        name = "Killed" if signal is None else signal[1]
+        name, less = "Killed" if signal is None else signal[1], "lower data.num_workers or data.prefetch_batches"
         why = {
-            "Killed": "was killed, probably by the system for lack of memory: lower data.num_workers or "
-            "data.prefetch_batches",
-            "Bus error": "found no more shared memory: enlarge /dev/shm, or lower data.num_workers or "
-            "data.prefetch_batches",
+            "Killed": f"was killed, probably by the system for lack of memory: {less}",
+            "Bus error": f"found no more shared memory: enlarge /dev/shm, or {less}",
         }.get(name, f"crashed ({name}): try another data.backend")
         raise LoaderKilledError(f"a loader process {why}; {_cure(trainer)}") from error

@@ -1,7 +1,5 @@
 """Checkpoints that are never lost: written whole or not at all, verified when read, kept until a newer one is safe."""
 
-from __future__ import annotations
-
 import copy
 import io
 import logging
@@ -26,7 +24,7 @@ EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the run stopped on a signal an
 
 
 class Preempted(SystemExit):
-    """Training stopped on a signal, and can be resumed from `path` (None if nothing was saved yet)."""
+    """Training stopped on a signal; resume from `path` (None: nothing was saved yet)."""
 
     def __init__(self, path: Path | None) -> None:
         super().__init__(EXIT_PREEMPTED)
@@ -37,28 +35,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes files of torch.save that appear when they are whole, with a checksum; refuses to load a damaged one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Saves atomically; raises OSError where that fails, with whatever was at path still there."""
         if storage_options is not None:
             raise TypeError(f"checkpoints are saved without storage_options, got {storage_options!r}")
-        # In memory first: where a write fails, torch.save hides the OSError behind a RuntimeError without its errno.
-        archive = io.BytesIO()
+        archive = io.BytesIO()  # where a write fails, torch.save hides the OSError behind a RuntimeError without errno
         torch.save(checkpoint, archive)
         temporary = Path(f"{path}.tmp")
         with archive.getbuffer() as content, appearing(Path(path), temporary), temporary.open("wb") as file:
             file.writelines([content, seal(content)])
 
     def load_checkpoint(self, path: str | Path, *options: Any, **named: Any) -> dict[str, Any]:
-        """Loads what torch.save wrote, here or elsewhere; raises DamagedCheckpointError or FileNotFoundError."""
         verify(path)
         return super().load_checkpoint(path, *options, **named)
 
 
 def newest_intact(folder: str | Path) -> tuple[Path, list[tuple[Path, str]]]:
-    """The intact checkpoint of a RunCheckpoints folder with the most steps; the damaged ones with more, and why.
-
-    Raises:
-        UserError: there is no intact step checkpoint; the message names those that are damaged.
-    """
+    """The intact step checkpoint with the most steps, and the damaged ones with more, and why; or UserError."""
     damaged: list[tuple[Path, str]] = []
     for _, path in _step_files(Path(folder)):
         try:
@@ -76,44 +67,27 @@ def newest_intact(folder: str | Path) -> tuple[Path, list[tuple[Path, str]]]:
 class RunCheckpoints(Checkpoint):
     """Saves all that a run needs to resume bit for bit, often enough that no kill costs more than every_n_steps.
 
-    Files are named step_00000120.ckpt after the optimiser steps taken, and saved after a step, so never between
-    accumulated batches. The last step of an epoch is saved after its validation, which Lightning would skip if it
-    resumed from a checkpoint made before; the step before a validation is saved too, so that killing it costs one step.
-    last.ckpt is a link to the newest, best.ckpt another name for the best at the end of an epoch. A run that stops in
-    the middle of an epoch (max_steps, early stopping) can be prolonged exactly: its last checkpoint has the position
-    after the batch, with the statistics and the score of the validation that followed.
+    step_00000120.ckpt, named after its optimiser steps, is saved every `every_n_steps` (None: never), before each
+    validation and after that at the end of an epoch, which Lightning would skip if it resumed from an earlier file.
+    last.ckpt links to the newest, best.ckpt is another name of the best at the end of an epoch. A run that stopped
+    within an epoch (max_steps, early stopping) can be prolonged exactly.
 
     SIGTERM and SIGUSR1, sent to any process, save after the current optimiser step, or end a validation at once, and
-    raise Preempted in all processes. After fit their former handlers are back. A save that fails (the disk is full) is
-    logged as a warning and training goes on: no older file is deleted, and the next save tries again.
-
-    Args:
-        folder: of one run, one at a time: files older than `keep`, or newer than a step that the run went back to, are
-            deleted there. best.ckpt stays until a better one comes.
-        every_n_steps: optimiser steps between saves; None: only at the end of each epoch and before a validation.
-        keep: how many of the newest step checkpoints stay.
-        monitor: validation metric whose highest finite value makes best.ckpt; None: no best.ckpt.
-        start: the checkpoint that this process resumes from; its name must be the same in all processes.
-
-    Attributes:
-        last_good: the newest checkpoint that is safe, or the one that training resumed from; None before the first.
-        best_score: highest value of the monitored metric, reached after best_step optimiser steps.
-
-    Raises:
-        UserError: every_n_steps or keep below 1; processes that resume from different checkpoints; a folder in use.
-        OSError: at the end of fit, if the last save failed.
+    raise Preempted in all processes. A save that fails (the disk is full) is a warning: no older file is deleted, and
+    the next save tries again; if it is the last, fit ends with an OSError. Raises UserError for a folder in use, and
+    for processes that resume from different files.
     """
 
-    folder: Path
+    folder: Path  # of one run; files newer than a step that it went back to are deleted there
     every_n_steps: int | None = None
-    keep: int = 3
-    monitor: str | None = "val/top1"
-    start: str | Path | None = None
+    keep: int = 3  # newest step checkpoints
+    monitor: str | None = "val/top1"  # metric whose highest finite value makes best.ckpt; None: no best.ckpt
+    start: str | Path | None = None  # the file that this process resumes from
 
     def __post_init__(self) -> None:
         if min(self.keep, 1 if self.every_n_steps is None else self.every_n_steps) < 1:
             raise UserError(f"every_n_steps and keep must be at least 1, got {self.every_n_steps} and {self.keep}")
-        self.last_good: Path | None = None
+        self.last_good: Path | None = None  # the newest that is safe, or the one that training resumed from
         self.best_score: float | None = None
         self.best_step: int | None = None
         self._told_to_stop = self._due = False
@@ -129,24 +103,20 @@ class RunCheckpoints(Checkpoint):
         self.best_score, self.best_step = state_dict["best_score"], state_dict["best_step"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes the trainer write atomically, takes the folder, and removes what a killed process left half written."""
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if stage != "fit":
             return
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(self.folder / ".lock")
+            for path in self.folder.glob("*.ckpt.tmp") if self._lock is not None else ():
+                path.unlink()
         if not trainer.strategy.broadcast(self._lock is not None):
             raise UserError(f"another run is writing to {self.folder}: choose another folder, or wait for its end")
         start = "a start from scratch" if self.start is None else Path(self.start).name
         if start != (first := trainer.strategy.broadcast(start)):
-            raise UserError(
-                f"process {trainer.global_rank} resumes from {start}, and process 0 from {first}: all of them must see "
-                f"the same files in {self.folder}"
-            )
-        if trainer.is_global_zero:
-            for path in self.folder.glob("*.ckpt.tmp"):
-                path.unlink()
+            got = f"process {trainer.global_rank} resumes from {start}, and process 0 from {first}"
+            raise UserError(f"{got}: all of them must see the same files in {self.folder}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         if self._lock is not None:
@@ -157,9 +127,8 @@ class RunCheckpoints(Checkpoint):
     on_exception = teardown
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handles the signals; Lightning has only just set its own handlers."""
-        # Lightning's handler for SIGTERM communicates between processes while all but one may be elsewhere, and Slurm's
-        # saves in the middle of a step. At the end of fit Lightning restores the handlers from before.
+        # Replaces Lightning's handlers: SIGTERM's communicates between processes while all but one may be elsewhere,
+        # and Slurm's saves in the middle of a step. At the end of fit Lightning restores those from before.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, self._on_signal)
@@ -174,8 +143,7 @@ class RunCheckpoints(Checkpoint):
         raise Preempted(self.last_good)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handles the signals where no sanity check runs, and notes where training starts."""
-        self.on_sanity_check_start(trainer, pl_module)
+        self.on_sanity_check_start(trainer, pl_module)  # where no sanity check runs
         self._step_seen = trainer.global_step
         if trainer.ckpt_path is not None:
             self.last_good = Path(trainer.ckpt_path)
@@ -193,36 +161,31 @@ class RunCheckpoints(Checkpoint):
         if start.absolute().parent != self.folder.absolute():
             self.best_score = self.best_step = None  # another run's
         path = self.folder / "best.ckpt"
-        try:
-            verify(path)
-        except FileNotFoundError:
+        if not path.exists():
             return
+        try:
+            state = AtomicCheckpointIO().load_checkpoint(path)["callbacks"][self.state_key]
         except DamagedCheckpointError as error:
             log.warning("%s: its score is ignored", error)
             return
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["callbacks"][self.state_key]
         if state["best_score"] is not None and (self.best_score is None or state["best_score"] > self.best_score):
             self.load_state_dict(state)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        """Stops if a signal came in a validation, or at the end of the last epoch, whose metrics are logged by now."""
+        # If a signal came in a validation, or at the end of the last epoch, whose metrics are logged by now.
         if trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
             self._stop(trainer)
 
     on_validation_batch_start = on_train_epoch_start  # all processes have equally many batches
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves after an optimiser step, if it is time or a signal came."""
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         step = trainer.global_step
         if step == self._step_seen:
             return
         self._step_seen = step
         self._due |= self.every_n_steps is not None and step % self.every_n_steps == 0
-        self._due |= _validates_next(trainer, batch_idx)
         # A run that ends in the middle of an epoch can only be prolonged exactly from here.
-        self._due |= step == trainer.max_steps or trainer.should_stop
+        self._due |= _validates_next(trainer, rest[2]) or step == trainer.max_steps or trainer.should_stop
         # Lightning resumes from a checkpoint made here as if what follows the batch, a validation or the end of the
         # epoch, were over: such a save waits. (The validation that a stop brings about is no part of the epoch.)
         epoch_loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
@@ -239,7 +202,6 @@ class RunCheckpoints(Checkpoint):
         self._step_validated = trainer.global_step  # the metrics are those of these weights
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves, as the best if it is; raises UserError if the validation did not log the monitored metric."""
         before = self.state_dict()
         monitored = self.monitor is not None and self._step_validated == trainer.global_step
         score = float(trainer.callback_metrics.get(str(self.monitor), math.nan)) if monitored else math.nan
@@ -250,33 +212,26 @@ class RunCheckpoints(Checkpoint):
         if (stopped or self.last_good != self._path(trainer)) and not self._save(trainer, is_best):
             self.load_state_dict(before)
         if monitored and self.monitor not in trainer.callback_metrics:
-            raise UserError(
-                f"best.ckpt is chosen by {self.monitor!r}, which the validation did not log; it logged: "
-                f"{', '.join(sorted(trainer.callback_metrics)) or 'nothing'}"
-            )
+            missing = f"best.ckpt is chosen by {self.monitor!r}, which the validation did not log"
+            raise UserError(f"{missing}; it logged: {', '.join(sorted(trainer.callback_metrics)) or 'nothing'}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps the position in the epoch where a run that stops there is saved again after its validation."""
-        if self._position is not None and self._position[0] == trainer.global_step:
-            checkpoint.update(self._position[1])
-        else:
-            names = ("loops", type(getattr(trainer, "datamodule", None)).__qualname__)
-            position = {name: checkpoint[name] for name in names if name in checkpoint}
-            self._position = trainer.global_step, copy.deepcopy(position)
+        # A run that stops within an epoch is saved again after the validation that follows, at the same position.
+        if self._position is None or self._position[0] != trainer.global_step:
+            names = {"loops", type(getattr(trainer, "datamodule", None)).__qualname__} & checkpoint.keys()
+            self._position = trainer.global_step, copy.deepcopy({name: checkpoint[name] for name in names})
+        checkpoint.update(self._position[1])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises OSError if the last steps are not saved; it says why, and how to resume."""
         if self._failure is not None and self.last_good != self._path(trainer):
-            way = "there is no checkpoint to resume from"
-            if self.last_good is not None:
-                way = f"free space and resume from {self.last_good} with --ckpt_path last"
+            way = f"free space and resume from {self.last_good} with --ckpt_path last"
+            way = way if self.last_good else "there is no checkpoint to resume from"
             raise OSError(f"the end of the training is not saved: {self._failure}; {way}")
 
     def _path(self, trainer: Trainer) -> Path:
         return self.folder / f"step_{trainer.global_step:08d}.ckpt"
 
     def _save(self, trainer: Trainer, is_best: bool = False) -> bool:
-        """Saves; returns success on every rank."""
         path, failure = self._path(trainer), None
         self._due = False
         try:
@@ -285,19 +240,18 @@ class RunCheckpoints(Checkpoint):
             failure = str(error)
             log.warning("%s was not saved: %s. Training goes on; newest checkpoint: %s", path, error, self.last_good)
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the ranks that do not write wait for this one
-        saved = trainer.strategy.reduce_boolean_decision(failure is None)
-        self._failure = None if saved else failure or "process 0 could not write"
-        if saved:
-            self.last_good = path
-        if saved and trainer.is_global_zero:
+        if not trainer.strategy.reduce_boolean_decision(failure is None):
+            self._failure = failure or "process 0 could not write"
+            return False
+        self._failure, self.last_good = None, path
+        if trainer.is_global_zero:
             try:
                 self._publish(path, trainer.global_step, is_best)
             except OSError as error:
                 log.warning("%s is saved, but last.ckpt, best.ckpt or old files could not be changed: %s", path, error)
-        return saved
+        return True
 
     def _publish(self, path: Path, step: int, is_best: bool) -> None:
-        """Points last.ckpt, and best.ckpt if it is the best, at a checkpoint; then deletes the superseded ones."""
         point_to(self.folder / "last.ckpt", path, symbolic=True)
         if is_best:
             point_to(self.folder / "best.ckpt", path)
@@ -322,6 +276,6 @@ def _validates_next(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def _step_files(folder: Path) -> list[tuple[int, Path]]:
-    """The step checkpoints of a folder with their steps, the most steps first."""
+    """The step checkpoints of a folder, the most steps first."""
     found = [(re.fullmatch(r"step_(\d+)\.ckpt", path.name), path) for path in folder.glob("step_*.ckpt")]
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)

@@ -1,7 +1,5 @@
 """Lightning's loggers, for runs that must not end because a log cannot be written."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -26,13 +24,11 @@ class _Patient:
         try:
             yield
         except OSError as error:
-            self._recover()
+            if isinstance(self, TensorBoardLogger):
+                self._experiment = None  # its writer has ended with the error: the next call opens new files
             if not self._warned:
                 log.warning("%s cannot write: %s. Training goes on without it.", type(self).__name__, error)
             self._warned = True
-
-    def _recover(self) -> None:
-        """Makes the next call possible."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         with self._going_on():
@@ -54,19 +50,12 @@ class _Patient:
 class PatientTensorBoardLogger(_Patient, TensorBoardLogger):  # type: ignore[misc]
     """A TensorBoardLogger that warns where it cannot write, and lets training go on."""
 
-    def _recover(self) -> None:
-        self._experiment = None  # the next call opens new files: TensorBoard's writer has ended with the error
-
 
 class PatientCSVLogger(_Patient, CSVLogger):  # type: ignore[misc]
-    """A CSVLogger that warns where it cannot write, and lets training go on.
-
-    Its file changes as a whole or not at all. Rows that could not be written are tried again with the next ones.
-    """
+    """Likewise a CSVLogger; its file changes as a whole or not at all, and rows that failed are tried again."""
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the rows that are not in the file yet."""
         with self._going_on():
             writer = self.experiment
             if not writer.metrics:

@@ -1,7 +1,5 @@
 """Precise batch norm: statistics estimated for the weights as they are."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -23,27 +21,19 @@ T = TypeVar("T")
 
 
 def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callable[[T], Any]) -> int:
-    """Sets the running statistics of batch norms to those of all given clips: precise batch norm.
+    """Sets the running statistics of batch norms to those of all given clips; returns the clips' number.
 
-    The running averages of training lag behind the weights and forget; these are the mean and the unbiased variance
-    over all positions of all clips (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021). Batch norms normalise
-    with each batch's own statistics meanwhile, as in training; all else is in evaluation mode. Weights, training modes,
+    They are the mean and the unbiased variance over all positions (Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
+    2021), while batch norms normalise by each batch, as in training, and all else evaluates. Weights, training modes,
     torch's random state, frozen batch norms and those that nothing ran through stay as they are.
 
-    In a process group all processes call it, and their batches count together. Layers that communicate stay in step:
-    all processes skip a batch that is empty in one of them, and end with the first that has no more.
+    In a process group all processes call it, and their batches count together: all skip a batch that is empty in one
+    of them, and end with the first that has no more. Raises UserError without clips, or a batch norm to estimate.
 
     Args:
         model: on one device.
-        batches: Tensors (B, ...) of clips, or objects whose `clips` are a Tensor (B, V, ...), as a data loader's; B may
-            be 0.
+        batches: Tensors (B, ...) of clips, or objects whose `clips` are a Tensor (B, V, ...); B may be 0.
         forward: runs the model on one of them.
-
-    Returns:
-        The number of clips, over all processes.
-
-    Raises:
-        UserError: there are no clips, or no batch norm to estimate.
     """
     norms = _estimated(model)
     device = next(norms[0].buffers()).device
@@ -53,27 +43,19 @@ def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callabl
     def add(norm: _BatchNorm, inputs: tuple[Any, ...]) -> None:
         sums[norm] += _sums(inputs[0])
 
-    with contextlib.ExitStack() as stack:
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
-        model.eval()
+    with evaluating(model, device) as stack:
         for norm in norms:
             stack.callback(setattr, norm, "track_running_stats", norm.track_running_stats)
             norm.training, norm.track_running_stats = True, False
             stack.enter_context(norm.register_forward_pre_hook(add))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would not call the hooks
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         for batch in _in_step(batches, device):
             forward(batch)
             clips += _num_clips(batch)
-    totals = torch.cat(list(sums.values()), 1)
-    if distributed.is_initialized():
-        distributed.all_reduce(totals)
-        distributed.all_reduce(clips)
+    for total in (clips, *sums.values()) if distributed.is_initialized() else ():
+        distributed.all_reduce(total)
     if clips == 0:
         raise UserError("batch-norm statistics need clips, got only batches that are empty (in one process at least)")
-    for norm, (count, values, squares) in zip(norms, totals.split([n.num_features for n in norms], 1), strict=True):
+    for norm, (count, values, squares) in sums.items():
         if count.min() > 0:
             mean = values / count
             norm.get_buffer("running_mean").copy_(mean)
@@ -81,10 +63,21 @@ def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callabl
     return int(clips)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module, device: torch.device) -> Iterator[contextlib.ExitStack]:
+    """Evaluation mode, without gradients; training modes and torch's random state are restored after it."""
+    devices = [device] if device.type == "cuda" else []
+    eager = torch.compiler.set_stance("force_eager")  # compiled code would not call hooks
+    with contextlib.ExitStack() as stack, eager, torch.no_grad(), torch.random.fork_rng(devices):
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        model.eval()
+        yield stack
+
+
 def _estimated(model: nn.Module) -> list[_BatchNorm]:
-    """The batch norms that have statistics of their own to estimate."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    norms = [norm for norm in norms if not isinstance(norm, FrozenBatchNorm) and norm.running_mean is not None]
+    norms = [x for x in model.modules() if isinstance(x, _BatchNorm) and x.running_mean is not None]
+    norms = [norm for norm in norms if not isinstance(norm, FrozenBatchNorm)]
     if not norms:
         raise UserError(f"{type(model).__name__} has no batch norm to estimate: all are frozen, or there are none")
     return norms
@@ -96,12 +89,10 @@ def _sums(x: Tensor | Octaves) -> Tensor:
         return join_by_parts(_sums(x.high), _sums(x.low), x.parts, 1)
     if x.shape[1] == 0:  # at alpha 1
         return x.new_zeros((3, 0), dtype=torch.float64)
-    precise = x if x.dtype == torch.float64 else x.float()
+    x = x if x.dtype == torch.float64 else x.float()
     # Not batch norm's own statistics: its kernel for channels last on CPUs is wrong by 1e-5, this one by 1e-7.
-    var, mean = torch.var_mean(precise, [dim for dim in range(x.dim()) if dim != 1], correction=0)
-    var, mean = var.double(), mean.double()
-    count = x.shape[0] * x.shape[2:].numel()
-    return count * torch.stack((torch.ones_like(mean), mean, var + mean.square()))
+    var, mean = (y.double() for y in torch.var_mean(x, [0, *range(2, x.dim())], correction=0))
+    return x.numel() // x.shape[1] * torch.stack((torch.ones_like(mean), mean, var + mean.square()))
 
 
 def _num_clips(batch: Any) -> int:
@@ -110,7 +101,7 @@ def _num_clips(batch: Any) -> int:
 
 
 def _in_step(batches: Iterable[T], device: torch.device) -> Iterator[T]:
-    """The batches that have clips in every process, as long as every process has batches."""
+    """The batches that have clips in every process, while every process has batches."""
     for batch in itertools.chain(batches, [None]):
         state = torch.tensor(0 if batch is None else 1 if _num_clips(batch) == 0 else 2, device=device)
         if distributed.is_initialized():
@@ -124,15 +115,8 @@ def _in_step(batches: Iterable[T], device: torch.device) -> Iterator[T]:
 class PreciseBatchNorm(Callback):
     """Estimates batch-norm statistics before each validation and at the end of each training epoch.
 
-    They are those of the weights that are validated and saved: the averaged ones with Lightning's weight averaging. The
-    clips are training clips without mixing, a function of the epoch, so that a resumed run estimates the same.
-
-    Args:
-        num_batches: training batches of each process, fewer in a shorter epoch.
-
-    Raises:
-        UserError: num_batches below 1; in fit, a data module without `statistics_dataloader(epoch, num_batches)`, or a
-            network without a batch norm to estimate.
+    They are those of the weights that are validated and saved (Lightning's averaged ones if any), and of training clips
+    without mixing: `num_batches` of each process, or an epoch's, as a function of the epoch, so that resuming is exact.
     """
 
     def __init__(self, num_batches: int = 200) -> None:
@@ -167,16 +151,14 @@ class PreciseBatchNorm(Callback):
                 # Not by way of Lightning's batch transfer, which would mix and augment the clips.
                 yield batch.clips.flatten(0, 1).to(module.device)
 
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         with contextlib.ExitStack() as stack:
-            for average in callbacks:
+            for average in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(average, WeightAveraging):
                     average._swap_models(module)
                     stack.callback(average._swap_models, module)
             stack.enter_context(trainer.precision_plugin.forward_context())
             clips = estimate_statistics(module, batches(), module)
-        first, self._estimated_at = self._estimated_at < 0, trainer.global_step
-        if first and trainer.is_global_zero:
-            print(
-                f"precise BN: {perf_counter() - start:.0f} s an epoch for the statistics of {clips} clips", flush=True
-            )
+        if self._estimated_at < 0 and trainer.is_global_zero:
+            text = f"{perf_counter() - start:.0f} s an epoch for the statistics of {clips} clips"
+            print(f"precise BN: {text}", flush=True)
+        self._estimated_at = trainer.global_step

@@ -1,12 +1,10 @@
 """The Lightning module: loss, optimiser, learning rate, validation and multi-view testing of a network."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re
 from operator import itemgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,8 +31,8 @@ from octvideo.training.schedule import Schedule
 class Recognizer(LightningModule):
     """A network that recognises actions in videos, with the recipe that trains and tests it.
 
-    The defaults are the SlowFast project's recipe from scratch, with its learning rates for 64 clips a step scaled to
-    the run's. The rate follows from the epoch and the batch alone, so resuming needs no scheduler state.
+    The defaults are the SlowFast project's recipe from scratch. The learning rate follows from the epoch and the batch
+    alone, so resuming needs no scheduler state. Raises UserError for a number out of its range.
 
     Args:
         name: network: c2d_r50, i3d_r50, slow_r50, slowfast_r50, c2d_r50_nonlocal, i3d_r50_nonlocal, csn_r101,
@@ -42,21 +40,19 @@ class Recognizer(LightningModule):
         alpha: share of octave channels at low resolution in res2 to res4, in [0, 1]; or four, for res2 to res5; or
             {regex of convolutions' names: number}, such as experiments/allocation.py writes.
         num_classes: number of classes.
-        freeze: regexes matched from the start of module names (`blocks.0` is the stem, `blocks.1` res2 ...) whose
-            weights and batch-norm statistics stay fixed.
+        freeze: regexes of starts of module names (`blocks.0` is the stem) whose weights and batch norms stay fixed.
         normalization: statistics that training batches are normalised with: "batch", each process's own; "sync", those
             of all processes; "sub", those of every `sub_batch` clips; "frozen", the running ones, which stay fixed.
         sub_batch: clips normalised together by "sub"; default: batch_size, which multigrid's batches exceed.
         recompute: activation checkpointing of residual blocks: less memory, about a third more time.
         compile: compile the network with torch.compile; the first steps take minutes.
         learning_rate: peak of the schedule, for `reference_batch` clips a step.
-        reference_batch: clips a step (over all processes and accumulated batches) that the learning rates are meant
-            for; they are scaled in proportion to the run's. Null uses them as given.
+        reference_batch: clips a step, over all processes, that learning rates are for; null: do not scale them.
         batch_size: clips in a batch of each process (set by data.batch_size); null: learning rates are not scaled.
         warmup_start: learning rate at the start of the warm-up, for `reference_batch` clips a step.
         warmup_epochs: length of the warm-up; may be fractional.
-        milestones: epochs, possibly fractional, at which the learning rate falls to a tenth; empty: half a cosine to 0
-            over the whole run. With multigrid, whose epochs differ in steps, the schedule's epoch has the mean number.
+        milestones: epochs, possibly fractional, at which the learning rate falls to a tenth; empty: half a cosine to 0.
+            With multigrid, whose epochs differ in steps, the schedule's epoch has the mean number.
         label_smoothing: share of each label that is spread over all classes.
         momentum: of SGD with Nesterov momentum.
         weight_decay: of convolution and classifier weights; biases and batch norms have none.
@@ -64,9 +60,6 @@ class Recognizer(LightningModule):
         std: divides them afterwards.
         seed: of dropout (set by seed_everything).
         network: further options of `octvideo.create_model`.
-
-    Raises:
-        UserError: an unknown network, a number out of its range, or weights that do not fit.
     """
 
     def __init__(
@@ -109,31 +102,24 @@ class Recognizer(LightningModule):
         # Channels last is faster at every alpha.
         self.network = create_model(name, alpha=alpha, num_classes=num_classes, channels_last=True, **network)
         # Checkpoints record defaults too, but no file of weights: they hold their own, and open without that file.
-        defaults = cast(dict[str, Any], create_model.__kwdefaults__)
-        network = defaults | network | {"alpha": alpha, "num_classes": num_classes}
+        network = (create_model.__kwdefaults__ or {}) | network | {"alpha": alpha, "num_classes": num_classes}
         self.save_hyperparameters(ignore=["weights", "channels_last"])
-        normalize(
-            self.network, normalization, clips_per_part=(sub_batch or batch_size) if normalization == "sub" else None
-        )
+        clips_per_part = (sub_batch or batch_size) if normalization == "sub" else None
+        normalize(self.network, normalization, clips_per_part=clips_per_part)
         for pattern in freeze or ():
-            self._freeze(pattern)
+            try:
+                parts = [part for name, part in self.network.named_modules() if name and re.match(pattern, name)]
+            except re.error as error:
+                raise UserError(f"model.freeze {pattern!r} is an invalid regex: {error}") from error
+            if not parts:
+                raise UserError(f"model.freeze {pattern!r} matches no part of the network")
+            for part in parts:
+                normalize(part.requires_grad_(False), "frozen")
         if recompute:
             recompute_blocks(self.network)
         accuracies = (MulticlassAccuracy(num_classes, k, average="micro") for k in (1, 1, min(5, num_classes)))
         self.train_top1, self.val_top1, self.val_top5 = accuracies
         self.val_loss = MeanMetric()
-
-    def _freeze(self, pattern: str) -> None:
-        """Freezes the modules whose names start with a regex."""
-        try:
-            parts = [module for name, module in self.network.named_modules() if name and re.match(pattern, name)]
-        except re.error as error:
-            raise UserError(f"model.freeze {pattern!r} is an invalid regex: {error}") from error
-        if not parts:
-            raise UserError(f"model.freeze {pattern!r} matches no part of the network")
-        for part in parts:
-            part.requires_grad_(False)
-            normalize(part, "frozen")
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (B, num_classes) of clips (B, C, T, H, W) in uint8 RGB, which are normalised here, on the device."""
@@ -142,12 +128,11 @@ class Recognizer(LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Cross-entropy of a batch; the accuracy of mixed clips counts the class of the larger share."""
         videos, views = batch.clips.shape[:2]
-        logits = self(batch.clips.flatten(0, 1)).float()
-        labels = batch.labels.repeat_interleave(views, 0)
+        logits, labels = self(batch.clips.flatten(0, 1)).float(), batch.labels.repeat_interleave(views, 0)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
         self.train_top1(logits, labels.argmax(1) if labels.dim() > 1 else labels)
-        self.log("train/loss", loss, on_epoch=True, prog_bar=True, batch_size=videos, sync_dist=True)
-        self.log("train/top1", self.train_top1, on_step=False, on_epoch=True, prog_bar=True, batch_size=videos)
+        self.log("train/loss", loss, on_epoch=True, batch_size=videos, sync_dist=True)
+        self.log("train/top1", self.train_top1, on_step=False, on_epoch=True, batch_size=videos)
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -157,12 +142,10 @@ class Recognizer(LightningModule):
             self.val_loss.update(F.nll_loss(scores.clamp_min(1e-12).log(), batch.labels), len(scores))
             self.val_top1.update(scores, batch.labels)
             self.val_top5.update(scores, batch.labels)
-        self.log("val/loss", self.val_loss, on_epoch=True, prog_bar=True, batch_size=1)
-        self.log("val/top1", self.val_top1, on_epoch=True, prog_bar=True, batch_size=1)
-        self.log("val/top5", self.val_top5, on_epoch=True, batch_size=1)
+        metrics = {"val/loss": self.val_loss, "val/top1": self.val_top1, "val/top5": self.val_top5}
+        self.log_dict(metrics, batch_size=1)
 
-    def _view_scores(self, batch: Batch) -> Tensor:
-        """Probabilities (B, V, num_classes) of every view."""
+    def _view_scores(self, batch: Batch) -> Tensor:  # probabilities (B, V, num_classes)
         return score_clips(self, batch.clips.flatten(0, 1)).unflatten(0, batch.clips.shape[:2])
 
     def on_test_epoch_start(self) -> None:
@@ -183,7 +166,7 @@ class Recognizer(LightningModule):
         videos += [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def on_test_epoch_end(self) -> None:
-        """Gathers what all ranks tested into `results`, in the form of predictions.json."""
+        # Gathers what all ranks tested into `results`, in the form of predictions.json.
         parts = [self._tested] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(parts, self._tested)
@@ -193,7 +176,6 @@ class Recognizer(LightningModule):
         self.results |= {"videos": sorted(videos, key=itemgetter("path")), "bad": sorted(bad, key=itemgetter("path"))}
 
     def configure_model(self) -> None:
-        """Compiles the network if asked to, and shards it over the processes if the strategy is FSDP2."""
         if self.hparams["compile"] and self.trainer.training:
             self.network.compile()
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.network, FSDPModule):
@@ -202,16 +184,14 @@ class Recognizer(LightningModule):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with Nesterov momentum, without weight decay of biases and batch norms."""
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if not trained:
             raise UserError(f"model.freeze {self.hparams['freeze']} freezes the whole network")
-        decayed, others = [x for x in trained if x.dim() > 1], [x for x in trained if x.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": self.hparams["weight_decay"]}, {"params": others}]
+        weights, others = [x for x in trained if x.dim() > 1], [x for x in trained if x.dim() <= 1]
+        groups = [{"params": weights, "weight_decay": self.hparams["weight_decay"]}, {"params": others}]
         return torch.optim.SGD(groups, self.recipe.peak, momentum=self.hparams["momentum"], nesterov=True)
 
     def on_train_start(self) -> None:
-        """Makes the schedule for this run's length and batch size, and prints it."""
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         accumulated = trainer.accumulate_grad_batches
         num_epochs, last_step = max(trainer.max_epochs or 0, 0), trainer.max_steps
@@ -231,14 +211,11 @@ class Recognizer(LightningModule):
             lengths = [min(count, limit) if isinstance(limit, int) else int(count * limit) for count in lengths]
             self._factors = [data.batch_factor(epoch) for epoch in range(num_epochs)]
         self._first_steps = [0, *itertools.accumulate(math.ceil(count / accumulated) for count in lengths)]
-        total = self._first_steps[-1]
-        self._epoch_steps = total / num_epochs
+        total, self._epoch_steps = self._first_steps[-1], self._first_steps[-1] / num_epochs
         recipe = self.recipe.over(num_epochs * (min(total, last_step) if last_step > 0 else total) / total)
         if recipe.warmup_epochs < self.recipe.warmup_epochs:
-            rank_zero_warn(
-                f"a warm-up of {self.recipe.warmup_epochs:g} epochs does not fit into a run of {recipe.epochs:g}: "
-                "it takes a fifth of the run instead; set model.warmup_epochs"
-            )
+            misfit = f"a warm-up of {self.recipe.warmup_epochs:g} epochs does not fit into a run of {recipe.epochs:g}"
+            rank_zero_warn(f"{misfit}: it takes a fifth of the run instead; set model.warmup_epochs")
         batch, reference = self.hparams["batch_size"], self.hparams["reference_batch"]
         clips = (batch or 0) * trainer.world_size * accumulated
         scale = clips / reference if clips and reference else 1.0
@@ -250,7 +227,7 @@ class Recognizer(LightningModule):
         rank_zero_info(f"learning rate: {self.schedule}{scaled}\na step: {step}; an epoch: {self._epoch_steps:g} steps")
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
-        """Sets what depends only on the position in the run: the learning rate and dropout's seed."""
+        # Sets what depends only on the position in the run: the learning rate and dropout's seed.
         trainer, epoch = self.trainer, self.trainer.current_epoch
         step = self._first_steps[epoch] + batch_index // trainer.accumulate_grad_batches
         rate = self.schedule.at(step / self._epoch_steps) * self._factors[epoch]
@@ -261,7 +238,7 @@ class Recognizer(LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(turn).generate_state(1, np.uint64)[0] >> 1))
 
     def on_validation_epoch_start(self) -> None:
-        """Gathers sharded weights once: ranks whose last batches hold fewer videos make fewer forward passes."""
+        # Gathers sharded weights once: ranks whose last batches hold fewer videos make fewer forward passes.
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.unshard()
@@ -271,7 +248,6 @@ class Recognizer(LightningModule):
                 torch.distributed.broadcast(buffer, src=0)
 
     def on_validation_epoch_end(self) -> None:
-        """Reshards the weights that validation gathered."""
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.set_reshard_after_forward(True, recurse=False)

@@ -1,10 +1,9 @@
 """The learning rate as a function of the epoch: the same for any number of devices that share a batch."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Self
 
 from octvideo.errors import UserError
 
@@ -13,25 +12,15 @@ from octvideo.errors import UserError
 class Schedule:
     """Half a cosine, or steps, after a linear warm-up: the recipes of SlowFast and of non-local networks.
 
-    The cosine runs over all epochs; the warm-up rises from `warmup_start` to the curve's value where it ends.
-
-    Args:
-        peak: learning rate at the start of the curve.
-        epochs: length of the run.
-        warmup_start: learning rate at the start of the warm-up.
-        warmup_epochs: length of the warm-up.
-        milestones: epochs in ascending order at which the rate is multiplied by `decay`; empty: half a cosine to 0.
-        decay: factor at each milestone.
-
-    Raises:
-        UserError: a number out of its range.
+    The cosine runs over all epochs; the warm-up rises from `warmup_start` to the curve's value where it ends. Raises
+    UserError for a number out of its range.
     """
 
-    peak: float
-    epochs: float
-    warmup_start: float = 0.0
+    peak: float  # learning rate at the start of the curve
+    epochs: float  # length of the run
+    warmup_start: float = 0.0  # learning rate
     warmup_epochs: float = 0.0
-    milestones: tuple[float, ...] = ()
+    milestones: tuple[float, ...] = ()  # ascending epochs at which the rate is multiplied by decay; empty: the cosine
     decay: float = 0.1
 
     def __post_init__(self) -> None:
@@ -54,11 +43,11 @@ class Schedule:
             return self.peak * self.decay ** sum(epoch >= milestone for milestone in self.milestones)
         return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, epoch / self.epochs)))
 
-    def scaled(self, factor: float) -> Schedule:
+    def scaled(self, factor: float) -> Self:
         """The schedule for `factor` times as many clips a step (linear scaling, Goyal et al., 2017)."""
         return dataclasses.replace(self, peak=self.peak * factor, warmup_start=self.warmup_start * factor)
 
-    def over(self, epochs: float) -> Schedule:
+    def over(self, epochs: float) -> Self:
         """The schedule of a run of another length; a warm-up that does not fit takes a fifth of it."""
         warmup_epochs = self.warmup_epochs if self.warmup_epochs < epochs else epochs / 5
         return dataclasses.replace(self, epochs=epochs, warmup_epochs=warmup_epochs)
@@ -68,6 +57,5 @@ class Schedule:
         if self.milestones:
             milestones = ", ".join(f"{milestone:g}" for milestone in self.milestones)
             curve = f"{self.peak:.6g}, times {self.decay:g} at epoch {milestones} of {self.epochs:g}"
-        if self.warmup_epochs:
-            curve += f", warm-up from {self.warmup_start:.6g} in {self.warmup_epochs:g} epochs"
-        return curve
+        warmup = f", warm-up from {self.warmup_start:.6g} in {self.warmup_epochs:g} epochs"
+        return curve + (warmup if self.warmup_epochs else "")
