@@ -27,9 +27,8 @@ class Paths(Sequence[str]):
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         encoded = [os.fsencode(path) for path in paths]
-        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self._bytes = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()).share_memory_()
-        self._ends = torch.from_numpy(ends).share_memory_()
+        self._ends = torch.tensor([len(path) for path in encoded], dtype=torch.int64).cumsum(0).share_memory_()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -63,15 +62,10 @@ def read_list(
 ) -> VideoList:
     """Reads a list file in UTF-8: on each line a video's path and its class number. Blank lines are skipped.
 
-    Args:
-        path: the list file.
-        root: folder that relative paths start from. Default: the current folder.
-        separator: separates path and class number; the last one on a line counts, so paths may contain it.
-        header: skip the first line.
-        num_classes: if given, class numbers must be below it.
+    Relative paths start from `root`, by default the current folder. The last separator on a line counts, so paths may
+    contain it. With a header the first line is skipped. Class numbers must be below num_classes if that is given.
 
-    Raises:
-        ListError: no such file, an empty one, or a line that is not a path and a class number.
+    Raises ListError for a file that is missing or empty, or has another kind of line.
     """
     most = MOST_CLASSES if num_classes is None else num_classes
     paths, labels = [], []

@@ -14,11 +14,8 @@ from typing import Any, NamedTuple
 from octvideo.data.lists import HEADERS, MOST_CLASSES, read_class_names, read_lines, video_files
 from octvideo.errors import ListError
 
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validate", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
+VALIDATION = ("val", "valid", "validate", "validation")
+SPLITS = {"train": "train", "training": "train", **dict.fromkeys(VALIDATION, "val"), "test": "test", "testing": "test"}
 LISTS = ("train.csv", "val.csv", "test.csv")  # a folder that holds one of them is read as these lists
 LABELS = "labels.txt"
 PREFERRED = {".mp4": 0, ".mkv": 1, ".webm": 2, ".avi": 3}  # of files that differ in their extension, the first counts
@@ -27,9 +24,7 @@ PREFERRED = {".mp4": 0, ".mkv": 1, ".webm": 2, ".avi": 3}  # of files that diffe
 class Entry(NamedTuple):
     """A video that a source names."""
 
-    path: (
-        str  # relative to the folder of videos, or absolute; without extension if annotations name it and it is missing
-    )
+    path: str  # relative to the folder of videos, or absolute; without extension if it is missing
     label: int | None  # class number; None where the source has none, as in the official test splits
     split: str  # train, val or test
     note: str = ""  # what is doubtful about the source's line
@@ -43,8 +38,6 @@ class Catalogue(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """A source's line: its label is a class number or a name; `where` it stands is for errors."""
-
     path: str
     label: int | str | None
     split: str
@@ -64,18 +57,12 @@ def read_sources(
     - Kinetics' CSV or JSON; the video is `<id>_<start, 6 digits>_<end, 6 digits>.*` anywhere below `videos`;
     - ActivityNet's JSON; the video is `v_<id>.*` or `<id>.*` anywhere below `videos`.
 
-    Class numbers are kept; their names come from labels.txt beside the list. Otherwise classes are numbered in the
-    alphabetical order of their names, as in Kinetics.
+    Relative paths start from `videos`; the folder `output` is not searched. Class numbers are kept; their names come
+    from labels.txt beside the list. Otherwise classes are numbered in the alphabetical order of their names, as in
+    Kinetics, or as in the file `labels`, with a class name on each line. Only labels in it, or in labels.txt, may
+    contain the separator of the list's lines.
 
-    Args:
-        sources: folders and files.
-        videos: the folder that relative paths start from.
-        labels: text file with a class name on each line, class 0 first, that numbers the classes instead. Only labels
-            in it, or in labels.txt beside a list, may contain the separator of the list's lines.
-        output: a folder that is not searched for videos.
-
-    Raises:
-        ListError: a source that cannot be read; the message names the file, and the line if there is one.
+    Raises ListError for a source that cannot be read, with the file and the line.
     """
     reader = _Reader(videos, output, read_class_names(labels) if labels is not None else None)
     lines = [line for source in sources for line in reader.read(source)]
@@ -84,36 +71,30 @@ def read_sources(
         numbers = [line.label for line in lines if isinstance(line.label, int)]
         named = {line.label for line in lines if isinstance(line.label, str)}
         names = list(map(str, range(max(numbers) + 1))) if numbers else sorted(named)
-    number_of = {name: number for number, name in enumerate(names)}
-    entries = []
+    number_of, entries = {name: number for number, name in enumerate(names)}, []
     for path, label, split, where, note in lines:
         number = number_of.get(label, -1) if isinstance(label, str) else label
         if number is not None and not 0 <= number < len(names):
-            classes = f"the {len(names)} classes of {labels or LABELS}"
-            raise ListError(f"{where}: label {str(label)!r} is not one of {classes}")
+            what = f"label {str(label)!r} is not one of the {len(names)} classes of {labels or LABELS}"
+            raise ListError(f"{where}: {what}")
         entries.append(Entry(path, number, split, note))
     return Catalogue(entries, names)
 
 
 class _Reader:
-    """Reads sources; `labels` are the class names that the user gives, `names` those beside lists of class numbers."""
-
     def __init__(self, videos: Path, output: Path | None, labels: list[str] | None) -> None:
-        self.videos = videos
-        self.labels = labels
-        self.names: list[str] | None = None
+        self.videos, self.labels = videos, labels
+        self.names: list[str] | None = None  # of the classes, from labels.txt beside lists of class numbers
         status = output.stat() if output is not None and output.exists() else None
         self.skip = () if status is None else ((status.st_dev, status.st_ino),)
 
     @cached_property
     def by_stem(self) -> dict[str, str]:
-        """The file for every name without extension; the folder is searched once, and only if a source needs it."""
         files = [(*os.path.splitext(file), file) for file in video_files(self.videos, skip=self.skip)]
         files.sort(key=lambda parts: (PREFERRED.get(parts[1].lower(), len(PREFERRED)), parts[2]))
         return {os.path.basename(stem): file for stem, _, file in reversed(files)}
 
     def relative(self, path: str) -> str:
-        """A path relative to the folder of videos, or absolute if it is absolute and lies elsewhere."""
         path = os.path.normpath(path)
         inside = os.path.relpath(path, os.path.abspath(self.videos)) if os.path.isabs(path) else path
         return path if inside.split(os.sep)[0] == os.pardir else inside
@@ -139,31 +120,27 @@ class _Reader:
             split = SPLITS[parents.pop(0)] if has_splits and parents else "train"
             yield _Line(path, parents[0] if parents else None, split, str(source))
 
-    def _read_text(self, source: Path) -> list[_Line]:
+    def _read_text(self, source: Path) -> Iterator[_Line]:
+        """The official CSV files of Kinetics-400, -600 and -700, or a list."""
         text = read_lines(source)
         try:
-            if "youtube_id" in next(csv.reader(text[:1], skipinitialspace=True), ()):
-                return list(self._read_kinetics(source, text))
+            if "youtube_id" not in next(csv.reader(text[:1], skipinitialspace=True), ()):
+                yield from self._read_list(source, text)
+                return
+            for row in (rows := csv.DictReader(text, skipinitialspace=True)):
+                where = f"{source}:{rows.line_num}"
+                stem = _clip_name(row["youtube_id"], row.get("time_start"), row.get("time_end"), where)
+                split = _split(row["split"], where) if row.get("split") else _split_of(source)
+                yield _Line(self.by_stem.get(stem, stem), row.get("label") or None, split, where)
         except csv.Error as error:
             raise ListError(f"{source}: invalid CSV: {error}") from error
-        return self._read_list(source, text)
-
-    def _read_kinetics(self, source: Path, text: list[str]) -> Iterator[_Line]:
-        """The official CSV files of Kinetics-400, -600 and -700."""
-        rows = csv.DictReader(text, skipinitialspace=True)
-        for row in rows:
-            where = f"{source}:{rows.line_num}"
-            stem = _clip_name(row["youtube_id"], row.get("time_start"), row.get("time_end"), where)
-            split = _split(row["split"], where) if row.get("split") else _split_of(source)
-            yield _Line(self.by_stem.get(stem, stem), row.get("label") or None, split, where)
 
     def _read_list(self, source: Path, text: list[str]) -> list[_Line]:
         """Lines of `path label` or `path,label`; the first label says whether all are numbers."""
         beside = source.with_name(LABELS)
         names = read_class_names(beside) if beside.is_file() else None
         known = {*(names or ()), *(self.labels or ())}
-        split, separator, numbered = _split_of(source), "", None
-        lines = []
+        split, separator, numbered, lines = _split_of(source), "", None, []
         for number, line in enumerate(map(str.strip, text), 1):
             if not line:
                 continue
@@ -194,11 +171,12 @@ class _Reader:
         if not isinstance(videos, dict):
             raise ListError(f"{source}: expected an object of videos, by their ids")
         for name, video in videos.items():
+            where = f"{source}: video {name!r}"
             try:
-                yield self._json_line(name, video, f"{source}: video {name!r}")
+                yield self._json_line(name, video, where)
             except (KeyError, IndexError, TypeError, AttributeError) as error:
-                wanted = "'subset', and 'annotations' with 'label' and 'segment'"
-                raise ListError(f"{source}: video {name!r}: expected {wanted}") from error
+                wanted = "expected 'subset', and 'annotations' with 'label' and 'segment'"
+                raise ListError(f"{where}: {wanted}") from error
 
     def _json_line(self, name: str, video: Any, where: str) -> _Line:
         split, annotations = _split(video["subset"], where), video.get("annotations") or []
