@@ -54,12 +54,9 @@ class Classifier(nn.Module):
 
     def __init__(self, trained: Trained, softmax: bool) -> None:
         super().__init__()
-        self.network = trained.network
-        self.normalize = trained.normalize
-        self.softmax = softmax
+        self.network, self.normalize, self.softmax = trained.network, trained.normalize, softmax
 
-    def forward(self, clips: Tensor) -> Tensor:
-        """The argument's name becomes the name of the file's input."""
+    def forward(self, clips: Tensor) -> Tensor:  # its argument's name becomes the name of the file's input
         logits: Tensor = self.network(self.normalize(clips))
         return logits.softmax(1) if self.softmax else logits
 
@@ -68,9 +65,8 @@ def write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> N
     """Writes a single file, weights included, which protobuf limits to 2 GB."""
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # else a line for each weight not folded into a constant
     shapes, names = {"clips": {0: "batch"}}, [about["output"]]  # only names the sizes; the program has dynamic ones
-    exported = torch.onnx.export(
-        program, dynamo=True, opset_version=18, dynamic_shapes=shapes, output_names=names, verbose=False
-    )
+    how: dict[str, Any] = {"dynamo": True, "opset_version": 18, "verbose": False}
+    exported = torch.onnx.export(program, dynamic_shapes=shapes, output_names=names, **how)
     assert exported is not None
     exported.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     path.write_bytes(exported.model_proto.SerializeToString())
@@ -99,10 +95,10 @@ def open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 class Format(NamedTuple):
-    """A file format: its runtime, the packages to install for it, and how it is written and opened."""
+    """A file format."""
 
     runtime: str
-    packages: tuple[str, ...]
+    packages: tuple[str, ...]  # to install for it
     write: Callable[[ExportedProgram, Path, dict[str, Any]], None]
     open: Callable[[Path], Callable[[Tensor], Tensor]]
 
@@ -148,7 +144,8 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
 def untrained(name: str, alpha: float, num_classes: int, preprocessing: Preprocessing) -> Trained:
     """A network with random weights and statistics; with training's initial ones, most of it would output zeros."""
     torch.manual_seed(0)
-    network = create_model(name, alpha=alpha, num_classes=num_classes, channels_last=True)
+    options: dict[str, Any] = {"name": name, "alpha": alpha, "num_classes": num_classes}
+    network = create_model(**options, channels_last=True)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             assert module.running_mean is not None
@@ -159,14 +156,12 @@ def untrained(name: str, alpha: float, num_classes: int, preprocessing: Preproce
             nn.init.uniform_(module.running_var, 0.5, 1.5)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.1)
-    options = {"name": name, "alpha": alpha, "num_classes": num_classes}
     return Trained(network.eval(), options, [f"class {index}" for index in range(num_classes)], preprocessing)
 
 
 def clips_to_compare(size: tuple[int, ...], batches: tuple[int, ...]) -> list[Tensor]:
     """Random, black and white clips (B, 3, T, H, W) for each B."""
-    generator = torch.Generator().manual_seed(0)
-    clips = []
+    generator, clips = torch.Generator().manual_seed(0), []
     for shape in [(batch, *size) for batch in batches]:
         clips.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
         clips += [torch.full(shape, level, dtype=torch.uint8) for level in (0, 255)]
@@ -185,15 +180,14 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
     if arguments.fuse:
         trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
     dynamic = None if arguments.batch else {"clips": {0: torch.export.Dim("batch", min=1)}}
-    program = torch.export.export(
-        Classifier(trained, arguments.softmax), (clips[-1],), dynamic_shapes=dynamic, strict=False
-    )
+    module = Classifier(trained, arguments.softmax)
+    program = torch.export.export(module, (clips[-1],), dynamic_shapes=dynamic, strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it contains paths of this machine
     about = trained.options | asdict(trained.preprocessing) | {"labels": trained.labels}
     for name in ("crop_size", "short_side", "mirror"):  # apply to training clips only
         del about[name]
-    about["output"] = "probabilities" if arguments.softmax else "logits"
+    kind = about["output"] = "probabilities" if arguments.softmax else "logits"
     about["octvideo_version"] = importlib.metadata.version("octvideo")
     with appearing(arguments.output) as partial:
         file.write(program, partial, about)
@@ -201,20 +195,17 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
         pairs = zip(clips, wanted, strict=True)
         differences = [(run(clip) - want).abs().max() / want.abs().max() for clip, want in pairs]
         difference = float(torch.stack(differences).max())
+        differ = f"differ from PyTorch's by {difference:.1g} of the largest"
         if not difference <= arguments.tolerance:
-            fail(
-                f"{file.runtime} gives {about['output']} that differ from PyTorch's by {difference:.1g} of the "
-                f"largest, more than --tolerance {arguments.tolerance:g}: no file is written",
-                status=1,
-            )
+            more = f"more than --tolerance {arguments.tolerance:g}: no file is written"
+            fail(f"{file.runtime} gives {kind} that {differ}, {more}", status=1)
     seconds = time_interleaved([lambda: eager(clips[0]), lambda: run(clips[0])], rounds=arguments.rounds)
-    medians = [median(taken) for taken in seconds]
     table = Table(f"clips {tuple(clips[0].shape)}", "median ms", "ratio")
-    for runtime, taken in zip(("PyTorch", file.runtime), medians, strict=True):
-        table.add_row(runtime, f"{1000 * taken:.1f}", f"{taken / medians[0]:.2f}")
+    for runtime, taken in zip(("PyTorch", file.runtime), map(median, seconds), strict=True):
+        table.add_row(runtime, f"{1000 * taken:.1f}", f"{taken / median(seconds[0]):.2f}")
     Console().print(table)
     megabytes = arguments.output.stat().st_size / 1e6
-    print(f"{arguments.output}: {megabytes:.1f} MB; {about['output']} differ by {difference:.1g} of the largest")
+    print(f"{arguments.output}: {megabytes:.1f} MB; {kind} differ by {difference:.1g} of the largest")
 
 
 def main(words: list[str]) -> int:
@@ -228,8 +219,7 @@ def main(words: list[str]) -> int:
             size: tuple[int, ...] = trained.preprocessing.clip_size
         else:
             frames, *sides = arguments.clip
-            size = (3, frames, *sides)
-            how = Preprocessing(clip_frames=frames, test_crop_size=min(sides))
+            size, how = (3, frames, *sides), Preprocessing(clip_frames=frames, test_crop_size=min(sides))
             trained = untrained(arguments.name, arguments.alpha or 0.0, arguments.num_classes or 400, how)
         export(trained, size, arguments)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -50,6 +51,19 @@ def number(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
     return int(text)
+
+
+def positive(text: str, otherwise: str = "") -> float:
+    """The type of an option that measures something."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a positive number{otherwise}, got {text!r}")
+
+
+def time_limit(text: str) -> float | None:
+    """The type of a time limit, or null for none."""
+    return None if text == "null" else positive(text, " or null")
 
 
 def clip_size(text: str) -> tuple[int, int, int]:

@@ -15,11 +15,11 @@ The score of a class is averaged after softmax over N clips x M crops (--clips, 
 timeline scores one clip around the middle of each second. A segment is a stretch in which a class that is the most
 likely one in some second keeps at least half of its highest score.
 
---json   {"checkpoint", "network", "alpha", "labels", "videos": [{"path", "status": "ok", "seconds",
-         "predictions": [{"label", "class", "probability"}], "scores": [one per class], "timeline": {"seconds":
-         [middles], "scores": [[one per class] per second]}, "segments": [{"start", "end", "label", "class",
-         "mean_score"}]}], "bad": [{"path", "reason"}]}; also "truth" of a video with a given class, "annotated" and
-         "thumbnail" of one with such files, and "accuracy": {"top1", "top5", "videos"} if classes are given
+--json   {"checkpoint", "network", "alpha", "labels", "videos": [{"path", "status": "ok", "seconds", "predictions":
+         [{"label", "class", "probability"}], "scores": [one per class], "timeline": {"seconds": [middles], "scores":
+         [[one per class] per second]}, "segments": [{"start", "end", "label", "class", "mean_score"}]}], "bad":
+         [{"path", "reason"}]}; also a video's "truth" if its class is given, "annotated" and "thumbnail" if it has such
+         files, and "accuracy": {"top1", "top5", "videos"} if classes are given
 --csv    path,status,reason,rank,label,probability: one row per rank of a video, or one without a rank for a bad video
 --save-video   writes DIR/NAME.predicted.mp4 (H.264, no sound): upright, with the most likely class of the current
          second and a bar as long as its probability along the lower edge; PyAV reads it, whatever the --backend
@@ -32,11 +32,9 @@ command, or if results cannot be written; 130 on Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -53,7 +51,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from octvideo.commands.options import Parser, fail, number, one_line_errors
+from octvideo.commands.options import Parser, fail, number, one_line_errors, time_limit
 from octvideo.data.lists import HEADERS, read_lines, video_files
 from octvideo.data.video import READERS
 from octvideo.data.watchdog import HungError
@@ -93,33 +91,18 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     add("--thumbnail", metavar="DIR", type=Path, help="folder for contact sheets")
     add("--backend", choices=("auto", *READERS), default="auto", help="decoder; default: auto, PyAV if it can")
     timeout, limit = ("--decode_timeout_seconds", "--decode-timeout-seconds"), "time limit of a decoding step, or null"
-    add(*timeout, metavar="S", type=_seconds, default=60.0, help=f"{limit}; default: 60")
+    add(*timeout, metavar="S", type=time_limit, default=60.0, help=f"{limit}; default: 60")
     return parser.parse_args(words)
 
 
-def _seconds(text: str) -> float | None:
-    if text == "null":
-        return None
-    with contextlib.suppress(ValueError):
-        if 0 < (seconds := float(text)) < math.inf:
-            return seconds
-    raise argparse.ArgumentTypeError(f"must be a positive number or null, got {text!r}")
-
-
 def find_videos(inputs: Sequence[Path], root: Path | None, num_classes: int) -> list[tuple[str, int | None]]:
-    """The paths that the inputs name, in order, and the classes that lists give.
-
-    Raises:
-        ListError: a list or folder that cannot be read, a class the network does not have, or no video at all.
-    """
+    """The paths that the inputs name, in order, and the classes that lists give; ListError if there is none."""
     found: list[tuple[str, int | None]] = []
     for path in inputs:
-        if path.is_dir():
-            found += [(video, None) for video in search(path)]
-        elif path.suffix.lower() in (".csv", ".txt"):
+        if path.suffix.lower() in (".csv", ".txt") and not path.is_dir():
             found += read_list(path, root, num_classes)
         else:
-            found.append((str(path), None))
+            found += [(video, None) for video in (search(path) if path.is_dir() else [str(path)])]
     if not any(os.path.exists(video) for video, _ in found):
         missing = f": none of the {len(found)} files named exist, such as {found[0][0]}" if found else ""
         raise ListError(f"no videos found in {', '.join(map(str, inputs))}{missing}")
@@ -158,9 +141,7 @@ def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str
     names = []
     for path in paths:
         stem = name = Path(path).stem
-        while name.casefold() in used or any(
-            os.path.realpath(folder / f"{name}{end}") in sources for folder, end in endings
-        ):
+        while name.casefold() in used or any(os.path.realpath(f / f"{name}{end}") in sources for f, end in endings):
             counts[stem] += 1
             name = f"{stem}_{counts[stem] + 1}"
         used.add(name.casefold())
@@ -214,10 +195,8 @@ def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.N
             continue
         timeline = prediction.timeline
         scores = timeline.scores.astype(np.float64).round(6).tolist()
-        video = {
-            "path": path,
-            "status": "ok",
-            "seconds": float(timeline.edges_seconds[-1]),
+        video: dict[str, Any] = {"path": path, "status": "ok", "seconds": float(timeline.edges_seconds[-1])}
+        video |= {
             "predictions": [dict(zip(ranked, best, strict=True)) for best in prediction.top(arguments.top)],
             "scores": prediction.scores.tolist(),
             "timeline": {"seconds": timeline.seconds.tolist(), "scores": scores},
@@ -227,15 +206,9 @@ def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.N
             video["truth"] = {"label": trained.labels[truth], "class": truth}
         videos.append(video | dict(files))
     accuracy = accuracies(outcomes)
-    return {
-        "checkpoint": str(arguments.ckpt),
-        "network": trained.options["name"],
-        "alpha": trained.options["alpha"],
-        "labels": trained.labels,
-        **({"accuracy": accuracy} if accuracy is not None else {}),
-        "videos": videos,
-        "bad": [{"path": one.path, "reason": one.reason} for one in outcomes if one.prediction is None],
-    }
+    found = {"checkpoint": str(arguments.ckpt), "network": trained.options["name"], "alpha": trained.options["alpha"]}
+    found |= {"labels": trained.labels, **({} if accuracy is None else {"accuracy": accuracy}), "videos": videos}
+    return found | {"bad": [{"path": one.path, "reason": one.reason} for one in outcomes if one.prediction is None]}
 
 
 def write_csv(path: Path, outcomes: Sequence[Outcome], top: int) -> None:
@@ -246,8 +219,7 @@ def write_csv(path: Path, outcomes: Sequence[Outcome], top: int) -> None:
         for video, _, prediction, reason, _ in outcomes:
             if prediction is None:
                 writer.writerow((video, "bad", reason, "", "", ""))
-                continue
-            for rank, best in enumerate(prediction.top(top), 1):
+            for rank, best in enumerate(prediction.top(top) if prediction is not None else (), 1):
                 writer.writerow((video, "ok", "", rank, best.label, best.probability))
 
 
@@ -267,9 +239,7 @@ def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments:
         for start, end, label, _, score in prediction.segments(arguments.top):
             segments.add_row(*map(Text, (path, clock(start), clock(end), label, f"{100 * score:.1f} %")))
     if good:
-        console.print(table)
-    if good and arguments.timeline:
-        console.print(segments)
+        console.print(table, *([segments] if arguments.timeline else []))
     if (accuracy := accuracies(outcomes)) is not None:
         shares = ", ".join(f"top-{k} {100 * accuracy[f'top{k}']:.2f} %" for k in (1, 5))
         console.print(f"{shares} of {accuracy['videos']} videos with a given class", highlight=False)
@@ -282,16 +252,13 @@ def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments:
 def check_outputs(arguments: argparse.Namespace, videos: Sequence[str]) -> None:
     """Refuses, before any work, results that would overwrite what is read, and makes their folders."""
     read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *videos)}
-    for option, path in (("json", arguments.json), ("csv", arguments.csv)):
-        if path is None:
-            continue
+    given = [(option, path) for option in ("json", "csv") if (path := getattr(arguments, option)) is not None]
+    for option, path in given:
         if path.is_dir() or os.path.realpath(path) in read:
-            raise UserError(
-                f"--{option} {path}: that is {'a folder' if path.is_dir() else 'an input or another result'}"
-            )
+            what = "a folder" if path.is_dir() else "an input or another result"
+            raise UserError(f"--{option} {path}: that is {what}")
         read.add(os.path.realpath(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-    for folder in (arguments.save_video, arguments.thumbnail):
+    for folder in (*(path.parent for _, path in given), arguments.save_video, arguments.thumbnail):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 

@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -48,19 +49,15 @@ class Display:
     """Progress: a bar in a terminal, elsewhere a line every ten seconds."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        columns = (
-            *Progress.get_default_columns(),
-            TextColumn("{task.completed}/{task.total} files, {task.fields[counts]}"),
-        )
+        self.console, self._printed = console, time.monotonic()
+        counts = TextColumn("{task.completed}/{task.total} files, {task.fields[counts]}")
         # A few files an hour are a speed too.
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600)
+        options: dict[str, Any] = {"disable": not console.is_terminal, "speed_estimate_period": 3600}
+        self.bar = Progress(*Progress.get_default_columns(), counts, console=console, **options)
         self._tasks: dict[str, TaskID] = {}
         self._counts: Counter[str | None] = Counter()
-        self._printed = time.monotonic()
 
     def show(self, stage: str, done: int, total: int, status: str | None) -> None:
-        """Shows how many files are done; see octvideo.data.preparation.prepare.prepare."""
         self._counts[status] += 1
         counts = f"{self._counts['ok']} ok, {self._counts['bad']} bad"
         if stage not in self._tasks:
@@ -79,12 +76,10 @@ def print_summary(console: Console, outcomes: Sequence[Outcome]) -> None:
     """Prints how many videos there are of each status and split."""
     table = Table("split", *(Column(name, justify="right") for name in (*STATUSES, "all")), box=box.SIMPLE)
     for split in (*SPLITS, "all"):
-        counts = Counter(outcome.status for outcome in outcomes if split in (outcome.entry.split, "all"))
-        if counts:
+        if counts := Counter(outcome.status for outcome in outcomes if split in (outcome.entry.split, "all")):
             table.add_row(split, *(str(counts[status]) for status in STATUSES), str(counts.total()))
     console.print(table)
-    unlabelled = sum(outcome.status == "ok" and outcome.entry.label is None for outcome in outcomes)
-    if unlabelled:
+    if unlabelled := sum(outcome.status == "ok" and outcome.entry.label is None for outcome in outcomes):
         console.print(f"{unlabelled} videos have no label: they are in index.bin and in no list")
 
 
@@ -109,15 +104,8 @@ def main(words: list[str]) -> int:
         catalogue = read_sources(options.sources, videos, labels=options.labels, output=output)
         console.print(f"{len(catalogue.entries)} videos, {len(catalogue.class_names)} classes")
         with display.bar:
-            outcomes = prepare(
-                catalogue,
-                videos,
-                output,
-                short_side=options.reencode,
-                workers=options.workers,
-                timeout_seconds=options.timeout,
-                progress=display.show,
-            )
+            how = {"short_side": options.reencode, "workers": options.workers, "timeout_seconds": options.timeout}
+            outcomes = prepare(catalogue, videos, output, **how, progress=display.show)
     except UserError as error:
         fail(str(error))
     except OSError as error:
@@ -134,8 +122,7 @@ def main(words: list[str]) -> int:
         training += [f"--data.labels={output / 'labels.txt'}", f"--model.num_classes={len(catalogue.class_names)}"]
         print("train with  " + shlex.join(training))
     print(f"report in   {output / 'report.csv'}")
-    failures = Counter(outcome.reason for outcome in outcomes if outcome.failed)
-    if failures:
+    if failures := Counter(outcome.reason for outcome in outcomes if outcome.failed):
         reasons = ", ".join(f"{number} x {reason}" for reason, number in failures.items())
         fail(f"{failures.total()} files failed through no fault of theirs ({reasons}): the same command tries again", 1)
     return 0
