@@ -39,7 +39,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from octvideo.commands.options import Parser, fail, number, one_line_errors, positive, time_limit
+from octvideo.commands.options import Parser, add_predictor, fail, one_line_errors, positive
 from octvideo.data.video import Video
 from octvideo.data.watchdog import HungError
 from octvideo.errors import UserError
@@ -237,19 +237,13 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
 
 
 def read_arguments(words: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="checkpoint of octvideo train")
-    add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
+    add_predictor(parser, clips=5, crops=1)
     add("--host", default="127.0.0.1", help="address to serve at; default: 127.0.0.1, for this machine alone")
     add("--port", type=int, default=7860, help="default: 7860")
     add("--max-megabytes", metavar="N", type=positive, default=100.0, help="largest upload; default: 100")
     add("--max-seconds", metavar="S", type=positive, default=60.0, help="longest video; default: 60")
-    add("--clips", metavar="N", type=number, default=5, help="clips of a video, whose scores are averaged; default: 5")
-    add("--crops", metavar="M", type=number, default=1, help="crops of a clip; default: 1")
-    timeout, limit = ("--decode_timeout_seconds", "--decode-timeout-seconds"), "time limit of a decoding step, or null"
-    add(*timeout, metavar="S", type=time_limit, default=60.0, help=f"{limit}; default: 60")
     arguments = parser.parse_args(words)
     if not 0 < arguments.port < 2**16:
         fail(f"--port must be 1 to {2**16 - 1}, got {arguments.port}")
@@ -265,13 +259,9 @@ def serve(arguments: argparse.Namespace, folder: Path) -> None:
         socket.create_server((host, port)).close()
     except OSError as error:
         fail(f"--host {host} --port {port}: {str(error.strerror).split(' (')[0]}")
-    predictor = Predictor(
-        load_trained(arguments.ckpt, arguments.alpha),
-        num_clips=arguments.clips,
-        num_crops=arguments.crops,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        decode_timeout_seconds=arguments.decode_timeout_seconds,
-    )
+    trained, device = load_trained(arguments.ckpt, arguments.alpha), "cuda" if torch.cuda.is_available() else "cpu"
+    views, timeout = {"num_clips": arguments.clips, "num_crops": arguments.crops}, arguments.decode_timeout_seconds
+    predictor = Predictor(trained, device=device, decode_timeout_seconds=timeout, **views)
     if importlib.util.find_spec("gradio") is None:
         fail("the page needs gradio: pip install 'octvideo[demo]'")
     # Read when gradio is imported. It checks whether its own server answers, which must not go through a proxy.
@@ -293,7 +283,6 @@ def serve(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Runs the command; returns its exit status."""
     arguments = read_arguments(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     uploads = tempfile.TemporaryDirectory(prefix="octvideo_demo_", ignore_cleanup_errors=True)

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -89,7 +89,6 @@ def write_pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> No
 
 
 def open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    """Opens the file in PyTorch."""
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
@@ -109,38 +108,6 @@ FORMATS = {
 }
 
 
-def read_arguments(words: list[str]) -> argparse.Namespace:
-    """Parses the command line and checks what can be checked without a network."""
-    parser = Parser(__doc__)
-    add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", type=Path, metavar="FILE", help="checkpoint of octvideo train")
-    source.add_argument("--name", metavar="NETWORK", help="a network of octvideo.MODELS, such as i3d_r50, untrained")
-    add("--output", type=Path, required=True, metavar="FILE", help="FILE.onnx or FILE.pt2")
-    add("--alpha", type=float, metavar="A", help="alpha of res2 to res4; default: the checkpoint's, or 0 with --name")
-    add("--clip", type=clip_size, metavar="TxHxW", help="with --name: frames, height and width")
-    add("--num_classes", type=number, metavar="N", help="with --name; default: 400")
-    add("--batch", type=number, metavar="N", help="fixed batch size; default: any")
-    add("--softmax", action="store_true", help="output probabilities instead of logits")
-    fold = "fold batch norms into the convolutions before them: faster, and equal up to rounding; default: yes"
-    add("--fuse", action=argparse.BooleanOptionalAction, default=True, help=fold)
-    share = "largest difference allowed, as a share of the largest output; default: 1e-4"
-    add("--tolerance", type=float, default=1e-4, metavar="SHARE", help=share)
-    add("--rounds", type=number, default=10, metavar="N", help="timed runs of each runtime; default: 10")
-    add("--threads", type=number, metavar="N", help="threads of each runtime; default: PyTorch's choice")
-    arguments = parser.parse_args(words)
-    output: Path = arguments.output
-    if output.suffix not in FORMATS or output.is_dir():
-        fail(f"--output must be a file that ends in {' or '.join(FORMATS)}, got {output}")
-    missing = [name for name in FORMATS[output.suffix].packages if importlib.util.find_spec(name) is None]
-    if missing:
-        fail(f"{output.suffix} files need {', '.join(missing)}: pip install 'octvideo[export]'")
-    if arguments.ckpt and (arguments.clip or arguments.num_classes):
-        fail("--clip and --num_classes are for --name: a checkpoint has its own")
-    if arguments.name and not arguments.clip:
-        fail("--name needs --clip TxHxW, such as 8x224x224")
-    return arguments
-
-
 def untrained(name: str, alpha: float, num_classes: int, preprocessing: Preprocessing) -> Trained:
     """A network with random weights and statistics; with training's initial ones, most of it would output zeros."""
     torch.manual_seed(0)
@@ -148,31 +115,21 @@ def untrained(name: str, alpha: float, num_classes: int, preprocessing: Preproce
     network = create_model(**options, channels_last=True)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
-            assert module.running_mean is not None
-            assert module.running_var is not None
             nn.init.uniform_(module.weight, 0.5, 1.0)
             nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(cast(Tensor, module.running_mean), std=0.1)
+            nn.init.uniform_(cast(Tensor, module.running_var), 0.5, 1.5)
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.1)
     return Trained(network.eval(), options, [f"class {index}" for index in range(num_classes)], preprocessing)
 
 
-def clips_to_compare(size: tuple[int, ...], batches: tuple[int, ...]) -> list[Tensor]:
-    """Random, black and white clips (B, 3, T, H, W) for each B."""
-    generator, clips = torch.Generator().manual_seed(0), []
-    for shape in [(batch, *size) for batch in batches]:
+def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespace) -> None:
+    file, eager = FORMATS[arguments.output.suffix], Classifier(trained, arguments.softmax)
+    generator, clips = torch.Generator().manual_seed(0), list[Tensor]()
+    for shape in [(batch, *size) for batch in ((arguments.batch,) if arguments.batch else (1, 2))]:
         clips.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
         clips += [torch.full(shape, level, dtype=torch.uint8) for level in (0, 255)]
-    return clips
-
-
-def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespace) -> None:
-    """Writes the file if its outputs agree with PyTorch's for clips of a size (3, T, H, W), and prints its speed."""
-    file = FORMATS[arguments.output.suffix]
-    eager = Classifier(trained, arguments.softmax)
-    clips = clips_to_compare(size, (arguments.batch,) if arguments.batch else (1, 2))
     try:
         wanted = [eager(clip) for clip in clips]
     except RuntimeError as error:
@@ -209,8 +166,32 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
 
 
 def main(words: list[str]) -> int:
-    """Runs the command; returns its exit status."""
-    arguments = read_arguments(words)
+    parser = Parser(__doc__)
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", type=Path, metavar="FILE", help="checkpoint of octvideo train")
+    source.add_argument("--name", metavar="NETWORK", help="a network of octvideo.MODELS, such as i3d_r50, untrained")
+    add("--output", type=Path, required=True, metavar="FILE", help="FILE.onnx or FILE.pt2")
+    add("--alpha", type=float, metavar="A", help="alpha of res2 to res4; default: the checkpoint's, or 0 with --name")
+    add("--clip", type=clip_size, metavar="TxHxW", help="with --name: frames, height and width")
+    add("--num_classes", type=number, metavar="N", help="with --name; default: 400")
+    add("--batch", type=number, metavar="N", help="fixed batch size; default: any")
+    add("--softmax", action="store_true", help="output probabilities instead of logits")
+    fold = "fold batch norms into the convolutions before them: faster, and equal up to rounding; default: yes"
+    add("--fuse", action=argparse.BooleanOptionalAction, default=True, help=fold)
+    share = "largest difference allowed, as a share of the largest output; default: 1e-4"
+    add("--tolerance", type=float, default=1e-4, metavar="SHARE", help=share)
+    add("--rounds", type=number, default=10, metavar="N", help="timed runs of each runtime; default: 10")
+    add("--threads", type=number, metavar="N", help="threads of each runtime; default: PyTorch's choice")
+    arguments = parser.parse_args(words)
+    output: Path = arguments.output
+    if output.suffix not in FORMATS or output.is_dir():
+        fail(f"--output must be a file that ends in {' or '.join(FORMATS)}, got {output}")
+    if missing := [name for name in FORMATS[output.suffix].packages if importlib.util.find_spec(name) is None]:
+        fail(f"{output.suffix} files need {', '.join(missing)}: pip install 'octvideo[export]'")
+    if arguments.ckpt and (arguments.clip or arguments.num_classes):
+        fail("--clip and --num_classes are for --name: a checkpoint has its own")
+    if arguments.name and not arguments.clip:
+        fail("--name needs --clip TxHxW, such as 8x224x224")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with one_line_errors(), torch.no_grad():

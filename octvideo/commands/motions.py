@@ -12,7 +12,6 @@ from octvideo.data.motions import make_data_set
 
 
 def main(words: list[str]) -> int:
-    """Makes them, unless they exist already."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", nargs="?", type=Path, default=Path("data/motions"), help="folder to write; default: data/motions")

@@ -66,6 +66,17 @@ def time_limit(text: str) -> float | None:
     return None if text == "null" else positive(text, " or null")
 
 
+def add_predictor(parser: Parser, clips: int, crops: int) -> None:
+    """Adds the options of a checkpoint that predicts videos, with the defaults for clips of a video and their crops."""
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, help="checkpoint of octvideo train")
+    add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
+    add("--clips", metavar="N", type=number, default=clips, help=f"clips of a video, 1 is the centre; default: {clips}")
+    add("--crops", metavar="M", type=number, default=crops, help=f"crops of a clip; default: {crops}")
+    timeout, limit = ("--decode_timeout_seconds", "--decode-timeout-seconds"), "time limit of a decoding step, or null"
+    add(*timeout, metavar="S", type=time_limit, default=60.0, help=f"{limit}; default: 60")
+
+
 def clip_size(text: str) -> tuple[int, int, int]:
     """The type of an option for frames, height and width of a clip."""
     sizes = text.lower().split("x")

@@ -51,7 +51,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from octvideo.commands.options import Parser, fail, number, one_line_errors, time_limit
+from octvideo.commands.options import Parser, add_predictor, fail, number, one_line_errors
 from octvideo.data.lists import HEADERS, read_lines, video_files
 from octvideo.data.video import READERS
 from octvideo.data.watchdog import HungError
@@ -70,29 +70,6 @@ class Outcome(NamedTuple):
     prediction: Prediction | None
     reason: str
     files: Mapping[str, str]  # that show it, by their keys in --json
-
-
-def read_arguments(words: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=Path, help="what to predict")
-    add("--ckpt", type=Path, required=True, help="checkpoint of octvideo train")
-    add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
-    add("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
-    add("--root", type=Path, help="folder that paths in lists start from")
-    add("--clips", metavar="N", type=number, default=10, help="clips of a video, 1 is the centre; default: 10")
-    add("--crops", metavar="M", type=number, default=3, help="crops of a clip; default: 3")
-    add("--top", metavar="K", type=number, default=5, help="most likely classes to show; default: 5")
-    add("--timeline", action="store_true", help="print the segments too")
-    add("--json", metavar="FILE", type=Path, help="file for all results")
-    add("--csv", metavar="FILE", type=Path, help="file for the most likely classes")
-    add("--save-video", metavar="DIR", type=Path, help="folder for annotated copies of the videos")
-    add("--thumbnail", metavar="DIR", type=Path, help="folder for contact sheets")
-    add("--backend", choices=("auto", *READERS), default="auto", help="decoder; default: auto, PyAV if it can")
-    timeout, limit = ("--decode_timeout_seconds", "--decode-timeout-seconds"), "time limit of a decoding step, or null"
-    add(*timeout, metavar="S", type=time_limit, default=60.0, help=f"{limit}; default: 60")
-    return parser.parse_args(words)
 
 
 def find_videos(inputs: Sequence[Path], root: Path | None, num_classes: int) -> list[tuple[str, int | None]]:
@@ -136,17 +113,15 @@ def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[tuple
 
 def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str]:
     """A name for each video's files in the folders of --save-video and --thumbnail, so that nothing is overwritten."""
-    sources, used, counts = {os.path.realpath(path) for path in paths}, set(), Counter[str]()
+    sources, names, counts = {os.path.realpath(path) for path in paths}, dict[str, str](), Counter[str]()
     endings = [(folder, end) for folder, end in zip(folders, (ANNOTATED, THUMBNAIL), strict=True) if folder is not None]
-    names = []
     for path in paths:
         stem = name = Path(path).stem
-        while name.casefold() in used or any(os.path.realpath(f / f"{name}{end}") in sources for f, end in endings):
+        while name.casefold() in names or any(os.path.realpath(f / f"{name}{end}") in sources for f, end in endings):
             counts[stem] += 1
             name = f"{stem}_{counts[stem] + 1}"
-        used.add(name.casefold())
-        names.append(name)
-    return names
+        names[name.casefold()] = name
+    return list(names.values())
 
 
 def predict_all(
@@ -175,19 +150,14 @@ def predict_all(
 
 def accuracies(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     """Top-1 and top-5 accuracy over the predicted videos with a given class; None without any."""
-    judged = [
-        (truth, [best.number for best in prediction.top(5)])
-        for _, truth, prediction, *_ in outcomes
-        if prediction is not None and truth is not None
-    ]
+    judged = [(one.prediction, one.truth) for one in outcomes if one.prediction is not None and one.truth is not None]
     if not judged:
         return None
-    shares = {f"top{k}": sum(truth in best[:k] for truth, best in judged) / len(judged) for k in (1, 5)}
-    return {**shares, "videos": len(judged)}
+    hits = np.array([[best.number == truth for best in prediction.top(5)] for prediction, truth in judged])
+    return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(1).mean()), "videos": len(judged)}
 
 
 def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The content of --json."""
     ranked, segment = ("label", "class", "probability"), ("start", "end", "label", "class", "mean_score")
     videos = []
     for path, truth, prediction, _, files in outcomes:
@@ -211,20 +181,7 @@ def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.N
     return found | {"bad": [{"path": one.path, "reason": one.reason} for one in outcomes if one.prediction is None]}
 
 
-def write_csv(path: Path, outcomes: Sequence[Outcome], top: int) -> None:
-    """Writes --csv."""
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "status", "reason", "rank", "label", "probability"))
-        for video, _, prediction, reason, _ in outcomes:
-            if prediction is None:
-                writer.writerow((video, "bad", reason, "", "", ""))
-            for rank, best in enumerate(prediction.top(top) if prediction is not None else (), 1):
-                writer.writerow((video, "ok", "", rank, best.label, best.probability))
-
-
 def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments: argparse.Namespace) -> None:
-    """Prints the predictions, accuracies, segments if asked for, and the bad videos with their reasons."""
     console = Console(width=None if sys.stdout.isatty() else 10_000)  # unless for a terminal, no line is folded
     good = [(path, truth, prediction) for path, truth, prediction, *_ in outcomes if prediction is not None]
     truths = ["truth"] if any(truth is not None for _, truth, _ in good) else []
@@ -243,10 +200,8 @@ def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments:
     if (accuracy := accuracies(outcomes)) is not None:
         shares = ", ".join(f"top-{k} {100 * accuracy[f'top{k}']:.2f} %" for k in (1, 5))
         console.print(f"{shares} of {accuracy['videos']} videos with a given class", highlight=False)
-    console.print(f"{len(good)} videos predicted, {len(outcomes) - len(good)} bad", highlight=False)
-    for one in outcomes:
-        if one.prediction is None:
-            console.print(Text(f"  {one.path}: {one.reason}", "yellow"), soft_wrap=True)
+    bad = [Text(f"  {one.path}: {one.reason}", "yellow") for one in outcomes if one.prediction is None]
+    console.print(f"{len(good)} videos predicted, {len(bad)} bad", *bad, sep="\n", highlight=False, soft_wrap=True)
 
 
 def check_outputs(arguments: argparse.Namespace, videos: Sequence[str]) -> None:
@@ -264,7 +219,6 @@ def check_outputs(arguments: argparse.Namespace, videos: Sequence[str]) -> None:
 
 
 def predict(arguments: argparse.Namespace) -> int:
-    """Runs what the command line asks for; returns the exit status."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -273,14 +227,9 @@ def predict(arguments: argparse.Namespace) -> int:
     trained = load_trained(arguments.ckpt, arguments.alpha)
     videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
     check_outputs(arguments, [path for path, _ in videos])
-    predictor = Predictor(
-        trained,
-        num_clips=arguments.clips,
-        num_crops=arguments.crops,
-        device=device,
-        backend=arguments.backend,
-        decode_timeout_seconds=arguments.decode_timeout_seconds,
-    )
+    views: dict[str, Any] = {"num_clips": arguments.clips, "num_crops": arguments.crops, "backend": arguments.backend}
+    timeout = arguments.decode_timeout_seconds
+    predictor = Predictor(trained, device=device, decode_timeout_seconds=timeout, **views)
     console, predicting = Console(stderr=True), predict_all(videos, predictor, arguments)
     hidden = len(videos) < 2 or not console.is_terminal
     outcomes = list(track(predicting, "predicting", len(videos), console=console, disable=hidden))
@@ -289,14 +238,32 @@ def predict(arguments: argparse.Namespace) -> int:
         with appearing(arguments.json) as partial:
             partial.write_text(json.dumps(as_json(outcomes, trained, arguments)))
     if arguments.csv is not None:
+        rows: list[tuple[object, ...]] = [("path", "status", "reason", "rank", "label", "probability")]
+        for path, _, prediction, reason, _ in outcomes:
+            best = [] if prediction is None else prediction.top(arguments.top)
+            rows += [(path, "ok", "", rank, one.label, one.probability) for rank, one in enumerate(best, 1)]
+            rows += [(path, "bad", reason, "", "", "")] if prediction is None else []
+        csv.writer(text := io.StringIO(newline="")).writerows(rows)
         with appearing(arguments.csv) as partial:
-            write_csv(partial, outcomes, arguments.top)
+            partial.write_text(text.getvalue(), "utf-8", "surrogateescape", newline="")
     return int(any(outcome.prediction is None for outcome in outcomes))
 
 
 def main(words: list[str]) -> int:
-    """Runs the command; returns its exit status."""
-    arguments = read_arguments(words)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=Path, help="what to predict")
+    add_predictor(parser, clips=10, crops=3)
+    add("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
+    add("--root", type=Path, help="folder that paths in lists start from")
+    add("--top", metavar="K", type=number, default=5, help="most likely classes to show; default: 5")
+    add("--timeline", action="store_true", help="print the segments too")
+    add("--json", metavar="FILE", type=Path, help="file for all results")
+    add("--csv", metavar="FILE", type=Path, help="file for the most likely classes")
+    add("--save-video", metavar="DIR", type=Path, help="folder for annotated copies of the videos")
+    add("--thumbnail", metavar="DIR", type=Path, help="folder for contact sheets")
+    add("--backend", choices=("auto", *READERS), default="auto", help="decoder; default: auto, PyAV if it can")
+    arguments = parser.parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:

@@ -84,7 +84,6 @@ def print_summary(console: Console, outcomes: Sequence[Outcome]) -> None:
 
 
 def main(words: list[str]) -> int:
-    """Runs the command; returns its exit status."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("sources", metavar="SOURCE", nargs="+", type=Path, help="folder or file that names the videos")

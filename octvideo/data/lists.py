@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,7 @@ MOST_CLASSES = 2**31
 
 
 class Paths(Sequence[str]):
-    """File paths, kept as bytes in shared memory.
-
-    Every worker process would end up with its own copy of a list of strings, because counting references writes to it.
-    """
+    """File paths as bytes in shared memory: counting references to strings would copy them in every worker process."""
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         encoded = [os.fsencode(path) for path in paths]
@@ -33,11 +30,7 @@ class Paths(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+    def __getitem__(self, index: Any) -> Any:  # an index, or a slice
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         i = range(len(self))[index]

@@ -136,7 +136,14 @@ class _Run:
 
     def outcomes(self, entries: Sequence[Entry]) -> list[Outcome]:
         self.files = {path: self._look(path) for path in dict.fromkeys(entry.path for entry in entries)}
-        first = self._find_copies()
+        # The earlier file for each copy; only files of one size are compared.
+        sizes = Counter(facts.get("bytes") for facts in self.files.values())
+        alike = [path for path, facts in self.files.items() if facts.get("bytes") and sizes[facts["bytes"]] > 1]
+        if unknown := [path for path in alike if "sha256" not in self.files[path]]:
+            self._work("comparing", self._fingerprint, unknown, len(unknown))
+        hashes = {path: self.files[path]["sha256"] for path in alike if "sha256" in self.files[path]}
+        earliest = {sha256: path for path, sha256 in reversed(hashes.items())}
+        first = {path: earliest[sha256] for path, sha256 in hashes.items() if earliest[sha256] != path}
         originals = [path for path, facts in self.files.items() if "bytes" in facts and path not in first]
         self.names = {path: path for path in originals} if self.short_side is None else _output_names(originals)
         left = [path for path in originals if not self._is_done(path)]
@@ -157,16 +164,6 @@ class _Run:
             return {"status": "bad", "reason": "a list cannot hold its name: rename it"}
         return self.journal.known(path, status.st_size, status.st_mtime_ns)
 
-    def _find_copies(self) -> dict[str, str]:
-        """For each copy of an earlier file that file; only files of one size are compared."""
-        sizes = Counter(facts.get("bytes") for facts in self.files.values())
-        alike = [path for path, facts in self.files.items() if facts.get("bytes") and sizes[facts["bytes"]] > 1]
-        if unknown := [path for path in alike if "sha256" not in self.files[path]]:
-            self._work("comparing", self._fingerprint, unknown, len(unknown))
-        first: dict[str, str] = {}
-        hashes = {path: self.files[path]["sha256"] for path in alike if "sha256" in self.files[path]}
-        return {path: first[sha256] for path, sha256 in hashes.items() if first.setdefault(sha256, path) != path}
-
     def _is_done(self, path: str) -> bool:
         facts, file = self.files[path], self.root / self.names[path]
         if facts.get("status") != "ok":
@@ -176,11 +173,8 @@ class _Run:
 
     def _work(self, stage: str, function: Callable[[str], Facts], paths: Sequence[str], total: int) -> None:
         """Learns the facts that a function finds, in processes that are killed if they hang, `workers` at once."""
-        before = total - len(paths)
+        before, thread = total - len(paths), threading.local()
         self.progress(stage, before, total, None)
-        if not paths:
-            return
-        thread = threading.local()
 
         def start() -> None:
             thread.watchdog = Watchdog(function, self.timeout_seconds)
@@ -197,7 +191,7 @@ class _Run:
                 reason = getattr(error, "strerror", None) or f"unexpected {type(error).__name__}: {error}"
             return path, {"status": "bad", "reason": reason, **why}
 
-        with ThreadPool(min(self.workers, len(paths)), start) as pool:
+        with ThreadPool(max(1, min(self.workers, len(paths))), start) as pool:
             for done, (path, found) in enumerate(pool.imap_unordered(call, paths), before + 1):
                 self.files[path] = found if "failed" in found else self.files[path] | found
                 if "failed" not in found:

@@ -9,15 +9,15 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from octvideo.data.lists import HEADERS, MOST_CLASSES, read_class_names, read_lines, video_files
 from octvideo.errors import ListError
 
 VALIDATION = ("val", "valid", "validate", "validation")
 SPLITS = {"train": "train", "training": "train", **dict.fromkeys(VALIDATION, "val"), "test": "test", "testing": "test"}
-LISTS = ("train.csv", "val.csv", "test.csv")  # a folder that holds one of them is read as these lists
-LABELS = "labels.txt"
+# A line of a source: its path, its label as a class number or name, its split, where it stands, and what is doubtful.
+Line: TypeAlias = "tuple[str, int | str | None, str, str, str]"
 PREFERRED = {".mp4": 0, ".mkv": 1, ".webm": 2, ".avi": 3}  # of files that differ in their extension, the first counts
 
 
@@ -35,14 +35,6 @@ class Catalogue(NamedTuple):
 
     entries: list[Entry]
     class_names: list[str]
-
-
-class _Line(NamedTuple):
-    path: str
-    label: int | str | None
-    split: str
-    where: str
-    note: str = ""
 
 
 def read_sources(
@@ -68,14 +60,14 @@ def read_sources(
     lines = [line for source in sources for line in reader.read(source)]
     names = reader.labels or reader.names
     if names is None:
-        numbers = [line.label for line in lines if isinstance(line.label, int)]
-        named = {line.label for line in lines if isinstance(line.label, str)}
+        numbers = [label for _, label, *_ in lines if isinstance(label, int)]
+        named = {label for _, label, *_ in lines if isinstance(label, str)}
         names = list(map(str, range(max(numbers) + 1))) if numbers else sorted(named)
     number_of, entries = {name: number for number, name in enumerate(names)}, []
     for path, label, split, where, note in lines:
         number = number_of.get(label, -1) if isinstance(label, str) else label
         if number is not None and not 0 <= number < len(names):
-            what = f"label {str(label)!r} is not one of the {len(names)} classes of {labels or LABELS}"
+            what = f"label {str(label)!r} is not one of the {len(names)} classes of {labels or 'labels.txt'}"
             raise ListError(f"{where}: {what}")
         entries.append(Entry(path, number, split, note))
     return Catalogue(entries, names)
@@ -99,9 +91,8 @@ class _Reader:
         inside = os.path.relpath(path, os.path.abspath(self.videos)) if os.path.isabs(path) else path
         return path if inside.split(os.sep)[0] == os.pardir else inside
 
-    def read(self, source: Path) -> list[_Line]:
-        lists = [source / name for name in LISTS if (source / name).is_file()]
-        if lists:
+    def read(self, source: Path) -> list[Line]:
+        if lists := [path for split in ("train", "val", "test") if (path := source / f"{split}.csv").is_file()]:
             return [line for path in lists for line in self.read(path)]
         is_json = source.suffix.lower() == ".json"
         read = self._read_classes if source.is_dir() else self._read_json if is_json else self._read_text
@@ -110,7 +101,7 @@ class _Reader:
             raise ListError(f"{source}: no video in it")
         return lines
 
-    def _read_classes(self, source: Path) -> Iterator[_Line]:
+    def _read_classes(self, source: Path) -> Iterator[Line]:
         """A folder per class, inside a folder per split or not."""
         files = [file.split("/") for file in video_files(source, skip=self.skip)]
         folders = {parts[0] for parts in files if len(parts) > 1}
@@ -118,9 +109,9 @@ class _Reader:
         for *parents, name in files:
             path = self.relative(os.path.abspath(source.joinpath(*parents, name)))
             split = SPLITS[parents.pop(0)] if has_splits and parents else "train"
-            yield _Line(path, parents[0] if parents else None, split, str(source))
+            yield path, parents[0] if parents else None, split, str(source), ""
 
-    def _read_text(self, source: Path) -> Iterator[_Line]:
+    def _read_text(self, source: Path) -> Iterator[Line]:
         """The official CSV files of Kinetics-400, -600 and -700, or a list."""
         text = read_lines(source)
         try:
@@ -131,16 +122,16 @@ class _Reader:
                 where = f"{source}:{rows.line_num}"
                 stem = _clip_name(row["youtube_id"], row.get("time_start"), row.get("time_end"), where)
                 split = _split(row["split"], where) if row.get("split") else _split_of(source)
-                yield _Line(self.by_stem.get(stem, stem), row.get("label") or None, split, where)
+                yield self.by_stem.get(stem, stem), row.get("label") or None, split, where, ""
         except csv.Error as error:
             raise ListError(f"{source}: invalid CSV: {error}") from error
 
-    def _read_list(self, source: Path, text: list[str]) -> list[_Line]:
+    def _read_list(self, source: Path, text: list[str]) -> list[Line]:
         """Lines of `path label` or `path,label`; the first label says whether all are numbers."""
-        beside = source.with_name(LABELS)
+        beside = source.with_name("labels.txt")
         names = read_class_names(beside) if beside.is_file() else None
         known = {*(names or ()), *(self.labels or ())}
-        split, separator, numbered, lines = _split_of(source), "", None, []
+        split, separator, numbered, lines = _split_of(source), "", None, list[Line]()
         for number, line in enumerate(map(str.strip, text), 1):
             if not line:
                 continue
@@ -154,14 +145,14 @@ class _Reader:
             numbered = label.isdecimal() if numbered is None else numbered
             if numbered and not (label.isdecimal() and int(label) < MOST_CLASSES):
                 raise ListError(f"{where}: expected a class number, as on the lines before, got {label!r}")
-            lines.append(_Line(self.relative(path), int(label) if numbered else label, split, where))
+            lines.append((self.relative(path), int(label) if numbered else label, split, where, ""))
         if numbered and names is not None and self.labels is None:
             if self.names not in (None, names):
                 raise ListError(f"{source}: the sources number their classes differently ({beside})")
             self.names = names
         return lines
 
-    def _read_json(self, source: Path) -> Iterator[_Line]:
+    def _read_json(self, source: Path) -> Iterator[Line]:
         """ActivityNet's files, which list segments of whole videos, and Kinetics' files, which list clips."""
         try:
             content = json.loads("\n".join(read_lines(source)))
@@ -171,25 +162,22 @@ class _Reader:
         if not isinstance(videos, dict):
             raise ListError(f"{source}: expected an object of videos, by their ids")
         for name, video in videos.items():
-            where = f"{source}: video {name!r}"
+            where, stems, note = f"{source}: video {name!r}", [f"v_{name}", name], ""
             try:
-                yield self._json_line(name, video, where)
+                split, annotations = _split(video["subset"], where), video.get("annotations") or []
+                if isinstance(annotations, dict):  # a clip
+                    stems = [_clip_name(name, annotations["segment"][0], annotations["segment"][1], where)]
+                    annotations = [annotations] if annotations.get("label") is not None else []
+                labels = list(dict.fromkeys(annotation["label"] for annotation in annotations))
+                if not all(isinstance(label, str) for label in labels):
+                    raise TypeError(f"a label that is not text: {labels}")
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 wanted = "expected 'subset', and 'annotations' with 'label' and 'segment'"
                 raise ListError(f"{where}: {wanted}") from error
-
-    def _json_line(self, name: str, video: Any, where: str) -> _Line:
-        split, annotations = _split(video["subset"], where), video.get("annotations") or []
-        stems = [f"v_{name}", name]
-        if isinstance(annotations, dict):  # a clip
-            stems = [_clip_name(name, annotations["segment"][0], annotations["segment"][1], where)]
-            annotations = [annotations] if annotations.get("label") is not None else []
-        labels = list(dict.fromkeys(annotation["label"] for annotation in annotations))
-        if not all(isinstance(label, str) for label in labels):
-            raise TypeError(f"a label that is not text: {labels}")
-        path = next((self.by_stem[stem] for stem in stems if stem in self.by_stem), stems[0])
-        note = f"its labels are {', '.join(map(repr, labels))}: listed with the first" if len(labels) > 1 else ""
-        return _Line(path, labels[0] if labels else None, split, where, note)
+            path = next((self.by_stem[stem] for stem in stems if stem in self.by_stem), stems[0])
+            if len(labels) > 1:
+                note = f"its labels are {', '.join(map(repr, labels))}: listed with the first"
+            yield path, labels[0] if labels else None, split, where, note
 
 
 def _path_and_label(line: str, separator: str, known: Collection[str], where: str) -> tuple[str, str]:
@@ -226,9 +214,8 @@ def _split(name: str, where: str) -> str:
 
 
 def _split_of(source: Path) -> str:
-    """The split that is a word in a file's name (kinetics_val.csv, val_256.csv, testlist01.txt), or train."""
-    letter = r"[^\W\d_]"
-    words = re.findall(rf"(?<!{letter})({'|'.join(SPLITS)})(?:list)?(?!{letter})", source.stem.lower())
+    # A word in the file's name: kinetics_val.csv, val_256.csv, testlist01.txt.
+    words = re.findall(rf"(?<![^\W\d_])({'|'.join(SPLITS)})(?:list)?(?![^\W\d_])", source.stem.lower())
     splits = {SPLITS[word] for word in words} or {"train"}
     if len(splits) > 1:
         raise ListError(f"{source}: is its split {' or '.join(words)}? Its name must contain one of them only")
