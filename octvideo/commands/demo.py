@@ -15,8 +15,6 @@ trust. Visitors are served one at a time. Uploads are deleted after an hour or w
 Exit status: 0 if it was stopped by Ctrl-C or SIGTERM; 2 for a mistake in the command.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import contextlib
@@ -77,7 +75,6 @@ class Desk:
         return answer.result()
 
     def work(self) -> NoReturn:
-        """Runs jobs until interrupted, then cancels those that wait."""
         try:
             while True:
                 answer, function, arguments = self._jobs.get()
@@ -111,7 +108,6 @@ class Sight:
         return self._attempt(self.predictor, path)
 
     def annotate(self, prediction: Prediction, output: Path) -> None:
-        """Writes a copy of the video as H.264 in MP4, with its timeline drawn in."""
         self._attempt(self._annotate, (prediction, output))
 
     def maps(self, path: str, seconds: float, layer: str) -> tuple[NDArray[np.uint8], list[list[Maps]]]:
@@ -253,7 +249,6 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
 
 
 def serve(arguments: argparse.Namespace, folder: Path) -> None:
-    """Serves the page until interrupted; uploads go to the folder."""
     host, port = arguments.host, arguments.port
     try:  # before the slow parts
         socket.create_server((host, port)).close()

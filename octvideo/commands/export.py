@@ -20,8 +20,6 @@ Then both are timed alternately on a random clip.
 Exit status: 0 if the outputs agree; 1 if not, and no file is written; 2 for a mistake in the command.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import importlib.util

@@ -3,8 +3,6 @@
 octvideo motions [FOLDER] [--num-train N] [--num-val N] [--seed SEED]
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from octvideo.commands.options import Parser, number, one_line_errors

@@ -29,8 +29,6 @@ Exit status: 0 if all videos were predicted; 1 if some are bad (they are listed 
 command, or if results cannot be written; 130 on Ctrl-C.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io

@@ -20,8 +20,6 @@ full, permission denied, an unexpected error), which the next run tries again, o
 mistake in the command; 130 on Ctrl-C.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """List files and folders: which videos there are, and their classes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Predictions drawn onto frames: annotated copies of videos, and contact sheets."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence
@@ -55,8 +53,7 @@ def strip(width: int, height: int, label: str, probability: float) -> Image.Imag
 def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> None:
     """Writes a copy of a video with its timeline drawn in; `job` is its prediction and the file to write.
 
-    Raises DecodeError if the video is broken or truncated, or this takes more than most_seconds; OSError if the disk is
-    full, or the like.
+    Raises DecodeError if the video is broken or this takes more than most_seconds; OSError if the disk is full, or so.
     """
     prediction, output = job
     try:

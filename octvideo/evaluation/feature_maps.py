@@ -1,7 +1,5 @@
 """Feature maps as pictures: the high- and low-resolution outputs of a layer for one clip."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable
 from functools import partial

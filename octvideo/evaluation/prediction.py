@@ -1,7 +1,5 @@
 """Inference on videos: class probabilities for the whole video and for every second of it."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -85,9 +83,8 @@ class Prediction:
 
         Only classes that are the most likely one in some second count, and of those the `most` with the highest peaks.
         """
-        scores, edges = self.timeline.scores, self.timeline.edges_seconds
+        scores, edges, segments = self.timeline.scores, self.timeline.edges_seconds, []
         winners = np.unique(scores.argmax(1))
-        segments = []
         for number in winners[np.argsort(-scores[:, winners].max(0), kind="stable")][:most].tolist():
             of_class = scores[:, number]
             inside = (of_class >= 0.5 * of_class.max()).astype(np.int8)
@@ -173,7 +170,6 @@ class Predictor:
 
     @torch.inference_mode()
     def _scores(self, clips: NDArray[np.uint8]) -> Tensor:
-        """Probabilities (N, num_classes) of clips (N, C, T, H, W), on the CPU."""
         training = [module for module in self.trained.network.modules() if module.training]
         self.trained.network.eval()
         try:

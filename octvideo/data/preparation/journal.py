@@ -1,7 +1,5 @@
 """The journal of a preparation: what is known of each file, written as soon as it is known."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Preparing a data set: every video is decoded to its end, re-encoded if wanted, listed and indexed."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import fcntl
@@ -63,9 +61,8 @@ def prepare(
     same bytes.
 
     Args:
-        videos: folder that the catalogue's paths start from.
-        short_side: re-encode, with larger frames scaled to this even number of pixels on their shorter side. The lists'
-            paths then start from output/videos, else from `videos`.
+        videos: folder that the catalogue's paths start from. Those in lists do too, or from output/videos if re-encoded.
+        short_side: re-encode, with larger frames scaled to this even number of pixels on their shorter side.
         timeout_seconds: how long a decoder may show no sign of life.
         progress: called with the stage (comparing or checking), files done, files in all, and the last one's status.
 
@@ -103,7 +100,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Refuses a second run on a folder. The lock ends with this process, and its children do not inherit it."""
+    # The lock ends with this process, and its children do not inherit it.
     with open(output / ".lock", "ab") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -228,20 +225,17 @@ class _Run:
             listed[original] = entry
             notes = (facts["reason"], entry.note, "" if entry.label is not None else "no label: in no list")
             return Outcome(entry, "ok", "; ".join(filter(None, notes)), facts)
-        former = listed[original]
-        reason = "listed before" if entry.path == former.path else f"same content as {former.path}"
-        if entry.split != former.split:
-            reason += f", which is in {former.split}, not {entry.split}"
-        if entry.label != former.label:
-            reason += f", which has label {former.label}, not {entry.label}"
+        path, label, split, _ = listed[original]
+        reason = "listed before" if entry.path == path else f"same content as {path}"
+        reason += f", which is in {split}, not {entry.split}" if entry.split != split else ""
+        reason += f", which has label {label}, not {entry.label}" if entry.label != label else ""
         return Outcome(entry, "duplicate", reason, facts)
 
 
 def _output_names(paths: Iterable[str]) -> dict[str, str]:
     """Paths of re-encoded files, different from each other and from their folders; an mp4 file keeps its path."""
     safe = {path: "/".join(part for part in path.split("/") if part not in ("", ".", "..")) for path in paths}
-    names: dict[str, str] = {}
-    taken = {str(folder) for path in safe.values() for folder in PurePosixPath(path).parents}
+    names, taken = {}, {str(folder) for path in safe.values() for folder in PurePosixPath(path).parents}
     for path in sorted(safe, key=lambda path: not path.endswith(".mp4")):
         name, number = f"{os.path.splitext(safe[path])[0]}.mp4", 1
         while name in taken:
@@ -261,13 +255,12 @@ def _write_results(output: Path, catalogue: Catalogue, outcomes: Sequence[Outcom
         values = [facts["measured"][name] if facts else "" for name in MEASURED]
         values = [round(value, 3) if isinstance(value, float) else value for value in values]
         table.writerow([entry.path, status, " ".join(reason.split()), *values])
-        if status != "ok":
-            continue
-        listed, mtime_ns = facts["listed"], 0 if reencoded else facts["mtime_ns"]
-        if entry.label is not None:
-            texts[f"{entry.split}.csv"].append(f"{listed['path']} {entry.label}\n")
-        numbers = (listed["frames"], listed["fps"], listed["seconds"], np.array(listed["keyframes"], np.float64))
-        indexed[listed["path"]] = IndexedVideo(*numbers, listed["bytes"], mtime_ns)
+        if status == "ok":
+            listed, mtime_ns = facts["listed"], 0 if reencoded else facts["mtime_ns"]
+            if entry.label is not None:
+                texts[f"{entry.split}.csv"].append(f"{listed['path']} {entry.label}\n")
+            numbers = (listed["frames"], listed["fps"], listed["seconds"], np.array(listed["keyframes"], np.float64))
+            indexed[listed["path"]] = IndexedVideo(*numbers, listed["bytes"], mtime_ns)
     write_index(output, indexed)
     texts |= {"labels.txt": [f"{name}\n" for name in catalogue.class_names], "report.csv": [report.getvalue()]}
     for name, lines in texts.items():

@@ -1,7 +1,5 @@
 """One video: decoded to its end, and re-encoded on the way."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -48,8 +46,6 @@ class Measurements(NamedTuple):
 
 
 class _Reader:
-    """Decodes a video to its end, and measures it on the way; times are from the start of the video."""
-
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.frames = self.damaged = self.last_time = 0
@@ -62,7 +58,7 @@ class _Reader:
         self.close = self._container.close
 
     def decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        def see_packet(packet: av.Packet[Any]) -> None:
+        def see_packet(packet: "av.Packet[Any]") -> None:
             if packet.pts is not None and packet.time_base is not None:
                 end = (packet.pts + (packet.duration or 0)) * packet.time_base
                 self.last_packet = max(self.last_packet, float(end))
@@ -75,8 +71,7 @@ class _Reader:
                     raise DecodeError(self.path, f"frames of {frame.width} x {frame.height} pixels")
                 if not self.frames:
                     self.size = (frame.height, frame.width) if upright_turns(frame) % 2 else (frame.width, frame.height)
-                self.frames += 1
-                self.damaged += frame.is_corrupt
+                self.frames, self.damaged = self.frames + 1, self.damaged + frame.is_corrupt
                 self.last_time, seconds = max(self.last_time, time), float(time * self.time_base)
                 if frame.key_frame:
                     self.keyframes.append(seconds)
@@ -87,7 +82,6 @@ class _Reader:
             raise DecodeError(self.path, "no frame could be decoded")
 
     def measurements(self) -> Measurements:
-        """The measurements, once all is decoded; DecodeError if the file is truncated, or all timestamps are equal."""
         if self.frames > 1 and self.last_time <= 0:
             raise DecodeError(self.path, f"its {self.frames} frames have one timestamp")
         stream, declared, end = self.stream, 0.0, self.end

@@ -1,7 +1,5 @@
 """Sources of a data set: class folders, list files and official annotations, read into one list of videos."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -153,7 +151,7 @@ class _Reader:
         return lines
 
     def _read_json(self, source: Path) -> Iterator[Line]:
-        """ActivityNet's files, which list segments of whole videos, and Kinetics' files, which list clips."""
+        # ActivityNet's files list segments of whole videos, and Kinetics' files list clips.
         try:
             content = json.loads("\n".join(read_lines(source)))
         except json.JSONDecodeError as error:
@@ -181,7 +179,7 @@ class _Reader:
 
 
 def _path_and_label(line: str, separator: str, known: Collection[str], where: str) -> tuple[str, str]:
-    """A line's parts: its label is the longest known one, else what follows the last separator."""
+    # The label is the longest known one, else what follows the last separator.
     end = -1
     while (end := line.find(separator, end + 1)) >= 0:
         if (label := line[end + 1 :].strip()) in known and line[:end].strip():
@@ -191,16 +189,14 @@ def _path_and_label(line: str, separator: str, known: Collection[str], where: st
         raise ListError(f"{where}: expected 'path{separator}label', got {line!r}")
     # a.mp4 arm wrestling: the text before the last separator does not end like a file name, but contains one.
     if not re.search(r"\.\w{2,4}$", path) and re.search(rf"\.\w{{2,4}}\s*{separator}[^/]*$", path):
-        comma = "" if separator == "," else "separate them by a comma, or "
-        raise ListError(
-            f"{where}: cannot tell where the path ends and the label starts in {line!r}: {comma}"
-            "give class numbers, or a file of all labels"
-        )
+        cure = (
+            "" if separator == "," else "separate them by a comma, or "
+        ) + "give class numbers, or a file of all labels"
+        raise ListError(f"{where}: cannot tell where the path ends and the label starts in {line!r}: {cure}")
     return path, label
 
 
 def _clip_name(name: str, start: object, end: object, where: str) -> str:
-    """The official name of a Kinetics clip."""
     try:
         return f"{name}_{int(float(str(start))):06d}_{int(float(str(end))):06d}"
     except (ValueError, OverflowError) as error:
