@@ -181,12 +181,12 @@ def not_numbers(logits, clips):
 @pytest.mark.parametrize("change", [wrong_for_white_clips, wrong_for_two_clips, not_numbers])
 def test_a_file_that_gives_something_else_is_not_written(run_here, checkpoint, tmp_path, monkeypatch, capsys, change):
     trained = load_trained(checkpoint)
-    wrong = export.Format(
-        "another runtime",
-        (),
-        lambda program, path, about: path.write_text("this one"),
-        lambda path: lambda clips: change(logits_of(trained, clips), clips),
-    )
+
+    def write(program, path, about):
+        path.write_text("this one")
+        return lambda clips: change(logits_of(trained, clips), clips)
+
+    wrong = export.Format("another runtime", (), write)
     monkeypatch.setitem(export.FORMATS, ".pt2", wrong)
     nothing = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
     monkeypatch.setattr(torch.export, "export", lambda *args, **options: nothing)  # which takes seconds

@@ -59,35 +59,28 @@ class Classifier(nn.Module):
         return logits.softmax(1) if self.softmax else logits
 
 
-def write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    """Writes a single file, weights included, which protobuf limits to 2 GB."""
+def onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Writes a single file, weights included, which protobuf limits to 2 GB; opens it in onnxruntime on the CPU."""
+    import onnxruntime  # type: ignore[import-untyped]
+
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # else a line for each weight not folded into a constant
-    shapes, names = {"clips": {0: "batch"}}, [about["output"]]  # only names the sizes; the program has dynamic ones
-    how: dict[str, Any] = {"dynamo": True, "opset_version": 18, "verbose": False}
-    exported = torch.onnx.export(program, dynamic_shapes=shapes, output_names=names, **how)
+    how: dict[str, Any] = {"dynamo": True, "opset_version": 18, "output_names": [about["output"]], "verbose": False}
+    how["dynamic_shapes"] = {"clips": {0: "batch"}}  # only names the sizes; the program has dynamic ones
+    exported = torch.onnx.export(program, **how)
     assert exported is not None
     exported.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     path.write_bytes(exported.model_proto.SerializeToString())
-
-
-def open_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    """Opens the file in onnxruntime, on the CPU, with as many threads as PyTorch has."""
-    import onnxruntime  # type: ignore[import-untyped]
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda clips: torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
 
 
-def write_pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    """Writes to an open file, because torch.export refuses names that do not end in .pt2."""
-    with path.open("wb") as file:
+def pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Writes to an open file, because torch.export refuses names that do not end in .pt2; opens it in PyTorch."""
+    with path.open("w+b") as file:
         torch.export.save(program, file, extra_files={"octvideo.json": json.dumps(about)})
-
-
-def open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    with path.open("rb") as file:
+        file.seek(0)
         return torch.export.load(file).module()
 
 
@@ -96,13 +89,12 @@ class Format(NamedTuple):
 
     runtime: str
     packages: tuple[str, ...]  # to install for it
-    write: Callable[[ExportedProgram, Path, dict[str, Any]], None]
-    open: Callable[[Path], Callable[[Tensor], Tensor]]
+    write: Callable[[ExportedProgram, Path, dict[str, Any]], Callable[[Tensor], Tensor]]  # and open
 
 
 FORMATS = {
-    ".onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), write_onnx, open_onnx),
-    ".pt2": Format("torch.export", (), write_pt2, open_pt2),
+    ".onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), onnx),
+    ".pt2": Format("torch.export", (), pt2),
 }
 
 
@@ -145,8 +137,7 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
     kind = about["output"] = "probabilities" if arguments.softmax else "logits"
     about["octvideo_version"] = importlib.metadata.version("octvideo")
     with appearing(arguments.output) as partial:
-        file.write(program, partial, about)
-        run = file.open(partial)
+        run = file.write(program, partial, about)
         pairs = zip(clips, wanted, strict=True)
         differences = [(run(clip) - want).abs().max() / want.abs().max() for clip, want in pairs]
         difference = float(torch.stack(differences).max())

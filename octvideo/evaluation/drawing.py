@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
 from av.codec.context import Flags
-from av.container import InputContainer, OutputContainer
 from av.video.reformatter import ColorRange, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -55,52 +56,46 @@ def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> No
 
     Raises DecodeError if the video is broken or this takes more than most_seconds; OSError if the disk is full, or so.
     """
-    prediction, output = job
+    (prediction, output), deadline = job, time.monotonic() + most_seconds
+    scaler, encoder, shown, timestamp = VideoReformatter(), None, None, -1
     try:
         source, video = open_stream(prediction.path)
         with source, av.open(str(output), "w", format="mp4", options={"movflags": "+faststart"}) as target:
-            _annotate(prediction, source, video, target, time.monotonic() + most_seconds)
+            rate, time_base = frame_rate(video, prediction.path), cast(Fraction, video.time_base)
+            step = max(1, round(1 / (rate * time_base)))
+            for stored, frame in decode_all(source, video, step):
+                still_alive()
+                if time.monotonic() > deadline:
+                    raise DecodeError(prediction.path, "it takes too long to write")
+                timestamp, turns = max(stored, timestamp + 1), upright_turns(frame)  # they must rise
+                if encoder is None:
+                    size = frame.width + frame.width % 2, frame.height + frame.height % 2
+                picture = scaler.reformat(
+                    frame, *size, "yuv420p", interpolation="BICUBIC", dst_color_range=ColorRange.MPEG, threads=1
+                )
+                if encoder is None:
+                    encoder = add_h264(target, ENCODER, rate, time_base, picture)
+                    encoder.width, encoder.height = size[::-1] if turns % 2 else size
+                    encoder.codec_context.flags |= Flags.frame_duration  # else the last frame's is lost
+                second = prediction.timeline.second_at(float(timestamp * time_base))
+                if second != shown:
+                    scores, shown = prediction.timeline.scores[second], second
+                    best = int(scores.argmax())
+                    drawn = strip(encoder.width, encoder.height, prediction.labels[best], float(scores[best]))
+                    overlay = planes(av.VideoFrame.from_image(drawn).reformat(format="yuv420p"))
+                upright = planes(picture, turns)
+                for plane, over in zip(upright, overlay, strict=True):
+                    plane[-len(over) :] = over
+                image = from_planes(upright)
+                image.pts, image.time_base, image.duration = timestamp, time_base, frame.duration or step
+                target.mux(encoder.encode(image))
+            if encoder is None:
+                raise DecodeError(prediction.path, "no frame could be decoded")
+            target.mux(encoder.encode())
     except READING_ERRORS as error:
         if (machine := machine_error(error)) is not None:
             raise machine from error
         raise DecodeError(prediction.path, f"cannot be annotated: {error.strerror or type(error).__name__}") from error
-
-
-def _annotate(
-    prediction: Prediction, source: InputContainer, video: av.VideoStream, target: OutputContainer, deadline: float
-) -> None:
-    assert video.time_base is not None
-    rate, scaler, encoder, shown, timestamp = frame_rate(video, prediction.path), VideoReformatter(), None, None, -1
-    step = max(1, round(1 / (rate * video.time_base)))
-    for stored, frame in decode_all(source, video, step):
-        still_alive()
-        if time.monotonic() > deadline:
-            raise DecodeError(prediction.path, "it takes too long to write")
-        timestamp, turns = max(stored, timestamp + 1), upright_turns(frame)  # they must rise
-        if encoder is None:
-            size = frame.width + frame.width % 2, frame.height + frame.height % 2
-        picture = scaler.reformat(
-            frame, *size, "yuv420p", interpolation="BICUBIC", dst_color_range=ColorRange.MPEG, threads=1
-        )
-        if encoder is None:
-            encoder = add_h264(target, ENCODER, rate, video.time_base, picture)
-            encoder.width, encoder.height = size[::-1] if turns % 2 else size
-            encoder.codec_context.flags |= Flags.frame_duration  # else the last frame's is lost
-        second = prediction.timeline.second_at(float(timestamp * video.time_base))
-        if second != shown:
-            scores, shown = prediction.timeline.scores[second], second
-            best = int(scores.argmax())
-            drawn = strip(encoder.width, encoder.height, prediction.labels[best], float(scores[best]))
-            overlay = planes(av.VideoFrame.from_image(drawn).reformat(format="yuv420p"))
-        upright = planes(picture, turns)
-        for plane, over in zip(upright, overlay, strict=True):
-            plane[-len(over) :] = over
-        image = from_planes(upright)
-        image.pts, image.time_base, image.duration = timestamp, video.time_base, frame.duration or step
-        target.mux(encoder.encode(image))
-    if encoder is None:
-        raise DecodeError(prediction.path, "no frame could be decoded")
-    target.mux(encoder.encode())
 
 
 def read_stills(job: tuple[str, Backend]) -> tuple[list[float], NDArray[np.uint8]]:
