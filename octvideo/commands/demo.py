@@ -248,39 +248,35 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def serve(arguments: argparse.Namespace, folder: Path) -> None:
-    host, port = arguments.host, arguments.port
-    try:  # before the slow parts
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        fail(f"--host {host} --port {port}: {str(error.strerror).split(' (')[0]}")
-    trained, device = load_trained(arguments.ckpt, arguments.alpha), "cuda" if torch.cuda.is_available() else "cpu"
-    views, timeout = {"num_clips": arguments.clips, "num_crops": arguments.crops}, arguments.decode_timeout_seconds
-    predictor = Predictor(trained, device=device, decode_timeout_seconds=timeout, **views)
-    if importlib.util.find_spec("gradio") is None:
-        fail("the page needs gradio: pip install 'octvideo[demo]'")
-    # Read when gradio is imported. It checks whether its own server answers, which must not go through a proxy.
-    os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*"}
-    import gradio as gr
-
-    desk, sight = Desk(), Sight(predictor, arguments.max_seconds)
-    page = build(sight, desk, name=arguments.ckpt.name, max_megabytes=arguments.max_megabytes)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    style = {"theme": theme, "css_paths": Path(__file__).with_name("demo.css"), "footer_links": []}
-    place = {"server_name": host, "server_port": port, "max_file_size": round(arguments.max_megabytes * 2**20)}
-    off = dict.fromkeys(("share", "ssr_mode", "run_history", "enable_monitoring"), False)
-    page.launch(prevent_thread_lock=True, quiet=True, **place, **style, **off)
-    print(f"http://{host}:{port} serves {arguments.ckpt}; Ctrl-C stops it", flush=True)
-    try:
-        desk.work()
-    finally:
-        page.close(verbose=False)
-
-
 def main(words: list[str]) -> int:
     arguments = read_arguments(words)
+    host, port = arguments.host, arguments.port
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     uploads = tempfile.TemporaryDirectory(prefix="octvideo_demo_", ignore_cleanup_errors=True)
     with contextlib.suppress(KeyboardInterrupt), uploads as folder, one_line_errors():
-        serve(arguments, Path(folder))
+        try:  # before the slow parts
+            socket.create_server((host, port)).close()
+        except OSError as error:
+            fail(f"--host {host} --port {port}: {str(error.strerror).split(' (')[0]}")
+        trained, device = load_trained(arguments.ckpt, arguments.alpha), "cuda" if torch.cuda.is_available() else "cpu"
+        views, timeout = {"num_clips": arguments.clips, "num_crops": arguments.crops}, arguments.decode_timeout_seconds
+        predictor = Predictor(trained, device=device, decode_timeout_seconds=timeout, **views)
+        if importlib.util.find_spec("gradio") is None:
+            fail("the page needs gradio: pip install 'octvideo[demo]'")
+        # Read when gradio is imported. It checks whether its own server answers, which must not go through a proxy.
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*"}
+        import gradio as gr
+
+        desk, sight = Desk(), Sight(predictor, arguments.max_seconds)
+        page = build(sight, desk, name=arguments.ckpt.name, max_megabytes=arguments.max_megabytes)
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        style = {"theme": theme, "css_paths": Path(__file__).with_name("demo.css"), "footer_links": []}
+        place = {"server_name": host, "server_port": port, "max_file_size": round(arguments.max_megabytes * 2**20)}
+        off = dict.fromkeys(("share", "ssr_mode", "run_history", "enable_monitoring"), False)
+        page.launch(prevent_thread_lock=True, quiet=True, **place, **style, **off)
+        print(f"http://{host}:{port} serves {arguments.ckpt}; Ctrl-C stops it", flush=True)
+        try:
+            desk.work()
+        finally:
+            page.close(verbose=False)
     return 0

@@ -32,11 +32,12 @@ command, or if results cannot be written; 130 on Ctrl-C.
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import re
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,13 +112,13 @@ def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[tuple
 
 def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str]:
     """A name for each video's files in the folders of --save-video and --thumbnail, so that nothing is overwritten."""
-    sources, names, counts = {os.path.realpath(path) for path in paths}, dict[str, str](), Counter[str]()
+    sources, names = {os.path.realpath(path) for path in paths}, dict[str, str]()
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
     endings = [(folder, end) for folder, end in zip(folders, (ANNOTATED, THUMBNAIL), strict=True) if folder is not None]
     for path in paths:
         stem = name = Path(path).stem
         while name.casefold() in names or any(os.path.realpath(f / f"{name}{end}") in sources for f, end in endings):
-            counts[stem] += 1
-            name = f"{stem}_{counts[stem] + 1}"
+            name = f"{stem}_{next(numbers[stem])}"
         names[name.casefold()] = name
     return list(names.values())
 
@@ -202,9 +203,16 @@ def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments:
     console.print(f"{len(good)} videos predicted, {len(bad)} bad", *bad, sep="\n", highlight=False, soft_wrap=True)
 
 
-def check_outputs(arguments: argparse.Namespace, videos: Sequence[str]) -> None:
-    """Refuses, before any work, results that would overwrite what is read, and makes their folders."""
-    read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *videos)}
+def predict(arguments: argparse.Namespace) -> int:
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {device}: {str(error).splitlines()[0]}")
+    trained = load_trained(arguments.ckpt, arguments.alpha)
+    videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
+    # Refuse results that would overwrite what is read.
+    read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *(video for video, _ in videos))}
     given = [(option, path) for option in ("json", "csv") if (path := getattr(arguments, option)) is not None]
     for option, path in given:
         if path.is_dir() or os.path.realpath(path) in read:
@@ -214,17 +222,6 @@ def check_outputs(arguments: argparse.Namespace, videos: Sequence[str]) -> None:
     for folder in (*(path.parent for _, path in given), arguments.save_video, arguments.thumbnail):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-
-
-def predict(arguments: argparse.Namespace) -> int:
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {str(error).splitlines()[0]}")
-    trained = load_trained(arguments.ckpt, arguments.alpha)
-    videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
-    check_outputs(arguments, [path for path, _ in videos])
     views: dict[str, Any] = {"num_clips": arguments.clips, "num_crops": arguments.crops, "backend": arguments.backend}
     timeout = arguments.decode_timeout_seconds
     predictor = Predictor(trained, device=device, decode_timeout_seconds=timeout, **views)

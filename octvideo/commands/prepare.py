@@ -25,7 +25,6 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from rich.progress import Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from octvideo.commands.options import Parser, fail
-from octvideo.data.preparation.prepare import SPLITS, Outcome, prepare
+from octvideo.data.preparation.prepare import SPLITS, prepare
 from octvideo.data.preparation.sources import read_sources
 from octvideo.errors import UserError
 
@@ -70,17 +69,6 @@ class Display:
             self._printed = time.monotonic()
 
 
-def print_summary(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """Prints how many videos there are of each status and split."""
-    table = Table("split", *(Column(name, justify="right") for name in (*STATUSES, "all")), box=box.SIMPLE)
-    for split in (*SPLITS, "all"):
-        if counts := Counter(outcome.status for outcome in outcomes if split in (outcome.entry.split, "all")):
-            table.add_row(split, *(str(counts[status]) for status in STATUSES), str(counts.total()))
-    console.print(table)
-    if unlabelled := sum(outcome.status == "ok" and outcome.entry.label is None for outcome in outcomes):
-        console.print(f"{unlabelled} videos have no label: they are in index.bin and in no list")
-
-
 def main(words: list[str]) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -111,10 +99,15 @@ def main(words: list[str]) -> int:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # decoders may be working; they end with this process
-    print_summary(console, outcomes)
+    table = Table("split", *(Column(name, justify="right") for name in (*STATUSES, "all")), box=box.SIMPLE)
+    for split in (*SPLITS, "all"):
+        if counts := Counter(outcome.status for outcome in outcomes if split in (outcome.entry.split, "all")):
+            table.add_row(split, *(str(counts[status]) for status in STATUSES), str(counts.total()))
+    console.print(table)
+    if unlabelled := sum(outcome.status == "ok" and outcome.entry.label is None for outcome in outcomes):
+        console.print(f"{unlabelled} videos have no label: they are in index.bin and in no list")
     lists = {f"--data.{split}_list": output / f"{split}.csv" for split in SPLITS}
-    training = [f"{option}={path}" for option, path in lists.items() if path.exists()]
-    if training:
+    if training := [f"{option}={path}" for option, path in lists.items() if path.exists()]:
         training += [f"--data.root={videos if options.reencode is None else output / 'videos'}"]
         training += [f"--data.labels={output / 'labels.txt'}", f"--model.num_classes={len(catalogue.class_names)}"]
         print("train with  " + shlex.join(training))

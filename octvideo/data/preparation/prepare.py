@@ -5,6 +5,7 @@ import csv
 import fcntl
 import hashlib
 import io
+import itertools
 import math
 import os
 import re
@@ -61,7 +62,7 @@ def prepare(
     same bytes.
 
     Args:
-        videos: folder that the catalogue's paths start from. Those in lists do too, or from output/videos if re-encoded.
+        videos: folder that paths start from, also in the lists; those of re-encoded files start from output/videos.
         short_side: re-encode, with larger frames scaled to this even number of pixels on their shorter side.
         timeout_seconds: how long a decoder may show no sign of life.
         progress: called with the stage (comparing or checking), files done, files in all, and the last one's status.
@@ -237,12 +238,10 @@ def _output_names(paths: Iterable[str]) -> dict[str, str]:
     safe = {path: "/".join(part for part in path.split("/") if part not in ("", ".", "..")) for path in paths}
     names, taken = {}, {str(folder) for path in safe.values() for folder in PurePosixPath(path).parents}
     for path in sorted(safe, key=lambda path: not path.endswith(".mp4")):
-        name, number = f"{os.path.splitext(safe[path])[0]}.mp4", 1
-        while name in taken:
-            name = f"{safe[path]}{f'.{number}' if number > 1 else ''}.mp4"
-            number += 1
-        taken.add(name)
-        names[path] = name
+        numbered = (f"{safe[path]}.{number}" for number in itertools.count(2))
+        stems = itertools.chain([os.path.splitext(safe[path])[0], safe[path]], numbered)
+        names[path] = next(name for stem in stems if (name := f"{stem}.mp4") not in taken)
+        taken.add(names[path])
     return names
 
 
