@@ -238,7 +238,7 @@ def test_nobody_waits_at_an_interrupted_desk():
 def test_wrong_options_are_one_line(monkeypatch, capsys, options, line):
     monkeypatch.setattr(command_options, "program", "demo.py")
     with pytest.raises(SystemExit, match="2"):
-        demo.read_arguments(options)
+        demo.main(options)
     assert capsys.readouterr().err == f"demo.py: error: {line}\n"
 
 

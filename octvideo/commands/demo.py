@@ -2,11 +2,10 @@
 
 octvideo demo --ckpt CHECKPOINT [--alpha A] [--port 7860] [--max-megabytes 100] [--max-seconds 60]
 
-The page shows
-  the video, upright, in a format that every browser plays, with the most likely class of the current second drawn in
-  the five most likely classes, averaged over --clips clips and --crops crops
-  their probability in each second, from one clip around its middle
-  a layer's high and low feature maps for a clip around a chosen time: mean magnitude and strongest channels
+The page shows the video, upright, in a format that every browser plays, with the most likely class of the current
+second drawn in; the five most likely classes, averaged over --clips clips and --crops crops; their probability in each
+second, from one clip around its middle; and a layer's high and low feature maps for a clip around a chosen time: mean
+magnitude and strongest channels.
 
 It needs gradio, pip install 'octvideo[demo]', and no internet. By default only this machine can open it. --host 0.0.0.0
 admits everyone who can reach it, with no password and no limit on the number of uploads: use it on networks that you
@@ -15,7 +14,6 @@ trust. Visitors are served one at a time. Uploads are deleted after an hour or w
 Exit status: 0 if it was stopped by Ctrl-C or SIGTERM; 2 for a mistake in the command.
 """
 
-import argparse
 import base64
 import contextlib
 import functools
@@ -232,7 +230,7 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
     return page.queue(max_size=20, api_open=False)
 
 
-def read_arguments(words: list[str]) -> argparse.Namespace:
+def main(words: list[str]) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     add_predictor(parser, clips=5, crops=1)
@@ -245,11 +243,6 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
         fail(f"--port must be 1 to {2**16 - 1}, got {arguments.port}")
     if ":" in arguments.host:
         fail(f"--host must be a name or an IPv4 address, got {arguments.host}")
-    return arguments
-
-
-def main(words: list[str]) -> int:
-    arguments = read_arguments(words)
     host, port = arguments.host, arguments.port
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     uploads = tempfile.TemporaryDirectory(prefix="octvideo_demo_", ignore_cleanup_errors=True)

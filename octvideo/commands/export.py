@@ -85,8 +85,6 @@ def pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> Callable
 
 
 class Format(NamedTuple):
-    """A file format."""
-
     runtime: str
     packages: tuple[str, ...]  # to install for it
     write: Callable[[ExportedProgram, Path, dict[str, Any]], Callable[[Tensor], Tensor]]  # and open

@@ -3,8 +3,7 @@
 octvideo predict VIDEO|FOLDER|LIST ... --ckpt CHECKPOINT [--json FILE] [--csv FILE] [--timeline]
                  [--save-video DIR] [--thumbnail DIR]
 
-An input is one of
-  a video
+An input is a video, or
   a folder, searched for videos at any depth, in natural order (clip2 before clip10); hidden files, files without an
            extension, texts, pictures and copies written by --save-video (*.predicted.mp4) are skipped
   a list   *.csv or *.txt with a line 'path' or 'path class-number' for each video. Given classes are shown beside the
@@ -62,12 +61,10 @@ from octvideo.models.checkpoint import Trained, load_trained
 
 
 class Outcome(NamedTuple):
-    """The result for one video: a prediction, or the reason why there is none."""
-
     path: str
     truth: int | None  # its class, if a list gives it
     prediction: Prediction | None
-    reason: str
+    reason: str  # why there is none
     files: Mapping[str, str]  # that show it, by their keys in --json
 
 

@@ -12,12 +12,11 @@ A SOURCE is one of
   ActivityNet's JSON       the videos are v_<id>.* or <id>.* anywhere below --videos
 
 OUTPUT gets train.csv, val.csv, test.csv and labels.txt to train with, index.bin, report.csv with a line for every video
-of the sources (its status is ok, bad, missing or duplicate; its numbers are those of the source file), and, with
---reencode, videos/.
+(its status is ok, bad, missing or duplicate; its numbers are those of the source file), and, with --reencode, videos/.
 
 Exit status: 0 if all files were processed, whatever their status; 1 if the machine or this program failed on some (disk
-full, permission denied, an unexpected error), which the next run tries again, or cannot write the results; 2 for a
-mistake in the command; 130 on Ctrl-C.
+full, an unexpected error), which the next run tries again, or cannot write the results; 2 for a mistake in the command;
+130 on Ctrl-C.
 """
 
 import os
@@ -39,12 +38,10 @@ from octvideo.data.preparation.sources import read_sources
 from octvideo.errors import UserError
 
 STATUSES = ("ok", "bad", "missing", "duplicate")
-SECONDS_A_LINE = 10.0  # between two lines where there is no terminal
+SECONDS_A_LINE = 10.0  # between two lines where there is no terminal, and so no bar
 
 
 class Display:
-    """Progress: a bar in a terminal, elsewhere a line every ten seconds."""
-
     def __init__(self, console: Console) -> None:
         self.console, self._printed = console, time.monotonic()
         counts = TextColumn("{task.completed}/{task.total} files, {task.fields[counts]}")

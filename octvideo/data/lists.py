@@ -99,8 +99,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, int]] = ()) -> Iterator[str]:
     """Paths, relative to a folder, of the files at any depth below it that may be videos, sorted by name.
 
-    Hidden files, files without an extension, text files and pictures are left out. Folders of which `skip` has (device,
-    inode) are not entered, nor is a link to a folder that contains it. ListError if a folder cannot be read.
+    Hidden files, files without an extension, text files and pictures are left out. Folders whose (device, inode) are in
+    `skip` are not entered, nor is a link to a folder that contains it. ListError if a folder cannot be read.
     """
     try:
         status = os.stat(folder)

@@ -192,12 +192,10 @@ class Predictor:
 
     def _views(self, path: str) -> NDArray[np.uint8]:
         # (num_clips * num_crops, C, T, H, W)
-        how = self.trained.preprocessing
+        how, sampler = self.trained.preprocessing, self.trained.preprocessing.sampler
         with Video(path, self.backend) as video:
-            if self.num_clips == 1:
-                numbers = how.sampler.centre_clip(video.num_frames, video.fps)
-            else:
-                numbers = how.sampler.dense_clips(video.num_frames, video.fps, self.num_clips)
+            size = video.num_frames, video.fps
+            numbers = sampler.dense_clips(*size, self.num_clips) if self.num_clips > 1 else sampler.centre_clip(*size)
             return read_clips(video, numbers, how.test_crop_size, self.num_crops)
 
     def _windows(self, job: tuple[str, int]) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:

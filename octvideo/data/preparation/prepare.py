@@ -13,7 +13,7 @@ import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -120,7 +120,7 @@ def _clean(output: Path, reencode: bool) -> None:
 
 @dataclass
 class _Run:
-    """One run over all files: `files` are the facts about each; the files in the lists start from `root`."""
+    """One run over all files: `files` are the facts about each, `names` the paths for the lists, from `root` on."""
 
     videos: Path
     root: Path
@@ -129,8 +129,6 @@ class _Run:
     timeout_seconds: float
     progress: Progress
     journal: Journal
-    files: dict[str, Facts] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)  # from `root` on
 
     def outcomes(self, entries: Sequence[Entry]) -> list[Outcome]:
         self.files = {path: self._look(path) for path in dict.fromkeys(entry.path for entry in entries)}

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
@@ -53,8 +53,7 @@ class _Reader:
         self.end = self.last_packet = 0.0  # of the last frame and of the last packet of any stream, in seconds
         with self._named_errors():
             self._container, self.stream = open_stream(self.path)
-        assert self.stream.time_base is not None
-        self.time_base, self.rate = self.stream.time_base, frame_rate(self.stream, self.path)
+        self.time_base, self.rate = cast(Fraction, self.stream.time_base), frame_rate(self.stream, self.path)
         self.close = self._container.close
 
     def decode(self) -> Iterator[tuple[int, av.VideoFrame]]:

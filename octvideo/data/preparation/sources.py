@@ -94,13 +94,11 @@ class _Reader:
             return [line for path in lists for line in self.read(path)]
         is_json = source.suffix.lower() == ".json"
         read = self._read_classes if source.is_dir() else self._read_json if is_json else self._read_text
-        lines = list(read(source))
-        if not lines:
+        if not (lines := list(read(source))):
             raise ListError(f"{source}: no video in it")
         return lines
 
     def _read_classes(self, source: Path) -> Iterator[Line]:
-        """A folder per class, inside a folder per split or not."""
         files = [file.split("/") for file in video_files(source, skip=self.skip)]
         folders = {parts[0] for parts in files if len(parts) > 1}
         has_splits = bool(folders) and folders <= set(SPLITS)
