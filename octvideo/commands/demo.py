@@ -155,7 +155,7 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
     import gradio as gr
 
     html, trained = parts(), sight.predictor.trained
-    size = "{} x {} x {}".format(*trained.preprocessing.clip_size[1:])
+    sizes = " x ".join(map(str, trained.preprocessing.clip_size[1:]))
 
     def begin(text: str = "") -> tuple[Any, ...]:
         return html.message(text), gr.Column(visible="hidden"), None, None, ""
@@ -195,12 +195,11 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
             except RefusedError as error:
                 yield {said: html.message(f"The player stays empty. {error}", bad=True)}
 
-    cleaning = 600, KEPT_SECONDS  # every ten minutes
-    with gr.Blocks(title=f"octvideo: {name}", analytics_enabled=False, delete_cache=cleaning) as page:
+    with gr.Blocks(title=f"octvideo: {name}", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         seen = gr.State(time_to_live=KEPT_SECONDS)
         gr.Markdown(
             f"# {trained.options['name']} on your videos\n{name}: alpha {say_alpha(trained.options['alpha'])}, "
-            f"{len(trained.labels)} classes, clips of {size} (frames, height, width)"
+            f"{len(trained.labels)} classes, clips of {sizes} (frames, height, width)"
         )
         upload = gr.File(label=f"Drop a video, up to {max_megabytes:g} MB and {sight.max_seconds:g} s", height=140)
         said = gr.HTML(elem_id="said")

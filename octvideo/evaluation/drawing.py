@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -58,6 +58,7 @@ def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> No
     """
     (prediction, output), deadline = job, time.monotonic() + most_seconds
     scaler, encoder, shown, timestamp = VideoReformatter(), None, None, -1
+    how: dict[str, Any] = {"interpolation": "BICUBIC", "dst_color_range": ColorRange.MPEG, "threads": 1}
     try:
         source, video = open_stream(prediction.path)
         with source, av.open(str(output), "w", format="mp4", options={"movflags": "+faststart"}) as target:
@@ -70,9 +71,7 @@ def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> No
                 timestamp, turns = max(stored, timestamp + 1), upright_turns(frame)  # they must rise
                 if encoder is None:
                     size = frame.width + frame.width % 2, frame.height + frame.height % 2
-                picture = scaler.reformat(
-                    frame, *size, "yuv420p", interpolation="BICUBIC", dst_color_range=ColorRange.MPEG, threads=1
-                )
+                picture = scaler.reformat(frame, *size, "yuv420p", **how)
                 if encoder is None:
                     encoder = add_h264(target, ENCODER, rate, time_base, picture)
                     encoder.width, encoder.height = size[::-1] if turns % 2 else size

@@ -55,9 +55,7 @@ def maps_of(network: nn.Module, layer: str, clip: Tensor) -> list[list[Maps]]:
     for features in output if isinstance(output, list) else [output]:
         parts = {"high": features.high, "low": features.low} if isinstance(features, Octaves) else {"all": features}
         size = next(iter(parts.values())).shape[2:]
-        pathways.append(
-            [Maps(kind, upsample(x, size)[0], tuple(x.shape[2:])) for kind, x in parts.items() if x.shape[1]]
-        )
+        pathways.append([Maps(k, upsample(x, size)[0], tuple(x.shape[2:])) for k, x in parts.items() if x.shape[1]])
     return pathways
 
 

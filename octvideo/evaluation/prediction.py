@@ -101,12 +101,10 @@ class Predictor:
         model_or_ckpt: a checkpoint of `octvideo train`, what `load_trained` made of one, or any module that maps
             normalised clips (B, 3, T, H, W) to logits (B, num_classes). Its training mode is kept, but not used here.
         labels: name of each class. Default: the checkpoint's, or "class 0", "class 1" ... for a module.
-        preprocessing: fields of `octvideo.data.preprocessing.Preprocessing` to change. Default: the checkpoint's; for
-            a module, the defaults there.
+        preprocessing: fields of `Preprocessing` to change. Default: the checkpoint's; for a module, the defaults there.
         num_clips: evenly spaced clips to average over; a single one is taken from the centre.
         num_crops: crops of each clip, evenly spaced along the longer side.
-        device: where to run; the network moves there. Default: for a checkpoint cuda if available, else cpu; for a
-            network, the device it is on.
+        device: where the network moves. Default: for a checkpoint cuda if available, else cpu; for others, where it is.
         backend: decoder: pyav, torchcodec, decord, or auto: PyAV, then the others for a file that PyAV cannot read.
         decode_timeout_seconds: time limit for decoding a video's views, or a stretch of its timeline; None: no limit.
 
