@@ -58,8 +58,7 @@ class Timeline:
 
     def second_at(self, seconds: float) -> int:
         """Index of the second that contains a timestamp; outside the video, of the nearest one."""
-        index = int(np.searchsorted(self.edges_seconds, seconds, "right")) - 1
-        return min(max(index, 0), len(self.scores) - 1)
+        return int(np.clip(np.searchsorted(self.edges_seconds, seconds, "right") - 1, 0, len(self.scores) - 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import io
 import itertools
-import math
 import os
 import re
 import stat
@@ -163,7 +162,7 @@ class _Run:
     def _is_done(self, path: str) -> bool:
         facts, file = self.files[path], self.root / self.names[path]
         if facts.get("status") != "ok":
-            return facts.get("status") == "bad" and facts.get("timeout", math.inf) >= self.timeout_seconds
+            return facts.get("status") == "bad" and facts.get("timeout", self.timeout_seconds) >= self.timeout_seconds
         listed = facts["listed"]
         return listed["path"] == self.names[path] and os.path.exists(file) and os.path.getsize(file) == listed["bytes"]
 
