@@ -229,16 +229,16 @@ def test_nobody_waits_at_an_interrupted_desk():
     ("options", "line"),
     [
         ([], "the following arguments are required: --ckpt"),
-        (["--ckpt=a", "--max-seconds=0"], "--max-seconds must be above 0, got 0"),
-        (["--ckpt=a", "--max-megabytes=nan"], "--max-megabytes must be above 0, got nan"),
-        (["--ckpt=a", "--clips=-1"], "--clips must be above 0, got -1"),
+        (["--ckpt=a", "--max-seconds=0"], "argument --max-seconds: must be a positive number, got '0'"),
+        (["--ckpt=a", "--max-megabytes=nan"], "argument --max-megabytes: must be a positive number, got 'nan'"),
+        (["--ckpt=a", "--clips=-1"], "argument --clips: must be a whole number from 1, got '-1'"),
         (["--ckpt=a", "--port=70000"], "--port must be 1 to 65535, got 70000"),
     ],
 )
 def test_wrong_options_are_one_line(monkeypatch, capsys, options, line):
     monkeypatch.setattr(command_options, "program", "demo.py")
     with pytest.raises(SystemExit, match="2"):
-        demo.read_arguments(options)
+        demo.main(options)
     assert capsys.readouterr().err == f"demo.py: error: {line}\n"
 
 

@@ -181,12 +181,12 @@ def not_numbers(logits, clips):
 @pytest.mark.parametrize("change", [wrong_for_white_clips, wrong_for_two_clips, not_numbers])
 def test_a_file_that_gives_something_else_is_not_written(run_here, checkpoint, tmp_path, monkeypatch, capsys, change):
     trained = load_trained(checkpoint)
-    wrong = export.Format(
-        "another runtime",
-        (),
-        lambda program, path, about: path.write_text("this one"),
-        lambda path: lambda clips: change(logits_of(trained, clips), clips),
-    )
+
+    def write(program, path, about):
+        path.write_text("this one")
+        return lambda clips: change(logits_of(trained, clips), clips)
+
+    wrong = export.Format("another runtime", (), write)
     monkeypatch.setitem(export.FORMATS, ".pt2", wrong)
     nothing = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
     monkeypatch.setattr(torch.export, "export", lambda *args, **options: nothing)  # which takes seconds
@@ -218,9 +218,9 @@ I3D = ("--name=i3d_r50", "--clip=4x32x32")
         (("--name=i3d_r50",), "--name needs --clip TxHxW, such as 8x224x224"),
         (("--name=resnet", "--clip=4x32x32"), "no model 'resnet'; there are c2d_r50, "),
         ((*I3D, "--alpha=2"), "alpha must lie in [0, 1], got 2.0"),
-        ((*I3D, "--clip=4x32"), "argument --clip: TxHxW is wanted, such as 8x224x224, got '4x32'"),
-        ((*I3D, "--clip=0x32x32"), "argument --clip: TxHxW is wanted, such as 8x224x224, got '0x32x32'"),
-        ((*I3D, "--batch=0"), "argument --batch: a whole number from 1 is wanted, got '0'"),
+        ((*I3D, "--clip=4x32"), "argument --clip: must be TxHxW, such as 8x224x224, got '4x32'"),
+        ((*I3D, "--clip=0x32x32"), "argument --clip: must be TxHxW, such as 8x224x224, got '0x32x32'"),
+        ((*I3D, "--batch=0"), "argument --batch: must be a whole number from 1, got '0'"),
         ((*I3D, "--clip=1x32x32"), "i3d_r50 does not take clips of 1x32x32: "),
         ((*I3D, "--output=network.tflite"), "--output must be a file that ends in .onnx or .pt2, got network.tflite"),
         ((*I3D, "--output=folder.onnx"), "--output must be a file that ends in .onnx or .pt2, got folder.onnx"),

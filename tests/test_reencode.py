@@ -155,7 +155,7 @@ def test_a_frame_is_turned_counter_clockwise(quarters):
     y, x = np.mgrid[:32, :48]
     image = np.stack([4 * y, 5 * x, 2 * x + 3 * y], 2).astype(np.uint8)
     frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
-    turned = reencoding._turned(frame, quarters).to_ndarray(format="rgb24").astype(int)
+    turned = reencoding.from_planes(reencoding.planes(frame, quarters)).to_ndarray(format="rgb24").astype(int)
     expected = np.rot90(frame.to_ndarray(format="rgb24"), quarters).astype(int)
     assert turned.shape == expected.shape
     assert np.abs(turned - expected).mean() < 3

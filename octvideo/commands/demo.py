@@ -2,11 +2,10 @@
 
 octvideo demo --ckpt CHECKPOINT [--alpha A] [--port 7860] [--max-megabytes 100] [--max-seconds 60]
 
-The page shows
-  the video, upright, in a format that every browser plays, with the most likely class of the current second drawn in
-  the five most likely classes, averaged over --clips clips and --crops crops
-  their probability in each second, from one clip around its middle
-  a layer's high and low feature maps for a clip around a chosen time: mean magnitude and strongest channels
+The page shows the video, upright, in a format that every browser plays, with the most likely class of the current
+second drawn in; the five most likely classes, averaged over --clips clips and --crops crops; their probability in each
+second, from one clip around its middle; and a layer's high and low feature maps for a clip around a chosen time: mean
+magnitude and strongest channels.
 
 It needs gradio, pip install 'octvideo[demo]', and no internet. By default only this machine can open it. --host 0.0.0.0
 admits everyone who can reach it, with no password and no limit on the number of uploads: use it on networks that you
@@ -15,9 +14,6 @@ trust. Visitors are served one at a time. Uploads are deleted after an hour or w
 Exit status: 0 if it was stopped by Ctrl-C or SIGTERM; 2 for a mistake in the command.
 """
 
-from __future__ import annotations
-
-import argparse
 import base64
 import contextlib
 import functools
@@ -39,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from octvideo.commands.options import Parser, fail, one_line_errors
+from octvideo.commands.options import Parser, add_predictor, fail, one_line_errors, positive
 from octvideo.data.video import Video
 from octvideo.data.watchdog import HungError
 from octvideo.errors import UserError
@@ -50,9 +46,7 @@ from octvideo.evaluation.report import say_alpha
 from octvideo.models.checkpoint import load_trained
 
 TOP, STRONGEST = 5, 8  # classes and channels shown
-KEPT_SECONDS, CLEANING_SECONDS = 3600, 600  # how long uploads are kept; interval of looking for old ones
-WAITING = 20  # length of the queue of visitors
-WRITING_SECONDS = 120.0  # limit for the player's video: a header may claim that hours of frames last one second
+KEPT_SECONDS = 3600  # of uploads
 Result = TypeVar("Result")
 
 
@@ -63,8 +57,7 @@ class RefusedError(UserError):
 class Desk:
     """Runs the jobs of other threads in the thread that calls `work`, one after the other.
 
-    Network and decoding process serve one caller at a time, and a decoding process dies with the thread that started
-    it: a web server ends idle threads.
+    A decoding process dies with the thread that started it, and a web server ends idle threads.
     """
 
     def __init__(self) -> None:
@@ -80,7 +73,6 @@ class Desk:
         return answer.result()
 
     def work(self) -> NoReturn:
-        """Runs jobs until interrupted, then cancels those that wait."""
         try:
             while True:
                 answer, function, arguments = self._jobs.get()
@@ -101,30 +93,26 @@ class Sight:
     """Computes what the page shows, for videos of at most `max_seconds`. All its methods raise RefusedError."""
 
     def __init__(self, predictor: Predictor, max_seconds: float) -> None:
-        self.predictor = predictor
-        self.max_seconds = max_seconds
+        self.predictor, self.max_seconds = predictor, max_seconds
         self.layers = layers_of(predictor.trained.network)
-        self._duration = predictor.watched(self._read_duration)
-        self._clip = predictor.watched(self._read_clip)
-        self._annotate = predictor.watched(functools.partial(annotate, most_seconds=WRITING_SECONDS))
+        self._duration, self._clip = predictor.watched(self._read_duration), predictor.watched(self._read_clip)
+        # The time is limited because a header may claim that hours of frames last one second.
+        self._annotate = predictor.watched(functools.partial(annotate, most_seconds=120.0))
 
     def predict(self, path: str) -> Prediction:
-        """Predicts a video."""
         seconds, limit = self._attempt(self._duration, path), self.max_seconds
         if seconds > limit:
             raise RefusedError(f"This video runs {clock(seconds)}; the longest one allowed is {clock(limit)}.")
         return self._attempt(self.predictor, path)
 
     def annotate(self, prediction: Prediction, output: Path) -> None:
-        """Writes a copy of the video as H.264 in MP4, with its timeline drawn in."""
         self._attempt(self._annotate, (prediction, output))
 
     def maps(self, path: str, seconds: float, layer: str) -> tuple[NDArray[np.uint8], list[list[Maps]]]:
         """The middle frame (H, W, 3) of the clip around a time, and one of the `layers`' maps for it, as `maps_of`."""
         if not os.path.exists(path):
             raise RefusedError("The video is no longer here; please drop it again.")
-        clip = self._attempt(self._clip, (path, seconds))
-        trained = self.predictor.trained
+        clip, trained = self._attempt(self._clip, (path, seconds)), self.predictor.trained
         normalised = trained.normalize(torch.from_numpy(clip).to(self.predictor.device))
         return clip[:, clip.shape[1] // 2].transpose(1, 2, 0), maps_of(trained.network, self.layers[layer], normalised)
 
@@ -167,7 +155,7 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
     import gradio as gr
 
     html, trained = parts(), sight.predictor.trained
-    size = "{} x {} x {}".format(*trained.preprocessing.clip_size[1:])
+    sizes = " x ".join(map(str, trained.preprocessing.clip_size[1:]))
 
     def begin(text: str = "") -> tuple[Any, ...]:
         return html.message(text), gr.Column(visible="hidden"), None, None, ""
@@ -207,12 +195,11 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
             except RefusedError as error:
                 yield {said: html.message(f"The player stays empty. {error}", bad=True)}
 
-    cleaning = CLEANING_SECONDS, KEPT_SECONDS
-    with gr.Blocks(title=f"octvideo: {name}", analytics_enabled=False, delete_cache=cleaning) as page:
+    with gr.Blocks(title=f"octvideo: {name}", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         seen = gr.State(time_to_live=KEPT_SECONDS)
         gr.Markdown(
             f"# {trained.options['name']} on your videos\n{name}: alpha {say_alpha(trained.options['alpha'])}, "
-            f"{len(trained.labels)} classes, clips of {size} (frames, height, width)"
+            f"{len(trained.labels)} classes, clips of {sizes} (frames, height, width)"
         )
         upload = gr.File(label=f"Drop a video, up to {max_megabytes:g} MB and {sight.max_seconds:g} s", height=140)
         said = gr.HTML(elem_id="said")
@@ -237,84 +224,51 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
         for work in ((look, upload, shown), (show_maps, chosen, maps), (play, seen, [said, player])):
             steps.append(step := step.then(*work, trigger_mode="multiple", **options))
         upload.clear(begin, None, begun, queue=False, cancels=steps, **private)
-        often: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "minimal", **options}
-        gr.on([layer.input, when.input], show_maps, chosen, maps, **often)
-    return page.queue(max_size=WAITING, api_open=False)
+        options |= {"trigger_mode": "always_last", "show_progress": "minimal"}
+        gr.on([layer.input, when.input], show_maps, chosen, maps, **options)
+    return page.queue(max_size=20, api_open=False)
 
 
-def read_arguments(words: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
+def main(words: list[str]) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="checkpoint of octvideo train")
-    add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
+    add_predictor(parser, clips=5, crops=1)
     add("--host", default="127.0.0.1", help="address to serve at; default: 127.0.0.1, for this machine alone")
     add("--port", type=int, default=7860, help="default: 7860")
-    add("--max-megabytes", metavar="N", type=float, default=100.0, help="largest upload; default: 100")
-    add("--max-seconds", metavar="S", type=float, default=60.0, help="longest video; default: 60")
-    add("--clips", metavar="N", type=int, default=5, help="clips of a video, whose scores are averaged; default: 5")
-    add("--crops", metavar="M", type=int, default=1, help="crops of a clip; default: 1")
-    timeout = ("--decode_timeout_seconds", "--decode-timeout-seconds")
-    add(*timeout, metavar="S", type=float, default=60.0, help="time limit of a decoding step; default: 60")
+    add("--max-megabytes", metavar="N", type=positive, default=100.0, help="largest upload; default: 100")
+    add("--max-seconds", metavar="S", type=positive, default=60.0, help="longest video; default: 60")
     arguments = parser.parse_args(words)
-    for option in ("max_megabytes", "max_seconds", "clips", "crops", "decode_timeout_seconds"):
-        if not 0 < (value := getattr(arguments, option)) < float("inf"):
-            fail(f"--{option.replace('_', '-')} must be above 0, got {value:g}")
     if not 0 < arguments.port < 2**16:
         fail(f"--port must be 1 to {2**16 - 1}, got {arguments.port}")
     if ":" in arguments.host:
         fail(f"--host must be a name or an IPv4 address, got {arguments.host}")
-    return arguments
-
-
-def serve(arguments: argparse.Namespace, folder: Path) -> None:
-    """Serves the page until interrupted; uploads go to the folder."""
     host, port = arguments.host, arguments.port
-    try:  # before the slow parts
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        fail(f"--host {host} --port {port}: {str(error.strerror).split(' (')[0]}")
-    predictor = Predictor(
-        load_trained(arguments.ckpt, arguments.alpha),
-        num_clips=arguments.clips,
-        num_crops=arguments.crops,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        decode_timeout_seconds=arguments.decode_timeout_seconds,
-    )
-    if importlib.util.find_spec("gradio") is None:
-        fail("the page needs gradio: pip install 'octvideo[demo]'")
-    # Read when gradio is imported. It checks whether its own server answers, which must not go through a proxy.
-    os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*"}
-    import gradio as gr
-
-    desk, sight = Desk(), Sight(predictor, arguments.max_seconds)
-    page = build(sight, desk, name=arguments.ckpt.name, max_megabytes=arguments.max_megabytes)
-    page.launch(
-        share=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        server_name=host,
-        server_port=port,
-        max_file_size=round(arguments.max_megabytes * 2**20),
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css_paths=Path(__file__).with_name("demo.css"),
-        ssr_mode=False,
-        run_history=False,
-        enable_monitoring=False,
-        footer_links=[],
-    )
-    print(f"http://{host}:{port} serves {arguments.ckpt}; Ctrl-C stops it", flush=True)
-    try:
-        desk.work()
-    finally:
-        page.close(verbose=False)
-
-
-def main(words: list[str]) -> int:
-    """Runs the command; returns its exit status."""
-    arguments = read_arguments(words)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     uploads = tempfile.TemporaryDirectory(prefix="octvideo_demo_", ignore_cleanup_errors=True)
     with contextlib.suppress(KeyboardInterrupt), uploads as folder, one_line_errors():
-        serve(arguments, Path(folder))
+        try:  # before the slow parts
+            socket.create_server((host, port)).close()
+        except OSError as error:
+            fail(f"--host {host} --port {port}: {str(error.strerror).split(' (')[0]}")
+        trained, device = load_trained(arguments.ckpt, arguments.alpha), "cuda" if torch.cuda.is_available() else "cpu"
+        views, timeout = {"num_clips": arguments.clips, "num_crops": arguments.crops}, arguments.decode_timeout_seconds
+        predictor = Predictor(trained, device=device, decode_timeout_seconds=timeout, **views)
+        if importlib.util.find_spec("gradio") is None:
+            fail("the page needs gradio: pip install 'octvideo[demo]'")
+        # Read when gradio is imported. It checks whether its own server answers, which must not go through a proxy.
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*"}
+        import gradio as gr
+
+        desk, sight = Desk(), Sight(predictor, arguments.max_seconds)
+        page = build(sight, desk, name=arguments.ckpt.name, max_megabytes=arguments.max_megabytes)
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        style = {"theme": theme, "css_paths": Path(__file__).with_name("demo.css"), "footer_links": []}
+        place = {"server_name": host, "server_port": port, "max_file_size": round(arguments.max_megabytes * 2**20)}
+        off = dict.fromkeys(("share", "ssr_mode", "run_history", "enable_monitoring"), False)
+        page.launch(prevent_thread_lock=True, quiet=True, **place, **style, **off)
+        print(f"http://{host}:{port} serves {arguments.ckpt}; Ctrl-C stops it", flush=True)
+        try:
+            desk.work()
+        finally:
+            page.close(verbose=False)
     return 0

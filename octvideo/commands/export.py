@@ -20,8 +20,6 @@ Then both are timed alternately on a random clip.
 Exit status: 0 if the outputs agree; 1 if not, and no file is written; 2 for a mistake in the command.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import importlib.util
@@ -31,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -54,67 +52,107 @@ class Classifier(nn.Module):
 
     def __init__(self, trained: Trained, softmax: bool) -> None:
         super().__init__()
-        self.network = trained.network
-        self.normalize = trained.normalize
-        self.softmax = softmax
+        self.network, self.normalize, self.softmax = trained.network, trained.normalize, softmax
 
-    def forward(self, clips: Tensor) -> Tensor:
-        """The argument's name becomes the name of the file's input."""
+    def forward(self, clips: Tensor) -> Tensor:  # its argument's name becomes the name of the file's input
         logits: Tensor = self.network(self.normalize(clips))
         return logits.softmax(1) if self.softmax else logits
 
 
-def write_onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    """Writes a single file, weights included, which protobuf limits to 2 GB."""
+def onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Writes a single file, weights included, which protobuf limits to 2 GB; opens it in onnxruntime on the CPU."""
+    import onnxruntime  # type: ignore[import-untyped]
+
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # else a line for each weight not folded into a constant
-    shapes, names = {"clips": {0: "batch"}}, [about["output"]]  # only names the sizes; the program has dynamic ones
-    exported = torch.onnx.export(
-        program, dynamo=True, opset_version=18, dynamic_shapes=shapes, output_names=names, verbose=False
-    )
+    how: dict[str, Any] = {"dynamo": True, "opset_version": 18, "output_names": [about["output"]], "verbose": False}
+    how["dynamic_shapes"] = {"clips": {0: "batch"}}  # only names the sizes; the program has dynamic ones
+    exported = torch.onnx.export(program, **how)
     assert exported is not None
     exported.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     path.write_bytes(exported.model_proto.SerializeToString())
-
-
-def open_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    """Opens the file in onnxruntime, on the CPU, with as many threads as PyTorch has."""
-    import onnxruntime  # type: ignore[import-untyped]
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda clips: torch.from_numpy(session.run(None, {"clips": clips.numpy()})[0])
 
 
-def write_pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> None:
-    """Writes to an open file, because torch.export refuses names that do not end in .pt2."""
-    with path.open("wb") as file:
+def pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """Writes to an open file, because torch.export refuses names that do not end in .pt2; opens it in PyTorch."""
+    with path.open("w+b") as file:
         torch.export.save(program, file, extra_files={"octvideo.json": json.dumps(about)})
-
-
-def open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    """Opens the file in PyTorch."""
-    with path.open("rb") as file:
+        file.seek(0)
         return torch.export.load(file).module()
 
 
 class Format(NamedTuple):
-    """A file format: its runtime, the packages to install for it, and how it is written and opened."""
-
     runtime: str
-    packages: tuple[str, ...]
-    write: Callable[[ExportedProgram, Path, dict[str, Any]], None]
-    open: Callable[[Path], Callable[[Tensor], Tensor]]
+    packages: tuple[str, ...]  # to install for it
+    write: Callable[[ExportedProgram, Path, dict[str, Any]], Callable[[Tensor], Tensor]]  # and open
 
 
 FORMATS = {
-    ".onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), write_onnx, open_onnx),
-    ".pt2": Format("torch.export", (), write_pt2, open_pt2),
+    ".onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), onnx),
+    ".pt2": Format("torch.export", (), pt2),
 }
 
 
-def read_arguments(words: list[str]) -> argparse.Namespace:
-    """Parses the command line and checks what can be checked without a network."""
+def untrained(name: str, alpha: float, num_classes: int, preprocessing: Preprocessing) -> Trained:
+    """A network with random weights and statistics; with training's initial ones, most of it would output zeros."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"name": name, "alpha": alpha, "num_classes": num_classes}
+    network = create_model(**options, channels_last=True)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(cast(Tensor, module.running_mean), std=0.1)
+            nn.init.uniform_(cast(Tensor, module.running_var), 0.5, 1.5)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.1)
+    return Trained(network.eval(), options, [f"class {index}" for index in range(num_classes)], preprocessing)
+
+
+def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespace) -> None:
+    file, eager = FORMATS[arguments.output.suffix], Classifier(trained, arguments.softmax)
+    generator, clips = torch.Generator().manual_seed(0), list[Tensor]()
+    for shape in [(batch, *size) for batch in ((arguments.batch,) if arguments.batch else (1, 2))]:
+        clips.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
+        clips += [torch.full(shape, level, dtype=torch.uint8) for level in (0, 255)]
+    try:
+        wanted = [eager(clip) for clip in clips]
+    except RuntimeError as error:
+        fail(f"{trained.options['name']} does not take clips of {'x'.join(map(str, size[1:]))}: {error}")
+    if arguments.fuse:
+        trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
+    dynamic = None if arguments.batch else {"clips": {0: torch.export.Dim("batch", min=1)}}
+    module = Classifier(trained, arguments.softmax)
+    program = torch.export.export(module, (clips[-1],), dynamic_shapes=dynamic, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it contains paths of this machine
+    about = trained.options | asdict(trained.preprocessing) | {"labels": trained.labels}
+    for name in ("crop_size", "short_side", "mirror"):  # apply to training clips only
+        del about[name]
+    kind = about["output"] = "probabilities" if arguments.softmax else "logits"
+    about["octvideo_version"] = importlib.metadata.version("octvideo")
+    with appearing(arguments.output) as partial:
+        run = file.write(program, partial, about)
+        pairs = zip(clips, wanted, strict=True)
+        differences = [(run(clip) - want).abs().max() / want.abs().max() for clip, want in pairs]
+        difference = float(torch.stack(differences).max())
+        differ = f"differ from PyTorch's by {difference:.1g} of the largest"
+        if not difference <= arguments.tolerance:
+            more = f"more than --tolerance {arguments.tolerance:g}: no file is written"
+            fail(f"{file.runtime} gives {kind} that {differ}, {more}", status=1)
+    seconds = time_interleaved([lambda: eager(clips[0]), lambda: run(clips[0])], rounds=arguments.rounds)
+    table = Table(f"clips {tuple(clips[0].shape)}", "median ms", "ratio")
+    for runtime, taken in zip(("PyTorch", file.runtime), map(median, seconds), strict=True):
+        table.add_row(runtime, f"{1000 * taken:.1f}", f"{taken / median(seconds[0]):.2f}")
+    Console().print(table)
+    megabytes = arguments.output.stat().st_size / 1e6
+    print(f"{arguments.output}: {megabytes:.1f} MB; {kind} differ by {difference:.1g} of the largest")
+
+
+def main(words: list[str]) -> int:
     parser = Parser(__doc__)
     add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", type=Path, metavar="FILE", help="checkpoint of octvideo train")
@@ -135,91 +173,12 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     output: Path = arguments.output
     if output.suffix not in FORMATS or output.is_dir():
         fail(f"--output must be a file that ends in {' or '.join(FORMATS)}, got {output}")
-    missing = [name for name in FORMATS[output.suffix].packages if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := [name for name in FORMATS[output.suffix].packages if importlib.util.find_spec(name) is None]:
         fail(f"{output.suffix} files need {', '.join(missing)}: pip install 'octvideo[export]'")
     if arguments.ckpt and (arguments.clip or arguments.num_classes):
         fail("--clip and --num_classes are for --name: a checkpoint has its own")
     if arguments.name and not arguments.clip:
         fail("--name needs --clip TxHxW, such as 8x224x224")
-    return arguments
-
-
-def untrained(name: str, alpha: float, num_classes: int, preprocessing: Preprocessing) -> Trained:
-    """A network with random weights and statistics; with training's initial ones, most of it would output zeros."""
-    torch.manual_seed(0)
-    network = create_model(name, alpha=alpha, num_classes=num_classes, channels_last=True)
-    for module in network.modules():
-        if isinstance(module, _BatchNorm):
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.1)
-    options = {"name": name, "alpha": alpha, "num_classes": num_classes}
-    return Trained(network.eval(), options, [f"class {index}" for index in range(num_classes)], preprocessing)
-
-
-def clips_to_compare(size: tuple[int, ...], batches: tuple[int, ...]) -> list[Tensor]:
-    """Random, black and white clips (B, 3, T, H, W) for each B."""
-    generator = torch.Generator().manual_seed(0)
-    clips = []
-    for shape in [(batch, *size) for batch in batches]:
-        clips.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
-        clips += [torch.full(shape, level, dtype=torch.uint8) for level in (0, 255)]
-    return clips
-
-
-def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespace) -> None:
-    """Writes the file if its outputs agree with PyTorch's for clips of a size (3, T, H, W), and prints its speed."""
-    file = FORMATS[arguments.output.suffix]
-    eager = Classifier(trained, arguments.softmax)
-    clips = clips_to_compare(size, (arguments.batch,) if arguments.batch else (1, 2))
-    try:
-        wanted = [eager(clip) for clip in clips]
-    except RuntimeError as error:
-        fail(f"{trained.options['name']} does not take clips of {'x'.join(map(str, size[1:]))}: {error}")
-    if arguments.fuse:
-        trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
-    dynamic = None if arguments.batch else {"clips": {0: torch.export.Dim("batch", min=1)}}
-    program = torch.export.export(
-        Classifier(trained, arguments.softmax), (clips[-1],), dynamic_shapes=dynamic, strict=False
-    )
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it contains paths of this machine
-    about = trained.options | asdict(trained.preprocessing) | {"labels": trained.labels}
-    for name in ("crop_size", "short_side", "mirror"):  # apply to training clips only
-        del about[name]
-    about["output"] = "probabilities" if arguments.softmax else "logits"
-    about["octvideo_version"] = importlib.metadata.version("octvideo")
-    with appearing(arguments.output) as partial:
-        file.write(program, partial, about)
-        run = file.open(partial)
-        pairs = zip(clips, wanted, strict=True)
-        differences = [(run(clip) - want).abs().max() / want.abs().max() for clip, want in pairs]
-        difference = float(torch.stack(differences).max())
-        if not difference <= arguments.tolerance:
-            fail(
-                f"{file.runtime} gives {about['output']} that differ from PyTorch's by {difference:.1g} of the "
-                f"largest, more than --tolerance {arguments.tolerance:g}: no file is written",
-                status=1,
-            )
-    seconds = time_interleaved([lambda: eager(clips[0]), lambda: run(clips[0])], rounds=arguments.rounds)
-    medians = [median(taken) for taken in seconds]
-    table = Table(f"clips {tuple(clips[0].shape)}", "median ms", "ratio")
-    for runtime, taken in zip(("PyTorch", file.runtime), medians, strict=True):
-        table.add_row(runtime, f"{1000 * taken:.1f}", f"{taken / medians[0]:.2f}")
-    Console().print(table)
-    megabytes = arguments.output.stat().st_size / 1e6
-    print(f"{arguments.output}: {megabytes:.1f} MB; {about['output']} differ by {difference:.1g} of the largest")
-
-
-def main(words: list[str]) -> int:
-    """Runs the command; returns its exit status."""
-    arguments = read_arguments(words)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with one_line_errors(), torch.no_grad():
@@ -228,8 +187,7 @@ def main(words: list[str]) -> int:
             size: tuple[int, ...] = trained.preprocessing.clip_size
         else:
             frames, *sides = arguments.clip
-            size = (3, frames, *sides)
-            how = Preprocessing(clip_frames=frames, test_crop_size=min(sides))
+            size, how = (3, frames, *sides), Preprocessing(clip_frames=frames, test_crop_size=min(sides))
             trained = untrained(arguments.name, arguments.alpha or 0.0, arguments.num_classes or 400, how)
         export(trained, size, arguments)
     return 0

@@ -3,8 +3,6 @@
 octvideo motions [FOLDER] [--num-train N] [--num-val N] [--seed SEED]
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from octvideo.commands.options import Parser, number, one_line_errors
@@ -12,7 +10,6 @@ from octvideo.data.motions import make_data_set
 
 
 def main(words: list[str]) -> int:
-    """Makes them, unless they exist already."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", nargs="?", type=Path, default=Path("data/motions"), help="folder to write; default: data/motions")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -47,6 +48,30 @@ def number(text: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
     return int(text)
+
+
+def positive(text: str, otherwise: str = "") -> float:
+    """The type of an option that measures something."""
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a positive number{otherwise}, got {text!r}")
+
+
+def time_limit(text: str) -> float | None:
+    """The type of a time limit, or null for none."""
+    return None if text == "null" else positive(text, " or null")
+
+
+def add_predictor(parser: Parser, clips: int, crops: int) -> None:
+    """Adds the options of a checkpoint that predicts videos, with the defaults for clips of a video and their crops."""
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, help="checkpoint of octvideo train")
+    add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
+    add("--clips", metavar="N", type=number, default=clips, help=f"clips of a video, 1 is the centre; default: {clips}")
+    add("--crops", metavar="M", type=number, default=crops, help=f"crops of a clip; default: {crops}")
+    timeout, limit = ("--decode_timeout_seconds", "--decode-timeout-seconds"), "time limit of a decoding step, or null"
+    add(*timeout, metavar="S", type=time_limit, default=60.0, help=f"{limit}; default: 60")
 
 
 def clip_size(text: str) -> tuple[int, int, int]:

@@ -3,8 +3,7 @@
 octvideo predict VIDEO|FOLDER|LIST ... --ckpt CHECKPOINT [--json FILE] [--csv FILE] [--timeline]
                  [--save-video DIR] [--thumbnail DIR]
 
-An input is one of
-  a video
+An input is a video, or
   a folder, searched for videos at any depth, in natural order (clip2 before clip10); hidden files, files without an
            extension, texts, pictures and copies written by --save-video (*.predicted.mp4) are skipped
   a list   *.csv or *.txt with a line 'path' or 'path class-number' for each video. Given classes are shown beside the
@@ -15,11 +14,11 @@ The score of a class is averaged after softmax over N clips x M crops (--clips, 
 timeline scores one clip around the middle of each second. A segment is a stretch in which a class that is the most
 likely one in some second keeps at least half of its highest score.
 
---json   {"checkpoint", "network", "alpha", "labels", "videos": [{"path", "status": "ok", "seconds",
-         "predictions": [{"label", "class", "probability"}], "scores": [one per class], "timeline": {"seconds":
-         [middles], "scores": [[one per class] per second]}, "segments": [{"start", "end", "label", "class",
-         "mean_score"}]}], "bad": [{"path", "reason"}]}; also "truth" of a video with a given class, "annotated" and
-         "thumbnail" of one with such files, and "accuracy": {"top1", "top5", "videos"} if classes are given
+--json   {"checkpoint", "network", "alpha", "labels", "videos": [{"path", "status": "ok", "seconds", "predictions":
+         [{"label", "class", "probability"}], "scores": [one per class], "timeline": {"seconds": [middles], "scores":
+         [[one per class] per second]}, "segments": [{"start", "end", "label", "class", "mean_score"}]}], "bad":
+         [{"path", "reason"}]}; also a video's "truth" if its class is given, "annotated" and "thumbnail" if it has such
+         files, and "accuracy": {"top1", "top5", "videos"} if classes are given
 --csv    path,status,reason,rank,label,probability: one row per rank of a video, or one without a rank for a bad video
 --save-video   writes DIR/NAME.predicted.mp4 (H.264, no sound): upright, with the most likely class of the current
          second and a bar as long as its probability along the lower edge; PyAV reads it, whatever the --backend
@@ -29,18 +28,15 @@ Exit status: 0 if all videos were predicted; 1 if some are bad (they are listed 
 command, or if results cannot be written; 130 on Ctrl-C.
 """
 
-from __future__ import annotations
-
 import argparse
-import contextlib
 import csv
 import io
+import itertools
 import json
-import math
 import os
 import re
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +49,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from octvideo.commands.options import Parser, fail, number, one_line_errors
+from octvideo.commands.options import Parser, add_predictor, fail, number, one_line_errors
 from octvideo.data.lists import HEADERS, read_lines, video_files
 from octvideo.data.video import READERS
 from octvideo.data.watchdog import HungError
@@ -65,61 +61,21 @@ from octvideo.models.checkpoint import Trained, load_trained
 
 
 class Outcome(NamedTuple):
-    """The result for one video: a prediction, or the reason why there is none."""
-
     path: str
     truth: int | None  # its class, if a list gives it
     prediction: Prediction | None
-    reason: str
+    reason: str  # why there is none
     files: Mapping[str, str]  # that show it, by their keys in --json
 
 
-def read_arguments(words: list[str]) -> argparse.Namespace:
-    """Parses the command line."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=Path, help="what to predict")
-    add("--ckpt", type=Path, required=True, help="checkpoint of octvideo train")
-    add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
-    add("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
-    add("--root", type=Path, help="folder that paths in lists start from")
-    add("--clips", metavar="N", type=number, default=10, help="clips of a video, 1 is the centre; default: 10")
-    add("--crops", metavar="M", type=number, default=3, help="crops of a clip; default: 3")
-    add("--top", metavar="K", type=number, default=5, help="most likely classes to show; default: 5")
-    add("--timeline", action="store_true", help="print the segments too")
-    add("--json", metavar="FILE", type=Path, help="file for all results")
-    add("--csv", metavar="FILE", type=Path, help="file for the most likely classes")
-    add("--save-video", metavar="DIR", type=Path, help="folder for annotated copies of the videos")
-    add("--thumbnail", metavar="DIR", type=Path, help="folder for contact sheets")
-    add("--backend", choices=("auto", *READERS), default="auto", help="decoder; default: auto, PyAV if it can")
-    timeout, limit = ("--decode_timeout_seconds", "--decode-timeout-seconds"), "time limit of a decoding step, or null"
-    add(*timeout, metavar="S", type=_seconds, default=60.0, help=f"{limit}; default: 60")
-    return parser.parse_args(words)
-
-
-def _seconds(text: str) -> float | None:
-    if text == "null":
-        return None
-    with contextlib.suppress(ValueError):
-        if 0 < (seconds := float(text)) < math.inf:
-            return seconds
-    raise argparse.ArgumentTypeError(f"must be a positive number or null, got {text!r}")
-
-
 def find_videos(inputs: Sequence[Path], root: Path | None, num_classes: int) -> list[tuple[str, int | None]]:
-    """The paths that the inputs name, in order, and the classes that lists give.
-
-    Raises:
-        ListError: a list or folder that cannot be read, a class the network does not have, or no video at all.
-    """
+    """The paths that the inputs name, in order, and the classes that lists give; ListError if there is none."""
     found: list[tuple[str, int | None]] = []
     for path in inputs:
-        if path.is_dir():
-            found += [(video, None) for video in search(path)]
-        elif path.suffix.lower() in (".csv", ".txt"):
+        if path.suffix.lower() in (".csv", ".txt") and not path.is_dir():
             found += read_list(path, root, num_classes)
         else:
-            found.append((str(path), None))
+            found += [(video, None) for video in (search(path) if path.is_dir() else [str(path)])]
     if not any(os.path.exists(video) for video, _ in found):
         missing = f": none of the {len(found)} files named exist, such as {found[0][0]}" if found else ""
         raise ListError(f"no videos found in {', '.join(map(str, inputs))}{missing}")
@@ -153,19 +109,15 @@ def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[tuple
 
 def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str]:
     """A name for each video's files in the folders of --save-video and --thumbnail, so that nothing is overwritten."""
-    sources, used, counts = {os.path.realpath(path) for path in paths}, set(), Counter[str]()
+    sources, names = {os.path.realpath(path) for path in paths}, dict[str, str]()
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
     endings = [(folder, end) for folder, end in zip(folders, (ANNOTATED, THUMBNAIL), strict=True) if folder is not None]
-    names = []
     for path in paths:
         stem = name = Path(path).stem
-        while name.casefold() in used or any(
-            os.path.realpath(folder / f"{name}{end}") in sources for folder, end in endings
-        ):
-            counts[stem] += 1
-            name = f"{stem}_{counts[stem] + 1}"
-        used.add(name.casefold())
-        names.append(name)
-    return names
+        while name.casefold() in names or any(os.path.realpath(f / f"{name}{end}") in sources for f, end in endings):
+            name = f"{stem}_{next(numbers[stem])}"
+        names[name.casefold()] = name
+    return list(names.values())
 
 
 def predict_all(
@@ -194,19 +146,14 @@ def predict_all(
 
 def accuracies(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     """Top-1 and top-5 accuracy over the predicted videos with a given class; None without any."""
-    judged = [
-        (truth, [best.number for best in prediction.top(5)])
-        for _, truth, prediction, *_ in outcomes
-        if prediction is not None and truth is not None
-    ]
+    judged = [(one.prediction, one.truth) for one in outcomes if one.prediction is not None and one.truth is not None]
     if not judged:
         return None
-    shares = {f"top{k}": sum(truth in best[:k] for truth, best in judged) / len(judged) for k in (1, 5)}
-    return {**shares, "videos": len(judged)}
+    hits = np.array([[best.number == truth for best in prediction.top(5)] for prediction, truth in judged])
+    return {"top1": float(hits[:, 0].mean()), "top5": float(hits.any(1).mean()), "videos": len(judged)}
 
 
 def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The content of --json."""
     ranked, segment = ("label", "class", "probability"), ("start", "end", "label", "class", "mean_score")
     videos = []
     for path, truth, prediction, _, files in outcomes:
@@ -214,10 +161,8 @@ def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.N
             continue
         timeline = prediction.timeline
         scores = timeline.scores.astype(np.float64).round(6).tolist()
-        video = {
-            "path": path,
-            "status": "ok",
-            "seconds": float(timeline.edges_seconds[-1]),
+        video: dict[str, Any] = {"path": path, "status": "ok", "seconds": float(timeline.edges_seconds[-1])}
+        video |= {
             "predictions": [dict(zip(ranked, best, strict=True)) for best in prediction.top(arguments.top)],
             "scores": prediction.scores.tolist(),
             "timeline": {"seconds": timeline.seconds.tolist(), "scores": scores},
@@ -227,32 +172,12 @@ def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.N
             video["truth"] = {"label": trained.labels[truth], "class": truth}
         videos.append(video | dict(files))
     accuracy = accuracies(outcomes)
-    return {
-        "checkpoint": str(arguments.ckpt),
-        "network": trained.options["name"],
-        "alpha": trained.options["alpha"],
-        "labels": trained.labels,
-        **({"accuracy": accuracy} if accuracy is not None else {}),
-        "videos": videos,
-        "bad": [{"path": one.path, "reason": one.reason} for one in outcomes if one.prediction is None],
-    }
-
-
-def write_csv(path: Path, outcomes: Sequence[Outcome], top: int) -> None:
-    """Writes --csv."""
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "status", "reason", "rank", "label", "probability"))
-        for video, _, prediction, reason, _ in outcomes:
-            if prediction is None:
-                writer.writerow((video, "bad", reason, "", "", ""))
-                continue
-            for rank, best in enumerate(prediction.top(top), 1):
-                writer.writerow((video, "ok", "", rank, best.label, best.probability))
+    found = {"checkpoint": str(arguments.ckpt), "network": trained.options["name"], "alpha": trained.options["alpha"]}
+    found |= {"labels": trained.labels, **({} if accuracy is None else {"accuracy": accuracy}), "videos": videos}
+    return found | {"bad": [{"path": one.path, "reason": one.reason} for one in outcomes if one.prediction is None]}
 
 
 def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments: argparse.Namespace) -> None:
-    """Prints the predictions, accuracies, segments if asked for, and the bad videos with their reasons."""
     console = Console(width=None if sys.stdout.isatty() else 10_000)  # unless for a terminal, no line is folded
     good = [(path, truth, prediction) for path, truth, prediction, *_ in outcomes if prediction is not None]
     truths = ["truth"] if any(truth is not None for _, truth, _ in good) else []
@@ -267,37 +192,15 @@ def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments:
         for start, end, label, _, score in prediction.segments(arguments.top):
             segments.add_row(*map(Text, (path, clock(start), clock(end), label, f"{100 * score:.1f} %")))
     if good:
-        console.print(table)
-    if good and arguments.timeline:
-        console.print(segments)
+        console.print(table, *([segments] if arguments.timeline else []))
     if (accuracy := accuracies(outcomes)) is not None:
         shares = ", ".join(f"top-{k} {100 * accuracy[f'top{k}']:.2f} %" for k in (1, 5))
         console.print(f"{shares} of {accuracy['videos']} videos with a given class", highlight=False)
-    console.print(f"{len(good)} videos predicted, {len(outcomes) - len(good)} bad", highlight=False)
-    for one in outcomes:
-        if one.prediction is None:
-            console.print(Text(f"  {one.path}: {one.reason}", "yellow"), soft_wrap=True)
-
-
-def check_outputs(arguments: argparse.Namespace, videos: Sequence[str]) -> None:
-    """Refuses, before any work, results that would overwrite what is read, and makes their folders."""
-    read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *videos)}
-    for option, path in (("json", arguments.json), ("csv", arguments.csv)):
-        if path is None:
-            continue
-        if path.is_dir() or os.path.realpath(path) in read:
-            raise UserError(
-                f"--{option} {path}: that is {'a folder' if path.is_dir() else 'an input or another result'}"
-            )
-        read.add(os.path.realpath(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-    for folder in (arguments.save_video, arguments.thumbnail):
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+    bad = [Text(f"  {one.path}: {one.reason}", "yellow") for one in outcomes if one.prediction is None]
+    console.print(f"{len(good)} videos predicted, {len(bad)} bad", *bad, sep="\n", highlight=False, soft_wrap=True)
 
 
 def predict(arguments: argparse.Namespace) -> int:
-    """Runs what the command line asks for; returns the exit status."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
@@ -305,15 +208,20 @@ def predict(arguments: argparse.Namespace) -> int:
         fail(f"--device {device}: {str(error).splitlines()[0]}")
     trained = load_trained(arguments.ckpt, arguments.alpha)
     videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
-    check_outputs(arguments, [path for path, _ in videos])
-    predictor = Predictor(
-        trained,
-        num_clips=arguments.clips,
-        num_crops=arguments.crops,
-        device=device,
-        backend=arguments.backend,
-        decode_timeout_seconds=arguments.decode_timeout_seconds,
-    )
+    # Refuse results that would overwrite what is read.
+    read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *(video for video, _ in videos))}
+    given = [(option, path) for option in ("json", "csv") if (path := getattr(arguments, option)) is not None]
+    for option, path in given:
+        if path.is_dir() or os.path.realpath(path) in read:
+            what = "a folder" if path.is_dir() else "an input or another result"
+            raise UserError(f"--{option} {path}: that is {what}")
+        read.add(os.path.realpath(path))
+    for folder in (*(path.parent for _, path in given), arguments.save_video, arguments.thumbnail):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    views: dict[str, Any] = {"num_clips": arguments.clips, "num_crops": arguments.crops, "backend": arguments.backend}
+    timeout = arguments.decode_timeout_seconds
+    predictor = Predictor(trained, device=device, decode_timeout_seconds=timeout, **views)
     console, predicting = Console(stderr=True), predict_all(videos, predictor, arguments)
     hidden = len(videos) < 2 or not console.is_terminal
     outcomes = list(track(predicting, "predicting", len(videos), console=console, disable=hidden))
@@ -322,14 +230,32 @@ def predict(arguments: argparse.Namespace) -> int:
         with appearing(arguments.json) as partial:
             partial.write_text(json.dumps(as_json(outcomes, trained, arguments)))
     if arguments.csv is not None:
+        rows: list[tuple[object, ...]] = [("path", "status", "reason", "rank", "label", "probability")]
+        for path, _, prediction, reason, _ in outcomes:
+            best = [] if prediction is None else prediction.top(arguments.top)
+            rows += [(path, "ok", "", rank, one.label, one.probability) for rank, one in enumerate(best, 1)]
+            rows += [(path, "bad", reason, "", "", "")] if prediction is None else []
+        csv.writer(text := io.StringIO(newline="")).writerows(rows)
         with appearing(arguments.csv) as partial:
-            write_csv(partial, outcomes, arguments.top)
+            partial.write_text(text.getvalue(), "utf-8", "surrogateescape", newline="")
     return int(any(outcome.prediction is None for outcome in outcomes))
 
 
 def main(words: list[str]) -> int:
-    """Runs the command; returns its exit status."""
-    arguments = read_arguments(words)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=Path, help="what to predict")
+    add_predictor(parser, clips=10, crops=3)
+    add("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
+    add("--root", type=Path, help="folder that paths in lists start from")
+    add("--top", metavar="K", type=number, default=5, help="most likely classes to show; default: 5")
+    add("--timeline", action="store_true", help="print the segments too")
+    add("--json", metavar="FILE", type=Path, help="file for all results")
+    add("--csv", metavar="FILE", type=Path, help="file for the most likely classes")
+    add("--save-video", metavar="DIR", type=Path, help="folder for annotated copies of the videos")
+    add("--thumbnail", metavar="DIR", type=Path, help="folder for contact sheets")
+    add("--backend", choices=("auto", *READERS), default="auto", help="decoder; default: auto, PyAV if it can")
+    arguments = parser.parse_args(words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:

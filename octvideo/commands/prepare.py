@@ -12,23 +12,20 @@ A SOURCE is one of
   ActivityNet's JSON       the videos are v_<id>.* or <id>.* anywhere below --videos
 
 OUTPUT gets train.csv, val.csv, test.csv and labels.txt to train with, index.bin, report.csv with a line for every video
-of the sources (its status is ok, bad, missing or duplicate; its numbers are those of the source file), and, with
---reencode, videos/.
+(its status is ok, bad, missing or duplicate; its numbers are those of the source file), and, with --reencode, videos/.
 
 Exit status: 0 if all files were processed, whatever their status; 1 if the machine or this program failed on some (disk
-full, permission denied, an unexpected error), which the next run tries again, or cannot write the results; 2 for a
-mistake in the command; 130 on Ctrl-C.
+full, an unexpected error), which the next run tries again, or cannot write the results; 2 for a mistake in the command;
+130 on Ctrl-C.
 """
-
-from __future__ import annotations
 
 import os
 import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -36,31 +33,25 @@ from rich.progress import Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from octvideo.commands.options import Parser, fail
-from octvideo.data.preparation.prepare import SPLITS, Outcome, prepare
+from octvideo.data.preparation.prepare import SPLITS, prepare
 from octvideo.data.preparation.sources import read_sources
 from octvideo.errors import UserError
 
 STATUSES = ("ok", "bad", "missing", "duplicate")
-SECONDS_A_LINE = 10.0  # between two lines where there is no terminal
+SECONDS_A_LINE = 10.0  # between two lines where there is no terminal, and so no bar
 
 
 class Display:
-    """Progress: a bar in a terminal, elsewhere a line every ten seconds."""
-
     def __init__(self, console: Console) -> None:
-        self.console = console
-        columns = (
-            *Progress.get_default_columns(),
-            TextColumn("{task.completed}/{task.total} files, {task.fields[counts]}"),
-        )
+        self.console, self._printed = console, time.monotonic()
+        counts = TextColumn("{task.completed}/{task.total} files, {task.fields[counts]}")
         # A few files an hour are a speed too.
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=3600)
+        options: dict[str, Any] = {"disable": not console.is_terminal, "speed_estimate_period": 3600}
+        self.bar = Progress(*Progress.get_default_columns(), counts, console=console, **options)
         self._tasks: dict[str, TaskID] = {}
         self._counts: Counter[str | None] = Counter()
-        self._printed = time.monotonic()
 
     def show(self, stage: str, done: int, total: int, status: str | None) -> None:
-        """Shows how many files are done; see octvideo.data.preparation.prepare.prepare."""
         self._counts[status] += 1
         counts = f"{self._counts['ok']} ok, {self._counts['bad']} bad"
         if stage not in self._tasks:
@@ -75,21 +66,7 @@ class Display:
             self._printed = time.monotonic()
 
 
-def print_summary(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """Prints how many videos there are of each status and split."""
-    table = Table("split", *(Column(name, justify="right") for name in (*STATUSES, "all")), box=box.SIMPLE)
-    for split in (*SPLITS, "all"):
-        counts = Counter(outcome.status for outcome in outcomes if split in (outcome.entry.split, "all"))
-        if counts:
-            table.add_row(split, *(str(counts[status]) for status in STATUSES), str(counts.total()))
-    console.print(table)
-    unlabelled = sum(outcome.status == "ok" and outcome.entry.label is None for outcome in outcomes)
-    if unlabelled:
-        console.print(f"{unlabelled} videos have no label: they are in index.bin and in no list")
-
-
 def main(words: list[str]) -> int:
-    """Runs the command; returns its exit status."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("sources", metavar="SOURCE", nargs="+", type=Path, help="folder or file that names the videos")
@@ -109,15 +86,8 @@ def main(words: list[str]) -> int:
         catalogue = read_sources(options.sources, videos, labels=options.labels, output=output)
         console.print(f"{len(catalogue.entries)} videos, {len(catalogue.class_names)} classes")
         with display.bar:
-            outcomes = prepare(
-                catalogue,
-                videos,
-                output,
-                short_side=options.reencode,
-                workers=options.workers,
-                timeout_seconds=options.timeout,
-                progress=display.show,
-            )
+            how = {"short_side": options.reencode, "workers": options.workers, "timeout_seconds": options.timeout}
+            outcomes = prepare(catalogue, videos, output, **how, progress=display.show)
     except UserError as error:
         fail(str(error))
     except OSError as error:
@@ -126,16 +96,20 @@ def main(words: list[str]) -> int:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # decoders may be working; they end with this process
-    print_summary(console, outcomes)
+    table = Table("split", *(Column(name, justify="right") for name in (*STATUSES, "all")), box=box.SIMPLE)
+    for split in (*SPLITS, "all"):
+        if counts := Counter(outcome.status for outcome in outcomes if split in (outcome.entry.split, "all")):
+            table.add_row(split, *(str(counts[status]) for status in STATUSES), str(counts.total()))
+    console.print(table)
+    if unlabelled := sum(outcome.status == "ok" and outcome.entry.label is None for outcome in outcomes):
+        console.print(f"{unlabelled} videos have no label: they are in index.bin and in no list")
     lists = {f"--data.{split}_list": output / f"{split}.csv" for split in SPLITS}
-    training = [f"{option}={path}" for option, path in lists.items() if path.exists()]
-    if training:
+    if training := [f"{option}={path}" for option, path in lists.items() if path.exists()]:
         training += [f"--data.root={videos if options.reencode is None else output / 'videos'}"]
         training += [f"--data.labels={output / 'labels.txt'}", f"--model.num_classes={len(catalogue.class_names)}"]
         print("train with  " + shlex.join(training))
     print(f"report in   {output / 'report.csv'}")
-    failures = Counter(outcome.reason for outcome in outcomes if outcome.failed)
-    if failures:
+    if failures := Counter(outcome.reason for outcome in outcomes if outcome.failed):
         reasons = ", ".join(f"{number} x {reason}" for reason, number in failures.items())
         fail(f"{failures.total()} files failed through no fault of theirs ({reasons}): the same command tries again", 1)
     return 0

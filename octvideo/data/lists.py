@@ -1,11 +1,9 @@
 """List files and folders: which videos there are, and their classes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,25 +18,17 @@ MOST_CLASSES = 2**31
 
 
 class Paths(Sequence[str]):
-    """File paths, kept as bytes in shared memory.
-
-    Every worker process would end up with its own copy of a list of strings, because counting references writes to it.
-    """
+    """File paths as bytes in shared memory: counting references to strings would copy them in every worker process."""
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         encoded = [os.fsencode(path) for path in paths]
-        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self._bytes = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()).share_memory_()
-        self._ends = torch.from_numpy(ends).share_memory_()
+        self._ends = torch.tensor([len(path) for path in encoded], dtype=torch.int64).cumsum(0).share_memory_()
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+    def __getitem__(self, index: Any) -> Any:  # an index, or a slice
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         i = range(len(self))[index]
@@ -63,15 +53,10 @@ def read_list(
 ) -> VideoList:
     """Reads a list file in UTF-8: on each line a video's path and its class number. Blank lines are skipped.
 
-    Args:
-        path: the list file.
-        root: folder that relative paths start from. Default: the current folder.
-        separator: separates path and class number; the last one on a line counts, so paths may contain it.
-        header: skip the first line.
-        num_classes: if given, class numbers must be below it.
+    Relative paths start from `root`, by default the current folder. The last separator on a line counts, so paths may
+    contain it. With a header the first line is skipped. Class numbers must be below num_classes if that is given.
 
-    Raises:
-        ListError: no such file, an empty one, or a line that is not a path and a class number.
+    Raises ListError for a file that is missing or empty, or has another kind of line.
     """
     most = MOST_CLASSES if num_classes is None else num_classes
     paths, labels = [], []
@@ -114,8 +99,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
 def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, int]] = ()) -> Iterator[str]:
     """Paths, relative to a folder, of the files at any depth below it that may be videos, sorted by name.
 
-    Hidden files, files without an extension, text files and pictures are left out. Folders of which `skip` has (device,
-    inode) are not entered, nor is a link to a folder that contains it. ListError if a folder cannot be read.
+    Hidden files, files without an extension, text files and pictures are left out. Folders whose (device, inode) are in
+    `skip` are not entered, nor is a link to a folder that contains it. ListError if a folder cannot be read.
     """
     try:
         status = os.stat(folder)

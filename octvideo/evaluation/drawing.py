@@ -1,12 +1,11 @@
 """Predictions drawn onto frames: annotated copies of videos, and contact sheets."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -15,7 +14,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from octvideo.data.preparation.reencode import machine_error
+from octvideo.data.preparation.reencode import add_h264, from_planes, machine_error, planes
 from octvideo.data.pyav_reader import decode_all, frame_rate, open_stream
 from octvideo.data.reader import READING_ERRORS, Backend, upright_turns
 from octvideo.data.video import Video
@@ -52,74 +51,50 @@ def strip(width: int, height: int, label: str, probability: float) -> Image.Imag
     return picture
 
 
-def planes(frame: av.VideoFrame) -> list[NDArray[np.uint8]]:
-    """Y (H, W), U and V (H / 2, W / 2) of a yuv420p frame of even size."""
-    stored, height, width = frame.to_ndarray(), frame.height, frame.width
-    return [stored[:height], *stored[height:].reshape(2, height // 2, width // 2)]
-
-
 def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> None:
     """Writes a copy of a video with its timeline drawn in; `job` is its prediction and the file to write.
 
-    Raises:
-        DecodeError: the video is broken or cut off, or this takes more than most_seconds.
-        OSError: the disk is full, or the like.
+    Raises DecodeError if the video is broken or this takes more than most_seconds; OSError if the disk is full, or so.
     """
-    prediction, output = job
+    (prediction, output), deadline = job, time.monotonic() + most_seconds
+    scaler, encoder, shown, timestamp = VideoReformatter(), None, None, -1
+    how: dict[str, Any] = {"interpolation": "BICUBIC", "dst_color_range": ColorRange.MPEG, "threads": 1}
     try:
         source, video = open_stream(prediction.path)
         with source, av.open(str(output), "w", format="mp4", options={"movflags": "+faststart"}) as target:
-            _annotate(prediction, source, video, target, time.monotonic() + most_seconds)
+            rate, time_base = frame_rate(video, prediction.path), cast(Fraction, video.time_base)
+            step = max(1, round(1 / (rate * time_base)))
+            for stored, frame in decode_all(source, video, step):
+                still_alive()
+                if time.monotonic() > deadline:
+                    raise DecodeError(prediction.path, "it takes too long to write")
+                timestamp, turns = max(stored, timestamp + 1), upright_turns(frame)  # they must rise
+                if encoder is None:
+                    size = frame.width + frame.width % 2, frame.height + frame.height % 2
+                picture = scaler.reformat(frame, *size, "yuv420p", **how)
+                if encoder is None:
+                    encoder = add_h264(target, ENCODER, rate, time_base, picture)
+                    encoder.width, encoder.height = size[::-1] if turns % 2 else size
+                    encoder.codec_context.flags |= Flags.frame_duration  # else the last frame's is lost
+                second = prediction.timeline.second_at(float(timestamp * time_base))
+                if second != shown:
+                    scores, shown = prediction.timeline.scores[second], second
+                    best = int(scores.argmax())
+                    drawn = strip(encoder.width, encoder.height, prediction.labels[best], float(scores[best]))
+                    overlay = planes(av.VideoFrame.from_image(drawn).reformat(format="yuv420p"))
+                upright = planes(picture, turns)
+                for plane, over in zip(upright, overlay, strict=True):
+                    plane[-len(over) :] = over
+                image = from_planes(upright)
+                image.pts, image.time_base, image.duration = timestamp, time_base, frame.duration or step
+                target.mux(encoder.encode(image))
+            if encoder is None:
+                raise DecodeError(prediction.path, "no frame could be decoded")
+            target.mux(encoder.encode())
     except READING_ERRORS as error:
         if (machine := machine_error(error)) is not None:
             raise machine from error
         raise DecodeError(prediction.path, f"cannot be annotated: {error.strerror or type(error).__name__}") from error
-
-
-def _annotate(
-    prediction: Prediction,
-    source: av.container.InputContainer,
-    video: av.VideoStream,
-    target: av.container.OutputContainer,
-    deadline: float,
-) -> None:
-    assert video.time_base is not None
-    rate, scaler, encoder, shown, timestamp = frame_rate(video, prediction.path), VideoReformatter(), None, None, -1
-    step = max(1, round(1 / (rate * video.time_base)))
-    for stored, frame in decode_all(source, video, step):
-        still_alive()
-        if time.monotonic() > deadline:
-            raise DecodeError(prediction.path, "it takes too long to write")
-        timestamp, turns = max(stored, timestamp + 1), upright_turns(frame)  # they must rise
-        if encoder is None:
-            size = frame.width + frame.width % 2, frame.height + frame.height % 2
-        picture = scaler.reformat(
-            frame, *size, "yuv420p", interpolation="BICUBIC", dst_color_range=ColorRange.MPEG, threads=1
-        )
-        if encoder is None:
-            encoder = target.add_stream("libx264", rate=Fraction(rate), options=ENCODER)
-            encoder.width, encoder.height = size[::-1] if turns % 2 else size
-            encoder.pix_fmt = "yuv420p"
-            encoder.codec_context.time_base = video.time_base
-            encoder.codec_context.flags |= Flags.frame_duration  # else the last frame's is lost
-            for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
-                setattr(encoder.codec_context, name, int(getattr(picture, name)))
-        second = prediction.timeline.second_at(float(timestamp * video.time_base))
-        if second != shown:
-            scores, shown = prediction.timeline.scores[second], second
-            best = int(scores.argmax())
-            drawn = strip(encoder.width, encoder.height, prediction.labels[best], float(scores[best]))
-            overlay = planes(av.VideoFrame.from_image(drawn).reformat(format="yuv420p"))
-        upright = [np.rot90(plane, turns) for plane in planes(picture)]
-        for plane, over in zip(upright, overlay, strict=True):
-            plane[-len(over) :] = over
-        joined = np.concatenate([plane.reshape(-1) for plane in upright]).reshape(-1, encoder.width)
-        image = av.VideoFrame.from_ndarray(joined, "yuv420p")
-        image.pts, image.time_base, image.duration = timestamp, video.time_base, frame.duration or step
-        target.mux(encoder.encode(image))
-    if encoder is None:
-        raise DecodeError(prediction.path, "no frame could be decoded")
-    target.mux(encoder.encode())
 
 
 def read_stills(job: tuple[str, Backend]) -> tuple[list[float], NDArray[np.uint8]]:

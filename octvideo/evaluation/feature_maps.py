@@ -1,7 +1,6 @@
 """Feature maps as pictures: the high- and low-resolution outputs of a layer for one clip."""
 
-from __future__ import annotations
-
+import contextlib
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -49,32 +48,22 @@ def layers_of(network: nn.Module) -> dict[str, str]:
 def maps_of(network: nn.Module, layer: str, clip: Tensor) -> list[list[Maps]]:
     """The feature maps of a module for a normalised clip (3, T, H, W); the network is in evaluation mode.
 
-    Returns:
-        For each pathway (SlowFast's stages have two, slow first) its high and low maps; all in one if none is low.
-
-    Raises:
-        UserError: the network has no module of this name.
+    For each pathway (SlowFast's stages have two, slow first) its high and low maps; all in one if none is low.
     """
     ((output,),) = (features.values() for features in stage_features(network, [layer], [clip[None]]))
-    return [_by_resolution(features) for features in (output if isinstance(output, list) else [output])]
-
-
-def _by_resolution(features: Tensor | Octaves) -> list[Maps]:
-    if not isinstance(features, Octaves):
-        return [Maps("all", features[0], tuple(features.shape[2:]))]
-    return [
-        Maps(kind, upsample(maps, features.high.shape[2:])[0], tuple(maps.shape[2:]))
-        for kind, maps in (("high", features.high), ("low", features.low))
-        if maps.shape[1]
-    ]
+    pathways = []
+    for features in output if isinstance(output, list) else [output]:
+        parts = {"high": features.high, "low": features.low} if isinstance(features, Octaves) else {"all": features}
+        size = next(iter(parts.values())).shape[2:]
+        pathways.append([Maps(k, upsample(x, size)[0], tuple(x.shape[2:])) for k, x in parts.items() if x.shape[1]])
+    return pathways
 
 
 def heat(values: Tensor) -> NDArray[np.uint8]:
     """A map (H, W) as a picture (H, W, 3), from its smallest value (dark) to its largest (light)."""
     numbers = values.double().cpu().numpy()
     shares = (numbers - numbers.min()) / (np.ptp(numbers) or 1)
-    positions = np.linspace(0, 1, len(COLOURS))
-    channels = [np.interp(shares, positions, colour) for colour in COLOURS.T]
+    channels = [np.interp(shares, np.linspace(0, 1, len(COLOURS)), colour) for colour in COLOURS.T]
     return np.stack(channels, -1).round().astype(np.uint8)
 
 
@@ -82,30 +71,20 @@ def heat(values: Tensor) -> NDArray[np.uint8]:
 def stage_features(
     network: nn.Module, stages: Iterable[str], clips: Iterable[Tensor]
 ) -> Iterable[dict[str, Tensor | Octaves]]:
-    """Yields the outputs of some of a network's modules for each clip, by module name.
+    """Yields the outputs of some of a network's modules for each of its normalised clips (B, 3, T, H, W), by name.
 
-    Args:
-        network: in evaluation mode.
-        stages: names of modules, such as blocks.1.
-        clips: (B, 3, T, H, W), normalised as the network takes them.
-
-    Raises:
-        UserError: the network has no such module.
+    The network is in evaluation mode. UserError for a module that it does not have.
     """
-    parts = dict(network.named_modules())
-    missing = [name for name in stages if name not in parts]
-    if missing:
+    parts, found = dict(network.named_modules()), dict[str, Any]()
+    if missing := [name for name in stages if name not in parts]:
         raise UserError(f"the network has no part {', '.join(missing)}")
-    found: dict[str, Any] = {}
 
     def keep(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
         found[name] = output
 
-    hooks = [parts[name].register_forward_hook(partial(keep, name)) for name in stages]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name in stages:
+            hooks.enter_context(parts[name].register_forward_hook(partial(keep, name)))
         for clip in clips:
             network(clip)
             yield dict(found)
-    finally:
-        for handle in hooks:
-            handle.remove()

@@ -1,13 +1,11 @@
 """Inference on videos: class probabilities for the whole video and for every second of it."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -19,16 +17,13 @@ from octvideo.data.preprocessing import Preprocessing
 from octvideo.data.reader import Backend
 from octvideo.data.sampling import ROUNDING, Sampling, even_crops
 from octvideo.data.video import Video
-from octvideo.data.watchdog import HungError, Watchdog
+from octvideo.data.watchdog import Argument, HungError, Result, Watchdog
 from octvideo.errors import DecodeError, UserError
 from octvideo.models.checkpoint import Trained, load_trained
 from octvideo.models.scoring import score_clips
 
 FRAMES_TOGETHER = 256  # frames of timeline clips held in memory at once
-PEAK_SHARE = 0.5  # a segment lasts while its class has this share of its highest score
 Model: TypeAlias = str | os.PathLike[str] | Trained | nn.Module
-Argument = TypeVar("Argument")
-Result = TypeVar("Result")
 
 
 class Ranked(NamedTuple):
@@ -51,16 +46,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """Scores for every second of a video, each from one clip centred on that second.
+    """Scores for every second of a video, each from one clip centred on that second."""
 
-    Args:
-        edges_seconds: (N + 1,) start of each second, then the end of the video, to which the last second is stretched
-            or cut.
-        scores: (N, num_classes) float32 probabilities.
-    """
-
-    edges_seconds: NDArray[np.float64]
-    scores: NDArray[np.float32]
+    edges_seconds: NDArray[np.float64]  # (N + 1,) start of each second, then the end of the last, longer or shorter one
+    scores: NDArray[np.float32]  # (N, num_classes) probabilities
 
     @property
     def seconds(self) -> NDArray[np.float64]:
@@ -69,23 +58,15 @@ class Timeline:
 
     def second_at(self, seconds: float) -> int:
         """Index of the second that contains a timestamp; outside the video, of the nearest one."""
-        index = int(np.searchsorted(self.edges_seconds, seconds, "right")) - 1
-        return min(max(index, 0), len(self.scores) - 1)
+        return int(np.clip(np.searchsorted(self.edges_seconds, seconds, "right") - 1, 0, len(self.scores) - 1))
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The scores of one video.
-
-    Args:
-        path: the file.
-        scores: (num_classes,) float32 probabilities, averaged over all views after softmax.
-        labels: name of each class.
-        timeline: scores for every second.
-    """
+    """The scores of one video."""
 
     path: str
-    scores: NDArray[np.float32]
+    scores: NDArray[np.float32]  # (num_classes,) probabilities, averaged over all views after softmax
     labels: Sequence[str]
     timeline: Timeline
 
@@ -97,19 +78,16 @@ class Prediction:
         return [Ranked(self.labels[number], int(number), float(self.scores[number])) for number in order]
 
     def segments(self, most: int = 5) -> list[Segment]:
-        """Stretches in which a class scores at least half of its peak, sorted by start.
+        """Stretches, which may overlap, in which a class scores at least half of its peak, sorted by start.
 
         Only classes that are the most likely one in some second count, and of those the `most` with the highest peaks.
-        Segments of different classes may overlap.
         """
-        scores, edges = self.timeline.scores, self.timeline.edges_seconds
+        scores, edges, segments = self.timeline.scores, self.timeline.edges_seconds, []
         winners = np.unique(scores.argmax(1))
-        segments = []
         for number in winners[np.argsort(-scores[:, winners].max(0), kind="stable")][:most].tolist():
             of_class = scores[:, number]
-            inside = of_class >= PEAK_SHARE * of_class.max()
-            bounds = np.flatnonzero(np.diff(inside.astype(np.int8), prepend=0, append=0))
-            for start, end in bounds.reshape(-1, 2).tolist():
+            inside = (of_class >= 0.5 * of_class.max()).astype(np.int8)
+            for start, end in np.flatnonzero(np.diff(inside, prepend=0, append=0)).reshape(-1, 2).tolist():
                 mean = float(of_class[start:end].mean())
                 segments.append(Segment(float(edges[start]), float(edges[end]), self.labels[number], number, mean))
         return sorted(segments, key=lambda segment: (segment.start_seconds, -segment.mean_score))
@@ -122,18 +100,14 @@ class Predictor:
         model_or_ckpt: a checkpoint of `octvideo train`, what `load_trained` made of one, or any module that maps
             normalised clips (B, 3, T, H, W) to logits (B, num_classes). Its training mode is kept, but not used here.
         labels: name of each class. Default: the checkpoint's, or "class 0", "class 1" ... for a module.
-        preprocessing: fields of `octvideo.data.preprocessing.Preprocessing` to change. Default: the checkpoint's; for
-            a module, the defaults there.
+        preprocessing: fields of `Preprocessing` to change. Default: the checkpoint's; for a module, the defaults there.
         num_clips: evenly spaced clips to average over; a single one is taken from the centre.
         num_crops: crops of each clip, evenly spaced along the longer side.
-        device: where to run; the network moves there. Default: for a checkpoint cuda if available, else cpu; for a
-            network, the device it is on.
+        device: where the network moves. Default: for a checkpoint cuda if available, else cpu; for others, where it is.
         backend: decoder: pyav, torchcodec, decord, or auto: PyAV, then the others for a file that PyAV cannot read.
         decode_timeout_seconds: time limit for decoding a video's views, or a stretch of its timeline; None: no limit.
 
-    Raises:
-        FileNotFoundError: no such checkpoint.
-        UserError: the file is not a checkpoint, an unknown preprocessing key, or a value out of range.
+    Raises FileNotFoundError for a missing checkpoint, UserError for another file or an invalid option.
     """
 
     def __init__(
@@ -176,28 +150,25 @@ class Predictor:
     def __call__(self, path: str | os.PathLike[str]) -> Prediction:
         """Predicts a video.
 
-        Raises:
-            DecodeError: the file is missing, not a video or broken, or its decoder hangs.
-            UserError: the network's output is not (B, num_classes), not finite, or does not match the labels.
+        Raises DecodeError if it is missing, not a video or broken, or if its decoder hangs; UserError if the network's
+        output is not (B, num_classes), not finite, or does not match the labels.
         """
         path = os.fspath(path)
         try:
             scores = self._scores(self._read_views(path)).mean(0)
             edges, clips = self._read_windows((path, 0))
-            timeline = [self._scores(clips)]
-            while (done := sum(map(len, timeline))) < len(edges) - 1:
-                timeline.append(self._scores(self._read_windows((path, done))[1]))
+            timeline = self._scores(clips)
+            while len(timeline) < len(edges) - 1:
+                timeline = torch.cat([timeline, self._scores(self._read_windows((path, len(timeline)))[1])])
         except HungError as error:
             raise DecodeError(path, str(error)) from error
         labels = self.trained.labels or [f"class {number}" for number in range(len(scores))]
-        return Prediction(path, scores.numpy(), labels, Timeline(edges, torch.cat(timeline).numpy()))
+        return Prediction(path, scores.numpy(), labels, Timeline(edges, timeline.numpy()))
 
     @torch.inference_mode()
     def _scores(self, clips: NDArray[np.uint8]) -> Tensor:
-        """Probabilities (N, num_classes) of clips (N, C, T, H, W), on the CPU."""
-        network = self.trained.network
-        training = [module for module in network.modules() if module.training]
-        network.eval()
+        training = [module for module in self.trained.network.modules() if module.training]
+        self.trained.network.eval()
         try:
             scores = score_clips(self._logits, torch.from_numpy(clips)).cpu()
         finally:
@@ -217,23 +188,20 @@ class Predictor:
         return logits
 
     def _views(self, path: str) -> NDArray[np.uint8]:
-        """The views (num_clips * num_crops, C, T, H, W) whose scores are averaged."""
-        how = self.trained.preprocessing
+        # (num_clips * num_crops, C, T, H, W)
+        how, sampler = self.trained.preprocessing, self.trained.preprocessing.sampler
         with Video(path, self.backend) as video:
-            if self.num_clips == 1:
-                numbers = how.sampler.centre_clip(video.num_frames, video.fps)
-            else:
-                numbers = how.sampler.dense_clips(video.num_frames, video.fps, self.num_clips)
+            size = video.num_frames, video.fps
+            numbers = sampler.dense_clips(*size, self.num_clips) if self.num_clips > 1 else sampler.centre_clip(*size)
             return read_clips(video, numbers, how.test_crop_size, self.num_crops)
 
     def _windows(self, job: tuple[str, int]) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
         """Edges of a video's seconds, and clips (N, C, T, H, W) for some of them, starting at second job[1]."""
-        path, start = job
+        (path, start), how = job, self.trained.preprocessing
         with Video(path, self.backend) as video:
             edges = second_edges(video.duration_seconds)
-            middles = ((edges[:-1] + edges[1:]) / 2)[start:]
-            together = max(1, FRAMES_TOGETHER // self.trained.preprocessing.clip_frames)
-            return edges, clips_around(video, middles[:together].tolist(), self.trained.preprocessing)
+            middles = ((edges[:-1] + edges[1:]) / 2)[start:][: max(1, FRAMES_TOGETHER // how.clip_frames)]
+            return edges, clips_around(video, middles.tolist(), how)
 
 
 class PredictorOptions(TypedDict, total=False):
@@ -249,10 +217,7 @@ class PredictorOptions(TypedDict, total=False):
 
 
 def predict(model_or_ckpt: Model, path: str | os.PathLike[str], **options: Unpack[PredictorOptions]) -> Prediction:
-    """Predicts one video: `Predictor(model_or_ckpt, **options)(path)`, whose arguments and errors these are.
-
-    For many videos keep a `Predictor`, which starts its decoding process once.
-    """
+    """Predicts one video: `Predictor(model_or_ckpt, **options)(path)`. Keep a Predictor for many: it starts faster."""
     return Predictor(model_or_ckpt, **options)(path)
 
 
@@ -264,8 +229,7 @@ def second_edges(duration_seconds: float) -> NDArray[np.float64]:
 def window_around(sampling: Sampling, num_frames: int, fps: float, seconds: float) -> NDArray[np.int64]:
     """Frame numbers (clip_frames,) of the clip centred on a timestamp, shifted where needed to stay inside the video.
 
-    It is the centre clip of a video as long as the protocol's window (clip_frames * frame_stride frames, of target_fps
-    if given), or of the whole video if that is shorter.
+    It is the centre clip of the protocol's window, which is as long as the video at most.
     """
     span = sampling.clip_frames * sampling.frame_stride * (fps / (sampling.target_fps or fps))
     length = min(num_frames, max(1, math.ceil(span - ROUNDING)))

@@ -1,7 +1,5 @@
 """The journal of a preparation: what is known of each file, written as soon as it is known."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Sequence
@@ -23,8 +21,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, options: Facts) -> None:
-        self.path = path
-        self.options = options
+        self.path, self.options = path, options
         self._known: dict[str, Facts] = {}
         records = []
         for line in path.read_bytes().split(b"\n") if path.exists() else ():
@@ -33,10 +30,8 @@ class Journal:
                     records.append(record)
         if records and records[0] != options:
             before, now = (", ".join(f"{key} {value}" for key, value in one.items()) for one in (records[0], options))
-            raise PreparationError(
-                f"{path.parent} was prepared with other options ({before}; now {now}): "
-                "give the same ones, or another folder"
-            )
+            changed = f"was prepared with other options ({before}; now {now})"
+            raise PreparationError(f"{path.parent} {changed}: give the same ones, or another folder")
         for record in records[1:]:
             if all(isinstance(record.get(key), kind) for key, kind in IDENTITY.items()):
                 self._known[record["path"]] = self.known(*(record[key] for key in IDENTITY)) | record
@@ -63,8 +58,7 @@ class Journal:
 
     def write_in_order(self, paths: Sequence[str]) -> None:
         """Rewrites the journal with a line per file: first these, then files of other sources, sorted by path."""
-        others = sorted(self._known.keys() - set(paths))
-        lines = [json.dumps(self.options)]
-        lines += [json.dumps(self._known[path], sort_keys=True) for path in (*paths, *others) if path in self._known]
+        ordered = dict.fromkeys((*paths, *sorted(self._known)))
+        lines = [json.dumps(self._known[path], sort_keys=True) for path in ordered if path in self._known]
         with appearing(self.path) as partial:
-            partial.write_text("".join(f"{line}\n" for line in lines), encoding="ascii", newline="\n")
+            partial.write_text("\n".join([json.dumps(self.options), *lines, ""]), encoding="ascii", newline="\n")

@@ -1,23 +1,18 @@
-"""Preparing a data set: every video is decoded to its end, re-encoded if wanted, listed and indexed.
-
-A journal records what is known of a file as soon as it is known, so a killed run continues where it was. Results are in
-the sources' order and contain no times of writing: a run leaves the same bytes whether it was killed or not.
-"""
-
-from __future__ import annotations
+"""Preparing a data set: every video is decoded to its end, re-encoded if wanted, listed and indexed."""
 
 import contextlib
 import csv
 import fcntl
 import hashlib
 import io
+import itertools
 import os
 import re
 import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -32,7 +27,6 @@ from octvideo.data.watchdog import HungError, Watchdog, still_alive
 from octvideo.errors import DecodeError, PreparationError
 from octvideo.files import PARTIAL, appearing, blocks, remove_partial
 
-VERSION = 1  # of the journal and of how videos are encoded
 SPLITS = ("train", "val", "test")
 MEASURED = ("frames", "fps", "width", "height", "codec", "seconds")  # columns of the report, of the source file
 Progress = Callable[[str, int, int, "str | None"], None]
@@ -60,24 +54,19 @@ def prepare(
 ) -> list[Outcome]:
     """Checks, re-encodes, lists and indexes the videos of a catalogue; returns what became of each, in its order.
 
-    Continues where an earlier run was stopped. Writes train.csv, val.csv, test.csv (of splits that have good videos)
-    and labels.txt, which octvideo.data.lists reads; report.csv; index.bin, for VideoIndex; journal.jsonl; and, if
-    re-encoded, videos/. A video is bad if it does not decode to its end, and a duplicate if a good one before it has
-    the same bytes. Videos without a label are checked and indexed, but not listed.
+    Writes train.csv, val.csv, test.csv (of splits that have good videos) and labels.txt, which octvideo.data.lists
+    reads; report.csv; index.bin, for VideoIndex; journal.jsonl; and, if re-encoded, videos/. A video is bad if it does
+    not decode to its end, and a duplicate if a good one before it has the same bytes. Videos without a label are
+    checked and indexed, but not listed. Continues where an earlier run was stopped; killed or not, a run leaves the
+    same bytes.
 
     Args:
-        catalogue: the videos and classes.
-        videos: folder that the catalogue's paths start from.
-        output: folder for the results.
-        short_side: re-encode, with larger frames scaled to this even number of pixels on their shorter side. The lists'
-            paths then start from output/videos, else from `videos`.
-        workers: number of files processed at once.
+        videos: folder that paths start from, also in the lists; those of re-encoded files start from output/videos.
+        short_side: re-encode, with larger frames scaled to this even number of pixels on their shorter side.
         timeout_seconds: how long a decoder may show no sign of life.
         progress: called with the stage (comparing or checking), files done, files in all, and the last one's status.
 
-    Raises:
-        PreparationError: invalid options, or not those of the run that is continued.
-        OSError: the results cannot be written.
+    Raises PreparationError for invalid options, or other ones than before; OSError if results cannot be written.
     """
     if short_side is not None and (short_side < 2 or short_side % 2):
         raise PreparationError(f"the short side must be an even number of pixels, at least 2, got {short_side}")
@@ -87,19 +76,21 @@ def prepare(
         raise PreparationError(f"{videos}: no folder of videos")
     paths = list(dict.fromkeys(entry.path for entry in catalogue.entries))
     folder, written = videos.resolve(), (output / "videos").resolve()
-    for path in paths if short_side is not None else ():
-        if Path(os.path.normpath(folder / path)).is_relative_to(written):
-            raise PreparationError(
-                f"{written} is for re-encoded videos, but {path} is there: give another output folder"
-            )
+    inside = (path for path in paths if Path(os.path.normpath(folder / path)).is_relative_to(written))
+    if short_side is not None and (path := next(inside, None)):
+        raise PreparationError(f"{written} is for re-encoded videos, but {path} is there: give another output folder")
     output.mkdir(parents=True, exist_ok=True)
     with _locked(output):
         _clean(output, short_side is not None)
-        _reserve(output, len(paths))
-        journal = Journal(output / "journal.jsonl", {"version": VERSION, "reencode": short_side})
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            # Keeps room for the results on a disk that the videos fill, where the file system can.
+            with open(output / f".reserve{PARTIAL}", "wb") as file, contextlib.suppress(OSError):
+                os.posix_fallocate(file.fileno(), 0, (1 << 16) + 1000 * len(paths))
+        # The version is that of the journal and of how videos are encoded.
+        journal = Journal(output / "journal.jsonl", {"version": 1, "reencode": short_side})
+        root = videos if short_side is None else written
+        run = _Run(videos, root, short_side, workers, timeout_seconds, progress, journal)
         with contextlib.closing(journal):
-            root = videos if short_side is None else written
-            run = _Run(videos, root, short_side, workers, timeout_seconds, progress, journal)
             outcomes = run.outcomes(catalogue.entries)
         _clean(output, short_side is not None)  # what killed decoders left, and the reserve
         _write_results(output, catalogue, outcomes, short_side is not None)
@@ -109,7 +100,7 @@ def prepare(
 
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Refuses a second run on a folder. The lock ends with this process, and its children do not inherit it."""
+    # The lock ends with this process, and its children do not inherit it.
     with open(output / ".lock", "ab") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,16 +117,9 @@ def _clean(output: Path, reencode: bool) -> None:
         remove_partial(output / "videos")
 
 
-def _reserve(output: Path, num_videos: int) -> None:
-    """Keeps room for the results on a disk that the videos fill, where the file system can."""
-    if hasattr(os, "posix_fallocate"):  # not on macOS
-        with open(output / f".reserve{PARTIAL}", "wb") as file, contextlib.suppress(OSError):
-            os.posix_fallocate(file.fileno(), 0, (1 << 16) + 1000 * num_videos)
-
-
 @dataclass
 class _Run:
-    """One run over all files: `files` are the facts about each; the files in the lists start from `root`."""
+    """One run over all files: `files` are the facts about each, `names` the paths for the lists, from `root` on."""
 
     videos: Path
     root: Path
@@ -144,13 +128,17 @@ class _Run:
     timeout_seconds: float
     progress: Progress
     journal: Journal
-    files: dict[str, Facts] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)  # from `root` on
 
     def outcomes(self, entries: Sequence[Entry]) -> list[Outcome]:
-        """Does all that is left to do."""
         self.files = {path: self._look(path) for path in dict.fromkeys(entry.path for entry in entries)}
-        first = self._find_copies()
+        # The earlier file for each copy; only files of one size are compared.
+        sizes = Counter(facts.get("bytes") for facts in self.files.values())
+        alike = [path for path, facts in self.files.items() if facts.get("bytes") and sizes[facts["bytes"]] > 1]
+        if unknown := [path for path in alike if "sha256" not in self.files[path]]:
+            self._work("comparing", self._fingerprint, unknown, len(unknown))
+        hashes = {path: self.files[path]["sha256"] for path in alike if "sha256" in self.files[path]}
+        earliest = {sha256: path for path, sha256 in reversed(hashes.items())}
+        first = {path: earliest[sha256] for path, sha256 in hashes.items() if earliest[sha256] != path}
         originals = [path for path, facts in self.files.items() if "bytes" in facts and path not in first]
         self.names = {path: path for path in originals} if self.short_side is None else _output_names(originals)
         left = [path for path in originals if not self._is_done(path)]
@@ -159,7 +147,6 @@ class _Run:
         return [self._outcome(entry, first.get(entry.path, entry.path), listed) for entry in entries]
 
     def _look(self, path: str) -> Facts:
-        """What the journal knows of a file, or why there is nothing to know."""
         try:
             status = os.stat(self.videos / path)
         except (FileNotFoundError, NotADirectoryError):
@@ -172,52 +159,37 @@ class _Run:
             return {"status": "bad", "reason": "a list cannot hold its name: rename it"}
         return self.journal.known(path, status.st_size, status.st_mtime_ns)
 
-    def _find_copies(self) -> dict[str, str]:
-        """For each copy of an earlier file that file; only files of one size are compared."""
-        sizes = Counter(facts.get("bytes") for facts in self.files.values())
-        alike = [path for path, facts in self.files.items() if facts.get("bytes") and sizes[facts["bytes"]] > 1]
-        if unknown := [path for path in alike if "sha256" not in self.files[path]]:
-            self._work("comparing", self._fingerprint, unknown, len(unknown))
-        first: dict[str, str] = {}
-        hashes = {path: self.files[path]["sha256"] for path in alike if "sha256" in self.files[path]}
-        return {path: first[sha256] for path, sha256 in hashes.items() if first.setdefault(sha256, path) != path}
-
     def _is_done(self, path: str) -> bool:
-        facts, name = self.files[path], self.names[path]
-        if facts.get("status") == "bad":
-            return facts.get("timeout", self.timeout_seconds) >= self.timeout_seconds
-        if facts.get("status") != "ok" or facts["listed"]["path"] != name or not os.path.exists(self.root / name):
-            return False
-        return os.path.getsize(self.root / name) == facts["listed"]["bytes"]
+        facts, file = self.files[path], self.root / self.names[path]
+        if facts.get("status") != "ok":
+            return facts.get("status") == "bad" and facts.get("timeout", self.timeout_seconds) >= self.timeout_seconds
+        listed = facts["listed"]
+        return listed["path"] == self.names[path] and os.path.exists(file) and os.path.getsize(file) == listed["bytes"]
 
     def _work(self, stage: str, function: Callable[[str], Facts], paths: Sequence[str], total: int) -> None:
         """Learns the facts that a function finds, in processes that are killed if they hang, `workers` at once."""
-        before = total - len(paths)
+        before, thread = total - len(paths), threading.local()
         self.progress(stage, before, total, None)
-        if not paths:
-            return
-        thread = threading.local()
 
         def start() -> None:
             thread.watchdog = Watchdog(function, self.timeout_seconds)
 
         def call(path: str) -> tuple[str, Facts]:
+            why: Facts = {"failed": True}
             try:
                 return path, thread.watchdog(path)
             except HungError as error:
-                killed = "SIGKILL" in str(error)  # from outside, perhaps for memory
-                why = {"failed": True} if killed else {"timeout": self.timeout_seconds}
-                return path, {"status": "bad", "reason": str(error), **why}
+                reason = str(error)
+                if "SIGKILL" not in reason:  # from outside, perhaps for memory
+                    why = {"timeout": self.timeout_seconds}
             except Exception as error:  # one file's trouble, which the report names
                 reason = getattr(error, "strerror", None) or f"unexpected {type(error).__name__}: {error}"
-                return path, {"status": "bad", "reason": reason, "failed": True}
+            return path, {"status": "bad", "reason": reason, **why}
 
-        with ThreadPool(min(self.workers, len(paths)), start) as pool:
+        with ThreadPool(max(1, min(self.workers, len(paths))), start) as pool:
             for done, (path, found) in enumerate(pool.imap_unordered(call, paths), before + 1):
-                if "failed" in found:
-                    self.files[path] = found
-                else:
-                    self.files[path] = self.files[path] | found
+                self.files[path] = found if "failed" in found else self.files[path] | found
+                if "failed" not in found:
                     self.journal.add(self.files[path])
                 self.progress(stage, done, total, found.get("status"))
 
@@ -251,32 +223,27 @@ class _Run:
             listed[original] = entry
             notes = (facts["reason"], entry.note, "" if entry.label is not None else "no label: in no list")
             return Outcome(entry, "ok", "; ".join(filter(None, notes)), facts)
-        former = listed[original]
-        reason = "listed before" if entry.path == former.path else f"same content as {former.path}"
-        if entry.split != former.split:
-            reason += f", which is in {former.split}, not {entry.split}"
-        if entry.label != former.label:
-            reason += f", which has label {former.label}, not {entry.label}"
+        path, label, split, _ = listed[original]
+        reason = "listed before" if entry.path == path else f"same content as {path}"
+        reason += f", which is in {split}, not {entry.split}" if entry.split != split else ""
+        reason += f", which has label {label}, not {entry.label}" if entry.label != label else ""
         return Outcome(entry, "duplicate", reason, facts)
 
 
 def _output_names(paths: Iterable[str]) -> dict[str, str]:
     """Paths of re-encoded files, different from each other and from their folders; an mp4 file keeps its path."""
     safe = {path: "/".join(part for part in path.split("/") if part not in ("", ".", "..")) for path in paths}
-    names: dict[str, str] = {}
-    taken = {str(folder) for path in safe.values() for folder in PurePosixPath(path).parents}
+    names, taken = {}, {str(folder) for path in safe.values() for folder in PurePosixPath(path).parents}
     for path in sorted(safe, key=lambda path: not path.endswith(".mp4")):
-        name, number = f"{os.path.splitext(safe[path])[0]}.mp4", 1
-        while name in taken:
-            name = f"{safe[path]}{f'.{number}' if number > 1 else ''}.mp4"
-            number += 1
-        taken.add(name)
-        names[path] = name
+        numbered = (f"{safe[path]}.{number}" for number in itertools.count(2))
+        stems = itertools.chain([os.path.splitext(safe[path])[0], safe[path]], numbered)
+        names[path] = next(name for stem in stems if (name := f"{stem}.mp4") not in taken)
+        taken.add(names[path])
     return names
 
 
 def _write_results(output: Path, catalogue: Catalogue, outcomes: Sequence[Outcome], reencoded: bool) -> None:
-    lists: dict[str, list[str]] = {f"{split}.csv": [] for split in SPLITS}
+    texts: dict[str, list[str]] = {f"{split}.csv": [] for split in SPLITS}
     indexed, report = {}, io.StringIO()
     table = csv.writer(report, lineterminator="\n")
     table.writerow(["path", "status", "reason", *MEASURED])
@@ -284,21 +251,17 @@ def _write_results(output: Path, catalogue: Catalogue, outcomes: Sequence[Outcom
         values = [facts["measured"][name] if facts else "" for name in MEASURED]
         values = [round(value, 3) if isinstance(value, float) else value for value in values]
         table.writerow([entry.path, status, " ".join(reason.split()), *values])
-        if status != "ok":
-            continue
-        listed = facts["listed"]
-        if entry.label is not None:
-            lists[f"{entry.split}.csv"].append(f"{listed['path']} {entry.label}\n")
-        keyframes, mtime_ns = np.array(listed["keyframes"], np.float64), 0 if reencoded else facts["mtime_ns"]
-        indexed[listed["path"]] = IndexedVideo(
-            listed["frames"], listed["fps"], listed["seconds"], keyframes, listed["bytes"], mtime_ns
-        )
+        if status == "ok":
+            listed, mtime_ns = facts["listed"], 0 if reencoded else facts["mtime_ns"]
+            if entry.label is not None:
+                texts[f"{entry.split}.csv"].append(f"{listed['path']} {entry.label}\n")
+            numbers = (listed["frames"], listed["fps"], listed["seconds"], np.array(listed["keyframes"], np.float64))
+            indexed[listed["path"]] = IndexedVideo(*numbers, listed["bytes"], mtime_ns)
     write_index(output, indexed)
-    texts = {name: "".join(lines) for name, lines in lists.items()}
-    texts |= {"labels.txt": "".join(f"{name}\n" for name in catalogue.class_names), "report.csv": report.getvalue()}
-    for name, text in texts.items():
-        if lists.get(name) == []:
+    texts |= {"labels.txt": [f"{name}\n" for name in catalogue.class_names], "report.csv": [report.getvalue()]}
+    for name, lines in texts.items():
+        if not lines and name != "labels.txt":
             (output / name).unlink(missing_ok=True)
             continue
         with appearing(output / name) as partial:
-            partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+            partial.write_text("".join(lines), encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -1,17 +1,18 @@
 """One video: decoded to its end, and re-encoded on the way."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
 
 from octvideo.data.pyav_reader import decode_all, frame_rate, open_stream
 from octvideo.data.reader import EARLY_END_SECONDS, upright_turns
@@ -27,15 +28,8 @@ ENVIRONMENT = {
 # A clip decodes from the key frame before it: with one every 32 frames, 16 frames are wasted on average. fastdecode (no
 # arithmetic coding, deblocking, weighted prediction) decodes twice the frames a second for a tenth more bytes. Decoders
 # can skip B-frames that no other frame refers to. cpu-independent: the same bytes whatever the alignment of memory.
-ENCODER = {
-    "crf": "23",
-    "preset": "faster",
-    "tune": "fastdecode",
-    "g": "32",
-    "bf": "3",
-    "threads": "1",
-    "x264-params": "b-pyramid=none:cpu-independent=1",
-}
+ENCODER = {"crf": "23", "preset": "faster", "tune": "fastdecode", "g": "32", "bf": "3", "threads": "1"}
+ENCODER["x264-params"] = "b-pyramid=none:cpu-independent=1"
 
 
 class Measurements(NamedTuple):
@@ -52,27 +46,21 @@ class Measurements(NamedTuple):
 
 
 class _Reader:
-    """Decodes a video to its end, and measures it on the way; times are from the start of the video."""
-
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self.frames = self.damaged = self.last_time = 0
-        self.size = (0, 0)  # width and height, upright
-        self.keyframes: list[float] = []  # seconds
+        self.size, self.keyframes = (0, 0), list[float]()  # upright width and height; seconds
         self.end = self.last_packet = 0.0  # of the last frame and of the last packet of any stream, in seconds
         with self._named_errors():
             self._container, self.stream = open_stream(self.path)
-        assert self.stream.time_base is not None
-        self.time_base, self.rate = self.stream.time_base, frame_rate(self.stream, self.path)
+        self.time_base, self.rate = cast(Fraction, self.stream.time_base), frame_rate(self.stream, self.path)
         self.close = self._container.close
 
     def decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
-        """All frames with their times, in units of the time base."""
-
-        def see_packet(packet: av.Packet[Any]) -> None:
+        def see_packet(packet: "av.Packet[Any]") -> None:
             if packet.pts is not None and packet.time_base is not None:
-                end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                self.last_packet = max(self.last_packet, end)
+                end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                self.last_packet = max(self.last_packet, float(end))
 
         step = max(1, round(1 / (self.rate * self.time_base)))
         with self._named_errors():
@@ -82,19 +70,17 @@ class _Reader:
                     raise DecodeError(self.path, f"frames of {frame.width} x {frame.height} pixels")
                 if not self.frames:
                     self.size = (frame.height, frame.width) if upright_turns(frame) % 2 else (frame.width, frame.height)
-                self.frames += 1
-                self.damaged += frame.is_corrupt
-                self.last_time = max(self.last_time, time)
+                self.frames, self.damaged = self.frames + 1, self.damaged + frame.is_corrupt
+                self.last_time, seconds = max(self.last_time, time), float(time * self.time_base)
                 if frame.key_frame:
-                    self.keyframes.append(float(time * self.time_base))
-                length = max(float(1 / self.rate), float((frame.duration or 0) * self.time_base))
-                self.end = max(self.end, float(time * self.time_base) + length)
+                    self.keyframes.append(seconds)
+                length = max(1 / self.rate, (frame.duration or 0) * self.time_base)
+                self.end = max(self.end, seconds + float(length))
                 yield time, frame
         if not self.frames:
             raise DecodeError(self.path, "no frame could be decoded")
 
     def measurements(self) -> Measurements:
-        """The measurements, once all is decoded; DecodeError if the file is truncated, or all timestamps are equal."""
         if self.frames > 1 and self.last_time <= 0:
             raise DecodeError(self.path, f"its {self.frames} frames have one timestamp")
         stream, declared, end = self.stream, 0.0, self.end
@@ -129,12 +115,7 @@ def machine_error(error: av.error.FFmpegError | OSError) -> OSError | None:
 
 
 def measure(path: str | os.PathLike[str]) -> Measurements:
-    """Decodes a video to its end.
-
-    Raises:
-        DecodeError: it is not a video, broken, or truncated.
-        OSError: the file could not be read, and its content is not to blame.
-    """
+    """Decodes a video to its end; DecodeError if it is not one, broken or truncated, OSError if it cannot be read."""
     with contextlib.closing(_Reader(path)) as reader:
         for _ in reader.decode():
             pass
@@ -148,9 +129,7 @@ def reencode(path: str | os.PathLike[str], output: Path, short_side: int) -> tup
     timestamps relative to the first, upright, of even height and width, larger ones scaled to short_side pixels on the
     shorter side. It appears whole or not at all, and the same input always gives the same bytes.
 
-    Raises:
-        DecodeError: the file is not a video, broken, or truncated, or cannot be encoded.
-        OSError: the disk is full, or the like.
+    Raises DecodeError for a video that is broken, truncated or cannot be encoded; OSError if the disk is full, or so.
     """
     with contextlib.closing(_Reader(path)) as reader, appearing(output) as partial:
         flags = {"movflags": "+faststart", "fflags": "+bitexact"}
@@ -169,22 +148,18 @@ def reencode(path: str | os.PathLike[str], output: Path, short_side: int) -> tup
     return measured, written
 
 
-def _encode(reader: _Reader, container: av.container.OutputContainer, short_side: int) -> None:
+def _encode(reader: _Reader, container: OutputContainer, short_side: int) -> None:
     scaler, stream, size, first, previous = VideoReformatter(), None, (0, 0), 0, -1
     for time, frame in reader.decode():
-        turn = upright_turns(frame)
+        turns = upright_turns(frame)
         if stream is None:
             scale = min(1.0, short_side / min(frame.width, frame.height))
             size = max(2, 2 * round(frame.width * scale / 2)), max(2, 2 * round(frame.height * scale / 2))
-            stream = container.add_stream("libx264", rate=reader.rate, options=ENCODER)
-            stream.width, stream.height = size[::-1] if turn % 2 else size
-            stream.pix_fmt = "yuv420p"
-            stream.codec_context.time_base = reader.time_base
-            for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
-                setattr(stream.codec_context, name, int(getattr(frame, name)))
+            stream = add_h264(container, ENCODER, reader.rate, reader.time_base, frame)
+            stream.width, stream.height = size[::-1] if turns % 2 else size
             first = time
         scaled = scaler.reformat(frame, *size, "yuv420p", interpolation="BICUBIC", threads=1)
-        image = _turned(scaled, turn) if turn else scaled
+        image = from_planes(planes(scaled, turns)) if turns else scaled
         previous = max(time - first, previous + 1)  # the encoder wants rising timestamps
         image.pts, image.time_base = previous, reader.time_base
         image.pict_type = 0  # the encoder chooses its own key frames
@@ -193,10 +168,25 @@ def _encode(reader: _Reader, container: av.container.OutputContainer, short_side
     container.mux(stream.encode())
 
 
-def _turned(frame: av.VideoFrame, quarters: int) -> av.VideoFrame:
-    """A yuv420p frame, turned counter-clockwise."""
+def add_h264(
+    container: OutputContainer, options: dict[str, str], rate: Fraction, time_base: Fraction, like: av.VideoFrame
+) -> av.VideoStream:
+    """Adds a stream with a frame's colours."""
+    stream = container.add_stream("libx264", rate=rate, options=options)
+    stream.pix_fmt, stream.codec_context.time_base = "yuv420p", time_base
+    for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
+        setattr(stream.codec_context, name, int(getattr(like, name)))
+    return stream
+
+
+def planes(frame: av.VideoFrame, turns: int = 0) -> list[NDArray[np.uint8]]:
+    """Y (H, W), U and V (H / 2, W / 2) of a yuv420p frame of even size, turned counter-clockwise by quarters."""
     stored, height, width = frame.to_ndarray(), frame.height, frame.width
-    planes = (stored[:height], *stored[height:].reshape(2, height // 2, width // 2))
-    turned = [np.rot90(plane, quarters) for plane in planes]
-    joined = np.concatenate([plane.reshape(-1) for plane in turned]).reshape(-1, turned[0].shape[1])
-    return av.VideoFrame.from_ndarray(joined, format="yuv420p")
+    upright = (stored[:height], *stored[height:].reshape(2, height // 2, width // 2))
+    return [np.rot90(plane, turns) for plane in upright]
+
+
+def from_planes(parts: Sequence[NDArray[np.uint8]]) -> av.VideoFrame:
+    """The yuv420p frame of Y, U and V."""
+    joined = np.concatenate([plane.reshape(-1) for plane in parts])
+    return av.VideoFrame.from_ndarray(joined.reshape(-1, parts[0].shape[1]), "yuv420p")
