@@ -61,7 +61,7 @@ from octvideo.models.cost import count_macs, time_interleaved
 from octvideo.models.zoo import Alpha, create_model
 
 COMMAND = [sys.executable, "-m", "octvideo"]
-OWN = ("--model.alpha", "--model.downsample", "--seed_everything", "--trainer.default_root_dir", "--ckpt_path")
+OWN = {"--model.alpha", "--model.downsample", "--seed_everything", "--trainer.default_root_dir", "--ckpt_path"}
 Row = dict[str, Any]
 
 
@@ -75,14 +75,10 @@ class Variant:
 
     name: str  # as on the command line
     title: str  # in table and picture
+    folder: str  # its name
     alpha: Alpha = field(compare=False)
     downsample: str  # "conv" or "pool"
     file: Path | None  # where the alpha is from; None: a number
-
-    @property
-    def folder(self) -> str:
-        """The name of its folder."""
-        return ("" if self.file else "alpha-") + self.title.replace(", pooled", "-pool")
 
 
 def read_variant(text: str) -> Variant:
@@ -92,7 +88,7 @@ def read_variant(text: str) -> Variant:
     if kind not in ("", "pool"):
         raise ArgumentTypeError(f"only :pool may follow an alpha, got {text!r}")
     try:
-        model = yaml.safe_load(file.read_text())["model"] if file else {"alpha": float(value)}
+        model: Row = yaml.safe_load(file.read_text())["model"] if file else {"alpha": float(value)}
         alpha, downsample = model["alpha"], kind or model.get("downsample", "conv")
     except ValueError:
         raise ArgumentTypeError(f"an alpha is a number or a FILE.yaml, got {value!r}") from None
@@ -101,7 +97,8 @@ def read_variant(text: str) -> Variant:
     if isinstance(alpha, float) and not 0 <= alpha <= 1:
         raise ArgumentTypeError(f"alpha must lie in [0, 1], got {value}")
     title = (file.stem if file else f"{alpha:g}") + (", pooled" if downsample == "pool" else "")
-    return Variant(text, title, alpha, downsample, file)
+    folder = ("" if file else "alpha-") + title.replace(", pooled", "-pool")
+    return Variant(text, title, folder, alpha, downsample, file)
 
 
 def read_seed(text: str) -> int:
@@ -127,16 +124,14 @@ def read_arguments(words: list[str]) -> Namespace:
     arguments, others = parser.parse_known_args(words)
     if others and not others[0].startswith("--"):
         fail(f"unrecognized arguments: {others[0]}")
-    for option in (other.split("=")[0] for other in others):
-        if option in OWN:
-            fail(f"a sweep sets {option} itself: give --alphas, --seeds and --output")
+    for option in OWN.intersection(other.split("=")[0] for other in others):
+        fail(f"a sweep sets {option} itself: give --alphas, --seeds and --output")
     arguments.cfg = [config_file(name) for name in arguments.cfg]
     for file in arguments.ckpt or ():
         if not file.is_file():
             fail(f"--ckpt {file}: no such file")
-    folders = [variant.folder for variant in arguments.alphas]
-    if len(set(folders)) < len(folders):
-        fail(f"--alphas has two of the same name: {', '.join(folders)}")
+    if len({variant.folder for variant in arguments.alphas}) < len(arguments.alphas):
+        fail(f"--alphas has two of the same name: {', '.join(variant.folder for variant in arguments.alphas)}")
     if arguments.ckpt and any(variant.file for variant in arguments.alphas):
         fail("--ckpt tests at numbers: an alpha for each layer needs its own training")
     arguments.others = others
@@ -223,8 +218,8 @@ def train(variant: Variant, seed: int, arguments: Namespace) -> Row:
 
 def test(variant: Variant, checkpoint: Path, arguments: Namespace) -> Row:
     """Tests one checkpoint at one alpha, if that is not done yet."""
-    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    folder = arguments.output / variant.folder / digest[:16]
+    with checkpoint.open("rb") as file:
+        folder = arguments.output / variant.folder / hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     def estimated() -> Row | None:
         """The row with statistics of this alpha: the second one, written when its test is over."""
@@ -246,8 +241,8 @@ def entry(run: int | Path, checkpoint: Path, found: Row) -> Row:
     """A run's entry in sweep.json."""
     if not found["videos"]:
         raise RunFailedError("none of the videos to test on can be decoded")
-    accuracies = {key: found[key] for key in ("top1", "clip_top1", "videos", "bad")}
-    return {"run": str(run), "checkpoint": str(checkpoint), **accuracies}
+    kept = {key: found[key] for key in ("top1", "clip_top1", "videos", "bad")}
+    return {"run": str(run), "checkpoint": str(checkpoint), **kept}
 
 
 def rows_of(found: dict[Variant, list[Row]], rounds: int) -> dict[Variant, Row]:
@@ -284,15 +279,12 @@ def write_results(rows: dict[Variant, Row], output: Path) -> None:
     columns = ("alpha", "GMACs", "ratio", "ms", "ratio", "video top-1", "clip top-1", "seeds")
     table = Table(*(Column(name, no_wrap=True) for name in columns), box=box.MARKDOWN)
     for variant, row in rows.items():
-        shares = []
-        for key in ("top1", "clip_top1"):
-            spread = row[f"{key}_deviation"]
-            shares.append(f"{100 * row[key]:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}") + " %")
+        pairs = [(100 * row[key], row[f"{key}_deviation"]) for key in ("top1", "clip_top1")]
+        shares = [f"{mean:.1f}" + ("" if s is None else f" ± {100 * s:.1f}") + " %" for mean, s in pairs]
         cost = (f"{row['gmacs']:.3f}", f"{row['mac_ratio']:.2f}", f"{row['milliseconds']:.1f}")
         table.add_row(variant.title, *cost, f"{row['time_ratio']:.2f}", *shares, str(row["seeds"]))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    text = io.StringIO()
-    Console(file=text, width=1000).print(table)
+    Console(file=(text := io.StringIO()), width=1000).print(table)
     contents = {"sweep.json": json.dumps([*rows.values()], indent=1), "sweep.md": text.getvalue().strip()}
     for name, content in contents.items():
         with appearing(output / name) as partial:
@@ -308,8 +300,8 @@ def draw(rows: dict[Variant, Row]) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     octave = [row for variant, row in rows.items() if variant.file is None and variant.alpha]
     octave.sort(key=lambda row: float(row["alpha"]))
-    costs = {"gmacs": "GMACs of a clip", "milliseconds": "ms of a clip, batch 1"}
-    for panel, (key, label) in zip(panels, costs.items(), strict=True):
+    costs = ("gmacs", "GMACs of a clip"), ("milliseconds", "ms of a clip, batch 1")
+    for panel, (key, label) in zip(panels, costs, strict=True):
         panel.plot([row[key] for row in octave], [100 * row["top1"] for row in octave], "-", color="grey", alpha=0.5)
         for index, (variant, row) in enumerate(rows.items()):
             marker, colour = "*" if variant.file else "o" if variant.alpha else "s", f"C{index % 10}"
@@ -317,8 +309,7 @@ def draw(rows: dict[Variant, Row]) -> Figure:
             mean = {"fmt": marker, "capsize": 3, "markersize": 9, "label": variant.title, "color": colour}
             panel.errorbar(row[key], 100 * row["top1"], spread, **mean)
             panel.plot([row[key]] * len(tops), tops, ".", markersize=4, color=colour)
-        panel.set_xlabel(label)
-        panel.margins(x=0.1)
+        panel.set(xlabel=label, xmargin=0.1)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("video top-1 (%)")
     panels[1].legend(title="alpha", loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
@@ -332,14 +323,12 @@ def main(words: list[str]) -> int:
         with one_line_errors():
             arguments = read_arguments(words)
             check_options(arguments)
-            recipe = {"cfg": [yaml.safe_load(Path(name).read_text()) for name in arguments.cfg]}
-            recipe["options"] = arguments.others
-            if arguments.ckpt:
-                recipe["statistics_batches"] = arguments.statistics_batches
-            keep(arguments.output / "recipe.json", recipe)
-            for variant in arguments.alphas:
-                what = {"alpha": variant.alpha, "downsample": variant.downsample}
-                keep(arguments.output / variant.folder / "alpha.json", what)
+            contents = [yaml.safe_load(Path(name).read_text()) for name in arguments.cfg]
+            tests = {"statistics_batches": arguments.statistics_batches} if arguments.ckpt else {}
+            keep(arguments.output / "recipe.json", {"cfg": contents, "options": arguments.others} | tests)
+            for one in arguments.alphas:
+                alpha = {"alpha": one.alpha, "downsample": one.downsample}
+                keep(arguments.output / one.folder / "alpha.json", alpha)
             found, failed = run_all(arguments)
             rows = rows_of(found, arguments.rounds)
     except KeyboardInterrupt:

@@ -114,10 +114,10 @@ class Testing(CommandLine):
         if train_list is not None and Path(train_list).is_file():
             self.datamodule.read("train_list")
             return
-        missing = "no training list is given" if train_list is None else f"{train_list} does not exist"
-        cure = "give one by --data.train_list FILE"
-        rank_zero_info(f"{missing}: testing with the checkpoint's statistics only; {cure}")
         self.statistics_batches = 0
+        missing = "no training list is given" if train_list is None else f"{train_list} does not exist"
+        what = "testing with the checkpoint's statistics only; give one by --data.train_list FILE"
+        rank_zero_info(f"{missing}: {what}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.statistics = Statistics(self.datamodule)
@@ -132,12 +132,11 @@ def percent(results: dict[str, Any], *keys: str) -> list[str]:
 
 def print_results(table: Table, results: dict[str, Any]) -> None:
     """Prints accuracies, and the bad videos with their reasons."""
-    console = Console()
-    console.print(table)
+    console = Console(soft_wrap=True)
+    console.print(table, soft_wrap=False)
     console.print(f"{len(results['videos'])} videos tested, {len(results['bad'])} bad")
     for bad in results["bad"]:
-        text = f"  {bad['path']}: {bad['reason']}"
-        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {bad['path']}: {bad['reason']}", style="yellow", markup=False, highlight=False)
 
 
 def run_test(cli: Testing) -> dict[str, Any]:

@@ -148,7 +148,8 @@ def read_run(folder: Path, *, results: Path | None = None, checkpoint: Path | No
     """
     missing: list[str] = []
 
-    def attempt(path: Path | None, otherwise: str, read: Callable[[Path], Any]) -> Any:
+    def attempt(paths: Iterable[Path], otherwise: str, read: Callable[[Path], Any]) -> Any:
+        path = next((path for path in paths if path.exists()), None)
         try:
             if path is not None and (found := read(path)):
                 return found
@@ -157,20 +158,15 @@ def read_run(folder: Path, *, results: Path | None = None, checkpoint: Path | No
             missing.append(f"{path} cannot be read: {type(error).__name__}: {error}")
         return None
 
-    def first(*paths: Path) -> Path | None:
-        return next((path for path in paths if path.is_file()), None)
-
     folders = [folder / "test", folder] if results is None else [results]
-    checkpoint = checkpoint or first(*(folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")))
-    card = attempt(checkpoint, "There is no checkpoint, so the report does not describe the network.", _read_card)
-    predictions = attempt(
-        first(*(each / "predictions.json" for each in folders)),
-        "There is no predictions.json (`octvideo test` writes it), so the report has no videos and classes.",
-        partial(read_predictions, names=card and card.trained.labels),
-    )
-    rows = first(*(each / "alphas.json" for each in folders))
-    alphas = rows and attempt(rows, f"{rows} has no row with a video.", _read_alphas)
-    curves = attempt(folder, "There is no training log: neither metrics.csv nor a TensorBoard file.", read_curves)
+    files = [checkpoint] if checkpoint else [folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")]
+    card = attempt(files, "There is no checkpoint, so the report does not describe the network.", _read_card)
+    files = [each / "predictions.json" for each in folders]
+    lacks = "There is no predictions.json (`octvideo test` writes it), so the report has no videos and classes."
+    predictions = attempt(files, lacks, partial(read_predictions, names=card and card.trained.labels))
+    files = [each / "alphas.json" for each in folders if (each / "alphas.json").exists()]
+    alphas = files and attempt(files, f"{files[0]} has no row with a video.", _read_alphas)
+    curves = attempt([folder], "There is no training log: neither metrics.csv nor a TensorBoard file.", read_curves)
     if not (card or predictions or alphas or curves):
         raise UserError(f"{folder}: nothing to report on. {' '.join(missing)}")
     return Run(folder.resolve().name, predictions, alphas or (), curves or {}, card, missing)
@@ -214,10 +210,7 @@ def _read_card(path: Path) -> Card:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """The figures of LOGGED that a run logged, from its metrics.csv or, without one, from TensorBoard's files.
-
-    A resumed run has several files of either kind: a later one counts from its first step on.
-    """
+    """The figures of LOGGED that a run logged, from its metrics.csv or, without one, from TensorBoard's files."""
     tables = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     return _joined(map(_read_csv, tables)) or _joined(map(_read_events, sorted(folder.glob("events.out.tfevents.*"))))
 
@@ -237,7 +230,7 @@ def _read_events(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 def _joined(parts: Iterable[Mapping[str, Sequence[tuple[float, float]]]]) -> dict[str, Curve]:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in LOGGED}
-    for part in parts:
+    for part in parts:  # a resumed run has several files: a later one counts from its first step on
         first = min((step for points in part.values() for step, _ in points), default=math.inf)
         for name, points in found.items():
             found[name] = [point for point in points if point[0] < first] + sorted(part.get(name, ()))
@@ -246,10 +239,7 @@ def _joined(parts: Iterable[Mapping[str, Sequence[tuple[float, float]]]]) -> dic
 
 
 def measure(runs: Sequence[Run], *, rounds: int, device: str = "cpu") -> list[Run]:
-    """Times one clip through each run's network at its own alpha and at those it was tested at, all interleaved.
-
-    Returns the runs with the seconds in their cards; none if rounds is 0.
-    """
+    """The runs with seconds of one clip, at their own alpha and those of their tests, interleaved; 0 rounds: none."""
     calls: dict[tuple[int, str], Callable[[], Any]] = {}
     for index, run in enumerate(runs):
         if run.card is None or rounds == 0:
