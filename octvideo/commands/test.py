@@ -157,16 +157,15 @@ def test(cli: Testing, folder: Path) -> None:
     table.add_row("clip", *percent(results, "clip_top1", "clip_top5"))
     table.add_row("video", *percent(results, "top1", "top5"))
     print_results(table, results)
-    labels = {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
+    results |= {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
     with appearing(folder / "predictions.json") as partial:
-        partial.write_text(json.dumps(results | labels))
+        partial.write_text(json.dumps(results))
     print(f"predictions: {folder / 'predictions.json'}")
 
 
 def test_alphas(cli: Testing, folder: Path) -> None:
     """Tests at each of --alphas, writes the rows to alphas.json as they come, and prints them."""
-    data, network, rows = cli.datamodule, cli.model.network, []
-    size = data.preprocessing.clip_size
+    network, size, rows = cli.model.network, cli.datamodule.preprocessing.clip_size, []
     macs = {alpha: count_macs(set_alpha(network, alpha), size) for alpha in cli.alphas}  # before it is sharded
     statistics = Column("statistics", no_wrap=True)
     table = Table("alpha", "GMACs", statistics, "clip top-1", "clip top-5", "video top-1", "video top-5")
