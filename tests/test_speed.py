@@ -198,8 +198,10 @@ def test_quick_gives_way_to_other_options():
     assert (other.models, other.alphas, other.size) == (("c2d_r50", "slow_r50"), (0.125,), (8, 112, 112))
 
 
-def test_clips_are_the_readmes():
-    table = re.findall(r"^\| `(\w+)` \| (\d+) x (\d+) x (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_clips_are_those_of_the_documentation():
+    table = re.findall(
+        r"^\| `(\w+)` \| (\d+) x (\d+) x (\d+) \|", (ROOT / "docs/networks.md").read_text(), re.MULTILINE
+    )
     assert len(table) == len(MODELS)
     for name, *size in table:
         assert speed.CLIPS.get(name, speed.CLIP) == tuple(map(int, size))

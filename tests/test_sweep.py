@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import yaml
@@ -261,6 +262,11 @@ def test_a_mistake_of_a_sweep_is_one_line(run_here, tmp_path, options, parts):
     assert all(part in errors for part in parts)
     assert len(errors.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_may_be_the_name_of_an_installed_one(tmp_path):
+    (path,) = sweep.read_arguments(["--cfg", "quickstart", "--output", str(tmp_path)]).cfg
+    assert yaml.safe_load(Path(path).read_text()) == yaml.safe_load(Path(CONFIG).read_text())
 
 
 def test_a_misspelt_option_is_refused_before_anything_runs(tmp_path):

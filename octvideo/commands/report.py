@@ -30,16 +30,12 @@ from octvideo.evaluation.report import Run, measure, read_run, render
 from octvideo.files import appearing
 from octvideo.models.cost import hardware
 
-FRAMES = 4  # of a picture
-SHORT_SIDE = 112  # pixels of each frame
-ROUNDS = 10
-
 
 def picture(path: str) -> bytes | str:
     """A JPEG of frames spread over a video, side by side or, wide ones, two by two; or the reason why there is none."""
     try:
         with Video(path) as video:
-            frames = video.frames_at((np.arange(FRAMES) + 0.5) / FRAMES * video.duration_seconds, SHORT_SIDE)
+            frames = video.frames_at((np.arange(4) + 0.5) / 4 * video.duration_seconds, short_side=112)
     except DecodeError as error:
         return error.reason
     frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)  # a line between them
@@ -56,7 +52,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return [str(Path(*part[-length:])) for part in parts]
 
 
-def write_report(runs: Sequence[Run], path: Path, rounds: int = ROUNDS) -> None:
+def write_report(runs: Sequence[Run], path: Path, rounds: int = 10) -> None:
     """Times the runs' networks and writes their report."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = [f"{name} {metadata.version(name)}" for name in ("octvideo", "torch", "lightning", "av")]
@@ -74,16 +70,13 @@ def main(words: list[str]) -> None:
     add = parser.add_argument
     add("folders", metavar="RUN_DIR", nargs="+", type=Path, help="folder of a run")
     add("--output", metavar="FILE", type=Path, help="file to write; default: report.html in the first RUN_DIR")
-    add(
-        "--rounds", metavar="N", type=int, default=ROUNDS, help="timings of each network; 0: none; default: %(default)s"
-    )
+    add("--rounds", metavar="N", type=int, default=10, help="timings of each network; 0: none; default: %(default)s")
     arguments = parser.parse_args(words)
     if arguments.rounds < 0:
         fail(f"--rounds must be at least 0, got {arguments.rounds}")
     folders = list({folder.resolve(): folder for folder in arguments.folders}.values())
     with one_line_errors():
         runs = [replace(read_run(one), name=name) for one, name in zip(folders, names_of(folders), strict=True)]
-        for run in runs:
-            for sentence in run.missing:
-                print(f"{run.name}: {sentence}")
+        for line in [f"{run.name}: {sentence}" for run in runs for sentence in run.missing]:
+            print(line)
         write_report(runs, arguments.output or folders[0] / "report.html", arguments.rounds)

@@ -4,11 +4,10 @@ octvideo sweep --cfg configs/quickstart.yaml --output runs/sweep
                [--alphas 0,0:pool,.125,.25,.5] [--seeds 0,1,2] [OPTION OF octvideo train ...]
 octvideo sweep --cfg configs/quickstart.yaml --output runs/sweep --ckpt CHECKPOINT [CHECKPOINT ...]
 
-An alpha is
-  a number    in [0, 1], of res2 to res4; alpha 0 is the ordinary network, with strided convolutions
-  FILE.yaml   an alpha for each layer, of experiments/allocation.py, whose model.downsample counts too
-and :pool after it gives the network downsample "pool": res2 to res5 average-pool for a stride of 2 wherever they are
-not octave too. 0:pool is the fair control, as octave layers always pool; 0 is what the literature publishes.
+An alpha is a number in [0, 1], of res2 to res4 (alpha 0 is the ordinary network, with strided convolutions), or
+FILE.yaml of experiments/allocation.py, with an alpha for each layer, whose model.downsample counts too. :pool after it
+gives the network downsample "pool": res2 to res5 average-pool for a stride of 2 wherever they are not octave too.
+0:pool is the fair control, as octave layers always pool; 0 is what the literature publishes.
 
 Each run is an `octvideo train` and then an `octvideo test`, in OUTPUT/ALPHA/seed-SEED, with all their output in
 log.txt; they get the options that this command does not know, such as --trainer.max_epochs 5. Stopped at any moment,
@@ -31,8 +30,6 @@ when the training under way has been saved.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import hashlib
 import io
 import json
@@ -42,6 +39,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,16 +54,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from octvideo.commands.options import Parser, fail, number, one_line_errors, several
+from octvideo.commands.options import Parser, config_file, fail, number, one_line_errors, several
 from octvideo.files import appearing
 from octvideo.models.checkpoint import load_trained
 from octvideo.models.cost import count_macs, time_interleaved
 from octvideo.models.zoo import Alpha, create_model
 
 COMMAND = [sys.executable, "-m", "octvideo"]
-OWN = ("--model.alpha", "--model.downsample", "--seed_everything", "--trainer.default_root_dir", "--ckpt_path")
-COLUMNS = ("alpha", "GMACs", "ratio", "ms", "ratio", "video top-1", "clip top-1", "seeds")
+OWN = {"--model.alpha", "--model.downsample", "--seed_everything", "--trainer.default_root_dir", "--ckpt_path"}
 Row = dict[str, Any]
+
+
+class RunFailedError(Exception):
+    """A run without a result; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -74,51 +75,45 @@ class Variant:
 
     name: str  # as on the command line
     title: str  # in table and picture
+    folder: str  # its name
     alpha: Alpha = field(compare=False)
     downsample: str  # "conv" or "pool"
     file: Path | None  # where the alpha is from; None: a number
-
-    @property
-    def folder(self) -> str:
-        """The name of its folder."""
-        return ("" if self.file else "alpha-") + self.title.replace(", pooled", "-pool")
 
 
 def read_variant(text: str) -> Variant:
     """The type of each of --alphas."""
     value, _, kind = text.partition(":")
     file = Path(value) if value.endswith((".yaml", ".yml")) else None
-    alpha: Alpha
     if kind not in ("", "pool"):
-        raise argparse.ArgumentTypeError(f"only :pool may follow an alpha, got {text!r}")
+        raise ArgumentTypeError(f"only :pool may follow an alpha, got {text!r}")
     try:
-        if file is None:
-            alpha, downsample, title = float(value), kind or "conv", f"{float(value):g}"
-        else:
-            model = yaml.safe_load(file.read_text())["model"]
-            alpha, downsample, title = model["alpha"], kind or model.get("downsample", "conv"), file.stem
+        model: Row = yaml.safe_load(file.read_text())["model"] if file else {"alpha": float(value)}
+        alpha, downsample = model["alpha"], kind or model.get("downsample", "conv")
     except ValueError:
-        raise argparse.ArgumentTypeError(f"an alpha is a number or a FILE.yaml, got {value!r}") from None
+        raise ArgumentTypeError(f"an alpha is a number or a FILE.yaml, got {value!r}") from None
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{value} has no model.alpha: {error}") from None
+        raise ArgumentTypeError(f"{value} has no model.alpha: {error}") from None
     if isinstance(alpha, float) and not 0 <= alpha <= 1:
-        raise argparse.ArgumentTypeError(f"alpha must lie in [0, 1], got {value}")
-    return Variant(text, f"{title}, pooled" if downsample == "pool" else title, alpha, downsample, file)
+        raise ArgumentTypeError(f"alpha must lie in [0, 1], got {value}")
+    title = (file.stem if file else f"{alpha:g}") + (", pooled" if downsample == "pool" else "")
+    folder = ("" if file else "alpha-") + title.replace(", pooled", "-pool")
+    return Variant(text, title, folder, alpha, downsample, file)
 
 
 def read_seed(text: str) -> int:
     """The type of each of --seeds."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be whole numbers with commas between them, got {text!r}")
+        raise ArgumentTypeError(f"must be whole numbers with commas between them, got {text!r}")
     return int(text)
 
 
-def read_arguments(words: list[str]) -> argparse.Namespace:
+def read_arguments(words: list[str]) -> Namespace:
     """The command line; `others` are the options for train and test, and `recipe` all that they share."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    what = "YAML file of the recipe; given again, the later one overrides"
-    add("--cfg", "-c", type=Path, action="append", required=True, metavar="FILE", help=what)
+    what = "YAML file of the recipe, or the name of an installed one; given again, the later one overrides"
+    add("--cfg", "-c", action="append", required=True, metavar="FILE", help=what)
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the runs and the results")
     what = "with commas between them; default: %(default)s"
     add("--alphas", type=several(read_variant), default="0,0:pool,.125,.25,.5", metavar="LIST", help=what)
@@ -129,20 +124,18 @@ def read_arguments(words: list[str]) -> argparse.Namespace:
     arguments, others = parser.parse_known_args(words)
     if others and not others[0].startswith("--"):
         fail(f"unrecognized arguments: {others[0]}")
-    for option in others:
-        if option.split("=")[0] in OWN:
-            fail(f"a sweep sets {option.split('=')[0]} itself: give --alphas, --seeds and --output")
-    for name in ("cfg", "ckpt"):
-        for file in getattr(arguments, name) or ():
-            if not file.is_file():
-                fail(f"--{name} {file}: no such file")
-    folders = [variant.folder for variant in arguments.alphas]
-    if len(set(folders)) < len(folders):
-        fail(f"--alphas has two of the same name: {', '.join(folders)}")
+    for option in OWN.intersection(other.split("=")[0] for other in others):
+        fail(f"a sweep sets {option} itself: give --alphas, --seeds and --output")
+    arguments.cfg = [config_file(name) for name in arguments.cfg]
+    for file in arguments.ckpt or ():
+        if not file.is_file():
+            fail(f"--ckpt {file}: no such file")
+    if len({variant.folder for variant in arguments.alphas}) < len(arguments.alphas):
+        fail(f"--alphas has two of the same name: {', '.join(variant.folder for variant in arguments.alphas)}")
     if arguments.ckpt and any(variant.file for variant in arguments.alphas):
         fail("--ckpt tests at numbers: an alpha for each layer needs its own training")
     arguments.others = others
-    arguments.recipe = [word for file in arguments.cfg for word in ("--cfg", str(file))] + others
+    arguments.recipe = [f"--cfg={file}" for file in arguments.cfg] + others
     return arguments
 
 
@@ -156,11 +149,7 @@ def keep(path: Path, what: Row) -> None:
         fail(f"{path.parent} holds a sweep of another recipe or alpha ({path}): choose another --output")
 
 
-class RunFailedError(Exception):
-    """A run without a result; the message says why."""
-
-
-def check_options(arguments: argparse.Namespace) -> None:
+def check_options(arguments: Namespace) -> None:
     """Ends the program for options that train or test refuses, before anything starts."""
     tool, more = ("test", ["--ckpt", str(arguments.ckpt[0])]) if arguments.ckpt else ("train", [])
     try:
@@ -172,19 +161,15 @@ def check_options(arguments: argparse.Namespace) -> None:
 def call(tool: str, options: Sequence[str], log: Path) -> None:
     """Runs a command to its end, with its output appended to a log. Where this is interrupted, the command saves first.
 
-    Raises:
-        RunFailedError: it was killed, or failed; with its last line on standard error.
+    Raises RunFailedError if it was killed or failed, with its last line on standard error.
     """
     with log.open("a") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([*COMMAND, tool, *options], stdout=printed, stderr=errors)
         try:
             status = process.wait()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-            process.wait()
-            raise
         finally:
+            process.terminate()  # only where this was interrupted: nothing happens to a process that has ended
+            process.wait()
             errors.seek(0)
             said = errors.read()
             printed.write(said)
@@ -194,12 +179,8 @@ def call(tool: str, options: Sequence[str], log: Path) -> None:
         raise RunFailedError([f"{tool} ended with {status}", *said.strip().splitlines()][-1])
 
 
-def run_all(arguments: argparse.Namespace) -> tuple[dict[Variant, list[Row]], list[str]]:
-    """Trains and tests, or tests, whatever is not there yet.
-
-    Returns:
-        The "runs" of sweep.json for each variant, and a sentence for each run that failed.
-    """
+def run_all(arguments: Namespace) -> tuple[dict[Variant, list[Row]], list[str]]:
+    """Trains and tests, or tests, what is not there yet: each variant's "runs", and a sentence for each failed run."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     runs = {str(file): file for file in arguments.ckpt or ()} or {f"seed {seed}": seed for seed in arguments.seeds}
@@ -207,37 +188,35 @@ def run_all(arguments: argparse.Namespace) -> tuple[dict[Variant, list[Row]], li
     failed = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(runs) * len(found))
-        for run, which in runs.items():
-            for variant, results in found.items():
-                name = f"alpha {variant.name}, {run}"
-                progress.update(task, description=name)
-                if not console.is_terminal:
-                    console.print(name, highlight=False)
-                try:
-                    results.append((test if arguments.ckpt else train)(variant, which, arguments))
-                except RunFailedError as error:
-                    failed.append(f"{name} failed: {error}")
-                    progress.print(failed[-1], markup=False, style="yellow")
-                progress.advance(task)
+        for name, run, variant in [(f"alpha {v.name}, {which}", run, v) for which, run in runs.items() for v in found]:
+            progress.update(task, description=name)
+            if not console.is_terminal:
+                console.print(name, highlight=False)
+            try:
+                found[variant].append((test if arguments.ckpt else train)(variant, run, arguments))
+            except RunFailedError as error:
+                failed.append(f"{name} failed: {error}")
+                progress.print(failed[-1], markup=False, style="yellow")
+            progress.advance(task)
     return found, failed
 
 
-def train(variant: Variant, seed: int, arguments: argparse.Namespace) -> Row:
+def train(variant: Variant, seed: int, arguments: Namespace) -> Row:
     """Trains and tests one network, as far as that is not done yet."""
     folder = arguments.output / variant.folder / f"seed-{seed}"
     results, checkpoint = folder / "test" / "predictions.json", folder / "checkpoints" / "last.ckpt"
     if not results.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        alpha = ["--cfg", str(variant.file)] if variant.file else ["--model.alpha", str(variant.alpha)]
-        options = [*arguments.recipe, *alpha, "--model.downsample", variant.downsample, "--seed_everything", str(seed)]
-        options += ["--trainer.default_root_dir", str(folder)]
-        call("train", [*options, "--ckpt_path", "auto"], folder / "log.txt")
-        call("test", [*options, "--ckpt", str(checkpoint)], folder / "log.txt")
+        alpha = f"--cfg={variant.file}" if variant.file else f"--model.alpha={variant.alpha}"
+        options = [*arguments.recipe, alpha, f"--model.downsample={variant.downsample}", f"--seed_everything={seed}"]
+        options.append(f"--trainer.default_root_dir={folder}")
+        call("train", [*options, "--ckpt_path=auto"], folder / "log.txt")
+        call("test", [*options, f"--ckpt={checkpoint}"], folder / "log.txt")
     found = json.loads(results.read_text())
     return entry(seed, checkpoint, found | {key: len(found[key]) for key in ("videos", "bad")})
 
 
-def test(variant: Variant, checkpoint: Path, arguments: argparse.Namespace) -> Row:
+def test(variant: Variant, checkpoint: Path, arguments: Namespace) -> Row:
     """Tests one checkpoint at one alpha, if that is not done yet."""
     with checkpoint.open("rb") as file:
         folder = arguments.output / variant.folder / hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -250,10 +229,9 @@ def test(variant: Variant, checkpoint: Path, arguments: argparse.Namespace) -> R
 
     if estimated() is None:
         folder.mkdir(parents=True, exist_ok=True)
-        options = [*arguments.recipe, "--model.downsample", variant.downsample, "--alphas", str(variant.alpha)]
-        options += ["--ckpt", str(checkpoint), "--output", str(folder)]
-        options += ["--statistics_batches", str(arguments.statistics_batches)]
-        call("test", options, folder / "log.txt")
+        options = [f"--model.downsample={variant.downsample}", f"--alphas={variant.alpha}", f"--ckpt={checkpoint}"]
+        options += [f"--output={folder}", f"--statistics_batches={arguments.statistics_batches}"]
+        call("test", [*arguments.recipe, *options], folder / "log.txt")
     if found := estimated():
         return entry(checkpoint, checkpoint, found)
     raise RunFailedError(f"there are no training videos to estimate batch-norm statistics on: {folder / 'log.txt'}")
@@ -263,8 +241,8 @@ def entry(run: int | Path, checkpoint: Path, found: Row) -> Row:
     """A run's entry in sweep.json."""
     if not found["videos"]:
         raise RunFailedError("none of the videos to test on can be decoded")
-    accuracies = {key: found[key] for key in ("top1", "clip_top1", "videos", "bad")}
-    return {"run": str(run), "checkpoint": str(checkpoint), **accuracies}
+    kept = {key: found[key] for key in ("top1", "clip_top1", "videos", "bad")}
+    return {"run": str(run), "checkpoint": str(checkpoint), **kept}
 
 
 def rows_of(found: dict[Variant, list[Row]], rounds: int) -> dict[Variant, Row]:
@@ -279,20 +257,15 @@ def rows_of(found: dict[Variant, list[Row]], rounds: int) -> dict[Variant, Row]:
         network.load_state_dict(trained.network.state_dict())
         size = trained.preprocessing.clip_size
         macs.append(count_macs(network, size))
-        clip = torch.rand(1, *size, device=device)
-        calls.append(torch.inference_mode()(partial(network.to(device), clip)))
+        calls.append(torch.inference_mode()(partial(network.to(device), torch.rand(1, *size, device=device))))
     times = time_interleaved(calls, rounds=rounds, warmup=2, device=device)
     rows = {}
-    for index, (variant, runs) in enumerate(tested.items()):
-        row: Row = {
-            "alpha": variant.name.removesuffix(":pool"),
-            "downsample": variant.downsample,
-            "gmacs": macs[index] / 1e9,
-            "mac_ratio": macs[index] / macs[0],
-            "milliseconds": 1000 * statistics.median(times[index]),
-            # Ratios within a round: whatever the machine did meanwhile is in both.
-            "time_ratio": statistics.median(own / first for own, first in zip(times[index], times[0], strict=True)),
-        }
+    for (variant, runs), cost, seconds in zip(tested.items(), macs, times, strict=True):
+        # Ratios within a round: whatever the machine did meanwhile is in both.
+        ratio = statistics.median(own / first for own, first in zip(seconds, times[0], strict=True))
+        row: Row = {"alpha": variant.name.removesuffix(":pool"), "downsample": variant.downsample}
+        row |= {"gmacs": cost / 1e9, "mac_ratio": cost / macs[0]}
+        row |= {"milliseconds": 1000 * statistics.median(seconds), "time_ratio": ratio}
         for key in ("top1", "clip_top1"):
             values = [run[key] for run in runs]
             row[key] = statistics.fmean(values)
@@ -303,21 +276,17 @@ def rows_of(found: dict[Variant, list[Row]], rounds: int) -> dict[Variant, Row]:
 
 def write_results(rows: dict[Variant, Row], output: Path) -> None:
     """Prints the table, and writes it with the picture."""
-    table = Table(*(Column(name, no_wrap=True) for name in COLUMNS), box=box.MARKDOWN)
+    columns = ("alpha", "GMACs", "ratio", "ms", "ratio", "video top-1", "clip top-1", "seeds")
+    table = Table(*(Column(name, no_wrap=True) for name in columns), box=box.MARKDOWN)
     for variant, row in rows.items():
-        shares = []
-        for key in ("top1", "clip_top1"):
-            spread = row[f"{key}_deviation"]
-            shares.append(f"{100 * row[key]:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}") + " %")
+        pairs = [(100 * row[key], row[f"{key}_deviation"]) for key in ("top1", "clip_top1")]
+        shares = [f"{mean:.1f}" + ("" if s is None else f" ± {100 * s:.1f}") + " %" for mean, s in pairs]
         cost = (f"{row['gmacs']:.3f}", f"{row['mac_ratio']:.2f}", f"{row['milliseconds']:.1f}")
         table.add_row(variant.title, *cost, f"{row['time_ratio']:.2f}", *shares, str(row["seeds"]))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    text = io.StringIO()
-    Console(file=text, width=1000).print(table)
-    for name, content in (
-        ("sweep.json", json.dumps([*rows.values()], indent=1)),
-        ("sweep.md", text.getvalue().strip()),
-    ):
+    Console(file=(text := io.StringIO()), width=1000).print(table)
+    contents = {"sweep.json": json.dumps([*rows.values()], indent=1), "sweep.md": text.getvalue().strip()}
+    for name, content in contents.items():
         with appearing(output / name) as partial:
             partial.write_text(content + "\n")
     with appearing(output / "sweep.png") as partial:
@@ -329,19 +298,18 @@ def draw(rows: dict[Variant, Row]) -> Figure:
     """Accuracy over multiply-adds and over time; bars are the seeds' standard deviation, dots the seeds."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    octave = {variant: row for variant, row in rows.items() if variant.file is None and variant.alpha}
-    line = sorted(octave.values(), key=lambda row: float(row["alpha"]))
-    costs = {"gmacs": "GMACs of a clip", "milliseconds": "ms of a clip, batch 1"}
-    for panel, (key, label) in zip(panels, costs.items(), strict=True):
-        panel.plot([row[key] for row in line], [100 * row["top1"] for row in line], "-", color="grey", alpha=0.5)
+    octave = [row for variant, row in rows.items() if variant.file is None and variant.alpha]
+    octave.sort(key=lambda row: float(row["alpha"]))
+    costs = ("gmacs", "GMACs of a clip"), ("milliseconds", "ms of a clip, batch 1")
+    for panel, (key, label) in zip(panels, costs, strict=True):
+        panel.plot([row[key] for row in octave], [100 * row["top1"] for row in octave], "-", color="grey", alpha=0.5)
         for index, (variant, row) in enumerate(rows.items()):
             marker, colour = "*" if variant.file else "o" if variant.alpha else "s", f"C{index % 10}"
             spread, tops = 100 * (row["top1_deviation"] or 0), [100 * run["top1"] for run in row["runs"]]
             mean = {"fmt": marker, "capsize": 3, "markersize": 9, "label": variant.title, "color": colour}
             panel.errorbar(row[key], 100 * row["top1"], spread, **mean)
             panel.plot([row[key]] * len(tops), tops, ".", markersize=4, color=colour)
-        panel.set_xlabel(label)
-        panel.margins(x=0.1)
+        panel.set(xlabel=label, xmargin=0.1)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("video top-1 (%)")
     panels[1].legend(title="alpha", loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=9)
@@ -350,17 +318,17 @@ def draw(rows: dict[Variant, Row]) -> Figure:
 
 def main(words: list[str]) -> int:
     """Runs the command."""
-    arguments = read_arguments(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with one_line_errors():
+            arguments = read_arguments(words)
             check_options(arguments)
-            recipe = {"cfg": [yaml.safe_load(file.read_text()) for file in arguments.cfg], "options": arguments.others}
+            contents = [yaml.safe_load(Path(name).read_text()) for name in arguments.cfg]
             tests = {"statistics_batches": arguments.statistics_batches} if arguments.ckpt else {}
-            keep(arguments.output / "recipe.json", recipe | tests)
-            for variant in arguments.alphas:
-                what = {"alpha": variant.alpha, "downsample": variant.downsample}
-                keep(arguments.output / variant.folder / "alpha.json", what)
+            keep(arguments.output / "recipe.json", {"cfg": contents, "options": arguments.others} | tests)
+            for one in arguments.alphas:
+                alpha = {"alpha": one.alpha, "downsample": one.downsample}
+                keep(arguments.output / one.folder / "alpha.json", alpha)
             found, failed = run_all(arguments)
             rows = rows_of(found, arguments.rounds)
     except KeyboardInterrupt:

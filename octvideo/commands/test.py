@@ -53,17 +53,13 @@ def read_alphas(text: str) -> list[float]:
 
 
 class Statistics(Callback):
-    """Sets batch-norm statistics, before a test, to those of training clips at the network's current alpha.
-
-    The clips are the same before each test.
-    """
+    """Sets batch-norm statistics, before a test, to those of the same training clips at the network's current alpha."""
 
     def __init__(self, data: VideoData) -> None:
         self.data = data
         self.num_batches = 0  # of each process; 0 leaves the statistics as they are
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Estimates the statistics."""
         if self.num_batches == 0:
             return
         loader = self.data.statistics_dataloader(0, self.num_batches)
@@ -79,7 +75,6 @@ class Testing(CommandLine):
     """Options and parts of a test."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds --ckpt, --output and the options for other alphas."""
         super().add_arguments_to_parser(parser)
         add = parser.add_argument
         add("--ckpt", type=str, required=True, help="checkpoint that `octvideo train` wrote")
@@ -93,17 +88,15 @@ class Testing(CommandLine):
         add("--statistics_batches", type=int, default=200, help=what)
 
     def before_instantiate_classes(self) -> None:
-        """Takes the network's options from the checkpoint, so that it is tested at the alpha it was trained at."""
         self.take_processes_of_launcher()
         self.take_network_of(self.config["ckpt"], "--ckpt")
         if self.config["trainer"]["strategy"] == "fsdp":  # testing has no gradients to shard
             self.config["trainer"]["strategy"] = "auto"
-        self.alphas: list[float] = []
-        self.statistics_batches: int = self.config["statistics_batches"]
-        if self.config["alphas"] is not None:
-            self.alphas = read_alphas(self.config["alphas"])
-            if self.statistics_batches < 0:
-                raise UserError(f"--statistics_batches must be at least 0, got {self.statistics_batches}")
+        self.alphas = read_alphas(self.config["alphas"]) if self.config["alphas"] is not None else []
+        self.statistics_batches: int = self.config["statistics_batches"] if self.alphas else 0
+        if self.statistics_batches < 0:
+            raise UserError(f"--statistics_batches must be at least 0, got {self.statistics_batches}")
+        if self.alphas:
             self.config["model"]["normalization"] = "batch"  # others are for training; frozen ones cannot be estimated
 
     def instantiate_classes(self) -> None:
@@ -115,44 +108,39 @@ class Testing(CommandLine):
                 set_alpha(self.model.network, alpha)
             except ValueError as error:
                 raise UserError(f"--alphas {alpha:g}: {error}") from error
-        if self.alphas and self.statistics_batches > 0:
-            train_list = self.datamodule.lists["train_list"]
-            if train_list is not None and Path(train_list).is_file():
-                self.datamodule.read("train_list")
-                return
-            missing = "no training list is given" if train_list is None else f"{train_list} does not exist"
-            cure = "give one by --data.train_list FILE"
-            rank_zero_info(f"{missing}: testing with the checkpoint's statistics only; {cure}")
-            self.statistics_batches = 0
+        if self.statistics_batches == 0:
+            return
+        train_list = self.datamodule.lists["train_list"]
+        if train_list is not None and Path(train_list).is_file():
+            self.datamodule.read("train_list")
+            return
+        self.statistics_batches = 0
+        missing = "no training list is given" if train_list is None else f"{train_list} does not exist"
+        what = "testing with the checkpoint's statistics only; give one by --data.train_list FILE"
+        rank_zero_info(f"{missing}: {what}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Builds a trainer that writes neither logs nor checkpoints."""
         self.statistics = Statistics(self.datamodule)
         self.trainer_defaults["callbacks"].append(self.statistics)
         return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
 
 
-def percent(accuracy: float | None) -> str:
-    """An accuracy in a table, where None stands for no video."""
-    return "-" if accuracy is None else f"{100 * accuracy:.2f} %"
+def percent(results: dict[str, Any], *keys: str) -> list[str]:
+    """Accuracies for a table; they are None if no video was tested."""
+    return ["-" if results[key] is None else f"{100 * results[key]:.2f} %" for key in keys]
 
 
 def print_results(table: Table, results: dict[str, Any]) -> None:
     """Prints accuracies, and the bad videos with their reasons."""
-    console = Console()
-    console.print(table)
+    console = Console(soft_wrap=True)
+    console.print(table, soft_wrap=False)
     console.print(f"{len(results['videos'])} videos tested, {len(results['bad'])} bad")
     for bad in results["bad"]:
-        text = f"  {bad['path']}: {bad['reason']}"
-        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {bad['path']}: {bad['reason']}", style="yellow", markup=False, highlight=False)
 
 
 def run_test(cli: Testing) -> dict[str, Any]:
-    """Tests the checkpoint at the network's current alpha; returns `Recognizer.results`, the same on every rank.
-
-    Raises:
-        UserError: scores that are not numbers.
-    """
+    """Tests the checkpoint at the network's current alpha; returns `Recognizer.results`, the same on every rank."""
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt"], verbose=False, weights_only=True)
     results: dict[str, Any] = cli.model.results
     if any(math.isnan(video["scores"][0]) for video in results["videos"]):
@@ -160,25 +148,24 @@ def run_test(cli: Testing) -> dict[str, Any]:
     return results
 
 
-def test(cli: Testing, path: Path) -> None:
+def test(cli: Testing, folder: Path) -> None:
     """Tests at the network's own alpha, prints accuracies and writes predictions.json."""
     results = run_test(cli)
     if not cli.trainer.is_global_zero:
         return
     table = Table("", "top-1", "top-5")
-    for kind, prefix in (("clip", "clip_"), ("video", "")):
-        table.add_row(kind, *(percent(results[f"{prefix}top{k}"]) for k in (1, 5)))
+    table.add_row("clip", *percent(results, "clip_top1", "clip_top5"))
+    table.add_row("video", *percent(results, "top1", "top5"))
     print_results(table, results)
-    labels = {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
-    with appearing(path) as partial:
-        partial.write_text(json.dumps(results | labels))
-    print(f"predictions: {path}")
+    results |= {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
+    with appearing(folder / "predictions.json") as partial:
+        partial.write_text(json.dumps(results))
+    print(f"predictions: {folder / 'predictions.json'}")
 
 
-def test_alphas(cli: Testing, path: Path) -> None:
-    """Tests at each of --alphas, writes the rows to a file as they come, and prints them."""
-    data, network, rows = cli.datamodule, cli.model.network, []
-    size = data.preprocessing.clip_size
+def test_alphas(cli: Testing, folder: Path) -> None:
+    """Tests at each of --alphas, writes the rows to alphas.json as they come, and prints them."""
+    network, size, rows = cli.model.network, cli.datamodule.preprocessing.clip_size, []
     macs = {alpha: count_macs(set_alpha(network, alpha), size) for alpha in cli.alphas}  # before it is sharded
     statistics = Column("statistics", no_wrap=True)
     table = Table("alpha", "GMACs", statistics, "clip top-1", "clip top-5", "video top-1", "video top-5")
@@ -186,23 +173,17 @@ def test_alphas(cli: Testing, path: Path) -> None:
         set_alpha(network, alpha)
         for num_batches in dict.fromkeys((0, cli.statistics_batches)):
             cli.statistics.num_batches = num_batches
-            results = run_test(cli)
-            row = {
-                "alpha": alpha,
-                "gmacs": macs[alpha] / 1e9,
-                "statistics": "re-estimated" if num_batches else "checkpoint",
-                **{key: results[key] for key in ACCURACIES},
-                **{key: len(results[key]) for key in ("videos", "bad")},
-            }
+            results, kind = run_test(cli), "re-estimated" if num_batches else "checkpoint"
+            row = {"alpha": alpha, "gmacs": macs[alpha] / 1e9, "statistics": kind}
+            row |= {key: results[key] for key in ACCURACIES} | {key: len(results[key]) for key in ("videos", "bad")}
             rows.append(row)
-            accuracies = (percent(results[key]) for key in ACCURACIES)
-            table.add_row(f"{alpha:g}", f"{row['gmacs']:.3f}", row["statistics"], *accuracies)
+            table.add_row(f"{alpha:g}", f"{row['gmacs']:.3f}", kind, *percent(results, *ACCURACIES))
             if cli.trainer.is_global_zero:
-                with appearing(path) as partial:
+                with appearing(folder / "alphas.json") as partial:
                     partial.write_text(json.dumps(rows, indent=1))
     if cli.trainer.is_global_zero:
         print_results(table, results)
-        print(f"rows: {path}")
+        print(f"rows: {folder / 'alphas.json'}")
 
 
 def main(words: list[str]) -> None:
@@ -211,12 +192,8 @@ def main(words: list[str]) -> None:
     output = Path(cli.config["output"] or cli.run_folder / "test")
     with one_line_errors():
         output.mkdir(parents=True, exist_ok=True)  # before the work whose result it is for
-        if cli.alphas:
-            test_alphas(cli, output / "alphas.json")
-        else:
-            test(cli, output / "predictions.json")
+        (test_alphas if cli.alphas else test)(cli, output)
         if cli.config["report"] and cli.trainer.is_global_zero:
             checkpoint = Path(cli.config["ckpt"])
-            inside = checkpoint.parent.name == "checkpoints"
-            folder = checkpoint.parent.parent if inside else cli.run_folder
+            folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else cli.run_folder
             write_report([read_run(folder, results=output, checkpoint=checkpoint)], output / "report.html")

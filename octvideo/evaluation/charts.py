@@ -22,27 +22,19 @@ VARIABLES = {colour: f"var(--s{number})" for number, colour in enumerate(COLOURS
 VARIABLES |= {TEXT: "currentColor", GRID: "var(--grid)"}
 RIGHT, WRONG = (48, 128, 210), (218, 106, 38)  # pixels of an image cannot follow the mode: these suit both
 STYLE: dict[Any, Any] = {
-    **{"axes.facecolor": "none", "figure.facecolor": "none", "text.color": TEXT, "axes.labelcolor": TEXT},
-    **{"axes.edgecolor": GRID, "grid.color": GRID, "xtick.color": GRID, "ytick.color": GRID},
-    **{
-        "xtick.labelcolor": TEXT,
-        "ytick.labelcolor": TEXT,
-        "font.size": 10,
-        "axes.labelsize": 10,
-        "font.sans-serif": ["DejaVu Sans"],
-    },
-    **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), TEXT),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GRID),
+    **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top"), False),
     **{"axes.grid": True, "axes.grid.axis": "y", "ytick.major.size": 0, "axes.axisbelow": True},
     **{"axes.autolimit_mode": "round_numbers", "axes.xmargin": 0, "axes.ymargin": 0},
-    **{"axes.formatter.limits": (-3, 4), "axes.formatter.useoffset": False},
-    **{"font.sans-serif": ["DejaVu Sans"], "lines.linewidth": 1.75, "svg.fonttype": "none", "figure.dpi": 72},
+    **{"axes.formatter.limits": (-3, 4), "axes.formatter.useoffset": False, "lines.linewidth": 1.75},
+    **{"font.size": 10, "axes.labelsize": 10, "font.sans-serif": ["DejaVu Sans"]},
+    **{"svg.fonttype": "none", "figure.dpi": 72},
 }
-FRAME = (0.17, 0.19, 0.78, 0.75)  # of a chart's axes in its figure: left, bottom, width, height
 # What a page needs no part of: ids that charts share, clips (which would halve marks at the edge), and addresses.
-SUPERFLUOUS = re.compile(
-    r'<metadata>.*?</metadata>|<style.*?</style>|<clipPath.*?</clipPath>|<!--.*?-->|(?<=<g) id="[^"]*"'
-    r'| (?:clip-path|xmlns|xmlns:xlink)="[^"]*"',
-    re.DOTALL,
+SUPERFLUOUS = (
+    r'(?s)<(metadata|style|clipPath).*?</\1>|<!--.*?-->|(?<=<g) id="[^"]*"| (clip-path|xmlns|xmlns:xlink)="[^"]*"'
 )
 
 
@@ -68,11 +60,9 @@ class Chart(NamedTuple):
     @property
     def text(self) -> str:
         """The chart for those who cannot see it."""
-        said = "; ".join(
-            f"{name}: {y[0]:.3g} at {x[0]:g}, {y[-1]:.3g} at {x[-1]:g}, between {min(y):.3g} and {max(y):.3g}"
-            for name, x, y, *_ in self.series
-        )
-        return f"{self.y_axis} over {self.x_axis}. {said}."
+        sentence = "{}: {:.3g} at {:g}, {:.3g} at {:g}, between {:.3g} and {:.3g}"
+        said = (sentence.format(name, y[0], x[0], y[-1], x[-1], min(y), max(y)) for name, x, y, *_ in self.series)
+        return f"{self.y_axis} over {self.x_axis}. {'; '.join(said)}."
 
     @property
     def svg(self) -> str:
@@ -84,7 +74,7 @@ class Chart(NamedTuple):
 def draw(chart: Chart) -> Figure:
     """Draws a chart; the page has its title and legend."""
     figure = Figure(figsize=(3.75, 2.8))
-    axes = figure.add_axes(FRAME, xlabel=chart.x_axis, ylabel=chart.y_axis)
+    axes = figure.add_axes((0.17, 0.19, 0.78, 0.75), xlabel=chart.x_axis, ylabel=chart.y_axis)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     for number, (_, x, y, intervals, _) in enumerate(chart.series):
@@ -96,22 +86,17 @@ def draw(chart: Chart) -> Figure:
     low, high = axes.get_ylim()
     if chart.percent:
         axes.set_ylim(max(low, 0), min(high, 100))
-    _label_marks(
-        axes, [(x, y, text) for one in chart.series for x, y, text in zip(*one[1:3], one.labels, strict=False)]
-    )
+    _label_marks(axes, [mark for one in chart.series for mark in zip(one.x, one.y, one.labels, strict=False)])
     return figure
 
 
 def _label_marks(axes: Axes, labels: Sequence[tuple[float, float, str]]) -> None:
-    """Puts texts, (x, y, text), beside their marks; leaves out those that cover something or seem another mark's.
-
-    Of equal texts at marks that are close to one another, the first is enough.
-    """
+    """Puts texts, (x, y, text), beside their marks; leaves out those that cover something or seem another mark's."""
     marks = axes.transData.transform([(x, y) for x, y, _ in labels] or np.empty((0, 2)))
     taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in marks]
     for number, (mark, (x, y, text)) in enumerate(zip(marks, labels, strict=True)):
         if any(text == labels[i][2] and np.hypot(*(mark - marks[i])) < 14 for i in range(number)):
-            continue
+            continue  # of equal texts at marks that are close to one another, the first is enough
         for right, up in ((6, 5), (6, -14), (-6, 5), (-6, -14)):
             side = "left" if right > 0 else "right"
             label = axes.annotate(text, (x, y), (right, up), textcoords="offset points", ha=side)
@@ -147,7 +132,7 @@ def to_svg(figure: Figure, salt: str) -> str:
     file = io.StringIO()
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": salt}):
         figure.savefig(file, format="svg")
-    svg = SUPERFLUOUS.sub("", file.getvalue()[file.getvalue().index("<svg") :])
+    svg = re.sub(SUPERFLUOUS, "", "<svg" + file.getvalue().partition("<svg")[2])
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
     return svg

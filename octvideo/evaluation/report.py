@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +31,8 @@ from octvideo.models.weights import read_checkpoint
 from octvideo.models.zoo import Alpha, set_alpha
 
 RESAMPLES = 10_000
-MISTAKES = 24  # shown for each run
-PAIRS = 20  # of confused classes shown
-BAD = 200  # videos shown
-NUMBERED_CLASSES = 20  # with more, the confusion matrix is a heat map without numbers
 LOSSES = {"train/loss_epoch": "training", "val/loss": "validation", "train/loss_step": "training, single steps"}
-CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (  # title, y axis, and the figures with their names
+CURVES: Sequence[tuple[str, str, dict[str, str]]] = (  # title, y axis, and the figures with their names
     ("Loss", "cross-entropy (nats)", LOSSES),
     ("Top-1 accuracy", "top-1 (%)", {"train/top1": "training", "val/top1": "validation"}),
     ("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
@@ -44,7 +41,6 @@ CURVES: tuple[tuple[str, str, dict[str, str]], ...] = (  # title, y axis, and th
 LOGGED = {name for _, _, names in CURVES for name in names}
 CURVE_POINTS = 300  # a longer curve is drawn as the means of that many parts
 Floats = NDArray[np.float64]
-Thumbnail = Callable[[str], bytes | str]
 
 
 class Accuracy(NamedTuple):
@@ -55,12 +51,9 @@ class Accuracy(NamedTuple):
 
 
 def bootstrap(outcomes: Floats) -> Accuracy:
-    """The mean of N >= 1 outcomes (right or wrong, or few other values in [0, 1]), and its bootstrap interval.
-
-    A resample of N videos is a draw from the multinomial distribution of how often each distinct outcome occurs in it.
-    """
+    """The mean of N >= 1 outcomes (right or wrong, or few other values in [0, 1]), and its bootstrap interval."""
     values, counts = np.unique(outcomes, return_counts=True)
-    number = len(outcomes)
+    number = len(outcomes)  # how often each value occurs in a resample is multinomial
     drawn = np.random.default_rng(0).multinomial(number, counts / number, RESAMPLES) @ values / number
     low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
     return Accuracy(float(outcomes.mean()), (low, high))
@@ -75,10 +68,10 @@ def wilson(right: int, number: int) -> Accuracy:
 
 
 class Curve(NamedTuple):
-    """A figure over a training: (N,) optimiser steps, rising, and (N,) values, all finite."""
+    """A figure over a training."""
 
-    steps: Floats
-    values: Floats
+    steps: Floats  # (N,) optimiser steps, rising
+    values: Floats  # (N,), all finite
 
 
 class Predictions(NamedTuple):
@@ -97,16 +90,15 @@ class Predictions(NamedTuple):
         if not self.paths:
             return {}
         ranks = (self.order == self.labels[:, None]).argmax(1)
-        found = {f"top{k}": bootstrap((ranks < k).astype(np.float64)) for k in (1, 5)}
-        for name, value in self.clips.items():
-            found[name] = Accuracy(value) if isinstance(value, float) else bootstrap(value)
-        return found
+        found = {f"top{k}": bootstrap((ranks < k) * 1.0) for k in (1, 5)}
+        clips = self.clips.items()
+        return found | {key: Accuracy(share) if isinstance(share, float) else bootstrap(share) for key, share in clips}
 
     def confusion(self) -> NDArray[np.int64]:
         """(C, C) numbers of videos: rows are their classes, columns the predicted ones."""
-        classes = len(self.names)
-        pairs = self.labels * classes + self.order[:, 0]
-        return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+        counts = np.zeros((len(self.names),) * 2, np.int64)
+        np.add.at(counts, (self.labels, self.order[:, 0]), 1)
+        return counts
 
     def mistakes(self) -> list[int]:
         """Indices of the wrongly predicted videos, the most confident first."""
@@ -148,18 +140,16 @@ def say_alpha(alpha: Alpha) -> str:
 
 
 def read_run(folder: Path, *, results: Path | None = None, checkpoint: Path | None = None) -> Run:
-    """Reads the folder of a run, which gives the run its name.
+    """Reads the folder of a run, which gives the run its name; raises UserError if there is nothing in it.
 
     Args:
-        results: folder of predictions.json and alphas.json; default: the run's own, or test in it.
+        results: folder of predictions.json and alphas.json; default: test in the run's folder, or that folder.
         checkpoint: the file that was tested; default: last.ckpt, or else best.ckpt, in the folder's checkpoints.
-
-    Raises:
-        UserError: there is nothing in it.
     """
     missing: list[str] = []
 
-    def attempt(path: Path | None, otherwise: str, read: Callable[[Path], Any]) -> Any:
+    def attempt(paths: Iterable[Path], otherwise: str, read: Callable[[Path], Any]) -> Any:
+        path = next((path for path in paths if path.exists()), None)
         try:
             if path is not None and (found := read(path)):
                 return found
@@ -168,20 +158,15 @@ def read_run(folder: Path, *, results: Path | None = None, checkpoint: Path | No
             missing.append(f"{path} cannot be read: {type(error).__name__}: {error}")
         return None
 
-    def first(*paths: Path) -> Path | None:
-        return next((path for path in paths if path.is_file()), None)
-
     folders = [folder / "test", folder] if results is None else [results]
-    checkpoint = checkpoint or first(*(folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")))
-    card = attempt(checkpoint, "There is no checkpoint, so the report does not describe the network.", _read_card)
-    predictions = attempt(
-        first(*(each / "predictions.json" for each in folders)),
-        "There is no predictions.json (`octvideo test` writes it), so the report has no videos and classes.",
-        partial(read_predictions, names=card and card.trained.labels),
-    )
-    rows = first(*(each / "alphas.json" for each in folders))
-    alphas = rows and attempt(rows, f"{rows} has no row with a video.", _read_alphas)
-    curves = attempt(folder, "There is no training log: neither metrics.csv nor a TensorBoard file.", read_curves)
+    files = [checkpoint] if checkpoint else [folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")]
+    card = attempt(files, "There is no checkpoint, so the report does not describe the network.", _read_card)
+    files = [each / "predictions.json" for each in folders]
+    lacks = "There is no predictions.json (`octvideo test` writes it), so the report has no videos and classes."
+    predictions = attempt(files, lacks, partial(read_predictions, names=card and card.trained.labels))
+    files = [each / "alphas.json" for each in folders if (each / "alphas.json").exists()]
+    alphas = files and attempt(files, f"{files[0]} has no row with a video.", _read_alphas)
+    curves = attempt([folder], "There is no training log: neither metrics.csv nor a TensorBoard file.", read_curves)
     if not (card or predictions or alphas or curves):
         raise UserError(f"{folder}: nothing to report on. {' '.join(missing)}")
     return Run(folder.resolve().name, predictions, alphas or (), curves or {}, card, missing)
@@ -190,8 +175,7 @@ def read_run(folder: Path, *, results: Path | None = None, checkpoint: Path | No
 def read_predictions(path: Path, names: Sequence[str] | None = None) -> Predictions:
     """Reads a predictions.json; `names` are for classes that it does not name, else they are class 0, class 1 ...
 
-    Raises:
-        UserError: scores, labels and class names that do not fit; ValueError, KeyError or TypeError: another file.
+    Raises UserError for scores, labels and class names that do not fit; ValueError, KeyError, TypeError for others.
     """
     results = json.loads(path.read_text("utf-8"))
     videos = results["videos"]
@@ -205,8 +189,8 @@ def read_predictions(path: Path, names: Sequence[str] | None = None) -> Predicti
         raise UserError(f"{len(names)} class names for {scores.shape[1]} scores")
     clips: dict[str, Floats | float] = {}
     for key in ("clip_top1", "clip_top5") if videos else ():
-        single = key in videos[0]
-        clips[key] = np.array([video[key] for video in videos], np.float64) if single else float(results[key])
+        shares = [video[key] for video in videos if key in videos[0]]
+        clips[key] = np.array(shares, np.float64) if shares else float(results[key])
     order = np.argsort(-scores, axis=1, kind="stable")
     bad = [(video["path"], video["reason"]) for video in results["bad"]]
     return Predictions([video["path"] for video in videos], labels, order, scores, clips, bad, list(names))
@@ -219,74 +203,59 @@ def _read_alphas(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_card(path: Path) -> Card:
-    trained, checkpoint = load_trained(path), read_checkpoint(path)
-    written = checkpoint["epoch"] + 1, checkpoint["global_step"], checkpoint["pytorch-lightning_version"]
+    trained, saved = load_trained(path), read_checkpoint(path)
+    written = saved["epoch"] + 1, saved["global_step"], saved["pytorch-lightning_version"]
     macs = count_macs(trained.network, trained.preprocessing.clip_size)
     return Card(path, trained, *written, count_parameters(trained.network), macs)
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """The figures of LOGGED that a run logged, from its metrics.csv or, without one, from TensorBoard's files.
-
-    A resumed run has several files of either kind: a later one counts from its first step on.
-    """
+    """The figures of LOGGED that a run logged, from its metrics.csv or, without one, from TensorBoard's files."""
     tables = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
     return _joined(map(_read_csv, tables)) or _joined(map(_read_events, sorted(folder.glob("events.out.tfevents.*"))))
 
 
 def _read_csv(path: Path) -> dict[str, list[tuple[float, float]]]:
-    found: dict[str, list[tuple[float, float]]] = {}
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                if name in LOGGED and text and row["step"]:
-                    found.setdefault(name, []).append((float(row["step"]), float(text)))
-    return found
+        rows = [row for row in csv.DictReader(file) if row["step"]]
+    return {key: [(float(row["step"]), float(row[key])) for row in rows if row.get(key)] for key in LOGGED}
 
 
 def _read_events(path: Path) -> dict[str, list[tuple[float, float]]]:
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})  # 0: all of them
     events.Reload()
-    names = [name for name in events.Tags()["scalars"] if name in LOGGED]
+    names = LOGGED.intersection(events.Tags()["scalars"])
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
 def _joined(parts: Iterable[Mapping[str, Sequence[tuple[float, float]]]]) -> dict[str, Curve]:
-    found: dict[str, list[tuple[float, float]]] = {}
-    for part in parts:
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in LOGGED}
+    for part in parts:  # a resumed run has several files: a later one counts from its first step on
         first = min((step for points in part.values() for step, _ in points), default=math.inf)
-        found = {name: [point for point in points if point[0] < first] for name, points in found.items()}
-        for name, points in part.items():
-            found[name] = found.get(name, []) + sorted(points)
+        for name, points in found.items():
+            found[name] = [point for point in points if point[0] < first] + sorted(part.get(name, ()))
     finite = {name: np.array([p for p in points if math.isfinite(p[1])]) for name, points in found.items()}
     return {name: Curve(*points.T) for name, points in finite.items() if len(points)}
 
 
 def measure(runs: Sequence[Run], *, rounds: int, device: str = "cpu") -> list[Run]:
-    """Times one clip through each run's network at its own alpha and at those it was tested at, all interleaved.
-
-    Returns:
-        The runs with seconds in their cards; unchanged if they have none, or if rounds is 0.
-    """
+    """The runs with seconds of one clip, at their own alpha and those of their tests, interleaved; 0 rounds: none."""
     calls: dict[tuple[int, str], Callable[[], Any]] = {}
     for index, run in enumerate(runs):
-        if run.card is None:
+        if run.card is None or rounds == 0:
             continue
-        trained = run.card.trained
-        network = trained.network.to(device)
+        trained, network = run.card.trained, run.card.trained.network.to(device)
         clip = torch.rand(1, *trained.preprocessing.clip_size, device=device)
         for alpha in (trained.options["alpha"], *(row["alpha"] for row in run.alphas)):
             shared = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
             other = set_alpha(copy.deepcopy(network, shared), alpha)
             calls.setdefault((index, say_alpha(alpha)), torch.inference_mode()(partial(other, clip)))
-    taken = time_interleaved([*calls.values()], rounds=rounds, warmup=2, device=device) if rounds and calls else []
+    taken = time_interleaved([*calls.values()], rounds=rounds, warmup=2, device=device) if calls else []
     seconds: list[dict[str, Sequence[float]]] = [{} for _ in runs]
-    for (index, alpha), values in zip(calls, taken, strict=False):
+    for (index, alpha), values in zip(calls, taken, strict=True):
         seconds[index][alpha] = values
-    return [
-        run if run.card is None else replace(run, card=replace(run.card, seconds=values))
-        for run, values in zip(runs, seconds, strict=True)
-    ]
+    cards = (run.card and replace(run.card, seconds=values) for run, values in zip(runs, seconds, strict=True))
+    return [replace(run, card=card) for run, card in zip(runs, cards, strict=True)]
 
 
 def _series(name: str, curve: Curve, scale: float = 1) -> Series:
@@ -302,8 +271,7 @@ def curve_charts(curves: Mapping[str, Curve]) -> list[Chart]:
     for title, y_axis, names in CURVES:
         percent = "(%)" in y_axis
         series = [_series(name, curves[key], 100 if percent else 1) for key, name in names.items() if key in curves]
-        if series:
-            charts.append(Chart(title, "optimiser step", y_axis, series, percent))
+        charts += [Chart(title, "optimiser step", y_axis, series, percent)] if series else []
     return charts
 
 
@@ -322,17 +290,16 @@ class Point(NamedTuple):
 def points_of(run: Run) -> list[Point]:
     """A point for each row of a run's alphas.json, and one for its predictions.json unless a row is the same test."""
     points = []
-    seconds: Mapping[str, Sequence[float]] = {} if run.card is None else run.card.seconds
-    own = "?" if run.card is None else say_alpha(run.card.trained.options["alpha"])
+    seconds: Mapping[str, Sequence[float]] = run.card.seconds if run.card else {}
+    own = say_alpha(run.card.trained.options["alpha"]) if run.card else "?"
     for row in run.alphas:
         alpha, videos = say_alpha(row["alpha"]), row["videos"]
         top1, top5 = (bootstrap((np.arange(videos) < round(row[key] * videos)) * 1.0) for key in ("top1", "top5"))
         name = f"{run.name}, {row['statistics']} statistics"
         points.append(Point(name, alpha, videos, top1, top5, row["gmacs"], seconds.get(alpha, ())))
-    same = any((say_alpha(row["alpha"]), row["statistics"]) == (own, "checkpoint") for row in run.alphas)
+    same = (f"{run.name}, checkpoint statistics", own) in (point[:2] for point in points)
     if run.predictions is not None and (found := run.predictions.accuracies()) and not same:
-        gmacs = None if run.card is None else run.card.macs / 1e9
-        videos = len(run.predictions.paths)
+        gmacs, videos = run.card.macs / 1e9 if run.card else None, len(run.predictions.paths)
         points.append(Point(run.name, own, videos, found["top1"], found["top5"], gmacs, seconds.get(own, ())))
     return points
 
@@ -342,34 +309,29 @@ def comparison_charts(runs: Sequence[Run], points: Sequence[Point]) -> list[Char
     arithmetic = [(point.gmacs, point) for point in points if point.gmacs is not None]
     times = [(1000 * statistics.median(point.seconds), point) for point in points if point.seconds]
     charts = []
-    for title, x_axis, costs in (
-        ("Accuracy over arithmetic", "GMACs of a clip", arithmetic),
-        ("Accuracy over time", "ms of a clip", times),
-    ):
+    for what, x_axis, costs in (("arithmetic", "GMACs of a clip", arithmetic), ("time", "ms of a clip", times)):
         series = []
         for name in dict.fromkeys(point.name for _, point in costs):
-            members = sorted((pair for pair in costs if pair[1].name == name), key=lambda pair: pair[0])
-            tops = [point.top1 for _, point in members]
-            intervals = [(100 * low, 100 * high) for top in tops if top.interval for low, high in [top.interval]]
-            labels = [f"\N{GREEK SMALL LETTER ALPHA} {point.alpha}" for _, point in members]
-            series.append(Series(name, [x for x, _ in members], [100 * top.mean for top in tops], intervals, labels))
+            x, members = zip(*sorted((pair for pair in costs if pair[1].name == name), key=itemgetter(0)), strict=True)
+            tops = [point.top1 for point in members]
+            intervals = [(100 * top.interval[0], 100 * top.interval[1]) for top in tops if top.interval]
+            labels = [f"\N{GREEK SMALL LETTER ALPHA} {point.alpha}" for point in members]
+            series.append(Series(name, list(x), [100 * top.mean for top in tops], intervals, labels))
         if series:
-            charts.append(Chart(title, x_axis, "video top-1 (%)", series, percent=True))
+            charts.append(Chart(f"Accuracy over {what}", x_axis, "video top-1 (%)", series, percent=True))
     lines = [_series(run.name, run.curves["val/top1"], 100) for run in runs if "val/top1" in run.curves]
-    if len(lines) > 1:
-        charts.append(Chart("Validation over training", "optimiser step", "top-1 (%)", lines, percent=True))
-    return charts
+    validation = Chart("Validation over training", "optimiser step", "top-1 (%)", lines, percent=True)
+    return [*charts, validation] if len(lines) > 1 else charts
 
 
 def class_rows(predictions: Predictions) -> list[dict[str, Any]]:
     """For each class its number, name, videos, accuracy (None without any), and (class, videos) most confused with."""
     rows = []
     for number, (name, row) in enumerate(zip(predictions.names, predictions.confusion(), strict=True)):
-        right, videos = int(row[number]), int(row.sum())
+        videos = int(row.sum())
+        accuracy = wilson(int(row[number]), videos) if videos else None
         row[number] = 0
-        worst = int(row.argmax())
-        accuracy = wilson(right, videos) if videos else None
-        confused = (predictions.names[worst], int(row[worst])) if row.any() else None
+        confused = (predictions.names[row.argmax()], int(row.max())) if row.any() else None
         rows.append({"number": number, "name": name, "videos": videos, "accuracy": accuracy, "confused": confused})
     return rows
 
@@ -379,7 +341,7 @@ def confused_pairs(predictions: Predictions) -> list[dict[str, Any]]:
     counts, names = predictions.confusion(), predictions.names
     totals = counts.sum(1)
     np.fill_diagonal(counts, 0)
-    rows, columns = np.unravel_index(np.argsort(-counts, axis=None, kind="stable")[:PAIRS], counts.shape)
+    rows, columns = np.unravel_index(np.argsort(-counts, axis=None, kind="stable")[:20], counts.shape)
     return [
         {"true": names[row], "predicted": names[column], "videos": int(videos), "share": videos / totals[row]}
         for row, column, videos in zip(rows, columns, counts[rows, columns], strict=True)
@@ -395,15 +357,7 @@ def say_milliseconds(seconds: Sequence[float]) -> str:
     return f"{median} ({low} to {high})"
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _sha256(text: str) -> str:
-    return _base64(hashlib.sha256(text.encode()).digest())
-
-
-def render(runs: Sequence[Run], thumbnail: Thumbnail, *, made: str, machine: str) -> str:
+def render(runs: Sequence[Run], thumbnail: Callable[[str], bytes | str], *, made: str, machine: str) -> str:
     """The page: HTML that refers to nothing outside itself, with everything that the runs name escaped.
 
     Args:
@@ -411,46 +365,32 @@ def render(runs: Sequence[Run], thumbnail: Thumbnail, *, made: str, machine: str
         made: when, and with which versions.
         machine: the one that measured the times, and how.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(alpha=say_alpha, milliseconds=say_milliseconds, base64=_base64, sha256=_sha256)
+    undefined = jinja2.StrictUndefined
+    environment = jinja2.Environment(autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"alpha": say_alpha, "milliseconds": say_milliseconds}
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    environment.filters["sha256"] = lambda text: hashlib.sha256(text.encode()).digest()
     points = [point for run in runs for point in points_of(run)]
     compared = len(runs) > 1 or any(run.alphas for run in runs)
     tests = {tuple(sorted(run.predictions.paths)) for run in runs if run.predictions is not None}
     html = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8")).render(
+        **{"made": made, "machine": machine, "compared": compared, "points": points},
         sections=[_section(run, thumbnail) for run in runs],
-        made=made,
-        machine=machine,
-        compared=compared,
-        points=points,
         charts=comparison_charts(runs, points) if compared else [],
         same_videos=len(tests) <= 1 and len({point.videos for point in points}) <= 1,
-        resamples=RESAMPLES,
-        curve_points=CURVE_POINTS,
-        most_bad=BAD,
+        **{"resamples": RESAMPLES, "curve_points": CURVE_POINTS, "most_bad": 200},
     )
     return html.encode(errors="replace").decode()  # names of files need not be text
 
 
-def _section(run: Run, thumbnail: Thumbnail) -> dict[str, Any]:
-    """The template's values for one run."""
-    section: dict[str, Any] = {
-        "run": run,
-        "charts": curve_charts(run.curves),
-        "thinned": any(len(curve.steps) > CURVE_POINTS for curve in run.curves.values()),
-        "tested": None,
-    }
-    if run.predictions is None or not run.predictions.paths:
+def _section(run: Run, thumbnail: Callable[[str], bytes | str]) -> dict[str, Any]:
+    tested = run.predictions if run.predictions is not None and run.predictions.paths else None
+    thinned = any(len(curve.steps) > CURVE_POINTS for curve in run.curves.values())
+    section: dict[str, Any] = {"run": run, "charts": curve_charts(run.curves), "thinned": thinned, "tested": tested}
+    if tested is None:
         return section
-    counts, mistakes = run.predictions.confusion(), run.predictions.mistakes()
-    return section | {
-        "tested": run.predictions,
-        "accuracies": run.predictions.accuracies(),
-        "wrong": len(mistakes),
-        "confusion": counts,
-        "heat": None if len(counts) <= NUMBERED_CLASSES else to_svg(draw_heat_map(counts), salt=run.name),
-        "pairs": confused_pairs(run.predictions),
-        "classes": class_rows(run.predictions),
-        "pictures": [(index, thumbnail(run.predictions.paths[index])) for index in mistakes[:MISTAKES]],
-    }
+    counts, mistakes = tested.confusion(), tested.mistakes()
+    heat = to_svg(draw_heat_map(counts), salt=run.name) if len(counts) > 20 else None  # fewer are a table of numbers
+    pictures = [(index, thumbnail(tested.paths[index])) for index in mistakes[:24]]
+    section |= {"accuracies": tested.accuracies(), "pairs": confused_pairs(tested), "classes": class_rows(tested)}
+    return section | {"wrong": len(mistakes), "confusion": counts, "heat": heat, "pictures": pictures}
