@@ -104,7 +104,7 @@ class OctaveOptions:
 
 
 class _Plan(NamedTuple):
-    """What a layer's arguments settle."""
+    """Everything that a layer's arguments settle."""
 
     paths: Paths  # between octaves, of one group
     kernel: Kernel  # between plain Tensors, with the spatial stride

@@ -331,12 +331,10 @@ def _adaptive(func: Function, input: Octaves, output_size: Any, return_indices: 
     return join_by_parts(high, low, input.parts, 1)
 
 
-def _interpolate(
-    func: Function, input: Octaves, size: Any = None, scale_factor: Any = None, **kwargs: Any
-) -> Octaves | Tensor:
+def _interpolate(func: Function, input: Octaves, size: Any = None, scale_factor: Any = None, **kwargs: Any) -> Any:
     """Resizes each map: to a size (the low one to half of it, rounded up), or by a factor."""
     if set(input.factors) == {1}:  # nothing says which dimensions of the result would be halved
-        return func(input.merge(), size, scale_factor, **kwargs)  # type: ignore[no-any-return]
+        return func(input.merge(), size, scale_factor, **kwargs)
     resize = _on_no_channels(func)
     high = resize(input.high, size, scale_factor, **kwargs)
     half = halved(high.shape[2:], input.factors)

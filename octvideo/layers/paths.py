@@ -140,7 +140,8 @@ class Paths:
             dtype = torch.get_autocast_dtype(kind)  # cast here, so that the gradient of the casts is autograd's
             inputs = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in inputs]
         with _without_autocast(kind):
-            return _OwnGradient.apply(self, parts, *inputs)  # type: ignore[no-any-return]
+            maps: tuple[Tensor, Tensor] = _OwnGradient.apply(self, parts, *inputs)
+        return maps
 
     def _has_own_gradient(self, high: Tensor, low: Tensor, weight: Tensor) -> bool:
         """Whether gradients are wanted that `_OwnGradient` knows of; autograd makes the others."""
