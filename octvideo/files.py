@@ -1,7 +1,5 @@
 """Files that appear whole or not at all, however a program ends; checksums of checkpoints; locks."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

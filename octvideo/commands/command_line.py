@@ -131,7 +131,9 @@ class CommandLine(LightningCLI):
             what = f"{path}: no such file" if isinstance(error, FileNotFoundError) else error
             raise UserError(f"{option} {what}") from error
         options, given = self.config["model"], {word.split("=")[0] for word in self.words}
-        for key, value in (checkpoint.options | {key: checkpoint.recorded[key] for key in ("mean", "std")}).items():
+        for key, value in (
+            checkpoint.options | {key: getattr(checkpoint.preprocessing, key) for key in ("mean", "std")}
+        ).items():
             if f"--model.{key}" not in given and options[key] != value:
                 print(f"model.{key} {value} taken from the checkpoint (config says {options[key]})")
                 options[key] = value

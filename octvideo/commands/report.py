@@ -10,8 +10,6 @@ videos in predictions.json are relative to the current folder.
 Exit status: 0 written; 2 a mistake in the command, or a folder with nothing to report on.
 """
 
-from __future__ import annotations
-
 import platform
 import time
 from collections.abc import Sequence

@@ -28,8 +28,6 @@ Exit status: 0 if all runs are there; 1 if some failed; 2 for a mistake in the c
 when the training under way has been saved.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -16,8 +16,6 @@ statistics and with statistics re-estimated on training clips at that alpha, pri
 checkpoint's model.downsample: a network trained with octaves needs --model.downsample pool there.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from argparse import SUPPRESS

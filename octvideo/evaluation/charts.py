@@ -1,7 +1,5 @@
 """The report's charts, drawn by matplotlib as SVG that goes into the page and takes its colours from the page's CSS."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Sequence

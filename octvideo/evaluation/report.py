@@ -1,7 +1,5 @@
 """The report of tested runs: one HTML file with curves, accuracies, mistakes and cost that loads nothing else."""
 
-from __future__ import annotations
-
 import base64
 import copy
 import csv

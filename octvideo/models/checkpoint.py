@@ -1,7 +1,5 @@
 """Checkpoints that training wrote: the only place that knows what is in them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a network costs: multiply-adds, parameters, seconds."""
 
-from __future__ import annotations
-
 import copy
 import os
 import platform

@@ -1,7 +1,5 @@
 """The form of a network for inference: batch norms folded into the convolutions before them."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections import Counter, defaultdict

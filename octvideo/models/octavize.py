@@ -1,7 +1,5 @@
 """Turn the convolutions of any network into octave convolutions, in place, and report what changed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace

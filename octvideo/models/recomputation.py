@@ -1,7 +1,5 @@
 """Activation checkpointing: residual blocks keep only their input for the backward pass, and compute the rest again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any

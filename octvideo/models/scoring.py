@@ -1,7 +1,5 @@
 """Scores of clips, which validation, testing and prediction average over a video's views."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

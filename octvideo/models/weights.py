@@ -1,7 +1,5 @@
 """Load weights into a network, whoever trained them: names are translated, image weights inflated."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import re

@@ -1,7 +1,5 @@
 """The zoo: pytorchvideo's networks for video recognition, octavized."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
