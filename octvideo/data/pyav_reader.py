@@ -109,15 +109,13 @@ class PyAvReader(Reader):
         guessed = self._container.format.name == "mpeg"  # a program stream has no header that says how long it is
         if self._stream.duration is not None and not guessed:
             return fps, self._stream.duration * self._time_base
-        # The container's duration counts its sound too and, in Matroska, the time before the first frame: read the
-        # timestamps from the last key frame on, or all of them, without decoding.
+        # The container's duration counts sound too and, in Matroska, the time before the first frame: read timestamps.
         with decode_errors(self.path, *READING_ERRORS):
-            if not guessed:
-                self._seek((self._container.duration or 0) / av.time_base)
-            last, count = self._read_timestamps()
-            if last <= 0 and not guessed:  # nothing comes after a jump to the end, or there are no true timestamps
-                self._restart()
+            for start in (None,) if guessed else ((self._container.duration or 0) / av.time_base, None):
+                self._seek(start)
                 last, count = self._read_timestamps()
+                if last > 0:  # else nothing comes after a jump to the end, or there are no true timestamps
+                    break
         self._unordered = last <= 0 and count > 1
         return fps, last + 1 / fps if last > 0 and not guessed else max(1, count) / fps
 
@@ -126,10 +124,6 @@ class PyAvReader(Reader):
         packets = [(packet.pts, packet.size) for packet in packets_of(self._container, self._stream)]
         last = max((pts for pts, _ in packets if pts is not None), default=self._start_time)
         return max(0.0, (last - self._start_time) * self._time_base), sum(size > 0 for _, size in packets)
-
-    def _restart(self) -> None:
-        self.close()  # a seek to time 0 does not always lead to the start of the file
-        self._open()
 
     def read(self, times: Times, short_side: int | None) -> list[Image]:
         # Key frames are seldom further apart than 10 seconds: a longer gap is worth a seek.
@@ -232,10 +226,7 @@ class PyAvReader(Reader):
     def frames_from(self, seconds: float) -> Iterator[tuple[float, av.VideoFrame]]:
         """Decodes (seconds, frame) from the last key frame that is not after the given time; at least one frame."""
         for start in (None if self._counted else seconds, None):
-            if start is None:
-                self._restart()
-            else:
-                self._seek(start)
+            self._seek(start)
             counted, step, found = self._counted, max(1, round(1 / (self.fps * self._time_base))), False
             for count, (time, frame) in enumerate(decode_all(self._container, self._stream, step)):
                 self.frames_decoded += 1
@@ -248,17 +239,19 @@ class PyAvReader(Reader):
                 return
         raise UnreadableError(self.path, "no frame could be decoded")
 
-    def _seek(self, seconds: float) -> None:
-        """Goes to the last key frame that is not after the time, or to the start of a file that cannot seek."""
-        if self.known is not None and len(self.known.keyframe_seconds) > 0:
-            row = int(np.searchsorted(self.known.keyframe_seconds, seconds + ROUNDING_SECONDS, "right")) - 1
-            # In files that were cut, a key frame that is not shown comes before the first in the index.
-            seconds = float(self.known.keyframe_seconds[row]) if row >= 0 else seconds
-        self._stream.codec_context.skip_frame = "DEFAULT"
-        try:
-            self._container.seek(round(seconds / self._time_base) + self._start_time, stream=self._stream)
-        except av.error.FFmpegError:
-            self._restart()
+    def _seek(self, seconds: float | None) -> None:
+        """Goes to the last key frame that is not after the time; to the start for None, or where that fails."""
+        with contextlib.suppress(av.error.FFmpegError):
+            if seconds is not None:
+                if self.known is not None and len(self.known.keyframe_seconds) > 0:
+                    row = int(np.searchsorted(self.known.keyframe_seconds, seconds + ROUNDING_SECONDS, "right")) - 1
+                    # In files that were cut, a key frame that is not shown comes before the first in the index.
+                    seconds = float(self.known.keyframe_seconds[row]) if row >= 0 else seconds
+                self._stream.codec_context.skip_frame = "DEFAULT"
+                self._container.seek(round(seconds / self._time_base) + self._start_time, stream=self._stream)
+                return
+        self.close()  # a seek to time 0 does not always lead to the start
+        self._open()
 
     def close(self) -> None:
         self._container.close()
