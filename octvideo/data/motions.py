@@ -23,8 +23,7 @@ def movement(name: str, rng: np.random.Generator) -> NDArray[np.float64]:
     """The path of a sprite of a class: FRAMES rows of (x, y, angle, radius) in pixels and radians.
 
     All four start anywhere in their ranges. The class decides which one changes, in which direction; beyond one end of
-    its range it goes on from the other. So in every class each frame alone shows a sprite anywhere, at any angle and
-    size.
+    its range it goes on from the other. So each frame alone shows a sprite anywhere, at any angle and size.
     """
     quantity, direction = CLASSES.index(name) // 2, DIRECTIONS[CLASSES.index(name)]
     periods = np.array([SIZE, SIZE, 2 * np.pi, np.log(RADIUS_RANGE)])
@@ -86,16 +85,14 @@ def make_data_set(folder: Path, num_train: int = 480, num_val: int = 160, seed: 
         print(f"{folder} is complete: {num_train} training and {num_val} validation videos")
         return
     done.unlink(missing_ok=True)
-    videos: list[tuple[str, str, tuple[int, int, int]]] = []  # file, class, seed
     for split, (part, count) in enumerate((("train", num_train), ("val", num_val))):
         (folder / part).mkdir(parents=True, exist_ok=True)
-        names = [CLASSES[index % len(CLASSES)] for index in range(count)]
-        videos += [(f"{part}/{name}_{index:05d}.mp4", name, (seed, split, index)) for index, name in enumerate(names)]
-    for file, name, chosen in track(videos, "making videos"):
-        rng = np.random.default_rng(chosen)
-        write_video(folder / file, draw(movement(name, rng), rng), FPS)
-    for part in ("train", "val"):
-        lines = [f"{file} {CLASSES.index(name)}\n" for file, name, _ in videos if file.startswith(part)]
+        lines = []
+        for index in track(range(count), f"making {part} videos"):
+            label, rng = index % len(CLASSES), np.random.default_rng((seed, split, index))
+            file = f"{part}/{CLASSES[label]}_{index:05d}.mp4"
+            write_video(folder / file, draw(movement(CLASSES[label], rng), rng), FPS)
+            lines.append(f"{file} {label}\n")
         (folder / f"{part}.csv").write_text("".join(lines))
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     done.write_text(json.dumps(settings))
