@@ -26,8 +26,7 @@ class BatchAugmentation:
     the first video's seed. They are drawn on the CPU; devices may differ in how they round resized pixels.
 
     Args:
-        crop_size: crop a random part of each clip and scale it to this height and width, in pixels; None keeps clips
-            as they are.
+        crop_size: crop a random part of each clip and scale it to this height and width, in pixels; default: no crop.
         crop_scale: least and most share of the clip's area in that crop, in (0, 1].
         crop_ratio: least and most ratio of its width to its height.
         mirror_probability: of flipping a clip left to right; 0 where left and right are classes.
@@ -72,8 +71,8 @@ class BatchAugmentation:
     def _each(self) -> v2.Transform | None:
         crop = self.crop_size and v2.RandomResizedCrop(self.crop_size, self.crop_scale, self.crop_ratio)
         mirror = self.mirror_probability and v2.RandomHorizontalFlip(self.mirror_probability)
-        layers, magnitude = self.rand_augment_layers, self.rand_augment_magnitude
-        colours = layers and v2.RandAugment(layers, magnitude, fill=GREY)
+        layers = self.rand_augment_layers
+        colours = layers and v2.RandAugment(layers, self.rand_augment_magnitude, fill=GREY)
         erasing = self.erase_probability and v2.RandomErasing(self.erase_probability, value=GREY)
         each = [transform for transform in (crop, mirror, colours, erasing) if transform]
         return v2.Compose(each) if each else None

@@ -107,8 +107,8 @@ class TrainingClips(Dataset[Sample]):
             except (DecodeError, HungError) as error:
                 bad.append(BadVideo(path, error.reason))
                 video = int(np.random.default_rng(seed).integers(len(videos.paths)))
-        before = f"(and the {REPLACEMENTS - 1} videos tried before it cannot be decoded either)"
-        raise DecodeError(path, f"{bad[-1].reason} {before}")
+        reason = f"{bad[-1].reason} (and the {REPLACEMENTS - 1} videos tried before it cannot be decoded either)"
+        raise DecodeError(path, reason)
 
     def _clips(self, job: tuple[int, tuple[int, ...], ClipShape]) -> NDArray[np.uint8]:
         index, seed, shape = job
@@ -158,10 +158,10 @@ class TestViews(Dataset[Sample]):
 
     def _clips(self, index: int) -> NDArray[np.uint8]:
         """The clips (num_clips, T, H, W, C) of a video, not yet cropped."""
-        sampling, num_clips = self.decoding.sampling, self.num_clips
+        sampling, count = self.decoding.sampling, self.num_clips
         with self.decoding.open(index) as video:
             length = video.num_frames, video.fps
-            numbers = sampling.centre_clip(*length) if num_clips == 1 else sampling.dense_clips(*length, num_clips)
+            numbers = sampling.centre_clip(*length) if count == 1 else sampling.dense_clips(*length, count)
             if self.shuffle_frames:
                 numbers = np.random.default_rng((self.seed, index)).permuted(numbers, axis=1)
             return np.stack([np.stack(clip) for clip in clips_of(video, numbers, self.short_side)])

@@ -36,12 +36,11 @@ def write_index(folder: str | os.PathLike[str], videos: Mapping[str, IndexedVide
     names = _hashes(videos)
     order = np.argsort(names)
     assert (np.diff(names[order]) > 0).all(), "two paths have one 64-bit hash"
-    values = list(videos.values())
+    values, scalars = list(videos.values()), ("frames", "fps", "duration_seconds", "bytes", "mtime_ns")
     known = [values[row] for row in order]
-    fields = ("frames", "fps", "duration_seconds", "bytes", "mtime_ns")
-    scalars = [[getattr(video, field) for video in known] for field in fields]
     keyframes = np.concatenate([np.empty(0), *(video.keyframe_seconds for video in known)])
-    columns = (names[order], *scalars, np.cumsum([len(video.keyframe_seconds) for video in known]), keyframes)
+    ends = np.cumsum([len(video.keyframe_seconds) for video in known])
+    columns = (names[order], *([getattr(video, name) for video in known] for name in scalars), ends, keyframes)
     parts = [np.asarray(column).astype(dtype).tobytes() for column, dtype in zip(columns, COLUMNS, strict=True)]
     with appearing(Path(folder) / FILE) as partial:
         partial.write_bytes(b"".join([MAGIC, np.array([len(known), len(keyframes)], "<i8").tobytes(), *parts]))

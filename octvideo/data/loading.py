@@ -89,13 +89,11 @@ class TrainingBatches(Sampler[list[Draw]]):
         return batches if self.limit is None else min(batches, self.limit)
 
     def __len__(self) -> int:
-        """Batches of the whole epoch, even when resumed in the middle: Lightning counts like this."""
-        return self.batches_in(self.sampler.epoch)
+        return self.batches_in(self.sampler.epoch)  # even when resumed in the middle: Lightning counts like this
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, draws = self.sampler.epoch, iter(self.sampler)
-        shapes = itertools.cycle(self.shapes(epoch))
-        for number, shape in zip(range(self.batches_in(epoch)), shapes, strict=False):
+        for number, shape in zip(range(self.batches_in(epoch)), itertools.cycle(self.shapes(epoch)), strict=False):
             batch = [draw._replace(shape=shape) for draw in itertools.islice(draws, self.num_videos * shape.factor)]
             if epoch != self.start[0] or number >= self.start[1]:
                 yield batch

@@ -197,7 +197,6 @@ class VideoData(LightningDataModule):
         return self._shapes(epoch)[-1].factor
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augments training batches, on the device."""
         if self.augmentation is None or self.trainer is None or not self.trainer.training:
             return batch
         augmentation, side, full = self.augmentation, batch.clips.shape[-1], self.preprocessing.crop_size
@@ -208,11 +207,9 @@ class VideoData(LightningDataModule):
         return batch._replace(clips=clips, labels=labels)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
-        """The centre view of every validation video; nothing without a validation list."""
         return self._views("val_list", 1, 1) if self.lists["val_list"] is not None else []
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """All views of every test video."""
         return self._views("test_list", self.test_clips, self.test_crops, self.shuffle_test_frames)
 
     def _views(self, name: str, num_clips: int, num_crops: int, shuffle: bool = False) -> DataLoader[Sample]:

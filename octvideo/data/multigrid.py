@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from octvideo.errors import UserError
 
-# Share of the frames, share of the side, and how many times as many clips a batch has.
+# Shares of the frames and of the side (of the long cycle's side), and how many times as many clips a batch has.
 LONG_CYCLE = ((1 / 4, math.sqrt(1 / 2), 8), (1 / 2, math.sqrt(1 / 2), 4), (1 / 2, 1.0, 2), (1.0, 1.0, 1))
-# Share of the long cycle's side, and how many times as many clips as there.
 SHORT_CYCLE = ((1 / 2, 4), (math.sqrt(1 / 2), 2), (1.0, 1))
 
 
@@ -27,8 +26,7 @@ class ClipShape(NamedTuple):
 class Multigrid:
     """Clips that start small and grow, in batches that shrink as much (Wu et al., CVPR 2020, arXiv 1912.00998).
 
-    A clip keeps its window of time: half as many frames lie twice as far apart. Sides are multiples of 8, and at least
-    32. The last epoch, validation and testing have the full shape.
+    A clip keeps its window of time: half as many frames lie twice as far apart. Sides are multiples of 8 from 32 on.
 
     Args:
         long_cycle: shapes that change with the epochs: (1/4 of the frames, 1/sqrt(2) of the side, 8 times the clips),
@@ -66,8 +64,8 @@ class Multigrid:
         """A shape with a share of the frames and of the side; UserError for frames that cannot be divided."""
         multiple, window = self.frames_multiple, full.clip_frames * full.frame_stride
         if full.clip_frames % multiple:
-            wanted = f"a multiple of data.multigrid.frames_multiple {multiple}"
-            raise UserError(f"data.clip_frames must be {wanted}, got {full.clip_frames}")
+            wanted = f"a multiple of data.multigrid.frames_multiple {multiple}, got {full.clip_frames}"
+            raise UserError(f"data.clip_frames must be {wanted}")
         frames = min(full.clip_frames, max(2, multiple, multiple * round(full.clip_frames * frames_share / multiple)))
         if window % frames:
             clip = f"data.clip_frames {full.clip_frames} x data.frame_stride {full.frame_stride}: change one of them"

@@ -19,12 +19,11 @@ class Preprocessing:
     Args:
         clip_frames: frames in a clip.
         frame_stride: length of a clip's window in frames, for each frame taken; about every n-th frame is.
-        sampling: protocol that says where clips start and which frames they take: slowfast, pytorchvideo, mmaction, or
-            uniform (over the whole video); `octvideo.data.sampling.Sampling` has their rules.
-        target_fps: frame rate that windows are counted in, so that clips last equally long in all videos; null: each
-            video's own.
-        short_videos: how clips fill up when the video ends first: hold (the last frame), loop, spread; default: as the
-            protocol's project does.
+        sampling: where clips start and which frames they take: slowfast, pytorchvideo, mmaction, or uniform; `Sampling`
+            in `octvideo.data.sampling` has their rules.
+        target_fps: frame rate that windows are counted in, so that clips last equally long; null: each video's own.
+        short_videos: how clips fill up when the video ends first: hold (the last frame), loop, spread; default: the
+            protocol's own way.
         crop_size: height and width of a training clip, in pixels.
         short_side: least and most pixels that the shorter side is scaled to before a training crop.
         mirror: flip half of the training clips left to right; turn it off where left and right are classes.

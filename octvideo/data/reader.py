@@ -49,8 +49,7 @@ class Reader(ABC):
     frames_decoded: int | None = None  # so far; None where a backend does not tell
 
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
-        self.path = path
-        self.known = known
+        self.path, self.known = path, known
         self._scaler = VideoReformatter()  # one for all frames: setting it up takes longer than scaling a small frame
         self._first_size: tuple[int, int] | None = None
 

@@ -13,12 +13,7 @@ ROUNDING = 1e-6  # frames; a position this little below a whole frame is that fr
 ProtocolName = Literal["slowfast", "pytorchvideo", "mmaction", "uniform"]
 ShortVideos = Literal["hold", "loop", "spread"]
 # How each protocol fills up the clips of short videos; those of uniform are never too short.
-PROTOCOLS: dict[str, ShortVideos] = {
-    "slowfast": "hold",
-    "pytorchvideo": "spread",
-    "mmaction": "loop",
-    "uniform": "hold",
-}
+PROTOCOLS = {"slowfast": "hold", "pytorchvideo": "spread", "mmaction": "loop", "uniform": "hold"}
 
 
 @dataclass(frozen=True)
@@ -44,10 +39,9 @@ class Sampling:
     starts at d / 2; for mmaction and uniform it is the test clip of n = 1. With `target_fps`, mmaction takes
     start + floor(linspace(0, w - 1, f)), and its test clips start at floor(d / (n - 1)) * i.
 
-    Sources: slowfast, datasets/decoder.py of facebookresearch/SlowFast. pytorchvideo, its release 0.1.5:
-    RandomClipSampler and ConstantClipsPerVideoSampler (unreleased code has d * i / (n - 1)), EncodedVideo.get_clip,
-    uniform_temporal_subsample. mmaction, SampleFrames of open-mmlab/mmaction2 1.x. uniform, the segments of TSN (Wang
-    et al., ECCV 2016). Where a product is a whole number, their floating-point types may round it down; ours do not.
+    Sources: slowfast, datasets/decoder.py of facebookresearch/SlowFast. pytorchvideo 0.1.5 (unreleased code has
+    d * i / (n - 1)). mmaction, SampleFrames of open-mmlab/mmaction2 1.x. uniform, the segments of TSN (Wang et al.,
+    ECCV 2016). Where a product is a whole number, their floating-point types may round it down; ours do not.
 
     Methods give frame numbers from 0 to num_frames - 1, ascending in each clip unless looped, and raise UserError for
     numbers out of range. The fps of a video matter only with a target_fps.

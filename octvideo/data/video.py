@@ -100,7 +100,6 @@ class Video(contextlib.AbstractContextManager["Video"]):
                 failed.close()
 
     def close(self) -> None:
-        """Closes the file."""
         self._reader.close()
 
     def __exit__(self, *_: object) -> None:

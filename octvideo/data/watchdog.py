@@ -46,10 +46,9 @@ def still_alive() -> None:
 class Watchdog(Generic[Argument, Result]):
     """Calls a function in another process, and kills that process where a call takes too long.
 
-    A decoder that hangs in native code holds the interpreter, so no signal handler or thread can end it. The process is
-    a fork of whichever process calls first, so data loaders can send a Watchdog to their workers; it stays for the next
-    call. A fork has no threads: the function must not use locks that other threads may hold, nor a library that has
-    started threads in the parent, as decord does when first used. Results and errors are pickled.
+    A decoder that hangs in native code holds the interpreter, so no signal handler or thread can end it. The process, a
+    fork of the one that calls first, stays for the next call. It has no other threads: the function must not use locks
+    that they may hold, nor a library that has started threads in the parent, as decord does when first used.
 
     A call may take timeout_seconds, or go on so long without `still_alive()`, from when the process takes it up. With
     None, or where the platform cannot fork, the function is called directly, unwatched.
