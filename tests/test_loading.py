@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from octvideo.data import loading
 from octvideo.data.clips import NO_VIDEO, BadVideo, Draw, Sample
-from octvideo.data.loading import EpochSampler, Loader, TrainingBatches, TrainingLoader, collate
+from octvideo.data.loading import EpochSampler, Loader, TrainingBatches, collate
 from octvideo.data.multigrid import ClipShape
 
 
@@ -60,9 +60,7 @@ def test_one_epoch_starts_where_it_was_left_and_all_others_are_whole():
 def test_the_epoch_may_be_set_until_the_first_batch_is_asked_for(numbered_video):
     sampler = EpochSampler(3, 0, True)
     batches = TrainingBatches(sampler, 1, lambda epoch: [ClipShape(4, 3, 32, (32, 48))])
-    loader = TrainingLoader(
-        training(decoding(*[numbered_video] * 3)), batch_sampler=batches, collate_fn=collate, num_workers=1
-    )
+    loader = Loader(training(decoding(*[numbered_video] * 3)), batch_sampler=batches, collate_fn=collate, num_workers=1)
     iterator = iter(loader)
     sampler.set_epoch(5)
     assert [batch.turns for batch in iterator] == [[(5, 0)], [(5, 1)], [(5, 2)]]

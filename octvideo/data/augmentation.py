@@ -1,7 +1,5 @@
 """Augmentation of whole batches of clips, on their device."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,24 +12,21 @@ from torchvision.transforms import v2
 from octvideo.errors import UserError
 
 GREY = 115.0  # erased and uncovered pixels: the networks' mean of .45, so zero after normalisation
-_MIXING, _CLIP = 0, 1  # two kinds of random choices from one seed
 
 
 @dataclass(frozen=True)
 class BatchAugmentation:
     """Random crops, flips, colours, erasing and mixing by torchvision's transforms, the same for all frames of a clip.
 
-    In this order: resized crop, mirror, RandAugment, erasing, then mixing. All are off by default. The operations of
-    RandAugment that look at pixels (Contrast, AutoContrast and Equalize) do so frame by frame. Mixing joins each video,
-    view by view, with the one before it in the batch, the first with the last, and rounds pixels to whole levels.
+    In this order: resized crop, mirror, RandAugment, erasing, then mixing; all are off by default. RandAugment's
+    Contrast, AutoContrast and Equalize look at pixels frame by frame. Mixing joins each video, view by view, with the
+    one before it in the batch, the first with the last, and rounds pixels to whole levels.
 
-    Every choice derives from the seeds given with a batch: for a clip from its own video's seed and its view number,
-    for the batch (mixup or cutmix, how much, where) from the first video's. They are drawn on the CPU for any device;
-    the process's random generators neither matter nor change. Devices may differ in how they round resized pixels.
+    Choices derive from the batch's seeds alone: for a clip from its video's seed and its view number, for mixing from
+    the first video's seed. They are drawn on the CPU; devices may differ in how they round resized pixels.
 
     Args:
-        crop_size: crop a random part of each clip and scale it to this height and width, in pixels; None keeps clips
-            as they are.
+        crop_size: crop a random part of each clip and scale it to this height and width, in pixels; default: no crop.
         crop_scale: least and most share of the clip's area in that crop, in (0, 1].
         crop_ratio: least and most ratio of its width to its height.
         mirror_probability: of flipping a clip left to right; 0 where left and right are classes.
@@ -42,9 +37,6 @@ class BatchAugmentation:
         cutmix_alpha: paste a rectangle of one into the other, its size drawn likewise (Yun et al., ICCV 2019). With
             mixup as well, each batch gets one of the two, both equally often.
         num_classes: number of classes, which mixed labels need (set by model.num_classes).
-
-    Raises:
-        UserError: a number out of range.
     """
 
     crop_size: int | None = None
@@ -77,42 +69,29 @@ class BatchAugmentation:
 
     @cached_property
     def _each(self) -> v2.Transform | None:
-        each: list[v2.Transform] = []
-        if self.crop_size is not None:
-            each.append(v2.RandomResizedCrop(self.crop_size, self.crop_scale, self.crop_ratio))
-        if self.mirror_probability > 0:
-            each.append(v2.RandomHorizontalFlip(self.mirror_probability))
-        if self.rand_augment_layers > 0:
-            each.append(v2.RandAugment(self.rand_augment_layers, self.rand_augment_magnitude, fill=GREY))
-        if self.erase_probability > 0:
-            each.append(v2.RandomErasing(self.erase_probability, value=GREY))
+        crop = self.crop_size and v2.RandomResizedCrop(self.crop_size, self.crop_scale, self.crop_ratio)
+        mirror = self.mirror_probability and v2.RandomHorizontalFlip(self.mirror_probability)
+        layers = self.rand_augment_layers
+        colours = layers and v2.RandAugment(layers, self.rand_augment_magnitude, fill=GREY)
+        erasing = self.erase_probability and v2.RandomErasing(self.erase_probability, value=GREY)
+        each = [transform for transform in (crop, mirror, colours, erasing) if transform]
         return v2.Compose(each) if each else None
 
     @cached_property
     def _mixing(self) -> v2.Transform | None:
         if (self.mixup_alpha > 0 or self.cutmix_alpha > 0) and (self.num_classes is None or self.num_classes < 1):
             raise UserError(f"mixup_alpha and cutmix_alpha need num_classes of at least 1, got {self.num_classes}")
-        mixing: list[v2.Transform] = []
-        if self.mixup_alpha > 0:  # v2.MixUp multiplies in place, which uint8 cannot
-            mixup = v2.MixUp(alpha=self.mixup_alpha, num_classes=self.num_classes)
-            mixing.append(v2.Compose([v2.ToDtype(torch.float32), mixup]))
-        if self.cutmix_alpha > 0:
-            mixing.append(v2.CutMix(alpha=self.cutmix_alpha, num_classes=self.num_classes))
+        mixup = self.mixup_alpha and v2.MixUp(alpha=self.mixup_alpha, num_classes=self.num_classes)
+        cutmix = self.cutmix_alpha and v2.CutMix(alpha=self.cutmix_alpha, num_classes=self.num_classes)
+        in_float = mixup and v2.Compose([v2.ToDtype(torch.float32), mixup])  # it multiplies in place, unlike uint8
+        mixing = [transform for transform in (in_float, cutmix) if transform]
         return v2.RandomChoice(mixing) if mixing else None
 
     def __call__(self, clips: Tensor, labels: Tensor, seeds: Sequence[int | tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        """Augments a batch; the given tensors stay unchanged.
+        """Augments clips (B, V, C, T, H, W) uint8 of B videos with labels (B,) int64; these tensors stay unchanged.
 
-        Args:
-            clips: (B, V, C, T, H, W) uint8, V clips of each of B videos, on any device.
-            labels: (B,) int64 class numbers.
-            seeds: B seeds, each a number from 0 or a tuple of such, for example (seed, epoch, position).
-
-        Returns:
-            Clips, of crop_size if there is one, and labels: as given, or after mixing (B, num_classes) float32 shares.
-
-        Raises:
-            UserError: clips, labels or seeds of another form, or mixing without num_classes.
+        Each video has a seed: a number from 0 or a tuple of such, for example (seed, epoch, position). After mixing,
+        labels are (B, num_classes) float32 shares. Raises UserError for other shapes, or mixing without num_classes.
         """
         if clips.dim() != 6 or clips.dtype != torch.uint8 or clips.numel() == 0:
             raise UserError(f"expected clips (B, V, C, T, H, W) of uint8, got {tuple(clips.shape)} of {clips.dtype}")
@@ -124,17 +103,17 @@ class BatchAugmentation:
                 augmented = []
                 for seed, views in zip(seeds, clips, strict=True):
                     for view, clip in enumerate(views):
-                        _seed(seed, _CLIP, view)
+                        _seed(seed, 1, view)
                         augmented.append(self._each(clip.transpose(0, 1)).transpose(0, 1))  # images are (T, C, H, W)
                 clips = torch.stack(augmented).unflatten(0, clips.shape[:2])
             if self._mixing is not None:
-                _seed(seeds[0], _MIXING)
+                _seed(seeds[0], 0)
                 mixed, labels = self._mixing(clips.flatten(1, 3), labels)  # (B, V * C * T, H, W): whole videos
                 clips = mixed.round().to(torch.uint8).view_as(clips)
         return clips, labels
 
 
 def _seed(seed: int | tuple[int, ...], *purpose: int) -> None:
-    """Seeds the CPU's generator, and no other device's, as torch.manual_seed would."""
+    """Seeds the CPU's generator alone; torch.manual_seed would seed other devices' too."""
     state = np.random.SeedSequence(seed, spawn_key=purpose).generate_state(1, np.uint64)
     torch.default_generator.manual_seed(int(state[0]))

@@ -1,10 +1,7 @@
 """Data sets: random clips of videos for training, evenly spread views for testing."""
 
-from __future__ import annotations
-
-import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import NamedTuple
 
@@ -20,7 +17,7 @@ from octvideo.data.multigrid import ClipShape
 from octvideo.data.reader import Backend, Image
 from octvideo.data.sampling import Sampling, even_crops, random_crop
 from octvideo.data.video import Video
-from octvideo.data.watchdog import Argument, HungError, Result, Watchdog
+from octvideo.data.watchdog import HungError, Watchdog
 from octvideo.errors import DecodeError
 
 NO_VIDEO = -1
@@ -66,36 +63,26 @@ class Decoding(NamedTuple):
     def open(self, index: int) -> Video:
         """Opens a video of the list, with what is known of it unless the file has changed since."""
         path, known = self.videos.paths[index], None
-        if self.known is not None and self.rows is not None and self.rows[index] >= 0:
-            video = self.known[int(self.rows[index])]
-            with contextlib.suppress(OSError):
-                status = os.stat(path)
-                if status.st_size == video.bytes and video.mtime_ns in (0, status.st_mtime_ns):
-                    known = video
+        if self.known is not None and self.rows is not None and self.rows[index] >= 0 and os.path.exists(path):
+            video, found = self.known[int(self.rows[index])], os.stat(path)
+            known = video if found.st_size == video.bytes and video.mtime_ns in (0, found.st_mtime_ns) else None
         return Video(path, self.backend, known=known)
-
-    def watched(self, read: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
-        """The function, called in a process that is killed if it hangs; then it raises HungError."""
-        return read if self.timeout_seconds is None else Watchdog(read, self.timeout_seconds)
 
 
 def clips_of(video: Video, frame_numbers: NDArray[np.int64], short_side: int) -> list[list[Image]]:
-    """Decodes clips in one pass: V lists of T images (H, W, 3), the shorter side scaled to `short_side` pixels.
+    """Decodes, in one pass, V clips of T images (H, W, 3), the shorter side scaled to `short_side` pixels.
 
     Each of the (V, T) frame numbers, at the average frame rate, stands for the middle of the time that it is shown.
-    Errors are those of `Video.frames_at`.
     """
-    images = video.images_at((frame_numbers.ravel() + np.float64(0.5)) / video.fps, short_side)
-    clip_frames = frame_numbers.shape[1]
-    return [images[start : start + clip_frames] for start in range(0, len(images), clip_frames)]
+    images = iter(video.images_at((frame_numbers.ravel() + np.float64(0.5)) / video.fps, short_side))
+    return [[next(images) for _ in clip] for clip in frame_numbers]
 
 
 @dataclass(eq=False)
 class TrainingClips(Dataset[Sample]):
-    """Random clips of a shape: start, short side and crop are random, and half of the clips are mirrored.
+    """Random clips: start, short side and crop are random, half are mirrored, and bad videos are named and replaced.
 
-    The num_clips of a video come from one pass of decoding, with one short side (repeated augmentation, Hoffer et al.,
-    CVPR 2020). A video that cannot be decoded is named in the sample, and replaced by another one.
+    The num_clips of a video come from one pass of decoding (repeated augmentation, Hoffer et al., CVPR 2020).
     """
 
     decoding: Decoding
@@ -106,10 +93,7 @@ class TrainingClips(Dataset[Sample]):
     num_clips: int = 1
 
     def __post_init__(self) -> None:
-        self._read_clips = self.decoding.watched(self._clips)
-
-    def __len__(self) -> int:
-        return len(self.decoding.videos.paths)
+        self._read_clips = Watchdog(self._clips, self.decoding.timeout_seconds)
 
     def __getitem__(self, draw: Draw) -> Sample:
         """Clips (num_clips, C, T, H, W), of the draw's shape if it has one; DecodeError after 10 bad videos."""
@@ -121,33 +105,29 @@ class TrainingClips(Dataset[Sample]):
                 clips = torch.from_numpy(self._read_clips((video, seed, draw.shape or self.shape)))
                 return Sample(clips, int(videos.labels[video]), path, bad, draw)
             except (DecodeError, HungError) as error:
-                bad.append(_bad(path, error))
-                video = int(np.random.default_rng(seed).integers(len(self)))
-        others = f"(and the {REPLACEMENTS - 1} videos tried before it cannot be decoded either)"
-        raise DecodeError(bad[-1].path, f"{bad[-1].reason} {others}")
+                bad.append(BadVideo(path, error.reason))
+                video = int(np.random.default_rng(seed).integers(len(videos.paths)))
+        reason = f"{bad[-1].reason} (and the {REPLACEMENTS - 1} videos tried before it cannot be decoded either)"
+        raise DecodeError(path, reason)
 
     def _clips(self, job: tuple[int, tuple[int, ...], ClipShape]) -> NDArray[np.uint8]:
         index, seed, shape = job
-        rng, (least, most) = np.random.default_rng(seed), shape.short_side
+        rng, (least, most), size = np.random.default_rng(seed), shape.short_side, shape.crop_size
         sampling = replace(self.decoding.sampling, clip_frames=shape.clip_frames, frame_stride=shape.frame_stride)
         with self.decoding.open(index) as video:
             numbers = sampling.train_clips(video.num_frames, video.fps, self.num_clips, rng)
             clips = clips_of(video, numbers, int(rng.integers(least, most + 1)))
-        cropped = []
-        for clip in clips:
-            height, width = clip[0].shape[:2]
-            crop = random_crop(height, width, shape.crop_size, rng)
-            cropped.append(cut(clip, crop, shape.crop_size, mirror=self.mirror and rng.random() < 0.5))
-        return np.stack(cropped)
+        height, width, _ = clips[0][0].shape
+        crops = ((random_crop(height, width, size, rng), self.mirror and rng.random() < 0.5) for _ in clips)
+        return np.stack([cut(clip, crop, size, mirror) for clip, (crop, mirror) in zip(clips, crops, strict=True)])
 
 
 @dataclass(eq=False)
 class TestViews(Dataset[Sample]):
     """All views of each video: the protocol's test clips, times crops spread evenly along the longer side.
 
-    The views of a video come from one pass of decoding; a single clip is the centre clip. A video that cannot be
-    decoded is named, never replaced. With shuffle_frames each clip's frames are in a random order of the seed: a
-    control that tells whether a network uses time.
+    A single clip is the centre clip. Bad videos are named, never replaced. With shuffle_frames each clip's frames are
+    in a random order of the seed: a control that tells whether a network uses time.
     """
 
     __test__ = False  # not one of pytest's tests
@@ -161,10 +141,7 @@ class TestViews(Dataset[Sample]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._read_clips = self.decoding.watched(self._clips)
-
-    def __len__(self) -> int:
-        return len(self.decoding.videos.paths)
+        self._read_clips = Watchdog(self._clips, self.decoding.timeout_seconds)
 
     def __getitem__(self, draw: Draw) -> Sample:
         """All clips (num_clips * num_crops, C, T, H, W) of a video, or None and the reason."""
@@ -174,24 +151,20 @@ class TestViews(Dataset[Sample]):
         try:
             clips = self._read_clips(draw.video)
         except (DecodeError, HungError) as error:
-            return Sample(None, label, path, [_bad(path, error)], draw)
+            return Sample(None, label, path, [BadVideo(path, error.reason)], draw)
         crops = even_crops(clips.shape[2], clips.shape[3], self.crop_size, self.num_crops)
         views = [cut(clip, crop, self.crop_size) for clip in clips for crop in crops]
         return Sample(torch.from_numpy(np.stack(views)), label, path, [], draw)
 
     def _clips(self, index: int) -> NDArray[np.uint8]:
         """The clips (num_clips, T, H, W, C) of a video, not yet cropped."""
-        sampling, num_clips = self.decoding.sampling, self.num_clips
+        sampling, count = self.decoding.sampling, self.num_clips
         with self.decoding.open(index) as video:
             length = video.num_frames, video.fps
-            numbers = sampling.centre_clip(*length) if num_clips == 1 else sampling.dense_clips(*length, num_clips)
+            numbers = sampling.centre_clip(*length) if count == 1 else sampling.dense_clips(*length, count)
             if self.shuffle_frames:
                 numbers = np.random.default_rng((self.seed, index)).permuted(numbers, axis=1)
             return np.stack([np.stack(clip) for clip in clips_of(video, numbers, self.short_side)])
-
-
-def _bad(path: str, error: DecodeError | HungError) -> BadVideo:
-    return BadVideo(path, error.reason if isinstance(error, DecodeError) else str(error))
 
 
 def cut(frames: Iterable[Image], crop: tuple[int, int], size: int, mirror: bool = False) -> NDArray[np.uint8]:

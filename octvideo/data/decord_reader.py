@@ -1,7 +1,5 @@
 """Reading through decord, if it is installed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 
@@ -33,10 +31,9 @@ class DecordReader(Reader):
             starts = np.arange(len(starts)) / self.fps
         self._starts = starts - starts[0]
         self._end_seconds = float(self._starts[-1]) + 1 / self.fps
-        self.duration_seconds = known.duration_seconds if known is not None else self._end_seconds
+        self.duration_seconds = known.duration_seconds if known else self._end_seconds
 
     def read(self, times: Times, short_side: int | None) -> Sequence[Image]:
-        """The frame shown at each of the times."""
         shown = np.searchsorted(self._starts, times + ROUNDING_SECONDS, "right") - 1
         if shown[-1] == len(self._starts) - 1:
             self._check_end(self._end_seconds, times[-1])

@@ -1,7 +1,5 @@
 """The index of a data set: what is known of every video before it is opened, in one file that processes share."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -15,31 +13,22 @@ from octvideo.errors import IndexFileError
 from octvideo.files import appearing
 
 FILE = "index.bin"
-# The file: MAGIC, the numbers of videos and of all key frames, and columns: names as hashes in ascending order, frames,
-# fps, durations, bytes, mtimes, and ends of the videos' parts of the last one, the seconds of all key frames.
+# MAGIC, the numbers of videos and of all key frames, and columns: names as hashes in ascending order, frames, fps,
+# durations, bytes, mtimes, and ends of the videos' parts of the last one, the seconds of all key frames.
 MAGIC = b"octvideo index 2"
 COLUMNS = ("<u8", "<i8", "<f8", "<f8", "<i8", "<i8", "<i8", "<f8")
 HEADER_BYTES = len(MAGIC) + 16
 
 
 class IndexedVideo(NamedTuple):
-    """What is known of a video.
+    """What is known of a video; a file of another size or mtime is not the one that was indexed."""
 
-    Args:
-        frames: number of frames that can be decoded.
-        fps: average frame rate, in frames per second.
-        duration_seconds: from the start of the first frame to the end of the last one.
-        keyframe_seconds: when its K key frames are shown, in seconds from the first frame, ascending.
-        bytes: size of the file; a file of another size is not the one that was indexed.
-        mtime_ns: st_mtime_ns of the file, whose change tells the same; 0 for files that `prepare` has written.
-    """
-
-    frames: int
-    fps: float
-    duration_seconds: float
-    keyframe_seconds: NDArray[np.float64]
+    frames: int  # that can be decoded
+    fps: float  # average frames per second
+    duration_seconds: float  # from the start of the first frame to the end of the last one
+    keyframe_seconds: NDArray[np.float64]  # when key frames are shown, from the first frame on, ascending
     bytes: int
-    mtime_ns: int = 0
+    mtime_ns: int = 0  # the file's st_mtime_ns; 0 for files that `prepare` has written
 
 
 def write_index(folder: str | os.PathLike[str], videos: Mapping[str, IndexedVideo]) -> None:
@@ -47,30 +36,18 @@ def write_index(folder: str | os.PathLike[str], videos: Mapping[str, IndexedVide
     names = _hashes(videos)
     order = np.argsort(names)
     assert (np.diff(names[order]) > 0).all(), "two paths have one 64-bit hash"
-    values = list(videos.values())
+    values, scalars = list(videos.values()), ("frames", "fps", "duration_seconds", "bytes", "mtime_ns")
     known = [values[row] for row in order]
-    columns = (
-        names[order],
-        [video.frames for video in known],
-        [video.fps for video in known],
-        [video.duration_seconds for video in known],
-        [video.bytes for video in known],
-        [video.mtime_ns for video in known],
-        np.cumsum([len(video.keyframe_seconds) for video in known], dtype="<i8"),
-        np.concatenate([np.empty(0), *(video.keyframe_seconds for video in known)]),
-    )
+    keyframes = np.concatenate([np.empty(0), *(video.keyframe_seconds for video in known)])
+    ends = np.cumsum([len(video.keyframe_seconds) for video in known])
+    columns = (names[order], *([getattr(video, name) for video in known] for name in scalars), ends, keyframes)
     parts = [np.asarray(column).astype(dtype).tobytes() for column, dtype in zip(columns, COLUMNS, strict=True)]
-    header = MAGIC + np.array([len(known), len(columns[-1])], "<i8").tobytes()
     with appearing(Path(folder) / FILE) as partial:
-        partial.write_bytes(header + b"".join(parts))
+        partial.write_bytes(b"".join([MAGIC, np.array([len(known), len(keyframes)], "<i8").tobytes(), *parts]))
 
 
 class VideoIndex:
-    """An index file, mapped into memory: processes share it, and a look-up touches a few pages whatever its length.
-
-    Raises:
-        IndexFileError: the file is missing, truncated, or of another version.
-    """
+    """An index file, mapped into memory: processes share it, and a look-up touches a few pages whatever its length."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -79,14 +56,13 @@ class VideoIndex:
         except (OSError, ValueError) as error:  # numpy refuses to map an empty file
             raise IndexFileError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
         sizes = data[len(MAGIC) : HEADER_BYTES].view("<i8") if len(data) >= HEADER_BYTES else (0, 0)
-        count, keyframes = int(sizes[0]), int(sizes[1])
-        ends = count * np.arange(1, len(COLUMNS))  # of all columns but the last, in numbers of eight bytes
-        if data[: len(MAGIC)].tobytes() != MAGIC or len(data) != HEADER_BYTES + 8 * (ends[-1] + keyframes):
+        ends = int(sizes[0]) * np.arange(1, len(COLUMNS))  # of all columns but the last, in numbers of eight bytes
+        if data[: len(MAGIC)].tobytes() != MAGIC or len(data) != HEADER_BYTES + 8 * (ends[-1] + int(sizes[1])):
             raise IndexFileError(f"{path}: not a complete index of this version; run tools/prepare_data.py again")
         columns = np.split(np.asarray(data[HEADER_BYTES:]).view("<i8"), ends)
         self._columns = [column.view(dtype) for column, dtype in zip(columns, COLUMNS, strict=True)]
 
-    def __reduce__(self) -> tuple[type[VideoIndex], tuple[Path]]:
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
         return type(self), (self.path,)  # another process maps the file anew
 
     def __len__(self) -> int:
@@ -102,8 +78,8 @@ class VideoIndex:
         if not 0 <= row < len(self):
             raise IndexError(f"row must be 0 to {len(self) - 1}, got {row}")
         _, frames, fps, seconds, size, mtime_ns, end = (column[row].item() for column in self._columns[:-1])
-        start = int(self._columns[-2][row - 1]) if row else 0
-        return IndexedVideo(frames, fps, seconds, self._columns[-1][start:end], size, mtime_ns)
+        keyframes = self._columns[-1][int(self._columns[-2][row - 1]) if row else 0 : end]
+        return IndexedVideo(frames, fps, seconds, keyframes, size, mtime_ns)
 
 
 def _hashes(paths: Iterable[str]) -> NDArray[np.uint64]:

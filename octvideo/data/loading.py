@@ -1,7 +1,5 @@
 """From data sets to batches: which process makes which samples, in which order, and how they are joined."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +28,8 @@ class Batch(NamedTuple):
 def collate(samples: Sequence[Sample]) -> Batch:
     """Joins the good samples; the bad ones are named in `bad`."""
     good = [sample for sample in samples if sample.clips is not None]
-    # PyTorch's own function stacks straight into shared memory in a worker.
-    clips = default_collate([sample.clips for sample in good]) if good else torch.empty(0)
-    return Batch(
-        clips,
+    return Batch(  # default_collate stacks straight into shared memory in a worker
+        default_collate([sample.clips for sample in good]) if good else torch.empty(0),
         torch.tensor([sample.label for sample in good], dtype=torch.int64),
         [sample.path for sample in good],
         [bad for sample in samples for bad in sample.bad],
@@ -57,7 +53,6 @@ class EpochSampler(Sampler[Draw]):
     epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -75,8 +70,7 @@ class EpochSampler(Sampler[Draw]):
 class TrainingBatches(Sampler[list[Draw]]):
     """The full batches of an epoch; the rest is dropped.
 
-    Resuming in the middle of an epoch is arithmetic, as a batch is a list of positions: no worker has a state to
-    restore, and no video is decoded to be skipped, which is why torchdata's StatefulDataLoader is not needed.
+    A batch is a list of positions, so resuming in the middle of an epoch is arithmetic and decodes nothing to skip it.
     """
 
     sampler: EpochSampler
@@ -95,26 +89,25 @@ class TrainingBatches(Sampler[list[Draw]]):
         return batches if self.limit is None else min(batches, self.limit)
 
     def __len__(self) -> int:
-        """Batches of the whole epoch, even when resumed in the middle: Lightning counts like this."""
-        return self.batches_in(self.sampler.epoch)
+        return self.batches_in(self.sampler.epoch)  # even when resumed in the middle: Lightning counts like this
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, draws = self.sampler.epoch, iter(self.sampler)
-        shapes = itertools.cycle(self.shapes(epoch))
-        for number, shape in enumerate(itertools.islice(shapes, self.batches_in(epoch))):
+        for number, shape in zip(range(self.batches_in(epoch)), itertools.cycle(self.shapes(epoch)), strict=False):
             batch = [draw._replace(shape=shape) for draw in itertools.islice(draws, self.num_videos * shape.factor)]
             if epoch != self.start[0] or number >= self.start[1]:
                 yield batch
 
 
 class Loader(DataLoader[Sample]):
-    """A loader that forks its workers while no other thread of this process is busy.
+    """A loader for Lightning, which decodes nothing and forks no worker before the first batch is asked for.
 
-    torch.distributed's threads register with the interpreter when they finish their work. A fork at that moment leaves
-    the worker a lock that nobody will release (CPython up to 3.11 deletes the other threads' states before it renews
-    the lock), and the training waits for that worker for ever. So the threads get time to finish before the fork.
+    Lightning starts to iterate before it tells the sampler the epoch. It takes a loader with a state for one that can
+    resume in the middle of an epoch; TrainingBatches can, so this state is empty.
     """
 
+    # A thread of torch.distributed that finishes its work during a fork would leave the worker a lock that nobody
+    # releases (CPython up to 3.11), and training would wait for that worker for ever. So the threads get time first.
     QUIET_SECONDS = 0.2
 
     def _get_iterator(self) -> Any:
@@ -122,21 +115,11 @@ class Loader(DataLoader[Sample]):
             time.sleep(self.QUIET_SECONDS)
         return super()._get_iterator()
 
-
-class TrainingLoader(Loader):
-    """A loader of TrainingBatches, for Lightning: it decodes nothing before the first batch is asked for.
-
-    Lightning starts to iterate before it tells the sampler the epoch, and twice where it makes a loader for each epoch.
-    It takes a loader with a state for one that can resume in the middle of an epoch. This one can, by the start of its
-    TrainingBatches, so its own state is empty.
-    """
-
     def __iter__(self) -> Any:  # an Iterator[Batch]
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes nothing."""
+        pass

@@ -1,23 +1,20 @@
 """The Lightning data module: from list files to batches."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from octvideo.data.augmentation import BatchAugmentation
 from octvideo.data.clips import Decoding, Sample, TestViews, TrainingClips
 from octvideo.data.index import FILE, VideoIndex
 from octvideo.data.lists import Paths, VideoList, read_class_names, read_list
-from octvideo.data.loading import Batch, EpochSampler, Loader, TrainingBatches, TrainingLoader, collate
+from octvideo.data.loading import Batch, EpochSampler, Loader, TrainingBatches, collate
 from octvideo.data.multigrid import LONG_CYCLE, ClipShape, Multigrid, share_of_side
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.data.reader import Backend
@@ -55,10 +52,6 @@ class VideoData(LightningDataModule):
         decode_timeout_seconds: a video whose decoding takes longer is bad; null waits for ever.
         seed: of all random choices (set by seed_everything).
         preprocessing: the options of `Preprocessing`, except mean and std, which are the model's.
-
-    Raises:
-        ListError: a list file or file of labels that is missing, has a wrong line or does not fit num_classes.
-        UserError: a number out of range.
     """
 
     def __init__(
@@ -88,22 +81,13 @@ class VideoData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list or val_list}
-        self.root = root
-        self.separator = separator
-        self.header = header
-        self.num_classes = num_classes
-        self.test_clips = test_clips
-        self.test_crops = test_crops
+        self.root, self.separator, self.header, self.num_classes = root, separator, header, num_classes
+        self.test_clips, self.test_crops, self.shuffle_test_frames = test_clips, test_crops, shuffle_test_frames
         self.augmentation = augmentation and dataclasses.replace(augmentation, num_classes=num_classes)
-        self.multigrid = multigrid
-        self.shuffle_test_frames = shuffle_test_frames
-        self.clips_per_video = clips_per_video
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.prefetch_batches = prefetch_batches
-        self.backend = backend
-        self.decode_timeout_seconds = decode_timeout_seconds
-        self.seed = seed
+        self.multigrid, self.seed = multigrid, seed
+        self.clips_per_video, self.batch_size = clips_per_video, batch_size
+        self.num_workers, self.prefetch_batches = num_workers, prefetch_batches
+        self.backend, self.decode_timeout_seconds = backend, decode_timeout_seconds
         try:  # pixels are normalised by the model: jsonargparse makes options of all arguments but those named here
             self.preprocessing = clips = Preprocessing(**preprocessing, mean=0, std=1)
         except UserError as error:
@@ -135,14 +119,10 @@ class VideoData(LightningDataModule):
                 self.multigrid.scaled(self._full_shape, *stage)
 
     def setup(self, stage: str) -> None:
-        """A run starts at its beginning, unless a checkpoint is loaded after this."""
-        self._position = None
+        self._position = None  # a run starts at its beginning, unless a checkpoint is loaded after this
 
     def state_dict(self) -> dict[str, Any]:
-        """Class names (None if unknown), preprocessing, and in training the position: the epoch and its batches so far.
-
-        The end of an epoch is the next one's start. What `_dealt` says must be the same when resuming within an epoch.
-        """
+        """Class names, preprocessing, and in training the position; the end of an epoch is the next one's start."""
         preprocessing = dataclasses.asdict(self.preprocessing)
         del preprocessing["mean"], preprocessing["std"]
         state = {"labels": self.labels, "preprocessing": preprocessing}
@@ -173,20 +153,15 @@ class VideoData(LightningDataModule):
             if not os.path.isfile(path):
                 raise ListError(f"{path} does not exist: expected {looks} FILE (its paths start from --data.root DIR)")
             listed = read_list(path, separator=self.separator, header=self.header, num_classes=self.num_classes)
-            index = Path(path).parent / FILE
-            known = VideoIndex(index) if index.is_file() else None
+            known = VideoIndex(index) if (index := Path(path).parent / FILE).is_file() else None
             rows = None if known is None else known.rows(listed.paths)
             videos = listed._replace(paths=Paths(os.path.join(self.root or "", video) for video in listed.paths))
-            sampler, timeout_seconds = self.preprocessing.sampler, self.decode_timeout_seconds
-            self._read[name] = Decoding(videos, sampler, self.backend, timeout_seconds, known, rows)
+            how = self.preprocessing.sampler, self.backend, self.decode_timeout_seconds
+            self._read[name] = Decoding(videos, *how, known, rows)
         return self._read[name]
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Batches of `batch_size` random clips, from the checkpoint's position on; an incomplete last one is dropped.
-
-        Raises:
-            UserError: not one whole batch, or resumed mid-epoch with another batch size, world size or list.
-        """
+        """Batches of `batch_size` random clips, from the checkpoint's position on, without an incomplete one."""
         position = self._position or {"epoch": 0, "batches": 0}
         if position["batches"] and position["dealt"] != (dealt := self._dealt(position["epoch"])):
             raise UserError(
@@ -195,38 +170,33 @@ class VideoData(LightningDataModule):
                 "an epoch, trainer.devices x num_nodes x data.batch_size / clips_per_video, accumulated batches, "
                 "train_list, multigrid and seed_everything must stay; from an epoch's end all of them may change"
             )
-        batches = self._batches(self.seed, self._shapes, start=(position["epoch"], position["batches"]))
-        batches.sampler.set_epoch(max(position["epoch"], self.trainer.current_epoch if self.trainer is not None else 0))
-        for epoch in range(1 if self.trainer is None else max(1, self.trainer.max_epochs or 1)):
+        batches = self._batches(start=(position["epoch"], position["batches"]))
+        sampler = batches.sampler
+        sampler.set_epoch(max(position["epoch"], getattr(self.trainer, "current_epoch", 0)))
+        for epoch in range(max(1, getattr(self.trainer, "max_epochs", None) or 1)):
             if batches.batches_in(epoch) < 1:
                 raise ListError(
-                    f"{self.lists['train_list']}: {batches.sampler.num_videos} videos for {batches.sampler.world_size} "
-                    f"processes are fewer than one batch of {batches.sizes(epoch)[0]} each: lower --data.batch_size"
+                    f"{self.lists['train_list']}: {sampler.num_videos} videos for {sampler.world_size} processes are "
+                    f"fewer than one batch of {batches.sizes(epoch)[0]} each: lower --data.batch_size"
                 )
-        # With multigrid a loader serves a single epoch.
-        options = self._loading(persistent_workers=self.multigrid is None)
-        return TrainingLoader(self._clips(self.seed), batch_sampler=batches, **options)
+        return self._training_loader(batches, persistent=self.multigrid is None)  # else one loader an epoch
 
     def statistics_dataloader(self, epoch: int, num_batches: int) -> DataLoader[Sample]:
-        """Batches of the full shape to measure batch-norm statistics on, with an order and clips of their own.
-
-        There are num_batches of them in this process, at most a whole epoch; they need no trainer.
-        """
-        seed = int(np.random.SeedSequence(self.seed, spawn_key=(1,)).generate_state(1)[0])
-        batches = self._batches(seed, lambda epoch: [self._full_shape], limit=num_batches)
+        """At most `num_batches` of the full shape, to measure batch-norm statistics on; order and clips are new."""
+        batches = dataclasses.replace(self._batches(limit=num_batches), shapes=lambda epoch: [self._full_shape])
+        batches.sampler.seed = int(np.random.SeedSequence(self.seed, spawn_key=(1,)).generate_state(1)[0])
         batches.sampler.set_epoch(epoch)
-        return Loader(self._clips(seed), batch_sampler=batches, **self._loading(persistent_workers=False))
+        return self._training_loader(batches, persistent=False)
 
     def batches_in_epoch(self, epoch: int) -> int:
-        """Training batches of the epoch in each process; it matters which epoch only with multigrid."""
-        return self._batches(self.seed, self._shapes).batches_in(epoch)
+        """Training batches of the epoch in each process."""
+        return self._batches().batches_in(epoch)
 
     def batch_factor(self, epoch: int) -> int:
         """How many times larger batches and learning rate are in this epoch of multigrid's long cycle; else 1."""
         return self._shapes(epoch)[-1].factor
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Augments training batches, on the device."""
         if self.augmentation is None or self.trainer is None or not self.trainer.training:
             return batch
         augmentation, side, full = self.augmentation, batch.clips.shape[-1], self.preprocessing.crop_size
@@ -237,65 +207,54 @@ class VideoData(LightningDataModule):
         return batch._replace(clips=clips, labels=labels)
 
     def val_dataloader(self) -> DataLoader[Sample] | list[DataLoader[Sample]]:
-        """The centre view of every validation video; nothing without a validation list."""
         return self._views("val_list", 1, 1) if self.lists["val_list"] is not None else []
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """All views of every test video."""
-        shuffling = {"shuffle_frames": self.shuffle_test_frames, "seed": self.seed}
-        return self._views("test_list", self.test_clips, self.test_crops, **shuffling)
+        return self._views("test_list", self.test_clips, self.test_crops, self.shuffle_test_frames)
 
-    def _views(self, name: str, num_clips: int, num_crops: int, **shuffling: Any) -> DataLoader[Sample]:
+    def _views(self, name: str, num_clips: int, num_crops: int, shuffle: bool = False) -> DataLoader[Sample]:
         size = self.preprocessing.test_crop_size
-        views = TestViews(
-            self._decoding(name), crop_size=size, short_side=size, num_clips=num_clips, num_crops=num_crops, **shuffling
-        )
+        options: dict[str, Any] = {"crop_size": size, "short_side": size, "shuffle_frames": shuffle, "seed": self.seed}
+        views = TestViews(self._decoding(name), num_clips=num_clips, num_crops=num_crops, **options)
         together = max(1, 30 // (num_clips * num_crops))  # videos in a batch of about 30 views
-        sampler = self._sampler(name, self.seed, shuffle=False)
-        return Loader(views, together, sampler=sampler, **self._loading(persistent_workers=True))
+        return self._loader(views, batch_size=together, sampler=self._sampler(name, shuffle=False))
 
     def _shapes(self, epoch: int) -> list[ClipShape]:
-        if self.multigrid is None:
-            return [self._full_shape]
-        return self.multigrid.shapes(self._full_shape, epoch, None if self.trainer is None else self.trainer.max_epochs)
+        full, max_epochs = self._full_shape, getattr(self.trainer, "max_epochs", None)
+        return [full] if self.multigrid is None else self.multigrid.shapes(full, epoch, max_epochs)
 
-    def _batches(self, seed: int, shapes: Callable[[int], Sequence[ClipShape]], **options: Any) -> TrainingBatches:
-        sampler = self._sampler("train_list", seed, shuffle=True)
-        return TrainingBatches(sampler, self.batch_size // self.clips_per_video, shapes, **options)
+    def _batches(self, **options: Any) -> TrainingBatches:
+        sampler = self._sampler("train_list", shuffle=True)
+        return TrainingBatches(sampler, self.batch_size // self.clips_per_video, self._shapes, **options)
 
     def _dealt(self, epoch: int) -> dict[str, Any]:
         """What must stay the same for the number of an epoch's batches to say which videos they had."""
-        batches = self._batches(self.seed, self._shapes)
+        batches = self._batches()
         return {
             "videos": batches.sampler.num_videos,
             "videos_a_batch": [size * batches.sampler.world_size for size in batches.sizes(epoch)],
-            "accumulated": 1 if self.trainer is None else self.trainer.accumulate_grad_batches,
+            "accumulated": getattr(self.trainer, "accumulate_grad_batches", 1),
             "seed": self.seed,
         }
 
-    def _clips(self, seed: int) -> TrainingClips:
-        mirror, decoding = self.preprocessing.mirror, self._decoding("train_list")
-        return TrainingClips(decoding, self._full_shape, mirror=mirror, seed=seed, num_clips=self.clips_per_video)
+    def _sampler(self, name: str, shuffle: bool) -> EpochSampler:
+        processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
+        return EpochSampler(len(self.read(name).paths), self.seed, shuffle, *processes)
 
-    def _sampler(self, name: str, seed: int, shuffle: bool) -> EpochSampler:
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        return EpochSampler(len(self.read(name).paths), seed, shuffle, rank, world_size)
+    def _training_loader(self, batches: TrainingBatches, persistent: bool) -> DataLoader[Sample]:
+        mirror, seed, num_clips = self.preprocessing.mirror, batches.sampler.seed, self.clips_per_video
+        decoding, shape = self._decoding("train_list"), self._full_shape
+        clips = TrainingClips(decoding, shape, mirror=mirror, seed=seed, num_clips=num_clips)
+        return self._loader(clips, persistent, batch_sampler=batches)
 
-    def _loading(self, persistent_workers: bool) -> dict[str, Any]:
-        """Options of all loaders."""
-        return {
-            "collate_fn": collate,
-            "worker_init_fn": outlive_signals,
-            "num_workers": self.num_workers,
-            "persistent_workers": persistent_workers and self.num_workers > 0,
-            "prefetch_factor": self.prefetch_batches if self.num_workers > 0 else None,
-            "pin_memory": torch.cuda.is_available(),
-        }
+    def _loader(self, clips: Dataset[Sample], persistent: bool = True, **options: Any) -> DataLoader[Sample]:
+        if self.num_workers > 0:
+            options |= {"persistent_workers": persistent, "prefetch_factor": self.prefetch_batches}
+        options |= {"num_workers": self.num_workers, "worker_init_fn": outlive_signals}
+        return Loader(clips, collate_fn=collate, pin_memory=torch.cuda.is_available(), **options)
 
 
 def _describe(dealt: dict[str, Any]) -> str:
-    sizes = " and ".join(map(str, dealt["videos_a_batch"]))
-    return (
-        f"{dealt['videos']} videos, {sizes} a batch over all processes, {dealt['accumulated']} batches a step, in the "
-        f"order of seed {dealt['seed']}"
-    )
+    sizes = f"{' and '.join(map(str, dealt['videos_a_batch']))} a batch over all processes"
+    order = f", in the order of seed {dealt['seed']}"
+    return f"{dealt['videos']} videos, {sizes}, {dealt['accumulated']} batches a step{order}"

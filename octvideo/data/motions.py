@@ -1,7 +1,5 @@
 """The motions data set: made videos of eight movements, which no single frame tells apart."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -24,16 +22,14 @@ LEAST_RADIUS, RADIUS_RANGE = 13.0, 2.2  # pixels; the largest is 2.2 times the l
 def movement(name: str, rng: np.random.Generator) -> NDArray[np.float64]:
     """The path of a sprite of a class: FRAMES rows of (x, y, angle, radius) in pixels and radians.
 
-    Each of the four starts anywhere in its range, and the class decides which one changes, in which direction. Beyond
-    one end of its range a value goes on from the other. So in every class each frame alone shows a sprite anywhere, at
-    any angle and size.
+    All four start anywhere in their ranges. The class decides which one changes, in which direction; beyond one end of
+    its range it goes on from the other. So each frame alone shows a sprite anywhere, at any angle and size.
     """
     quantity, direction = CLASSES.index(name) // 2, DIRECTIONS[CLASSES.index(name)]
     periods = np.array([SIZE, SIZE, 2 * np.pi, np.log(RADIUS_RANGE)])
     path = np.tile(rng.random(4) * periods, (FRAMES, 1))
     speed = rng.uniform(*SPEEDS[quantity])
-    speed = np.radians(speed) if quantity == 2 else speed
-    path[:, quantity] += direction * speed * np.arange(FRAMES)
+    path[:, quantity] += direction * (np.radians(speed) if quantity == 2 else speed) * np.arange(FRAMES)
     path %= periods
     path[:, 3] = LEAST_RADIUS * np.exp(path[:, 3])
     return path
@@ -44,8 +40,7 @@ def draw(path: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.uint
 
     Rows of the path are (x, y, angle, radius); y points down and the angle turns clockwise, as on a screen.
     """
-    background = _texture(SIZE, 6, rng) // 3 + 85  # paler than the sprite
-    sprite = _texture(64, 5, rng)
+    background, sprite = _texture(SIZE, 6, rng) // 3 + 85, _texture(64, 5, rng)  # paler than the sprite
     y, x = np.mgrid[:SIZE, :SIZE] + 0.5
     frames = np.tile(background, (len(path), 1, 1, 1))
     for frame, (left, top, angle, radius) in zip(frames, path, strict=True):
@@ -82,28 +77,22 @@ def make_data_set(folder: Path, num_train: int = 480, num_val: int = 160, seed: 
     """Writes videos, their lists train.csv and val.csv, and labels.txt; does nothing if they are there already.
 
     The lists name paths that start from the folder. Classes take turns; the same seed gives the same files.
-
-    Raises:
-        UserError: fewer than one video of each class.
     """
     if min(num_train, num_val) < len(CLASSES):
         raise UserError(f"each split needs at least {len(CLASSES)} videos, got {num_train} and {num_val}")
-    settings = {"num_train": num_train, "num_val": num_val, "seed": seed}
-    done = folder / "motions.json"
+    settings, done = {"num_train": num_train, "num_val": num_val, "seed": seed}, folder / "motions.json"
     if done.exists() and json.loads(done.read_text()) == settings:
         print(f"{folder} is complete: {num_train} training and {num_val} validation videos")
         return
     done.unlink(missing_ok=True)
-    videos: list[tuple[str, str, tuple[int, int, int]]] = []  # file, class, seed
     for split, (part, count) in enumerate((("train", num_train), ("val", num_val))):
         (folder / part).mkdir(parents=True, exist_ok=True)
-        names = [CLASSES[index % len(CLASSES)] for index in range(count)]
-        videos += [(f"{part}/{name}_{index:05d}.mp4", name, (seed, split, index)) for index, name in enumerate(names)]
-    for file, name, chosen in track(videos, "making videos"):
-        rng = np.random.default_rng(chosen)
-        write_video(folder / file, draw(movement(name, rng), rng), FPS)
-    for part in ("train", "val"):
-        lines = [f"{file} {CLASSES.index(name)}\n" for file, name, _ in videos if file.startswith(part)]
+        lines = []
+        for index in track(range(count), f"making {part} videos"):
+            label, rng = index % len(CLASSES), np.random.default_rng((seed, split, index))
+            file = f"{part}/{CLASSES[label]}_{index:05d}.mp4"
+            write_video(folder / file, draw(movement(CLASSES[label], rng), rng), FPS)
+            lines.append(f"{file} {label}\n")
         (folder / f"{part}.csv").write_text("".join(lines))
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     done.write_text(json.dumps(settings))

@@ -1,7 +1,5 @@
 """Multigrid training (Wu et al., CVPR 2020): many small clips a step early, few large ones late."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass
@@ -9,33 +7,26 @@ from typing import NamedTuple
 
 from octvideo.errors import UserError
 
-# Share of the frames, share of the side, and how many times as many clips a batch has.
+# Shares of the frames and of the side (of the long cycle's side), and how many times as many clips a batch has.
 LONG_CYCLE = ((1 / 4, math.sqrt(1 / 2), 8), (1 / 2, math.sqrt(1 / 2), 4), (1 / 2, 1.0, 2), (1.0, 1.0, 1))
-# Share of the long cycle's side, and how many times as many clips as there.
 SHORT_CYCLE = ((1 / 2, 4), (math.sqrt(1 / 2), 2), (1.0, 1))
 
 
 class ClipShape(NamedTuple):
-    """Shape of a batch's training clips, as in `Preprocessing`, and their number.
-
-    Args:
-        factor: a batch has this many times the clips of a batch of the full shape.
-    """
+    """Shape of a batch's training clips, as in `Preprocessing`, and their number."""
 
     clip_frames: int
     frame_stride: int
     crop_size: int
     short_side: tuple[int, int]
-    factor: int = 1
+    factor: int = 1  # a batch has this many times the clips of a batch of the full shape
 
 
 @dataclass(frozen=True)
 class Multigrid:
     """Clips that start small and grow, in batches that shrink as much (Wu et al., CVPR 2020, arXiv 1912.00998).
 
-    A clip keeps its window of time: half as many frames lie twice as far apart. Sides are rounded to multiples of 8,
-    and to 32 at least (so small clips shrink less than their batches grow). The last epoch, validation and testing have
-    the full shape.
+    A clip keeps its window of time: half as many frames lie twice as far apart. Sides are multiples of 8 from 32 on.
 
     Args:
         long_cycle: shapes that change with the epochs: (1/4 of the frames, 1/sqrt(2) of the side, 8 times the clips),
@@ -45,9 +36,6 @@ class Multigrid:
             (1, 1). The learning rate stays. The SlowFast project takes 1/2 and 1/sqrt(2) of the full side instead.
         cycles: how often the epochs go through the long cycle; in the paper once per step of the learning rate.
         frames_multiple: frame counts are multiples of it (SlowFast's frame_ratio), and at least 2.
-
-    Raises:
-        UserError: a number out of range, or neither of the cycles.
     """
 
     long_cycle: bool = True
@@ -63,11 +51,7 @@ class Multigrid:
             raise UserError("data.multigrid must have long_cycle, short_cycle or both; null turns it off")
 
     def shapes(self, full: ClipShape, epoch: int, max_epochs: int | None) -> list[ClipShape]:
-        """The shapes that the batches of an epoch (from 0) cycle through; the last one is that of the long cycle.
-
-        Raises:
-            UserError: a long cycle without max_epochs (None or -1); frames that cannot be divided.
-        """
+        """The shapes that the batches of an epoch (from 0) cycle through; the last one is that of the long cycle."""
         frames, side, factor = LONG_CYCLE[-1]
         if self.long_cycle:
             if max_epochs is None or max_epochs < 0:
@@ -77,18 +61,16 @@ class Multigrid:
         return [self.scaled(full, frames, side * of_side, factor * times) for of_side, times in turns]
 
     def scaled(self, full: ClipShape, frames_share: float, side_share: float, factor: int) -> ClipShape:
-        """A shape with a share of the frames and of the side; errors as in `shapes`."""
+        """A shape with a share of the frames and of the side; UserError for frames that cannot be divided."""
         multiple, window = self.frames_multiple, full.clip_frames * full.frame_stride
         if full.clip_frames % multiple:
-            wanted = f"a multiple of data.multigrid.frames_multiple {multiple}"
-            raise UserError(f"data.clip_frames must be {wanted}, got {full.clip_frames}")
-        least = multiple * math.ceil(2 / multiple)
-        frames = min(full.clip_frames, max(least, multiple * round(full.clip_frames * frames_share / multiple)))
+            wanted = f"a multiple of data.multigrid.frames_multiple {multiple}, got {full.clip_frames}"
+            raise UserError(f"data.clip_frames must be {wanted}")
+        frames = min(full.clip_frames, max(2, multiple, multiple * round(full.clip_frames * frames_share / multiple)))
         if window % frames:
-            raise UserError(
-                f"data.multigrid takes {frames} of {full.clip_frames} frames, which do not divide the window of "
-                f"data.clip_frames {full.clip_frames} x data.frame_stride {full.frame_stride}: change one of them"
-            )
+            clip = f"data.clip_frames {full.clip_frames} x data.frame_stride {full.frame_stride}: change one of them"
+            got = f"{frames} of {full.clip_frames} frames, which do not divide the window of {clip}"
+            raise UserError(f"data.multigrid takes {got}")
         side = full.crop_size if side_share == 1 else share_of_side(full.crop_size, side_share)
         least_short, most_short = (round(short * side / full.crop_size) for short in full.short_side)
         return ClipShape(frames, window // frames, side, (least_short, most_short), factor)
@@ -97,15 +79,14 @@ class Multigrid:
 def long_cycle(num_epochs: int, cycles: int = 1) -> list[int]:
     """Index in LONG_CYCLE of each epoch's shape; a cycle with fewer epochs than shapes leaves out the first ones."""
     ends = list(itertools.accumulate(factor for _, _, factor in LONG_CYCLE))
-    stages = []
+    stages: list[int] = []
     for cycle in range(cycles):
         epochs = (cycle + 1) * num_epochs // cycles - cycle * num_epochs // cycles
         start = 0
         for stage, share in enumerate(ends):
             most = max(epochs - (len(ends) - 1 - stage), 0)  # leaves an epoch for each later shape
             end = min(max(round(epochs * share / ends[-1]), stage + 1), most)
-            stages += [stage] * (end - start)
-            start = end
+            stages, start = stages + [stage] * (end - start), end
     return stages
 
 

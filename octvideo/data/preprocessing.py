@@ -1,11 +1,9 @@
 """How videos become the clips that a network takes; one value for data, checkpoints, prediction and export."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,29 +14,22 @@ from octvideo.errors import UserError
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a network's clips are made, in training and ever after; it travels in checkpoints.
-
-    The defaults are the SlowFast project's recipe for Kinetics: 8 frames out of 64 at 30 a second, training crops of
-    224 from a short side of 256 to 320, test views of 256.
+    """How a network's clips are made, in training and ever after; the defaults are SlowFast's recipe for Kinetics.
 
     Args:
         clip_frames: frames in a clip.
         frame_stride: length of a clip's window in frames, for each frame taken; about every n-th frame is.
-        sampling: protocol that says where clips start and which frames they take: slowfast, pytorchvideo, mmaction, or
-            uniform (over the whole video); `octvideo.data.sampling.Sampling` has their rules.
-        target_fps: frame rate that windows are counted in, so that clips last equally long in all videos; null: each
-            video's own.
-        short_videos: how clips fill up when the video ends first: hold (the last frame), loop, spread; default: as the
-            protocol's project does.
+        sampling: where clips start and which frames they take: slowfast, pytorchvideo, mmaction, or uniform; `Sampling`
+            in `octvideo.data.sampling` has their rules.
+        target_fps: frame rate that windows are counted in, so that clips last equally long; null: each video's own.
+        short_videos: how clips fill up when the video ends first: hold (the last frame), loop, spread; default: the
+            protocol's own way.
         crop_size: height and width of a training clip, in pixels.
         short_side: least and most pixels that the shorter side is scaled to before a training crop.
         mirror: flip half of the training clips left to right; turn it off where left and right are classes.
         test_crop_size: height and width of a validation or test view, in pixels; the shorter side is scaled to it.
         mean: subtracted from pixels in [0, 1]; one number, or one each for R, G and B.
         std: then divides them; likewise.
-
-    Raises:
-        UserError: a value out of range.
     """
 
     clip_frames: int = 8
@@ -58,22 +49,16 @@ class Preprocessing:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.crop_size <= self.short_side[0] <= self.short_side[1]:
-            raise UserError(
-                f"short_side must be two sizes from crop_size {self.crop_size} upwards, the smaller first, "
-                f"got {self.short_side}"
-            )
+            wanted = f"two sizes from crop_size {self.crop_size} upwards, the smaller first"
+            raise UserError(f"short_side must be {wanted}, got {self.short_side}")
         std = torch.as_tensor(self.std)
         if not (std.isfinite() & (std > 0)).all():
             raise UserError(f"std must be positive, got {self.std}")
         self.sampler  # noqa: B018  (checks the other options)
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """From the entries of a checkpoint or a user; missing ones have their defaults.
-
-        Raises:
-            UserError: an unknown key, or a value out of range.
-        """
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """From the entries of a checkpoint or a user; unknown ones are a UserError."""
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(values.keys() - names):
             raise UserError(f"preprocessing must be of {', '.join(names)}, got {', '.join(unknown)}")

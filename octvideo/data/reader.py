@@ -1,7 +1,5 @@
 """What every decoding backend has in common; each backend has a file of its own, and `video.READERS` lists them."""
 
-from __future__ import annotations
-
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -44,24 +42,14 @@ def decode_errors(path: str, *kinds: type[Exception], raised: type[DecodeError] 
 
 
 class Reader(ABC):
-    """A video file, open in one backend.
+    """A video file, open in one backend; an UnreadableError says that another backend may be able to read it."""
 
-    Attributes:
-        fps: average frame rate, in frames per second.
-        duration_seconds: how long the video runs according to the file, or to the index if that knows the file.
-        frames_decoded: frames decoded so far; None where a backend does not tell.
-
-    Raises:
-        DecodeError: the file is missing or broken; an UnreadableError if another backend may be able to read it.
-    """
-
-    fps: float
-    duration_seconds: float
-    frames_decoded: int | None = None
+    fps: float  # average frames per second
+    duration_seconds: float  # according to the file, or to the index if that knows the file
+    frames_decoded: int | None = None  # so far; None where a backend does not tell
 
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
-        self.path = path
-        self.known = known
+        self.path, self.known = path, known
         self._scaler = VideoReformatter()  # one for all frames: setting it up takes longer than scaling a small frame
         self._first_size: tuple[int, int] | None = None
 
@@ -69,9 +57,8 @@ class Reader(ABC):
     def read(self, times: Times, short_side: int | None) -> Sequence[Image]:
         """The frame shown at each of the times, upright, its shorter side scaled to short_side pixels."""
 
-    def close(self) -> None:
-        """Closes the file."""
-        return None
+    def close(self) -> None:  # noqa: B027
+        """Closes the file, if that needs doing."""
 
     def _size(self, width: int, height: int, short_side: int | None) -> tuple[int, int]:
         """(width, height) of all images: follows from the first frame, even if later ones have another size."""
@@ -87,18 +74,17 @@ class Reader(ABC):
         filtering = "BICUBIC" if size == (frame.width, frame.height) else "BILINEAR"
         with decode_errors(self.path, *READING_ERRORS):
             rgb = self._scaler.reformat(frame, *size, "rgb24", interpolation=filtering, threads=1)
-            image = rgb.to_ndarray().astype(np.uint8, copy=False)
-        return np.rot90(image, upright_turns(frame))
+            return np.rot90(rgb.to_ndarray(), upright_turns(frame)).astype(np.uint8, copy=False)
 
     def _scaled(self, images: NDArray[np.uint8], short_side: int | None) -> Sequence[Image]:
         """Scales RGB images (T, H, W, 3)."""
-        height, width = images.shape[1:3]
-        if self._size(width, height, short_side) == (width, height):
+        size = images.shape[2], images.shape[1]
+        if self._size(*size, short_side) == size:
             return list(images)
         return [self._image(av.VideoFrame.from_ndarray(image, "rgb24"), short_side) for image in images]
 
     def _check_end(self, end_seconds: float, wanted_seconds: float) -> None:
         """Refuses to hold the last frame of a file that was cut off: it ends long before its header says."""
-        if end_seconds + EARLY_END_SECONDS < min(wanted_seconds, self.duration_seconds):
-            reason = f"ends after {end_seconds:.2f} s, and its header says {self.duration_seconds:.2f} s"
-            raise DecodeError(self.path, reason)
+        said = self.duration_seconds
+        if end_seconds + EARLY_END_SECONDS < min(wanted_seconds, said):
+            raise DecodeError(self.path, f"ends after {end_seconds:.2f} s, and its header says {said:.2f} s")

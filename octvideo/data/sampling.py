@@ -1,10 +1,8 @@
 """Which frames and which crops of a video become clips; pure functions."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +12,16 @@ from octvideo.errors import UserError
 ROUNDING = 1e-6  # frames; a position this little below a whole frame is that frame
 ProtocolName = Literal["slowfast", "pytorchvideo", "mmaction", "uniform"]
 ShortVideos = Literal["hold", "loop", "spread"]
+# How each protocol fills up the clips of short videos; those of uniform are never too short.
+PROTOCOLS = {"slowfast": "hold", "pytorchvideo": "spread", "mmaction": "loop", "uniform": "hold"}
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Which frames of a video become clips: the sampling protocols of well-known projects, by name.
 
-    They differ in where clips start and which frames they take, and so in accuracy. In frames, a clip's window is
-    w = clip_frames * frame_stride long and starts at d = max(num_frames - w, 0) at the latest. With f for clip_frames,
-    clip i of n is:
+    In frames, a clip's window is w = clip_frames * frame_stride long and starts at d = max(num_frames - w, 0) at the
+    latest. With f for clip_frames, clip i of n is:
 
     | protocol     | starts in training    | starts in tests       | frames                              | short  |
     |--------------|-----------------------|-----------------------|-------------------------------------|--------|
@@ -40,20 +39,17 @@ class Sampling:
     starts at d / 2; for mmaction and uniform it is the test clip of n = 1. With `target_fps`, mmaction takes
     start + floor(linspace(0, w - 1, f)), and its test clips start at floor(d / (n - 1)) * i.
 
-    Sources: slowfast, datasets/decoder.py of facebookresearch/SlowFast. pytorchvideo, its release 0.1.5:
-    RandomClipSampler and ConstantClipsPerVideoSampler (unreleased code has d * i / (n - 1)), EncodedVideo.get_clip,
-    uniform_temporal_subsample. mmaction, SampleFrames of open-mmlab/mmaction2 1.x. uniform, the segments of TSN (Wang
-    et al., ECCV 2016). Where a product is a whole number, their floating-point types may round it down; ours do not.
+    Sources: slowfast, datasets/decoder.py of facebookresearch/SlowFast. pytorchvideo 0.1.5 (unreleased code has
+    d * i / (n - 1)). mmaction, SampleFrames of open-mmlab/mmaction2 1.x. uniform, the segments of TSN (Wang et al.,
+    ECCV 2016). Where a product is a whole number, their floating-point types may round it down; ours do not.
+
+    Methods give frame numbers from 0 to num_frames - 1, ascending in each clip unless looped, and raise UserError for
+    numbers out of range. The fps of a video matter only with a target_fps.
 
     Args:
-        frame_stride: length of a clip's window for each of its clip_frames; uniform has no window.
-        protocol: where clips start and which frames they take.
         target_fps: frame rate that windows are counted in, so that clips last equally long; None: the video's own.
         short_videos: how clips fill up when the video ends first: "hold" repeats the last frame, "loop" starts again
             from the first, "spread" takes floor(linspace(0, num_frames - 1, f)). None: as the protocol's project does.
-
-    Raises:
-        UserError: a number out of range (also of the methods), or an unknown name.
     """
 
     clip_frames: int = 8
@@ -74,136 +70,74 @@ class Sampling:
             raise UserError(f"short_videos must be hold, loop, spread or None, got {self.short_videos!r}")
 
     def train_clips(self, num_frames: int, fps: float, num_clips: int, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Random clips of a video; its `fps` matter only with a target_fps.
-
-        Returns:
-            (num_clips, clip_frames) frame numbers from 0 to num_frames - 1; ascending in each clip unless looped.
-        """
-        video = self._video(num_frames, fps, num_clips)
-        return self._frames(video, video.random_starts(num_clips, rng))
+        """Random clips (num_clips, clip_frames) of a video."""
+        span = self._span(num_frames, fps, num_clips)
+        if self.protocol == "uniform":  # its starts are shares of one of clip_frames equal parts of the video
+            return self._frames(rng.random((num_clips, self.clip_frames)), num_frames, span)
+        if self.protocol != "mmaction":
+            return self._frames(rng.uniform(0, max(num_frames - span, 0.0), num_clips), num_frames, span)
+        choices = max(num_frames - span + 1, 0.0)
+        if (part := int(choices // num_clips)) > 0:
+            starts = np.arange(num_clips) * part + rng.integers(part, size=num_clips)
+        elif num_frames > max(num_clips, span):  # fewer starts than clips
+            starts = np.sort(rng.integers(int(choices), size=num_clips))
+        else:
+            starts = np.round(np.arange(num_clips) * choices / num_clips)
+        return self._frames(starts, num_frames, span)
 
     def dense_clips(self, num_frames: int, fps: float, num_clips: int) -> NDArray[np.int64]:
-        """The clips on which the protocol tests a video; arguments and result as in `train_clips`."""
-        video = self._video(num_frames, fps, num_clips)
-        return self._frames(video, video.dense_starts(num_clips))
+        """The clips (num_clips, clip_frames) on which the protocol tests a video."""
+        span, numbers = self._span(num_frames, fps, num_clips), np.arange(num_clips)
+        if self.protocol == "uniform":
+            starts: NDArray[Any] = ((numbers + 0.5) / num_clips)[:, None]
+        elif self.protocol != "mmaction":
+            starts = max(num_frames - span, 0.0) * numbers / num_clips
+        elif self.clip_frames == 1:  # for networks of single frames
+            starts = (numbers + 0.5) * num_frames / num_clips
+        elif self.target_fps is None:
+            latest = max(num_frames - (self.clip_frames - 1) * self.frame_stride - 1, 0.0)
+            starts = np.round(numbers * (latest / (num_clips - 1))) if num_clips > 1 else np.array([latest // 2])
+        else:
+            latest = max(num_frames - span, 0.0)
+            starts = numbers * (latest // (num_clips - 1)) if num_clips > 1 else np.array([latest // 2])
+        return self._frames(starts, num_frames, span)
 
     def centre_clip(self, num_frames: int, fps: float) -> NDArray[np.int64]:
-        """The one clip (1, clip_frames) in the middle of the video; the rest as in `train_clips`."""
-        video = self._video(num_frames, fps, 1)
-        return self._frames(video, video.centre_start())
+        """The one clip (1, clip_frames) in the middle of the video."""
+        if self.protocol in ("mmaction", "uniform"):
+            return self.dense_clips(num_frames, fps, 1)
+        span = self._span(num_frames, fps, 1)
+        return self._frames(np.array([max(num_frames - span, 0.0) / 2]), num_frames, span)
 
-    def _video(self, num_frames: int, fps: float, num_clips: int) -> _SlowFast:
+    def _span(self, num_frames: int, fps: float, num_clips: int) -> float:
+        """Length of a clip's window, in frames of the video; it need not be whole with a target_fps."""
         if num_frames < 1 or num_clips < 1:
             raise UserError(f"num_frames and num_clips must be at least 1, got {num_frames} and {num_clips}")
         if not 0 < fps < math.inf:
             raise UserError(f"fps must be positive and finite, got {fps}")
-        span, protocol = self.clip_frames * self.frame_stride, PROTOCOLS[self.protocol]
-        if self.target_fps is None:
-            return protocol(num_frames, self.clip_frames, span, self.frame_stride)
-        return protocol(num_frames, self.clip_frames, max(1.0, span * fps / self.target_fps), None)
+        span = self.clip_frames * self.frame_stride
+        return span if self.target_fps is None else max(1.0, span * fps / self.target_fps)
 
-    def _frames(self, video: _SlowFast, starts: NDArray[np.float64]) -> NDArray[np.int64]:
-        frames, num_frames = _floor(video.positions(starts)), video.num_frames
-        short_videos = self.short_videos or video.short_videos
-        if frames.max() < num_frames:
-            return frames
-        if short_videos == "hold":
-            return np.minimum(frames, num_frames - 1)
+    def _frames(self, starts: NDArray[Any], num_frames: int, span: float) -> NDArray[np.int64]:
+        if self.protocol == "uniform":
+            positions: NDArray[Any] = (np.arange(self.clip_frames) + starts) * num_frames / self.clip_frames
+        elif self.protocol == "pytorchvideo":
+            first, after = np.ceil(starts - ROUNDING), np.ceil(starts + span - ROUNDING)
+            positions = np.linspace(first, after - 1, self.clip_frames, axis=1)
+        elif self.protocol == "mmaction" and self.target_fps is None:
+            positions = starts[:, None] + np.arange(self.clip_frames) * self.frame_stride
+        else:
+            positions = np.linspace(starts, starts + span - 1, self.clip_frames, axis=1)
+        short_videos = self.short_videos or PROTOCOLS[self.protocol]
+        if self.protocol == "uniform" or positions.max() + ROUNDING < num_frames or short_videos == "hold":
+            return np.minimum(_floor(positions), num_frames - 1)  # rounding must not lead out of the last frame
         if short_videos == "loop":
-            return frames % num_frames
-        return np.tile(_floor(np.linspace(0, num_frames - 1, self.clip_frames)), (len(frames), 1))
+            return _floor(positions) % num_frames
+        return np.tile(_floor(np.linspace(0, num_frames - 1, self.clip_frames)), (len(starts), 1))
 
 
 def _floor(positions: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.floor(positions + ROUNDING).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class _SlowFast:
-    """The slowfast protocol for one video; the other protocols override its rules. The table in `Sampling` has them."""
-
-    num_frames: int
-    clip_frames: int
-    span: float  # of a clip's window, in frames of the video; need not be whole with a target_fps
-    frame_stride: int | None  # None with a target_fps
-    short_videos: ClassVar[ShortVideos] = "hold"
-
-    @property
-    def latest_start(self) -> float:
-        return max(self.num_frames - self.span, 0.0)
-
-    def random_starts(self, num_clips: int, rng: np.random.Generator) -> NDArray[np.float64]:
-        """(num_clips, ...) starts of clips, as the other starts in the form that `positions` takes."""
-        return rng.uniform(0, self.latest_start, num_clips)
-
-    def dense_starts(self, num_clips: int) -> NDArray[np.float64]:
-        return self.latest_start * np.arange(num_clips) / num_clips
-
-    def centre_start(self) -> NDArray[np.float64]:
-        return np.array([self.latest_start / 2])
-
-    def positions(self, starts: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(num_clips, clip_frames) positions in frames; in a short video they may lie after its end."""
-        return np.linspace(starts, starts + self.span - 1, self.clip_frames, axis=1)
-
-
-class _PyTorchVideo(_SlowFast):
-    short_videos = "spread"
-
-    def positions(self, starts: NDArray[np.float64]) -> NDArray[np.float64]:
-        first, after = np.ceil(starts - ROUNDING), np.ceil(starts + self.span - ROUNDING)
-        return np.linspace(first, after - 1, self.clip_frames, axis=1, dtype=np.float64)
-
-
-class _MMAction(_SlowFast):
-    short_videos = "loop"
-
-    def random_starts(self, num_clips: int, rng: np.random.Generator) -> NDArray[np.float64]:
-        choices = max(self.num_frames - self.span + 1, 0.0)
-        part = int(choices // num_clips)
-        if part > 0:
-            return np.arange(num_clips, dtype=np.float64) * part + rng.integers(part, size=num_clips)
-        if self.num_frames > max(num_clips, self.span):  # fewer starts than clips
-            return np.sort(rng.integers(int(choices), size=num_clips)).astype(np.float64)
-        return np.round(np.arange(num_clips) * choices / num_clips)
-
-    def dense_starts(self, num_clips: int) -> NDArray[np.float64]:
-        if self.clip_frames == 1:  # for networks of single frames
-            return (np.arange(num_clips) + 0.5) * self.num_frames / num_clips
-        span = self.span if self.frame_stride is None else (self.clip_frames - 1) * self.frame_stride + 1
-        latest = max(self.num_frames - span, 0.0)
-        if num_clips == 1:
-            return np.array([latest // 2])
-        between = latest / (num_clips - 1)
-        return np.round(np.arange(num_clips) * (np.floor(between) if self.frame_stride is None else between))
-
-    def centre_start(self) -> NDArray[np.float64]:
-        return self.dense_starts(1)
-
-    def positions(self, starts: NDArray[np.float64]) -> NDArray[np.float64]:
-        if self.frame_stride is None:
-            return super().positions(starts)
-        return starts[:, None] + np.arange(self.clip_frames) * self.frame_stride
-
-
-class _Uniform(_SlowFast):
-    """Its starts are shares of one of clip_frames equal parts of the video."""
-
-    def random_starts(self, num_clips: int, rng: np.random.Generator) -> NDArray[np.float64]:
-        return rng.random((num_clips, self.clip_frames))
-
-    def dense_starts(self, num_clips: int) -> NDArray[np.float64]:
-        return ((np.arange(num_clips) + 0.5) / num_clips)[:, None]
-
-    def centre_start(self) -> NDArray[np.float64]:
-        return self.dense_starts(1)
-
-    def positions(self, starts: NDArray[np.float64]) -> NDArray[np.float64]:
-        positions = (np.arange(self.clip_frames) + starts) * self.num_frames / self.clip_frames
-        return np.minimum(positions, self.num_frames - 1)  # rounding must not lead out of the last frame
-
-
-PROTOCOLS = {"slowfast": _SlowFast, "pytorchvideo": _PyTorchVideo, "mmaction": _MMAction, "uniform": _Uniform}
 
 
 def random_crop(height: int, width: int, size: int, rng: np.random.Generator) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 """Reading through torchcodec, if it is installed and finds FFmpeg's libraries."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 
@@ -30,10 +28,9 @@ class TorchcodecReader(Reader):
             raise UnreadableError(path, "no frame could be decoded")
         self._start_seconds, self._end_seconds, self.fps = start, end, fps
         measured = max(end - start, metadata.duration_seconds_from_header or 0)
-        self.duration_seconds = known.duration_seconds if known is not None else measured
+        self.duration_seconds = known.duration_seconds if known else measured
 
     def read(self, times: Times, short_side: int | None) -> Sequence[Image]:
-        """The frame shown at each of the times."""
         start, end = self._start_seconds, self._end_seconds
         if times[-1] + start >= end:
             self._check_end(end - start, times[-1])

@@ -1,11 +1,8 @@
 """Decoding: the frames of a video file that are shown at given times, through one of the backends in `READERS`."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,67 +14,52 @@ from octvideo.data.reader import Backend, Image, Reader
 from octvideo.data.torchcodec_reader import TorchcodecReader
 from octvideo.errors import DecodeError, UnreadableError, UserError
 
-LATEST_SECONDS = 1e7  # no video is longer, and a file's clock counts no further
 # To add a backend, or a container that none of these opens: a subclass of Reader in a file of its own, a row here, and
 # its name in reader.Backend. The backend "auto" tries them in this order.
-READERS: dict[str, Callable[[str, IndexedVideo | None], Reader]] = {
-    "pyav": PyAvReader,
-    "torchcodec": TorchcodecReader,
-    "decord": DecordReader,
-}
+READERS: dict[str, type[Reader]] = {"pyav": PyAvReader, "torchcodec": TorchcodecReader, "decord": DecordReader}
 
 
 class Video(contextlib.AbstractContextManager["Video"]):
     """An open video file, for a `with` statement.
 
     Frames are found by their timestamps, because the frame count in a header is often wrong, and frame rates vary.
+    Raises DecodeError for a file that is missing, no video, or broken; UserError for a backend that is not installed.
 
     Args:
-        path: the file.
-        backend: pyav, torchcodec or decord; auto is PyAV, or another installed one for a file from which PyAV gets no
-            frame. The attribute of this name tells which one reads.
+        backend: pyav, torchcodec or decord; auto is PyAV, or another installed one where it gives no frame.
         known: what an index knows of the video; it must be true of the file.
-
-    Raises:
-        DecodeError: the file is missing, no video, or broken.
-        UserError: an unknown backend, or one that is not installed.
     """
+
+    backend: str  # the one that reads
+    fps: float  # average frames per second
+    duration_seconds: float  # according to the file or the index
 
     def __init__(
         self, path: str | os.PathLike[str], backend: Backend = "auto", *, known: IndexedVideo | None = None
     ) -> None:
         if backend != "auto" and backend not in READERS:
             raise UserError(f"backend must be auto, {', '.join(READERS)}, got {backend!r}")
-        self.path = os.fspath(path)
-        self._known = known
-        self.backend: str = next(iter(READERS)) if backend == "auto" else backend
-        self._others = list(READERS)[1:] if backend == "auto" else []
-        self._first_error: DecodeError | None = None
+        self.path, self._known = os.fspath(path), known
+        self._backends = list(READERS) if backend == "auto" else [backend]  # not yet tried
+        self._first_error: UserError | None = None
         if not os.path.exists(self.path):
             raise DecodeError(self.path, os.strerror(errno.ENOENT))
-        try:
-            self._reader = READERS[self.backend](self.path, known)
-        except UnreadableError as error:
-            self._reader = self._another(error)
+        self._reader = self._next_reader()
 
-    def _another(self, error: DecodeError) -> Reader:
+    def _next_reader(self) -> Reader:
         """Opens the file in the next backend that can; raises the first backend's error if none can."""
-        self._first_error = self._first_error or error
-        while self._others:
-            self.backend = self._others.pop(0)
-            with contextlib.suppress(UserError):  # it cannot read the file, or is not installed
-                return READERS[self.backend](self.path, self._known)
+        while self._backends:
+            self.backend = self._backends.pop(0)
+            try:
+                reader = READERS[self.backend](self.path, self._known)
+                self.fps, self.duration_seconds = reader.fps, reader.duration_seconds
+                return reader
+            except UserError as error:  # another backend may be able to read it, or be installed
+                if self._first_error is None and not isinstance(error, UnreadableError):
+                    raise
+                self._first_error = self._first_error or error
+        assert self._first_error is not None
         raise self._first_error
-
-    @property
-    def fps(self) -> float:
-        """Average frame rate, in frames per second."""
-        return self._reader.fps
-
-    @property
-    def duration_seconds(self) -> float:
-        """How long the video runs, according to the file or the index."""
-        return self._reader.duration_seconds
 
     @property
     def num_frames(self) -> int:
@@ -90,23 +72,13 @@ class Video(contextlib.AbstractContextManager["Video"]):
         return self._reader.frames_decoded
 
     def frames_at(self, times_seconds: ArrayLike, short_side: int | None = None) -> NDArray[np.uint8]:
-        """The frames that a player would show at the given times.
+        """RGB frames (T, H, W, 3) that a player would show at T times from the start of the video, in any order.
 
-        Decodes in one pass from the key frame before the first time to the last time. A time before the first or after
-        the last frame gives that frame, so a clip of a video that is too short holds its last frame. Rotation in the
-        metadata is applied.
+        A time before the first or after the last frame gives that frame. Rotation in the metadata is applied. With
+        `short_side`, frames are scaled to that many pixels on their shorter side. PyAV and torchcodec agree bit for bit
+        on 8-bit video at its own size; scaled, they differ by rounding: PyAV scales the stored pixels, the others RGB.
 
-        Args:
-            times_seconds: T times from the start of the video, in any order.
-            short_side: scale the frames so that the shorter side has this many pixels; by default they keep their size.
-
-        Returns:
-            RGB frames (T, H, W, 3). PyAV and torchcodec agree bit for bit on 8-bit video at its own size. When scaling,
-            they differ by rounding: PyAV scales the stored pixels, the others RGB.
-
-        Raises:
-            DecodeError: no frame, invalid data before the last time, or an end more than a second too early.
-            UserError: no times, or NaN among them.
+        Raises DecodeError for no frame, invalid data before the last time, or an end more than a second too early.
         """
         return np.stack(self.images_at(times_seconds, short_side))
 
@@ -117,18 +89,17 @@ class Video(contextlib.AbstractContextManager["Video"]):
             raise UserError(f"expected times in seconds, got {times.tolist()}")
         order = np.argsort(times, kind="stable")
         while True:
-            try:
-                images = self._reader.read(times[order].clip(0, LATEST_SECONDS), short_side)
+            try:  # no video is longer than 1e7 seconds, and a file's clock counts no further
+                images = self._reader.read(times[order].clip(0, 1e7), short_side)
                 return [images[row] for row in np.argsort(order)]
             except DecodeError as error:
                 if self._first_error is None and not isinstance(error, UnreadableError):
                     raise
-                another = self._another(error)
-                self._reader.close()
-                self._reader = another
+                self._first_error = self._first_error or error
+                failed, self._reader = self._reader, self._next_reader()
+                failed.close()
 
     def close(self) -> None:
-        """Closes the file."""
         self._reader.close()
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,5 @@
 """A process of its own for decoding, which can be killed where native code hangs or crashes."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import itertools
@@ -20,8 +18,6 @@ from typing import IO, Any, Generic, TypeVar
 import torch
 
 START_SECONDS = 60.0  # for a process to take up a call; on a busy machine this may last longer than the call itself
-BEAT_SECONDS = 0.5  # between two signs of life
-CALLS_A_TRIM = 20  # glibc keeps what is free between used pieces, some 40 MB after 20,000 clips, unless it is told
 KILL_SECONDS = 5.0  # until a killed process is given up
 _BEAT, _ANSWER = b"beat", b"answer"
 Argument = TypeVar("Argument")
@@ -32,7 +28,11 @@ _starting = threading.Lock()  # a process must not inherit the other end of a pi
 
 
 class HungError(RuntimeError):
-    """A watched call took too long, or its process died; the message says which, in one line."""
+    """A watched call took too long, or its process died; the reason says which, in one line."""
+
+    @property
+    def reason(self) -> str:
+        return str(self)
 
 
 def still_alive() -> None:
@@ -40,44 +40,31 @@ def still_alive() -> None:
     global _next_beat
     if _parent is not None and time.monotonic() >= _next_beat:
         _parent.send_bytes(_BEAT)
-        _next_beat = time.monotonic() + BEAT_SECONDS
+        _next_beat = time.monotonic() + 0.5
 
 
 class Watchdog(Generic[Argument, Result]):
     """Calls a function in another process, and kills that process where a call takes too long.
 
-    A decoder that hangs in native code holds the interpreter, so no signal handler or thread can end it. The process is
-    a fork of whichever process calls first, so data loaders can send a Watchdog to their workers; it shares the
-    function's data with its parent and stays for the next call. A fork has no threads: the function must not use locks
-    that other threads may hold, nor a library that has started threads in the parent, as decord does when first used.
-    Where the platform cannot fork, the function is called directly, unwatched.
+    A decoder that hangs in native code holds the interpreter, so no signal handler or thread can end it. The process, a
+    fork of the one that calls first, stays for the next call. It has no other threads: the function must not use locks
+    that they may hold, nor a library that has started threads in the parent, as decord does when first used.
 
-    Args:
-        function: what to call; its results and errors are pickled into a file in memory.
-        timeout_seconds: how long a call may take, or may go on without `still_alive()`. The clock starts when the
-            process takes up the call.
+    A call may take timeout_seconds, or go on so long without `still_alive()`, from when the process takes it up. With
+    None, or where the platform cannot fork, the function is called directly, unwatched.
     """
 
-    _pid: int  # these three are set while this process owns the watched one
-    _connection: Connection
-    _memory: IO[bytes]
-
-    def __init__(self, function: Callable[[Argument], Result], timeout_seconds: float) -> None:
+    def __init__(self, function: Callable[[Argument], Result], timeout_seconds: float | None) -> None:
         self.function = function
         self.timeout_seconds = timeout_seconds
         self._owner = 0  # the process that started the watched one; its forks must not talk with it
 
-    def __reduce__(self) -> tuple[type, tuple[Callable[[Argument], Result], float]]:
+    def __reduce__(self) -> tuple[type, tuple[Callable[[Argument], Result], float | None]]:
         return type(self), (self.function, self.timeout_seconds)
 
     def __call__(self, argument: Argument) -> Result:
-        """The function's result.
-
-        Raises:
-            HungError: no result and no sign of life in time, or the process died.
-            Exception: what the function raised.
-        """
-        if not hasattr(os, "fork"):
+        """The function's result or error; HungError if there is no sign of life in time, or the process died."""
+        if self.timeout_seconds is None or not hasattr(os, "fork"):
             return self.function(argument)
         if self._owner != os.getpid():
             self._start()
@@ -95,7 +82,6 @@ class Watchdog(Generic[Argument, Result]):
                 limit = self.timeout_seconds
             else:
                 raise HungError(f"no result within {limit:g} s: the decoder was killed")
-            result: Result
             with open(self._memory.fileno(), "rb", closefd=False) as memory:  # it has buffered no earlier result
                 memory.seek(0)
                 result, error = pickle.load(memory)
@@ -110,9 +96,8 @@ class Watchdog(Generic[Argument, Result]):
 
     def _start(self) -> None:
         parent = os.getpid()
-        # Not in /dev/shm, which containers keep small.
-        named = hasattr(os, "memfd_create")
-        self._memory = os.fdopen(os.memfd_create("octvideo"), "w+b") if named else tempfile.TemporaryFile()  # noqa: SIM115
+        memfd = getattr(os, "memfd_create", None)  # not in /dev/shm, which containers keep small
+        self._memory: IO[bytes] = os.fdopen(memfd("octvideo"), "w+b") if memfd else tempfile.TemporaryFile()  # noqa: SIM115
         with _starting:
             self._connection, there = Pipe()
             self._pid = os.fork()
@@ -132,8 +117,7 @@ class Watchdog(Generic[Argument, Result]):
         self._memory.close()
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
-        deadline = time.monotonic() + KILL_SECONDS
-        while time.monotonic() < deadline:
+        for _ in range(int(KILL_SECONDS / 0.002)):
             try:
                 found, status = os.waitpid(self._pid, os.WNOHANG)
             except ChildProcessError:
@@ -166,12 +150,6 @@ def _serve(function: Callable[[Any], Any], connection: Connection, memory: IO[by
         return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group, they are for the training process to handle
-
-    def store(answer: tuple[Any, Exception | None]) -> None:
-        memory.seek(0)
-        pickle.dump(answer, memory, protocol=5)
-        memory.flush()
-
     _parent = connection
     for call in itertools.count(1):
         try:
@@ -179,13 +157,16 @@ def _serve(function: Callable[[Any], Any], connection: Connection, memory: IO[by
         except (EOFError, ConnectionError):
             return
         connection.send_bytes(_BEAT)  # starts the clock
+        memory.seek(0)
         try:
-            store((function(argument), None))
+            pickle.dump((function(argument), None), memory, protocol=5)
         except Exception as error:  # it is raised again in the parent
-            store((None, _portable(error)))
+            memory.seek(0)  # the result may have been written in part
+            pickle.dump((None, _portable(error)), memory, protocol=5)
+        memory.flush()
         connection.send_bytes(_ANSWER)
-        if call % CALLS_A_TRIM == 0 and hasattr(library, "malloc_trim"):
-            library.malloc_trim(0)
+        if call % 20 == 0 and hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)  # else glibc keeps what is free between used pieces, some 40 MB after 20,000 clips
 
 
 def _portable(error: Exception) -> Exception:
@@ -199,18 +180,17 @@ def _portable(error: Exception) -> Exception:
 
 
 def outlive_signals(worker: int) -> None:
-    """Lets a loader process work on when its whole group gets SIGTERM or SIGUSR1, as from Slurm and torchrun.
+    """Lets a loader's worker work on when its whole group gets SIGTERM or SIGUSR1, as from Slurm and torchrun.
 
-    The training process needs it to finish its step, save and leave. A SIGTERM from the training process itself ends
-    this one as usual. The number of the worker does not matter.
+    The training process needs it to finish its step, save and leave, and ends it as usual by a SIGTERM of its own.
     """
+
+    def end_for(parent: int) -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # on Linux: it tells who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_for(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os.kill(os.getpid(), signal.SIGKILL)
+        threading.Thread(target=end_for, args=(os.getppid(),), daemon=True).start()
