@@ -157,16 +157,13 @@ def check_options(arguments: Namespace) -> None:
 
 
 def call(tool: str, options: Sequence[str], log: Path) -> None:
-    """Runs a command to its end, with its output appended to a log. Where this is interrupted, the command saves first.
-
-    Raises RunFailedError if it was killed or failed, with its last line on standard error.
-    """
+    """Runs a command, its output appended to a log; raises RunFailedError with its last line if it fails."""
     with log.open("a") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen([*COMMAND, tool, *options], stdout=printed, stderr=errors)
         try:
             status = process.wait()
         finally:
-            process.terminate()  # only where this was interrupted: nothing happens to a process that has ended
+            process.terminate()  # where this was interrupted: the command saves, then ends; one that has ended stays
             process.wait()
             errors.seek(0)
             said = errors.read()

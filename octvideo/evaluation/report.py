@@ -173,7 +173,7 @@ def read_run(folder: Path, *, results: Path | None = None, checkpoint: Path | No
 def read_predictions(path: Path, names: Sequence[str] | None = None) -> Predictions:
     """Reads a predictions.json; `names` are for classes that it does not name, else they are class 0, class 1 ...
 
-    Raises UserError for scores, labels and class names that do not fit; ValueError, KeyError, TypeError for others.
+    Raises UserError for scores, labels and names that do not fit; ValueError, KeyError or TypeError for another file.
     """
     results = json.loads(path.read_text("utf-8"))
     videos = results["videos"]
@@ -358,10 +358,8 @@ def say_milliseconds(seconds: Sequence[float]) -> str:
 def render(runs: Sequence[Run], thumbnail: Callable[[str], bytes | str], *, made: str, machine: str) -> str:
     """The page: HTML that refers to nothing outside itself, with everything that the runs name escaped.
 
-    Args:
-        thumbnail: gives a JPEG of a video file's frames, or the reason why there is none.
-        made: when, and with which versions.
-        machine: the one that measured the times, and how.
+    `thumbnail` gives a JPEG of a video's frames, or the reason why there is none; `made` says when and with which
+    versions, `machine` where and how the times were measured.
     """
     undefined = jinja2.StrictUndefined
     environment = jinja2.Environment(autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True)
