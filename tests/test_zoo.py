@@ -82,7 +82,7 @@ def pytorchvideos_own(name, frames, width):
             model_depth=101, stem_dim_out=width, stem_pool=nn.MaxPool3d, head_pool_kernel_size=(frames // 8, 7, 7)
         )
     if name == "r2plus1d_r50":
-        return create_r2plus1d(stem_dim_out=width, head_pool_kernel_size=(frames // 4, 7, 7))
+        return create_r2plus1d(stem_dim_out=width, head_pool_kernel_size=(frames // 4, 7, 7), head_activation=None)
     stem, stages = kernels[name]
     return create_resnet(
         stem_dim_out=width,
@@ -100,6 +100,12 @@ def ours_and_theirs(name):
     theirs = pytorchvideos_own(name, 8, 16).eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_network_ends_in_a_softmax(name):
+    with torch.device("meta"):
+        assert not [module for module in create_model(name).modules() if isinstance(module, nn.Softmax)]
 
 
 @pytest.mark.parametrize("crop", [224, 256])

@@ -1,8 +1,6 @@
 """OctConv2d and OctConv3d: convolutions that keep a share of their output at half the resolution."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
@@ -19,20 +17,15 @@ from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_ch
 def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int, int]:
     """How many of `channels` are (high, low): low = floor(alpha * channels); the only place that rounds.
 
-    Args:
-        channels: in all; at least 1, as `round_to`.
-        alpha: share of low channels, in [0, 1].
-        round_to: takes the nearest multiple of this instead of the floor, and leaves some channels of either kind. 16,
-            the floats in an AVX-512 vector, made I3D up to 17 % faster at alphas such as .1, .2 and .3 for the same
-            arithmetic, and 1 to 5 % at .125. It changes how many channels are low.
+    `round_to` takes the nearest multiple of it instead of the floor, and leaves some channels of either kind. 16, the
+    floats in an AVX-512 vector, made I3D up to 17 % faster at alphas such as .1, .2 and .3 for the same arithmetic.
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"alpha must lie in [0, 1], got {alpha}")
     if channels < 1 or round_to < 1:
         raise UserError(f"channels and round_to must be at least 1, got {channels} and {round_to}")
     if round_to > 1 and 0 < alpha < 1 and channels >= 2 * round_to:
-        nearest, most = int(alpha * channels / round_to + 0.5), channels // round_to - 1
-        low = round_to * max(1, min(nearest, most))
+        low = round_to * max(1, min(int(alpha * channels / round_to + 0.5), channels // round_to - 1))
     else:
         low = int(alpha * channels + 1e-6)  # 0.2 * 15 is just below 3
     return channels - low, low
@@ -43,28 +36,26 @@ def misalignment(convolution: nn.modules.conv._ConvNd, temporal: bool) -> str:
     size, dilation, padding = convolution.kernel_size, convolution.dilation, convolution.padding
     if any(stride not in (1, 2) for stride in convolution.stride[-2:]):
         return f"octave features take a spatial stride of 1 or 2, got stride {convolution.stride}"
-    axes = range(0 if temporal else len(size) - 2, len(size))
-    wanted = [dilation[axis] * (size[axis] - 1) / 2 for axis in axes]
-    given = [0 if isinstance(padding, str) else padding[axis] for axis in axes]  # "valid" or numbers
+    first = 0 if temporal else len(size) - 2
+    wanted = [d * (n - 1) / 2 for d, n in zip(dilation[first:], size[first:], strict=True)]
+    given = [0] * len(wanted) if isinstance(padding, str) else list(padding[first:])  # "valid" or numbers
     if padding == "same" or given == wanted:
         return ""
-    return (
-        f"octave features need a padding that keeps the size: kernel {size} with dilation {dilation} wants {wanted} in "
-        f"its last {len(wanted)} dimensions, got {padding}"
-    )
+    wants = f"kernel {size} with dilation {dilation} wants {wanted} in its last {len(wanted)} dimensions, got {padding}"
+    return f"octave features need a padding that keeps the size: {wants}"
 
 
 @dataclass(frozen=True)
 class OctaveOptions:
-    """How a convolution handles octaves: everything that nn.Conv3d does not know. Values are checked.
+    """How a convolution handles octaves: everything that nn.Conv3d does not know. Raises UserError for bad values.
 
     Args:
         alpha: share of the output channels held at low resolution, in [0, 1].
         temporal: halve time as well as height and width (3-D only).
-        downsample: what a spatial stride of 2 does between plain Tensors: "conv" strides as nn.Conv3d does, "pool"
-            averages first, as it does wherever octaves are on either side (the fair control at alpha 0).
-        channels_last: between plain Tensors too, use the channels_last memory format and run factorised convolutions
-            as 2-D ones, as with octaves: faster, and equal to nn.Conv3d up to rounding.
+        downsample: for a spatial stride of 2 between plain Tensors: "conv" strides as nn.Conv3d does, "pool" averages
+            first, as it does wherever octaves are on either side (the fair control at alpha 0).
+        channels_last: between plain Tensors too, use that memory format and run factorised convolutions as 2-D ones:
+            faster, and equal to nn.Conv3d up to rounding.
         round_to: rounds the number of low channels to a multiple; see `split_channels`.
     """
 
@@ -87,39 +78,28 @@ class OctaveOptions:
         """Raises UserError if a convolution cannot have these options."""
         if self.temporal and len(convolution.kernel_size) == 2:
             raise UserError("temporal=True needs a 3-D convolution, got a 2-D one")
-        high, low = self.split(convolution.out_channels)
-        if convolution.groups == convolution.in_channels > 1:  # depthwise
-            multiplier = convolution.out_channels // convolution.in_channels
-            low_in = self.split(convolution.in_channels)[1]
-            if low != multiplier * low_in:
-                raise UserError(
-                    f"alpha {self.alpha} with round_to {self.round_to} gives {low} low output channels, but {low_in} "
-                    f"low input channels of a depthwise convolution with {multiplier} outputs for each"
-                )
-        elif low % convolution.groups:
-            raise UserError(
-                f"alpha {self.alpha} splits {convolution.out_channels} output channels into {high} high and {low} low "
-                f"ones: groups {convolution.groups} must divide both"
-            )
+        channels_in, channels, groups = convolution.in_channels, convolution.out_channels, convolution.groups
+        (high, low), low_in, depthwise = self.split(channels), self.split(channels_in)[1], groups == channels_in > 1
+        if depthwise and low * channels_in != channels * low_in:
+            gives = f"alpha {self.alpha} with round_to {self.round_to} gives {low} low output channels"
+            low_inputs = f"{low_in} low input channels of a depthwise convolution"
+            raise UserError(f"{gives}, but {low_inputs} with {channels // channels_in} outputs for each")
+        if not depthwise and low % groups:
+            splits = f"alpha {self.alpha} splits {channels} output channels into {high} high and {low} low ones"
+            raise UserError(f"{splits}: groups {groups} must divide both")
 
 
 class _Plan(NamedTuple):
-    """Everything that a layer's arguments settle."""
-
     paths: Paths  # between octaves, of one group
     kernel: Kernel  # between plain Tensors, with the spatial stride
     split_in: tuple[int, int]  # (high, low) channels of an input that is split as the output is
     keeps_low: bool
+    plain: bool  # nn.Conv3d's own convolution serves between plain Tensors
     depthwise: bool
     problem: str  # why octaves would lose their alignment; empty if they do not
 
 
-_PLANNED = {"options", "_reversed_padding_repeated_twice", *nn.Conv3d.__constants__}
-
-
 class _OctConv(nn.modules.conv._ConvNd):
-    """OctConv2d and OctConv3d but for the number of dimensions."""
-
     options: OctaveOptions
     _plan: _Plan
     alpha = property(attrgetter("options.alpha"))
@@ -148,9 +128,8 @@ class _OctConv(nn.modules.conv._ConvNd):
         channels_last: bool = False,
         round_to: int = 1,
     ) -> None:
-        sizes: Any = (kernel_size, stride, padding, dilation)
-        rest: Any = (groups, bias, padding_mode, device, dtype)
-        super().__init__(in_channels, out_channels, *sizes, *rest)
+        rest: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
+        super().__init__(in_channels, out_channels, *rest)
         self.set_options(OctaveOptions(alpha, temporal, downsample, channels_last, round_to))
 
     def set_options(self, options: OctaveOptions) -> None:
@@ -161,34 +140,31 @@ class _OctConv(nn.modules.conv._ConvNd):
     def __setattr__(self, name: str, value: Any) -> None:
         """Plans anew where the options, or an argument of nn.Conv3d, are replaced."""
         super().__setattr__(name, value)
-        if name in _PLANNED and "options" in self.__dict__:
-            self.__dict__["_plan"] = self._make_plan()
-
-    def _make_plan(self) -> _Plan:
+        planned = ("options", "_reversed_padding_repeated_twice", *nn.Conv3d.__constants__)
+        if "options" not in self.__dict__ or name not in planned:
+            return
         options, dimensions = self.options, len(self.kernel_size)
         high, low = options.split(self.out_channels)
         amounts = tuple(self._reversed_padding_repeated_twice)
         padding = tuple(amounts[-2::-2]) if amounts[0::2] == amounts[1::2] else "same"
-        time, space = self.stride[:-2], self.stride[-2:]
-        strided, dense = (
-            Kernel(self.kernel_size, (*time, *stride), padding, self.dilation, self.padding_mode, amounts)
-            for stride in (space, (1, 1))
-        )
+        *time, _, _ = self.stride
+        strided = Kernel(self.kernel_size, self.stride, padding, self.dilation, self.padding_mode, amounts)
+        pool = (*(1,) * len(time), *self.stride[-2:])
         factors = (2,) * dimensions if options.temporal or dimensions == 2 else (1, 2, 2)
-        return _Plan(
-            paths=Paths(dense, (*(1,) * len(time), *space), factors, (high // self.groups, low // self.groups)),
+        rows = (high // self.groups, low // self.groups)
+        self.__dict__["_plan"] = _Plan(
+            paths=Paths(replace(strided, stride=(*time, 1, 1)), pool, factors, rows),
             kernel=strided,
             split_in=options.split(self.in_channels),
             keeps_low=low > 0,
+            plain=low == 0 and (options.downsample == "conv" or max(pool) == 1),
             depthwise=self.groups == self.in_channels > 1,
             problem=misalignment(self, options.temporal),
         )
 
     def forward(self, input: Tensor | Octaves) -> Tensor | Octaves:
-        """Convolves a Tensor or Octaves; gives Octaves, or a Tensor if no output channel is low."""
         plan, paths = self._plan, self._plan.paths
-        pools = self.options.downsample == "pool" and max(paths.pool) > 1
-        if not (isinstance(input, Octaves) or plan.keeps_low or pools):
+        if plan.plain and not isinstance(input, Octaves):
             if self.options.channels_last and input.dim() == len(self.kernel_size) + 2:
                 return plan.kernel.convolve(lay_channels_last(input), self.weight, self.bias, self.groups)
             output = super().forward(input)  # type: ignore[misc]
@@ -197,24 +173,19 @@ class _OctConv(nn.modules.conv._ConvNd):
         if plan.problem:
             if plan.keeps_low or not isinstance(input, Octaves) or not low.shape[1]:
                 raise UserError(plan.problem)
-            return super().forward(input.merge())  # type: ignore[no-any-return, misc]  # no resolution to keep apart
+            return super().forward(input.merge())  # type: ignore[misc]  # no resolution to keep apart
         if plan.depthwise:
             return self._depthwise(high, low, parts)
         if self.groups == 1:
             out_high, out_low = paths(high, low, self.weight, self.bias, parts)
             return Octaves(out_high, out_low) if plan.keeps_low else out_high
-        # Each vanilla group reads and writes its own channels, of which some are high and some low. Groups that are
-        # alike are one grouped convolution.
+        # Each vanilla group reads and writes its own channels, high and low; alike groups are one grouped convolution.
         runs = groups_alike(parts, self.groups)
-        counts = [groups * sum(paths.rows) for groups, _ in runs]
-        weights = self.weight.split(counts)
-        biases = [None] * len(runs) if self.bias is None else self.bias.split(counts)
-        highs = high.split([groups * sum(size for size, _ in group) for groups, group in runs], 1)
-        lows = low.split([groups * sum(size for _, size in group) for groups, group in runs], 1)
-        outputs = [
-            paths(maps[0], maps[1], weight, bias, group, groups)
-            for (groups, group), *maps, weight, bias in zip(runs, highs, lows, weights, biases, strict=True)
-        ]
+        rows = [groups * sum(paths.rows) for groups, _ in runs]
+        highs, lows = ([groups * sum(part[i] for part in group) for groups, group in runs] for i in (0, 1))
+        biases = [None] * len(runs) if self.bias is None else self.bias.split(rows)
+        tensors = zip(high.split(highs, 1), low.split(lows, 1), self.weight.split(rows), biases, strict=True)
+        outputs = [paths(*of_run, group, groups) for of_run, (groups, group) in zip(tensors, runs, strict=True)]
         out_high, out_low = (maps[0] if len(maps) == 1 else torch.cat(maps, 1) for maps in zip(*outputs, strict=True))
         return Octaves(out_high, out_low, (paths.rows,) * self.groups) if plan.keeps_low else out_high
 
@@ -224,14 +195,14 @@ class _OctConv(nn.modules.conv._ConvNd):
         parts = tuple((of_high * multiplier, of_low * multiplier) for of_high, of_low in parts)
         weight_high, weight_low = split_by_parts(self.weight, parts, 0)
         bias_high, bias_low = (None, None) if self.bias is None else split_by_parts(self.bias, parts, 0)
-        high, low = lay_channels_last(high), lay_channels_last(low)
-        out_high = kernel.convolve(average_pool(high, pool), weight_high, bias_high, high.shape[1])
-        if self._plan.keeps_low:
-            out_low = kernel.convolve(average_pool(low, pool), weight_low, bias_low, low.shape[1])
-            return Octaves(out_high, out_low, parts)
-        if low.shape[1] == 0:
+        high, low = average_pool(lay_channels_last(high), pool), lay_channels_last(low)
+        out_high = kernel.convolve(high, weight_high, bias_high, high.shape[1])
+        if not self._plan.keeps_low and low.shape[1] == 0:
             return out_high
+        low = average_pool(low, pool) if self._plan.keeps_low else low
         out_low = kernel.convolve(low, weight_low, bias_low, low.shape[1])
+        if self._plan.keeps_low:
+            return Octaves(out_high, out_low, parts)
         return join_by_parts(out_high, upsample(out_low, out_high.shape[2:]), parts, 1)
 
     def _maps(self, input: Tensor | Octaves) -> tuple[Tensor, Tensor, Parts]:
@@ -248,22 +219,17 @@ class _OctConv(nn.modules.conv._ConvNd):
             high, low = input.split(plan.split_in, 1)
             return high, average_pool(low, plan.paths.factors), (plan.split_in,)
         high, low, parts = input.high, input.low, input.parts
-        wanted = halved(high.shape[2:], plan.paths.factors)
-        if low.shape[2:] != wanted:
-            raise UserError(
-                f"a layer with temporal={self.temporal} wants a low map of size {wanted} beside a high map of "
-                f"{tuple(high.shape[2:])}, got {tuple(low.shape[2:])}"
-            )
+        wanted, size, got = halved(high.shape[2:], plan.paths.factors), tuple(high.shape[2:]), tuple(low.shape[2:])
+        if got != wanted:
+            beside = f"a low map of size {wanted} beside a high map of {size}, got {got}"
+            raise UserError(f"a layer with temporal={self.temporal} wants {beside}")
         rounding = len(parts) * self.options.round_to if len(parts) > 1 else 1  # each part was rounded
         if split_alike and abs(low.shape[1] - plan.split_in[1]) >= rounding:
-            raise UserError(
-                f"a depthwise convolution of alpha {self.alpha} wants {plan.split_in} (high, low) input "
-                f"channels, got {parts}: give it the alpha of the layer before"
-            )
+            wants = f"wants {plan.split_in} (high, low) input channels, got {parts}"
+            raise UserError(f"a depthwise convolution of alpha {self.alpha} {wants}: give it the last layer's alpha")
         return high, low, parts
 
     def extra_repr(self) -> str:
-        """The arguments of nn.Conv3d, alpha, and the other octave options that are not the defaults."""
         options = ((option, getattr(self.options, option.name)) for option in fields(self.options))
         shown = [f"{o.name}={value!r}" for o, value in options if o.name == "alpha" or value != o.default]
         return ", ".join((super().extra_repr(), *shown))
@@ -280,21 +246,15 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
     alpha 0 it is nn.Conv3d, bit for bit. The four paths of the paper are slices of the one weight: rows are output
     channels and columns input channels, high ones first in both. Section 3.2 of Chen et al., ICCV 2019.
 
-    A spatial stride of 2 pools the input first (the official rule); a temporal stride stays in the convolution. A
-    grouped layer equals one with the grouped weight written as a block-diagonal dense weight: each vanilla group keeps
-    its channels, and the share alpha of its outputs is low. A depthwise layer keeps every channel in its octave, so its
-    input must be split as its output is.
-
-    Args:
-        alpha: share of the output channels held at low resolution, in [0, 1]. The input's share is read off the input.
-        temporal, downsample, channels_last, round_to: see `OctaveOptions`.
+    The octave options are those of `OctaveOptions`; the input's share of low channels is read off the input. A spatial
+    stride of 2 pools the input first (the official rule); a temporal stride stays in the convolution. In a grouped
+    layer each vanilla group keeps its channels, and the share alpha of its outputs is low. A depthwise layer keeps
+    every channel in its octave, so its input must be split as its output is.
 
     Shape:
         Input: (B, C_in, T, H, W), or Octaves of that shape; H and W may be odd.
         Output: Octaves of (B, C_out, T', H', W'), or a Tensor if alpha is 0.
 
-    Raises:
-        ValueError: alpha outside [0, 1], or groups that do not divide the low output channels. In forward: an input of
-            other channels, or a low map of the other kind; with low output channels, a spatial stride above 2 or a
-            padding that does not keep the size (at alpha 0 such a layer convolves the merged input).
+    Raises UserError for an alpha outside [0, 1] or groups that do not divide the low output channels; in forward, with
+    low output channels, for a spatial stride above 2 or a padding that does not keep the size.
     """

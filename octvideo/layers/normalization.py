@@ -1,9 +1,6 @@
 """Batch norms of other kinds (synchronised, of sub-batches, frozen), in place, and nn.SyncBatchNorm on octaves."""
 
-from __future__ import annotations
-
-import functools
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +19,7 @@ _plain_sync_forward: Any = nn.SyncBatchNorm.forward
 
 
 def _sync_forward(self: Any, input: Tensor | Octaves) -> Any:
-    """nn.SyncBatchNorm's forward, also on octave features and on CPUs, which torch's refuses.
-
-    Its autograd function takes plain Tensors alone and bypasses __torch_function__.
-    """
+    """nn.SyncBatchNorm's forward, also on CPUs and octave features: torch's own refuses both."""
     syncs = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
     if not syncs or (isinstance(input, Tensor) and input.device.type != "cpu"):
         return _plain_sync_forward(self, input)
@@ -34,14 +28,13 @@ def _sync_forward(self: Any, input: Tensor | Octaves) -> Any:
         statistics = (self.running_mean, self.running_var)
         self.num_batches_tracked.add_(1)
         momentum = 1 / int(self.num_batches_tracked) if momentum is None else momentum
-    group = self.process_group or torch.distributed.group.WORLD
-    norm = functools.partial(_synced_norm, momentum=momentum or 0.0, eps=self.eps, group=group)
-    parameters = (*statistics, self.weight, self.bias)
-    return normalize_maps(norm, input, *parameters) if isinstance(input, Octaves) else norm(input, *parameters)
+    numbers = (self.eps, momentum or 0.0, self.process_group or torch.distributed.group.WORLD)
+    arguments: Any = (input, *statistics, self.weight, self.bias, *numbers)
+    return normalize_maps(_synced_norm, *arguments) if isinstance(input, Octaves) else _synced_norm(*arguments)
 
 
 def _synced_norm(
-    x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, momentum: float, eps: float, group: Any
+    x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, eps: float, momentum: float, group: Any
 ) -> Any:
     """Batch norm with the statistics of all processes' batches; on CPUs in differentiable steps."""
     if x.device.type != "cpu":
@@ -69,10 +62,9 @@ nn.SyncBatchNorm.forward = _sync_forward  # type: ignore[method-assign]
 
 
 class SyncedBatchNorm(_BatchNorm):
-    """Batch norm with the statistics of all processes' batches; outside of a process group it is the plain one.
+    """Batch norm of (B, C, ...) or Octaves with all processes' statistics; the plain one outside of a process group.
 
-    It has the forward pass of nn.SyncBatchNorm (fused on GPUs, our own on CPUs), but is no instance of it:
-    DistributedDataParallel refuses those on CPUs. Input and output: (B, C, ...) or Octaves of that shape.
+    It is no instance of nn.SyncBatchNorm, whose forward it has: DistributedDataParallel refuses those on CPUs.
     """
 
     process_group: Any = None
@@ -82,23 +74,18 @@ class SyncedBatchNorm(_BatchNorm):
 
 
 class SubBatchNorm(_BatchNorm):
-    """Batch norm that, in training, normalises equal parts of a batch by their own statistics.
+    """Batch norm of (B, C, ...) or Octaves that, in training, normalises parts of a batch by their own statistics.
 
-    Long or small clips let more of them into a batch; parts keep the noise of the statistics, which regularises, as it
+    Short or small clips let more of them into a batch; parts keep the noise of the statistics, which regularises, as it
     is (Wu et al., "A Multigrid Method for Efficiently Training Video Models", CVPR 2020). The running statistics move
-    as if the parts were successive batches. Input and output: (B, C, ...) or Octaves of that shape.
-
-    Attributes:
-        splits: number of parts; torch.chunk cuts a batch that it does not divide. It may change at any time.
-        clips_per_part: if not None, replaces `splits` by len(input) // clips_per_part, or 1.
+    as if the parts were successive batches.
     """
 
-    splits: int
-    clips_per_part: int | None
+    splits: int  # number of parts, which may change at any time; torch.chunk cuts a batch that it does not divide
+    clips_per_part: int | None  # replaces `splits` by len(input) // clips_per_part, or 1
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
 
     def forward(self, input: Any) -> Any:
-        """Normalises."""
         normalize_part: Any = super().forward
         splits = max(1, input.shape[0] // self.clips_per_part) if self.clips_per_part else self.splits
         if not self.training or splits == 1:
@@ -116,27 +103,17 @@ class FrozenBatchNorm(_BatchNorm):
 
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
 
-    def train(self, mode: bool = True) -> FrozenBatchNorm:
-        """Stays in evaluation mode, and notes the mode for a later thaw."""
+    def train(self, mode: bool = True) -> Self:
         self._thawed_mode = mode
         return super().train(False)
-
-
-_KINDS: dict[str, type[_BatchNorm]] = {"sync": SyncedBatchNorm, "sub": SubBatchNorm, "frozen": FrozenBatchNorm}
 
 
 def normalize(model: Network, kind: Kind, splits: int = 1, clips_per_part: int | None = None) -> Network:
     """Replaces every batch norm of a network, in place, as often as you like; names, weights and statistics stay.
 
-    Args:
-        model: any network; a batch norm is an nn.BatchNorm1d, 2d, 3d or nn.SyncBatchNorm.
-        kind: "batch" for the batch norms that the network came with; "sync" for statistics of all processes' batches;
-            "sub" for those of parts of a batch; "frozen" for no training at all.
-        splits: number of parts of a batch, for "sub"; see `SubBatchNorm`, as for `clips_per_part`.
-
-    Raises:
-        ValueError: an unknown kind; splits below 1, or above 1 for another; a batch norm that normalises in its own
-            way, or one to be frozen that has no running statistics.
+    The kinds: "batch", the batch norms that the network came with; "sync", statistics of all processes' batches; "sub",
+    those of parts of a batch (see `SubBatchNorm` for `splits` and `clips_per_part`); "frozen", no training.
+    Raises UserError for arguments that do not fit each other, or a batch norm that the kind cannot replace.
     """
     if kind not in get_args(Kind):
         raise UserError(f"the normalization must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -150,6 +127,7 @@ def normalize(model: Network, kind: Kind, splits: int = 1, clips_per_part: int |
             raise UserError(f"{what}, which normalises in its own way and cannot be replaced")
         if kind == "frozen" and norm.running_mean is None:
             raise UserError(f"{name} has no running statistics, so it cannot be frozen")
+    kinds = {"sync": SyncedBatchNorm, "sub": SubBatchNorm, "frozen": FrozenBatchNorm}
     for _, norm in norms:
         state: dict[str, Any] = norm.__dict__
         for attribute in ("splits", "clips_per_part"):
@@ -162,7 +140,7 @@ def normalize(model: Network, kind: Kind, splits: int = 1, clips_per_part: int |
             norm.training = state.pop("_thawed_mode")
             for parameter, trained in zip(norm.parameters(), state.pop("_trained"), strict=True):
                 parameter.requires_grad = trained
-        swap_class(norm, _KINDS.get(kind, original_class(norm)))
+        swap_class(norm, kinds.get(kind, original_class(norm)))
         if isinstance(norm, SubBatchNorm):
             norm.splits, norm.clips_per_part = splits, clips_per_part
     return model

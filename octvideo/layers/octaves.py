@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,18 +24,27 @@ WAY_OUT = (
 )
 
 
-class _Maps(NamedTuple):
-    high: Tensor
-    low: Tensor
+def _registered(kind: type[Octaves]) -> type[Octaves]:
+    """Callers that walk nested values (checkpointing, export) must see two tensors, and keep the parts."""
+    register_pytree_node(
+        kind,
+        lambda x: ([x.high, x.low], x.parts),
+        lambda maps, parts: Octaves(*maps, parts),  # type: ignore[call-arg]
+        serialized_type_name=f"octvideo.Octaves{kind._own_parts or ''}",
+        to_dumpable_context=lambda parts: [list(part) for part in parts],
+        from_dumpable_context=lambda parts: tuple((high, low) for high, low in parts),
+    )
+    return kind
 
 
-class Octaves(_Maps):
+@_registered
+class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
     """A feature map in two octaves: some channels at full resolution, the others at half.
 
-    `shape`, `size()`, `dim()`, `ndim`, `dtype` and `device` are the vanilla Tensor's, and ordinary modules (batch norm,
-    activations, dropout, pooling, `+`, `torch.cat`, global pooling) apply unchanged, in any spelling: `torch.relu(x)`,
-    `F.relu(x)`, `x.relu()`, `x.relu_()`. A function that has no meaning on two resolutions raises TypeError; `merge()`
-    gives the vanilla-shaped Tensor. Section 3.1 of Chen et al., ICCV 2019.
+    `shape`, `size()`, `dim()`, `ndim`, `dtype`, `device` and `requires_grad` are the vanilla Tensor's, and ordinary
+    modules (batch norm, activations, dropout, pooling, `+`, `torch.cat`, global pooling) apply unchanged, in any
+    spelling: `torch.relu(x)`, `F.relu(x)`, `x.relu()`, `x.relu_()`. A function that has no meaning on two resolutions
+    raises TypeError; `merge()` gives the vanilla-shaped Tensor. Section 3.1 of Chen et al., ICCV 2019.
 
     Args:
         high: (B, C_high, T, H, W) or (B, C_high, H, W).
@@ -49,7 +58,7 @@ class Octaves(_Maps):
     __array_ufunc__ = None  # numpy numbers leave `number * features` to __rmul__
     _make = None  # type: ignore[assignment]  # pytree rebuilds what has a namedtuple's _make from its two fields alone
 
-    def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None) -> Octaves:  # noqa: D102
+    def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None) -> Octaves:
         if parts is None:
             parts = cls._own_parts or ((high.shape[1], low.shape[1]),)
         elif len(parts) > 1:
@@ -69,28 +78,23 @@ class Octaves(_Maps):
         return torch.Size((batch, channels + self.low.shape[1], *extent))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
-        """`shape`, or one entry of it."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """Number of dimensions: 5 for clips, 4 for images."""
         return self.high.dim()
 
     ndim = property(dim)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The maps' type."""
         return self.high.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the maps are."""
         return self.high.device
 
     @property
     def requires_grad(self) -> bool:
-        """Whether gradients flow to either map."""
         return self.high.requires_grad or self.low.requires_grad
 
     @property
@@ -103,82 +107,53 @@ class Octaves(_Maps):
         return join_by_parts(self.high, upsample(self.low, self.high.shape[2:]), self.parts, 1)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Function, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _apply(func, *args, **(kwargs or {}))
 
-    def __getattr__(self, name: str) -> Any:
-        """A Tensor's method, as if it were called on the vanilla tensor."""
-        method = getattr(Tensor, name, None)
-        if callable(method) and not name.startswith("__"):
-            return functools.partial(_apply, method, self)
-        raise AttributeError(
-            f"octave features have no attribute {name!r}: take it from .high, .low or .merge(), the vanilla tensor"
-        )
+    def __getattr__(self, name: str) -> Any:  # a Tensor's method, as if it were called on the vanilla tensor
+        if callable(method := getattr(Tensor, name, None)) and not name.startswith("__"):
+            return partial(_apply, method, self)
+        raise AttributeError(f"octave features have no attribute {name!r}: take it from .high, .low or .merge()")
 
     def __getitem__(self, index: Any) -> Octaves:  # type: ignore[override]
-        """A slice, a list or a 1-D Tensor, of indices or of truth values, chooses clips of the batch."""
         if isinstance(index, (slice, list)) or (isinstance(index, Tensor) and index.dim() == 1):
             return Octaves(self.high[index], self.low[index], self.parts)
-        raise TypeError(
-            f"octave features of shape {tuple(self.shape)} cannot be indexed by {index!r}: a slice or list of indices "
-            f"chooses clips of the batch; for others take .high or .low, or {WAY_OUT}"
-        )
+        advice = f"a slice or list of indices chooses clips of the batch; for others take .high or .low, or {WAY_OUT}"
+        raise TypeError(f"octave features of shape {tuple(self.shape)} cannot be indexed by {index!r}: {advice}")
 
     def __bool__(self) -> bool:
         raise TypeError(f"octave features of shape {tuple(self.shape)} are neither true nor false")
 
 
-@functools.cache
+@cache
 def _class_of_parts(parts: Parts) -> type[Octaves]:
     """Octaves that know their pieces by their class: backward hooks, FSDP and others rebuild x as type(x)(*x)."""
-    kind = type("Octaves", (Octaves,), {"_own_parts": parts, "__doc__": Octaves.__doc__})
-    _register(kind)
-    return kind
-
-
-def _register(kind: type[Octaves]) -> None:
-    """Callers that walk nested values (checkpointing, export) must see two tensors, and keep the parts."""
-    register_pytree_node(
-        kind,
-        lambda x: ([x.high, x.low], x.parts),
-        lambda maps, parts: Octaves(*maps, parts),  # type: ignore[call-arg]
-        serialized_type_name=f"octvideo.Octaves{kind._own_parts or ''}",
-        to_dumpable_context=lambda parts: [list(part) for part in parts],
-        from_dumpable_context=lambda parts: tuple((high, low) for high, low in parts),
-    )
-
-
-_register(Octaves)
-
-
-def _is_octaves(value: Any) -> bool:
-    return isinstance(value, Octaves)
+    return _registered(type("Octaves", (Octaves,), {"_own_parts": parts, "__doc__": Octaves.__doc__}))
 
 
 def _octaves_among(values: Any) -> list[Octaves]:
-    """All Octaves in nested arguments."""
-    return [leaf for leaf in tree_leaves(values, is_leaf=_is_octaves) if isinstance(leaf, Octaves)]
+    return [leaf for leaf in tree_leaves(values, is_leaf=lambda x: isinstance(x, Octaves)) if isinstance(leaf, Octaves)]
 
 
 def _on_merged(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Applies a function to the vanilla tensors of all Octaves in its arguments."""
-    args, kwargs = tree_map_only(Octaves, Octaves.merge, (args, kwargs), is_leaf=_is_octaves)
+    args, kwargs = tree_map_only(Octaves, Octaves.merge, (args, kwargs), is_leaf=lambda x: isinstance(x, Octaves))
     return func(*args, **kwargs)
+
+
+def _undefined(what: str, octaves: Iterable[Octaves], why: str = "") -> TypeError:
+    shapes = [tuple(x.shape) for x in octaves]
+    return TypeError(f"{what} is not defined on octave features of shape {shapes}: {why}{WAY_OUT}")
 
 
 def _apply(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Applies a torch function to arguments of which some are Octaves."""
-    if func in _SPECIAL:
-        return _SPECIAL[func](func, *args, **kwargs)
-    if func in _ELEMENTWISE:
-        return _elementwise(func, *args, **kwargs)
+    if func in _HANDLER_OF:
+        return _HANDLER_OF[func](func, *args, **kwargs)
     octaves = _octaves_among((args, kwargs))
-    if all(set(x.factors) == {1} for x in octaves):  # maps of one position: the vanilla tensor, nothing upsampled
+    if all(max(x.factors) == 1 for x in octaves):  # maps of one position: the vanilla tensor, nothing upsampled
         return _on_merged(func, *args, **kwargs)
-    name, shapes = getattr(func, "__name__", str(func)), [tuple(x.shape) for x in octaves]
-    raise TypeError(f"{name} is not defined on octave features of shape {shapes}: {WAY_OUT}")
+    raise _undefined(getattr(func, "__name__", str(func)), octaves)
 
 
 _checkpoint_forward: Function = CheckpointFunction.forward
@@ -188,10 +163,8 @@ def _refuse_octaves(ctx: Any, run_function: Function, preserve_rng_state: bool, 
     """The forward pass of reentrant checkpointing, which takes gradients from and to plain Tensors alone."""
     outputs = _checkpoint_forward(ctx, run_function, preserve_rng_state, *args)
     if not torch.is_inference_mode_enabled() and _octaves_among((args, outputs)):
-        raise RuntimeError(
-            "torch.utils.checkpoint(..., use_reentrant=True) would silently lose the gradients of octave features: "
-            "pass use_reentrant=False"
-        )
+        lost = "torch.utils.checkpoint(..., use_reentrant=True) would silently lose the gradients of octave features"
+        raise RuntimeError(f"{lost}: pass use_reentrant=False")
     return outputs
 
 
@@ -199,19 +172,15 @@ CheckpointFunction.forward = staticmethod(_refuse_octaves)  # type: ignore[metho
 
 
 def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
-    """What each map of `x` meets in an elementwise function of `x` and `value`.
-
-    A Tensor broadcasts against the vanilla shape; where its last channels are full-size, they are pooled.
-    """
+    """What each map of `x` meets in an elementwise function; of a full-size Tensor, the low map meets means."""
     if isinstance(value, Octaves):
-        gate = set(value.factors) == {1}  # one number a channel (or frame): each map takes its share
+        gate = max(value.factors) == 1  # one number a channel (or frame): each map takes its share
         if value.parts == x.parts and (gate or value.factors == x.factors):
             return value.high, value.low
         if not gate:
-            raise UserError(
-                f"octave features split as {x.parts} of factors {x.factors} meet others split as {value.parts} of "
-                f"factors {value.factors}: give both layers the same alpha, groups and temporal, or call .merge()"
-            )
+            splits = [f"split as {features.parts} of factors {features.factors}" for features in (x, value)]
+            cure = "give both layers the same alpha, groups and temporal, or call .merge()"
+            raise UserError(f"octave features {splits[0]} meet others {splits[1]}: {cure}")
         value = value.merge()
     if not isinstance(value, Tensor) or (value.numel() == 1 and value.dim() <= x.dim()):
         return value, value
@@ -230,8 +199,8 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
     func = _AUGMENTED.get(func, func)
     values = (*args, *kwargs.values())
     octaves = [value for value in values if isinstance(value, Octaves)]
-    x = next((value for value in octaves if set(value.factors) != {1}), octaves[0])  # the others may be gates
-    if set(x.factors) == {1} and any(
+    x = next((value for value in octaves if max(value.factors) > 1), octaves[0])  # the others may be gates
+    if max(x.factors) == 1 and any(
         isinstance(value, Tensor) and value.dim() == x.dim() and value.shape[2:].numel() > x.shape[2:].numel()
         for value in values
     ):  # gates of one position that meet a plain Tensor: the result is plain
@@ -239,108 +208,85 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
     if func in _IN_PLACE and not isinstance(args[0] if args else kwargs["input"], Octaves):
         raise TypeError(f"{func.__name__} cannot write octave features of shape {tuple(x.shape)} into a Tensor")
     highs, lows = zip(*(_maps_beside(value, x) for value in values), strict=True)
-    high, low = (
-        func(*maps[: len(args)], **dict(zip(kwargs, maps[len(args) :], strict=True))) for maps in (highs, lows)
-    )
+    n = len(args)
+    high, low = (func(*maps[:n], **dict(zip(kwargs, maps[n:], strict=True))) for maps in (highs, lows))
     return Octaves(high, low, x.parts)
 
 
 def _new_tensor(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
-    """A new Tensor of the features' type and device, whatever its shape."""
     return func(input.high, *args, **kwargs)
 
 
 def _prelu(func: Function, input: Octaves, weight: Tensor) -> Octaves:
-    """PReLU: one slope, or one a channel."""
     high, low = (weight, weight) if weight.numel() == 1 else split_by_parts(weight, input.parts, 0)
     return Octaves(func(input.high, high), func(input.low, low), input.parts)
 
 
-def _on_no_channels(func: Function) -> Function:
-    """A pool that also takes a map without channels, which torch's pools refuse."""
-
-    def pool(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.shape[1]:
-            return func(x, *args, **kwargs)
-        return func(x.new_zeros((x.shape[0], 1, *x.shape[2:])), *args, **kwargs)[:, :0]
-
-    return pool
+def _per_channel(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Pools or resizes a map, also one without channels, which torch refuses."""
+    if x.shape[1]:
+        return func(x, *args, **kwargs)
+    return func(x.new_zeros((x.shape[0], 1, *x.shape[2:])), *args, **kwargs)[:, :0]
 
 
 def _sizes(value: Any, count: int) -> tuple[int, ...]:
     return (value,) * count if isinstance(value, int) else tuple(value)
 
 
-def _pool(names: tuple[str, ...], func: Function, input: Octaves, kernel_size: Any, *args: Any, **named: Any) -> Any:
+def _pool(names: str, func: Function, input: Octaves, kernel_size: Any, *args: Any, **named: Any) -> Any:
     """Pools each map, and repeats the border of the low one where it would come out too small.
 
     A pool of 2 takes 14 positions to 7, so 7 low ones must become 4: the last window is the last position. `names` are
     those of the pool's arguments after the kernel's size. An average over all that was halved is a global pool.
     """
-    given = dict(zip(names, args, strict=False)) | named
+    given = dict(zip(names.split(), args, strict=False)) | named
     given.pop("return_indices", None)  # always False: torch calls another function for True
-    up, stride = given.pop("ceil_mode", False), given.get("stride")
-    axes = range(input.dim() - 2)
-    numbers = (
-        kernel_size,
-        kernel_size if stride is None else stride,
-        given.get("padding", 0),
-        given.get("dilation", 1),
-    )
-    kernels, strides, paddings, dilations = (_sizes(number, len(axes)) for number in numbers)
-    pool = _on_no_channels(functools.partial(func, **given))
+    up, axes = given.pop("ceil_mode", False), range(input.dim() - 2)
+    numbers = (kernel_size, given.get("stride"), given.get("padding", 0), given.get("dilation", 1))
+    kernels, strides, paddings, dilations = (_sizes(kernel_size if n is None else n, len(axes)) for n in numbers)
+    pool = partial(_per_channel, partial(func, **given))
     whole = [axis for axis in axes if input.factors[axis] == 2 and kernels[axis] == input.high.shape[axis + 2]]
     if "divisor_override" in names and 0 < input.factors.count(2) == len(whole) and not any(paddings):
         if given.get("divisor_override") is not None:
-            raise TypeError(f"{func.__name__} with a divisor of its own over all of octave features; {WAY_OUT}")
+            raise _undefined(f"{func.__name__} of all positions with a divisor of its own", [input])
         windows = ([x.shape[axis + 2] if axis in whole else kernels[axis] for axis in axes] for x in input)
         high, low = (pool(x, window, ceil_mode=up) for x, window in zip(input, windows, strict=True))
         return join_by_parts(high, low, input.parts, 1)
 
-    high = pool(input.high, kernel_size, ceil_mode=up)
+    high, low = pool(input.high, kernel_size, ceil_mode=up), input.low
     border: list[int] = []
     for axis, want in enumerate(halved(high.shape[2:], input.factors)):
-        have, step, start = input.low.shape[axis + 2], strides[axis], (want - 1) * strides[axis] - paddings[axis]
+        have, step, start = low.shape[axis + 2], strides[axis], (want - 1) * strides[axis] - paddings[axis]
         needed = start + dilations[axis] * (kernels[axis] - 1) + 1 - paddings[axis]
         if (needed > have and (step == 1 or start >= have)) or needed + step <= have:
             raise _mismatch("this window", input, high)
         border = [0, max(0, needed - have), *border]
-
-    def pool_low(x: Tensor) -> Any:
-        return func(F.pad(x, border, mode="replicate") if any(border) else x, kernel_size, **given)
-
-    return Octaves(high, _on_no_channels(pool_low)(input.low), input.parts)
+    low = _per_channel(F.pad, low, border, mode="replicate") if any(border) else low
+    return Octaves(high, pool(low, kernel_size), input.parts)
 
 
 def _mismatch(what: str, input: Octaves, high: Tensor) -> UserError:
-    return UserError(
-        f"{what} takes the high map from size {tuple(input.high.shape[2:])} to {tuple(high.shape[2:])}, which the low "
-        f"map of size {tuple(input.low.shape[2:])} cannot match; {WAY_OUT}"
-    )
+    before, low, after = (tuple(x.shape[2:]) for x in (*input, high))
+    takes = f"{what} takes the high map from size {before} to {after}"
+    return UserError(f"{takes}, which the low map of size {low} cannot match; {WAY_OUT}")
 
 
 def _adaptive(func: Function, input: Octaves, output_size: Any, return_indices: bool = False) -> Tensor:
     """Adaptive pooling of all that was halved to one position: a Tensor with all channels."""
     sizes = _sizes(output_size, input.dim() - 2)
     if any(size != 1 for size, factor in zip(sizes, input.factors, strict=True) if factor == 2):
-        raise TypeError(
-            f"{func.__name__} of octave features of shape {tuple(input.shape)} to {output_size}: "
-            f"only size 1 is defined; {WAY_OUT}"
-        )
-    high, low = (_on_no_channels(func)(x, sizes) for x in input)
+        raise _undefined(f"{func.__name__} to {output_size}", [input], "only size 1 is defined; ")
+    high, low = (_per_channel(func, x, sizes) for x in input)
     return join_by_parts(high, low, input.parts, 1)
 
 
 def _interpolate(func: Function, input: Octaves, size: Any = None, scale_factor: Any = None, **kwargs: Any) -> Any:
     """Resizes each map: to a size (the low one to half of it, rounded up), or by a factor."""
-    if set(input.factors) == {1}:  # nothing says which dimensions of the result would be halved
+    if max(input.factors) == 1:  # nothing says which dimensions of the result would be halved
         return func(input.merge(), size, scale_factor, **kwargs)
-    resize = _on_no_channels(func)
-    high = resize(input.high, size, scale_factor, **kwargs)
+    high = _per_channel(func, input.high, size, scale_factor, **kwargs)
     half = halved(high.shape[2:], input.factors)
-    if size is not None:
-        return Octaves(high, resize(input.low, half, None, **kwargs), input.parts)
-    low = resize(input.low, None, scale_factor, **kwargs)
+    low = _per_channel(func, input.low, None if size is None else half, scale_factor, **kwargs)
     if any(have < want for have, want in zip(low.shape[2:], half, strict=True)):
         raise _mismatch(f"scale factor {scale_factor}", input, high)
     for dim, n in enumerate(half, 2):  # 4 positions for 7 become 8 for 14, which needs 7
@@ -348,17 +294,13 @@ def _interpolate(func: Function, input: Octaves, size: Any = None, scale_factor:
     return Octaves(high, low, input.parts)
 
 
-def _reduce(
-    func: Function, input: Octaves, dim: int | Sequence[int] | None = None, keepdim: bool = False, **kwargs: Any
-) -> Tensor:
+def _reduce(func: Function, input: Octaves, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Tensor:
     """The mean or maximum of each map over all that was halved, then all channels in the vanilla order."""
     dims = {d % input.dim() for d in ((dim,) if isinstance(dim, int) else dim or ())}
     halved_dims = {axis + 2 for axis, factor in enumerate(input.factors) if factor == 2}
     if not dims >= halved_dims or 1 in dims or not dims:
-        raise TypeError(
-            f"{func.__name__} over dimensions {dim} of octave features of shape {tuple(input.shape)} is not defined: "
-            f"it must take in all of {sorted(halved_dims)} and not the channels; {WAY_OUT}"
-        )
+        why = f"it must take in all of {sorted(halved_dims)} and not the channels; "
+        raise _undefined(f"{func.__name__} over dimensions {dim}", [input], why)
     high, low = (func(x, sorted(dims), keepdim, **kwargs) for x in input)
     return join_by_parts(high, low, input.parts, 1 if keepdim or 0 not in dims else 0)
 
@@ -367,9 +309,7 @@ def _cat(func: Function, tensors: Sequence[Tensor | Octaves], dim: int = 0) -> O
     """Concatenation of channels, each kind with its own; a Tensor counts as a map without low channels."""
     octaves = [x for x in tensors if isinstance(x, Octaves)]
     if dim % octaves[0].dim() != 1:
-        raise TypeError(
-            f"cat of octave features of shape {[tuple(x.shape) for x in tensors]} is defined on channels, not dim {dim}"
-        )
+        raise _undefined("cat", octaves, f"it is defined on channels, not dim {dim}; ")
     if any(x.factors != octaves[0].factors for x in octaves):
         raise UserError(f"cat of octave features halved by different factors: {[x.factors for x in octaves]}")
     parts = [part for x in tensors for part in (x.parts if isinstance(x, Octaves) else ((x.shape[1], 0),))]
@@ -377,28 +317,18 @@ def _cat(func: Function, tensors: Sequence[Tensor | Octaves], dim: int = 0) -> O
     return Octaves(high, torch.cat([x.low for x in octaves], 1), tuple(parts))
 
 
-def normalize_maps(
-    func: Function,
-    input: Octaves,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Octaves:
+def normalize_maps(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Octaves:
     """Batch or instance norm: each map with its share of the per-channel parameters and statistics."""
-    parameters = (running_mean, running_var, weight, bias)
+    names = ("running_mean", "running_var", "weight", "bias")
+    parameters = [*args[:4], *[kwargs.pop(name, None) for name in names[len(args) :]]]
     shares: list[Any] = [(None, None) if x is None else split_by_parts(x, input.parts, 0) for x in parameters]
     maps = []
     for map_, x in enumerate(input):
         try:
-            maps.append(func(x, *(share[map_] for share in shares), *args, **kwargs) if x.shape[1] else x)
+            maps.append(func(x, *(share[map_] for share in shares), *args[4:], **kwargs) if x.shape[1] else x)
         except ValueError as error:  # of one value a channel, which a small low map has in training before others do
-            raise UserError(
-                f"octave features of size {tuple(input.high.shape[2:])} and {tuple(input.low.shape[2:])}: {error}; "
-                "take larger batches or crops, or alpha 0 here"
-            ) from error
+            what = f"octave features of size {' and '.join(str(tuple(x.shape[2:])) for x in input)}"
+            raise UserError(f"{what}: {error}; take larger batches or crops, or alpha 0 here") from error
     if len(input.parts) > 1:  # else the shares are views, updated in place
         with torch.no_grad():
             for statistic, (high, low) in zip(parameters[:2], shares[:2], strict=True):
@@ -428,36 +358,29 @@ def _named(names: str) -> set[Function]:
     return {getattr(home, name) for name in names.split() for home in homes if hasattr(home, name)}
 
 
-_AUGMENTED: dict[Function, Function] = {  # the Tensor itself cannot hold the sum
-    getattr(Tensor, f"__i{name}__"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")
-}
-_IN_PLACE = _named(
-    "add_ sub_ mul_ div_ neg_ abs_ exp_ sqrt_ rsqrt_ pow_ square_ clamp_ clip_ clamp_min_ clamp_max_ sigmoid_ tanh_ "
-    "relu_ relu6_ leaky_relu_ elu_ selu_ celu_ rrelu_ threshold_ hardtanh_ silu_ dropout_ alpha_dropout_ "
-    "feature_dropout_ feature_alpha_dropout_ fill_ zero_ copy_ masked_fill_ nan_to_num_ requires_grad_"
-)
-_ELEMENTWISE = {Tensor.expand_as, *_AUGMENTED, *_IN_PLACE} | _named(
+_NAMES = (
     "add sub subtract rsub mul multiply div divide true_divide neg negative abs exp expm1 log log1p sqrt rsqrt square "
     "reciprocal pow float_power sin cos erf sign round floor ceil clamp clip clamp_min clamp_max maximum minimum where "
     "lerp addcmul addcdiv masked_fill nan_to_num eq ne lt le gt ge isnan isinf isfinite logical_not logical_and "
-    "logical_or "
-    "relu relu6 leaky_relu rrelu elu celu selu gelu silu mish sigmoid hardsigmoid hardswish hardtanh tanh tanhshrink "
-    "hardshrink softshrink threshold softplus softsign logsigmoid "
-    "dropout dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
-    "to float double half bfloat16 type_as cpu cuda contiguous clone detach "
+    "logical_or relu relu6 leaky_relu rrelu elu celu selu gelu silu mish sigmoid hardsigmoid hardswish hardtanh tanh "
+    "tanhshrink hardshrink softshrink threshold softplus softsign logsigmoid dropout dropout2d dropout3d alpha_dropout "
+    "feature_dropout feature_alpha_dropout to float double half bfloat16 type_as cpu cuda contiguous clone detach "
     "zeros_like ones_like empty_like full_like rand_like randn_like"
 )
-_max_pool = functools.partial(_pool, ("stride", "padding", "dilation", "ceil_mode", "return_indices"))
-_average_pool = functools.partial(_pool, ("stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"))
+_AUGMENTED: dict[Function, Function] = {  # the Tensor itself cannot hold the sum
+    getattr(Tensor, f"__i{name}__"): getattr(operator, name) for name in ("add", "sub", "mul", "truediv")
+}
+_IN_PLACE = _named("fill_ zero_ copy_ requires_grad_") | _named(_NAMES.replace(" ", "_ ") + "_")
 _HANDLERS: list[tuple[Iterable[Function], Function]] = [
+    ({Tensor.expand_as, *_AUGMENTED, *_IN_PLACE, *_named(_NAMES)}, _elementwise),
     ((F.batch_norm, F.instance_norm), normalize_maps),  # torch.batch_norm, which F's calls, has another order
     (_named("cat concat concatenate"), _cat),
     (_named("mean amax"), _reduce),
-    (_named("max_pool2d max_pool3d"), _max_pool),
-    (_named("avg_pool2d avg_pool3d"), _average_pool),
+    (_named("max_pool2d max_pool3d"), partial(_pool, "stride padding dilation ceil_mode return_indices")),
+    (_named("avg_pool2d avg_pool3d"), partial(_pool, "stride padding ceil_mode count_include_pad divisor_override")),
     (_named("adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d"), _adaptive),
     (_named("interpolate upsample"), _interpolate),
     (_named("prelu"), _prelu),
     (_named("new_empty new_zeros new_ones new_full new_tensor"), _new_tensor),
 ]
-_SPECIAL = {function: handler for functions, handler in _HANDLERS for function in functions}
+_HANDLER_OF = {function: handler for functions, handler in _HANDLERS for function in functions}

@@ -1,9 +1,7 @@
 """The order of channels: which pieces of the vanilla order are high and which are low."""
 
-from __future__ import annotations
-
-import itertools
 from collections.abc import Iterable
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +17,7 @@ def split_by_parts(x: Tensor, parts: Parts, dim: int) -> tuple[Tensor, Tensor]:
     if len(set(parts)) == 1:  # pieces of equal size, as a grouped convolution makes them: no loop over them
         high, low = x.unflatten(dim, (len(parts), sum(parts[0]))).split(parts[0], dim + 1)
         return high.flatten(dim, dim + 1), low.flatten(dim, dim + 1)
-    pieces = x.split([size for part in parts for size in part], dim)
+    pieces = x.split(list(chain(*parts)), dim)
     return torch.cat(pieces[0::2], dim), torch.cat(pieces[1::2], dim)
 
 
@@ -30,9 +28,8 @@ def join_by_parts(high: Tensor, low: Tensor, parts: Parts, dim: int) -> Tensor:
     if len(set(parts)) == 1:
         pieces = [x.unflatten(dim, (len(parts), part)) for x, part in zip((high, low), parts[0], strict=True)]
         return torch.cat(pieces, dim + 1).flatten(dim, dim + 1)
-    highs = high.split([part[0] for part in parts], dim)
-    lows = low.split([part[1] for part in parts], dim)
-    return torch.cat([piece for pair in zip(highs, lows, strict=True) for piece in pair], dim)
+    highs, lows = (x.split(sizes, dim) for x, sizes in zip((high, low), zip(*parts, strict=True), strict=True))
+    return torch.cat(list(chain(*zip(highs, lows, strict=True))), dim)
 
 
 def join_pieces(parts: Iterable[tuple[int, int]]) -> Parts:
@@ -51,12 +48,11 @@ def groups_alike(parts: Parts, groups: int) -> tuple[tuple[int, Parts], ...]:
 
     Of one piece, (6, 2), two groups get ((1, ((4, 0),)), (1, ((2, 2),))): the first reads high channels only.
     """
-    ends = list(itertools.accumulate((size for part in parts for size in part), initial=0))
+    ends = list(accumulate(chain(*parts), initial=0))
     width = ends[-1] // groups
     runs: list[tuple[int, Parts]] = []
     for start in range(0, ends[-1], width):
-        inside = [min(max(end, start), start + width) for end in ends]
-        sizes = [end - begin for begin, end in itertools.pairwise(inside)]
+        sizes = [right - left for left, right in pairwise(min(max(end, start), start + width) for end in ends)]
         group = join_pieces(zip(sizes[0::2], sizes[1::2], strict=True))
         count = runs.pop()[0] if runs and runs[-1][1] == group else 0
         runs.append((count + 1, group))

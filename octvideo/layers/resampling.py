@@ -1,9 +1,8 @@
-"""Average pooling and nearest upsampling between the two resolutions, fast in the channels_last memory format."""
+"""Average pooling, nearest upsampling and padding of maps, fast in the channels_last memory format."""
 
-from __future__ import annotations
-
-import functools
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,7 @@ def channels_last(x: Tensor) -> bool:
 
 
 def lay_channels_last(x: Tensor) -> Tensor:
-    """Gives clips or images the channels_last memory format; the same Tensor if they have it.
-
-    A clip is then a batch of images without a copy, and pooling on a CPU up to 37 times faster than avg_pool3d.
-    """
+    """Gives clips or images the channels_last memory format, in which a clip is a batch of images without a copy."""
     return x if torch._C._are_functorch_transforms_active() else x.contiguous(memory_format=_LAST[x.dim()])
 
 
@@ -35,15 +31,12 @@ def keep_layout(y: Tensor, x: Tensor) -> Tensor:
 
 
 def runs_as_called() -> bool:
-    """False under a compiler, a tracer, a torch.func transform or a dispatch mode.
-
-    Selective checkpointing is such a mode: it keeps results, which must not be written to.
-    """
+    """False under a compiler, a tracer, a torch.func transform or a dispatch mode."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0  # selective checkpointing keeps results: do not write to them
         or torch.autograd.forward_ad._current_level >= 0
     )
 
@@ -59,38 +52,37 @@ def unfold_time(images: Tensor, clips: Tensor) -> Tensor:
 
 
 def _frame_by_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Applies a function of single channels of images to each frame of clips."""
     if channels_last(x):
         return unfold_time(function(fold_time(x)), x)
     return function(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
 
 
 def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Tensor:
-    """Averages (or sums up) windows of `factors` positions; one that the border cuts averages what it has.
+    """Averages (or sums up) windows of `factors` positions, 1 or 2 in each dimension after the channels.
 
-    Rounding sizes up (7 -> 4) keeps position i of the result over positions 2i and 2i + 1 of the input at every size.
-    Always by 2-D pools: avg_pool3d loses the channels_last_3d format and knows no bfloat16.
-
-    Args:
-        x: (B, C, T, H, W) or (B, C, H, W).
-        factors: 1 or 2 for each dimension after the channels.
+    Windows cut by the border average what they have: sizes are rounded up (7 -> 4), and position i of the result lies
+    over positions 2i and 2i + 1. Always by 2-D pools, up to 37 times faster on a CPU than avg_pool3d, which also loses
+    the memory format and knows no bfloat16.
     """
     if max(factors) == 1:
         return x
     if x.shape[1] == 0:  # torch's pools refuse a map without channels
         return x.new_zeros((*x.shape[:2], *halved(x.shape[2:], factors)))
-    pool = functools.partial(
-        F.avg_pool2d, ceil_mode=True, count_include_pad=False, divisor_override=1 if sums else None
-    )
+    pool = partial(F.avg_pool2d, ceil_mode=True, count_include_pad=False, divisor_override=1 if sums else None)
     window = tuple(factors[-2:])
     if len(factors) == 2:
         return pool(x, window)
-    if max(window) > 1:
-        x = _frame_by_frame(functools.partial(pool, kernel_size=window), x)
-    if factors[0] == 1:
-        return x
+    x = _frame_by_frame(partial(pool, kernel_size=window), x) if max(window) > 1 else x
     # Both frames of a window have equally many positions, so the mean of their means is the mean.
-    return pool(x.flatten(3), (factors[0], 1)).unflatten(3, x.shape[3:])
+    return x if factors[0] == 1 else pool(x.flatten(3), (factors[0], 1)).unflatten(3, x.shape[3:])
+
+
+def pool_gradient(gradient: Tensor, averaged: Tensor, factors: Sequence[int]) -> tuple[Tensor, float]:
+    """Gradient of average pooling, as (gradient, scale): every position of a window gets their product."""
+    if not any(size % factor for size, factor in zip(averaged.shape[2:], factors, strict=True)):
+        return gradient, 1 / math.prod(factors)
+    ones = gradient.new_ones((1, 1, *averaged.shape[2:]))  # the border's windows are smaller
+    return gradient / average_pool(ones, factors, sums=True), 1.0
 
 
 def halved(size: Sequence[int], factors: Sequence[int]) -> tuple[int, ...]:
@@ -104,16 +96,11 @@ def factors_between(size: Sequence[int], low_size: Sequence[int]) -> tuple[int, 
 
 
 def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Repeats every position in the dimensions that are half of `size`, rounded up, and crops to `size`.
-
-    Args:
-        x: (B, C, T, H, W) or (B, C, H, W).
-        size: of the result, without batch and channels.
-    """
+    """Repeats positions in the dimensions that are half of `size` (T, H, W or H, W), rounded up, and crops to it."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
     if len(size) == 3 and x.shape[2] == size[0]:
-        return _frame_by_frame(functools.partial(upsample, size=size[1:]), x)
+        return _frame_by_frame(partial(upsample, size=size[1:]), x)
     factors = factors_between(size, x.shape[2:])
     if halved(size, factors) != tuple(x.shape[2:]):
         raise UserError(f"a map of size {tuple(x.shape[2:])} is not half of {tuple(size)}, rounded up")
@@ -128,11 +115,11 @@ def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
 
     Adds each low value to the positions that it covers, without an upsampled map: 2 to 13 times faster on a CPU.
     """
-    size = high.shape[2:]
-    if (torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)) or not runs_as_called():
-        return torch.add(high, upsample(low, size), alpha=scale)
-    factors = factors_between(size, low.shape[2:])
+    size, factors = high.shape[2:], factors_between(high.shape[2:], low.shape[2:])
+    recorded = torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)
     even = [n * factor for n, factor in zip(low.shape[2:], factors, strict=True)] == list(size)
+    if recorded or not runs_as_called():
+        return torch.add(high, upsample(low, size), alpha=scale)
     if not even or not channels_last(high):
         return high.add_(upsample(low, size), alpha=scale)
     values, sums = low.movedim(1, -1), high.movedim(1, -1)  # (B, T, H, W, C), the order in memory
@@ -141,3 +128,15 @@ def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
             values, sums = values.unsqueeze(axis + 1), sums.unflatten(axis, (-1, 2))
     sums.add_(values, alpha=scale)
     return high
+
+
+def pad(x: Tensor, amounts: Sequence[int], mode: str) -> Tensor:
+    """F.pad, which in the modes "circular" and "reflect" also pads by more than the map's size."""
+    pairs = list(zip(amounts[0::2], amounts[1::2], strict=True))[::-1]
+    if mode == "replicate" or all(max(pair) < size for pair, size in zip(pairs, x.shape[2:], strict=True)):
+        return F.pad(x, tuple(amounts), mode=mode)
+    for dim, (before, after) in enumerate(pairs, 2):
+        period = x.shape[dim] if mode == "circular" else max(1, 2 * (x.shape[dim] - 1))
+        index = torch.arange(-before, x.shape[dim] + after, device=x.device) % period
+        x = x.index_select(dim, index if mode == "circular" else torch.minimum(index, period - index))
+    return x

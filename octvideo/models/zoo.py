@@ -143,7 +143,7 @@ def _csn(*, width: int = 64, depth: int = 101, **options: Any) -> Net:
 
 
 def _r2plus1d(*, width: int = 64, **options: Any) -> Net:
-    return create_r2plus1d(stem_dim_out=width, **options)
+    return create_r2plus1d(stem_dim_out=width, head_activation=None, **options)  # by default it ends in a softmax
 
 
 def _x3d(*, crop_size: int, width: int = 24, depth_factor: float = 2.2, **options: Any) -> Net:
