@@ -226,7 +226,9 @@ class _OctConv(nn.modules.conv._ConvNd):
         rounding = len(parts) * self.options.round_to if len(parts) > 1 else 1  # each part was rounded
         if split_alike and abs(low.shape[1] - plan.split_in[1]) >= rounding:
             wants = f"wants {plan.split_in} (high, low) input channels, got {parts}"
-            raise UserError(f"a depthwise convolution of alpha {self.alpha} {wants}: give it the last layer's alpha")
+            raise UserError(
+                f"a depthwise convolution of alpha {self.alpha} {wants}: give it the preceding layer's alpha"
+            )
         return high, low, parts
 
     def extra_repr(self) -> str:

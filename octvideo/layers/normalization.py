@@ -111,8 +111,8 @@ class FrozenBatchNorm(_BatchNorm):
 def normalize(model: Network, kind: Kind, splits: int = 1, clips_per_part: int | None = None) -> Network:
     """Replaces every batch norm of a network, in place, as often as you like; names, weights and statistics stay.
 
-    The kinds: "batch", the batch norms that the network came with; "sync", statistics of all processes' batches; "sub",
-    those of parts of a batch (see `SubBatchNorm` for `splits` and `clips_per_part`); "frozen", no training.
+    The kinds: "batch" for the batch norms that the network came with, "sync" for statistics of all processes' batches,
+    "sub" for those of parts of a batch (see `SubBatchNorm`: `splits`, `clips_per_part`), "frozen" for no training.
     Raises UserError for arguments that do not fit each other, or a batch norm that the kind cannot replace.
     """
     if kind not in get_args(Kind):

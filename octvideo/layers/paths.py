@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octvideo.layers import resampling
+import octvideo.layers.resampling as resampling
 from octvideo.layers.parts import Parts, join_by_parts, split_by_parts
 from octvideo.layers.resampling import add_upsampled, average_pool, channels_last, lay_channels_last, upsample
 

@@ -116,10 +116,9 @@ def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
     Adds each low value to the positions that it covers, without an upsampled map: 2 to 13 times faster on a CPU.
     """
     size, factors = high.shape[2:], factors_between(high.shape[2:], low.shape[2:])
-    recorded = torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)
-    even = [n * factor for n, factor in zip(low.shape[2:], factors, strict=True)] == list(size)
-    if recorded or not runs_as_called():
+    if (torch.is_grad_enabled() and (high.requires_grad or low.requires_grad)) or not runs_as_called():
         return torch.add(high, upsample(low, size), alpha=scale)
+    even = [n * factor for n, factor in zip(low.shape[2:], factors, strict=True)] == list(size)
     if not even or not channels_last(high):
         return high.add_(upsample(low, size), alpha=scale)
     values, sums = low.movedim(1, -1), high.movedim(1, -1)  # (B, T, H, W, C), the order in memory
