@@ -129,5 +129,5 @@ def main(words: list[str]) -> None:
         raise
     if cli.trainer.is_global_zero:
         print(f"checkpoints: {cli.run_folder / 'checkpoints'}")
-        if "tensorboard" in cli.config["loggers"]:
+        if "tensorboard" in cli.config["loggers"] and cli.trainer.loggers:
             print(f"logs: tensorboard --logdir {cli.run_folder}")

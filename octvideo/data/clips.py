@@ -25,7 +25,7 @@ REPLACEMENTS = 10  # videos in a row that may be bad in training
 
 
 class Draw(NamedTuple):
-    """One sample to make. All that is random about it derives from (seed, epoch, position), on any worker."""
+    """One sample to make. All its randomness derives from (seed, epoch, position), on any worker."""
 
     epoch: int
     position: int  # in the epoch, over all processes

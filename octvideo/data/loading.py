@@ -102,8 +102,8 @@ class TrainingBatches(Sampler[list[Draw]]):
 class Loader(DataLoader[Sample]):
     """A loader for Lightning, which decodes nothing and forks no worker before the first batch is asked for.
 
-    Lightning starts to iterate before it tells the sampler the epoch. It takes a loader with a state for one that can
-    resume in the middle of an epoch; TrainingBatches can, so this state is empty.
+    Lightning starts to iterate before it tells the sampler the epoch. It believes that a loader can resume in the
+    middle of an epoch if it has a state; TrainingBatches can, so there is a state, and it is empty.
     """
 
     # A thread of torch.distributed that finishes its work during a fork would leave the worker a lock that nobody

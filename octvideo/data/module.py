@@ -22,12 +22,12 @@ from octvideo.data.watchdog import outlive_signals
 from octvideo.errors import ListError, UserError
 
 
-# Lightning keeps the state of a data module in checkpoints under the name of its class: renamed, it would not resume.
+# Lightning keeps a data module's state in checkpoints under the name of its class: renaming it would break resuming.
 class VideoData(LightningDataModule):
     """Training clips, and validation and test views, of the videos in list files.
 
     A list file has a line for each video: its path and its class number. An index.bin beside it, as `octvideo prepare`
-    writes, saves measuring videos when they are opened. Class names and preprocessing become part of checkpoints.
+    writes, saves measuring the videos when they are opened. Class names and preprocessing become part of checkpoints.
 
     Args:
         train_list: list file of the training videos.
@@ -48,7 +48,7 @@ class VideoData(LightningDataModule):
         batch_size: training clips a step, in each process; a multiple of clips_per_video.
         num_workers: processes that decode, for each training process; 0 decodes in the training process itself.
         prefetch_batches: batches that each of them makes ahead.
-        backend: decoder: pyav, torchcodec, decord, or auto: PyAV, and another one for files of which it gives no frame.
+        backend: decoder: pyav, torchcodec, decord, or auto: PyAV, and another one for files it gets no frame from.
         decode_timeout_seconds: a video whose decoding takes longer is bad; null waits for ever.
         seed: of all random choices (set by seed_everything).
         preprocessing: the options of `Preprocessing`, except mean and std, which are the model's.
@@ -228,7 +228,7 @@ class VideoData(LightningDataModule):
         return TrainingBatches(sampler, self.batch_size // self.clips_per_video, self._shapes, **options)
 
     def _dealt(self, epoch: int) -> dict[str, Any]:
-        """What must stay the same for the number of an epoch's batches to say which videos they had."""
+        """What must stay the same for a number of batches to say which videos were used."""
         batches = self._batches()
         return {
             "videos": batches.sampler.num_videos,

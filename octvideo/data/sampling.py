@@ -29,15 +29,17 @@ class Sampling:
     | pytorchvideo | anywhere in [0, d]    | d * i / n             | of all m frames with start <= frame | spread |
     |              |                       |                       | < start + w, those numbered         |        |
     |              |                       |                       | floor(linspace(0, m - 1, f))        |        |
-    | mmaction     | a whole frame in each | round(e * i / (n-1)), | start + j * frame_stride; so the    | loop   |
-    |              | of n equal parts of   | or e // 2 if n is 1   | latest start of a test clip is      |        |
-    |              | [0, d]                |                       | e = d + frame_stride - 1            |        |
+    | mmaction     | a whole frame in each | round(e * i / (n-1)), | start + j * frame_stride; a test    | loop   |
+    |              | of n equal parts of   | or e // 2 if n is 1   | clip of f frames starts at e =      |        |
+    |              | [0, d]                |                       | max(num_frames - (f - 1) *          |        |
+    |              |                       |                       | frame_stride - 1, 0) at the latest  |        |
     | uniform      | no window: a random frame of each of f equal parts of the video, in tests the one      | never  |
     |              | at (i + 0.5) / n of each part                                                          |        |
 
     So the frames of an 8 x 8 clip lie 9 apart with slowfast and pytorchvideo, and 8 with mmaction. The centre clip
     starts at d / 2; for mmaction and uniform it is the test clip of n = 1. With `target_fps`, mmaction takes
-    start + floor(linspace(0, w - 1, f)), and its test clips start at floor(d / (n - 1)) * i.
+    start + floor(linspace(0, w - 1, f)), and its test clips start at floor(d / (n - 1)) * i. Test clips of one frame
+    start at (i + 0.5) * num_frames / n with mmaction.
 
     Sources: slowfast, datasets/decoder.py of facebookresearch/SlowFast. pytorchvideo 0.1.5 (unreleased code has
     d * i / (n - 1)). mmaction, SampleFrames of open-mmlab/mmaction2 1.x. uniform, the segments of TSN (Wang et al.,

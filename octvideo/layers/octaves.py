@@ -172,7 +172,7 @@ CheckpointFunction.forward = staticmethod(_refuse_octaves)  # type: ignore[metho
 
 
 def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
-    """What each map of `x` meets in an elementwise function; of a full-size Tensor, the low map meets means."""
+    """What each map of `x` meets in an elementwise function; a full-size Tensor is averaged for the low map."""
     if isinstance(value, Octaves):
         gate = max(value.factors) == 1  # one number a channel (or frame): each map takes its share
         if value.parts == x.parts and (gate or value.factors == x.factors):
@@ -190,7 +190,7 @@ def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
     high, low = (value, value) if value.shape[1] == 1 else split_by_parts(value, x.parts, 1)
     factors = [1 if size == 1 else factor for size, factor in zip(value.shape[2:], x.factors, strict=True)]
     if max(factors) > 1 and not value.is_floating_point():
-        raise TypeError(f"a full-size Tensor of {value.dtype} has no means to meet octave features with; {WAY_OUT}")
+        raise TypeError(f"a full-size Tensor of {value.dtype} cannot be averaged to meet octave features; {WAY_OUT}")
     return high, average_pool(low, factors)
 
 
@@ -223,7 +223,7 @@ def _prelu(func: Function, input: Octaves, weight: Tensor) -> Octaves:
 
 
 def _per_channel(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Pools or resizes a map, also one without channels, which torch refuses."""
+    """Pools or resizes a map, even one without channels, which torch refuses."""
     if x.shape[1]:
         return func(x, *args, **kwargs)
     return func(x.new_zeros((x.shape[0], 1, *x.shape[2:])), *args, **kwargs)[:, :0]
@@ -326,7 +326,7 @@ def normalize_maps(func: Function, input: Octaves, *args: Any, **kwargs: Any) ->
     for map_, x in enumerate(input):
         try:
             maps.append(func(x, *(share[map_] for share in shares), *args[4:], **kwargs) if x.shape[1] else x)
-        except ValueError as error:  # of one value a channel, which a small low map has in training before others do
+        except ValueError as error:  # of one value a channel, which a small low map reaches first
             what = f"octave features of size {' and '.join(str(tuple(x.shape[2:])) for x in input)}"
             raise UserError(f"{what}: {error}; take larger batches or crops, or alpha 0 here") from error
     if len(input.parts) > 1:  # else the shares are views, updated in place

@@ -25,8 +25,10 @@ class Kernel:
     dilation: tuple[int, ...]
     padding_mode: str = "zeros"
     amounts: tuple[int, ...] = ()  # padding as F.pad takes it, for the modes other than "zeros"
-    flat: Kernel | None = field(init=False, default=None)  # a factorised 3-D convolution as one of images, which are
-    flat_axis: int = field(init=False, default=0)  # frames if this dimension of the weight is 2, T x (H W) if it is 4
+    # A factorised 3-D convolution as one of images: of frames where `flat_axis`, the dimension of the weight that goes,
+    # is 2, of (T, H * W) where it is 4.
+    flat: Kernel | None = field(init=False, default=None)
+    flat_axis: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         if len(self.size) == 2 or isinstance(self.padding, str) or self.padding_mode != "zeros":
@@ -165,7 +167,7 @@ class _OwnGradient(torch.autograd.Function):
         ctx.paths, ctx.parts = paths, parts
         ctx.save_for_backward(high, low, weight)
         outputs = paths.convolve(high, low, weight, bias, parts)
-        # Convolutions in 2-D give views, which nobody could change in place when they come from here.
+        # Convolutions in 2-D give views, which could not be modified in place if they came from here.
         return tuple(torch.ops.aten._unsafe_view(y, y.shape) for y in outputs)
 
     @staticmethod

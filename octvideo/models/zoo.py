@@ -32,7 +32,8 @@ Alpha = float | Sequence[float] | Mapping[str, float]
 class HeadPool(nn.AvgPool3d):
     """A published head's average pooling, of any size of map: all frames, and a window or the smaller map it meets.
 
-    (B, C, T, H, W) becomes (B, C, 1, max(1, H - 6), max(1, W - 6)), which the head averages; Octaves, (B, C, 1, 1, 1).
+    (B, C, T, H, W) becomes (B, C, 1, max(1, H - window + 1), max(1, W - window + 1)), which the head averages. Octaves
+    become (B, C, 1, 1, 1).
     """
 
     def __init__(self, window: int = 7) -> None:
@@ -111,7 +112,7 @@ class SlowFast(Net):
 
 
 def _resnet(*kernels: Sequence[int], non_local: bool = False, width: int = 64, depth: int = 50, **options: Any) -> Net:
-    """A video ResNet with `kernels` of so many frames in the stem and the blocks of each stage, repeated over them."""
+    """A video ResNet; `kernels`: frames of the kernels of the stem and, in turn, of each stage's blocks."""
     network = create_resnet(
         model_depth=depth,
         stem_dim_out=width,
@@ -154,7 +155,8 @@ def _x3d(*, crop_size: int, width: int = 24, depth_factor: float = 2.2, **option
 
 _c2d = partial(_resnet, (1,), (1,), (1,), (1,), (1,), stage1_pool=nn.MaxPool3d)
 _i3d = partial(_resnet, (5,), (3,), (3, 1), (3, 1), (1, 3), stage1_pool=nn.MaxPool3d)
-# Each takes a width and, where there is a choice, a depth, and hands other keywords to pytorchvideo.
+# A builder's `width` has a default; where there is a choice it takes a `depth`, and it takes `model_num_class` and
+# `dropout_rate`, as pytorchvideo's do, to which it hands all other keywords. Its network gives logits.
 MODELS: dict[str, Callable[..., Net]] = {
     # C2D sees each frame by itself; I3D has temporal kernels of 3 in every second block (Wang et al., CVPR 2018).
     "c2d_r50": _c2d,

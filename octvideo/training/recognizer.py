@@ -40,7 +40,8 @@ class Recognizer(LightningModule):
         alpha: share of octave channels at low resolution in res2 to res4, in [0, 1]; or four, for res2 to res5; or
             {regex of convolutions' names: number}, such as experiments/allocation.py writes.
         num_classes: number of classes.
-        freeze: regexes of starts of module names (`blocks.0` is the stem) whose weights and batch norms stay fixed.
+        freeze: modules whose weights and batch norms stay fixed, as regexes that match the start of their names
+            (`blocks.0` is the stem).
         normalization: statistics that training batches are normalised with: "batch", each process's own; "sync", those
             of all processes; "sub", those of every `sub_batch` clips; "frozen", the running ones, which stay fixed.
         sub_batch: clips normalised together by "sub"; default: batch_size, which multigrid's batches exceed.
@@ -52,7 +53,7 @@ class Recognizer(LightningModule):
         warmup_start: learning rate at the start of the warm-up, for `reference_batch` clips a step.
         warmup_epochs: length of the warm-up; may be fractional.
         milestones: epochs, possibly fractional, at which the learning rate falls to a tenth; empty: half a cosine to 0.
-            With multigrid, whose epochs differ in steps, the schedule's epoch has the mean number.
+            With multigrid, whose epochs differ in steps, an epoch of the schedule is their mean number of steps.
         label_smoothing: share of each label that is spread over all classes.
         momentum: of SGD with Nesterov momentum.
         weight_decay: of convolution and classifier weights; biases and batch norms have none.
