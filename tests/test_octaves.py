@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from octvideo import Octaves, OctConv2d
+from octvideo.layers.octaves import normalize_maps
 from octvideo.layers.parts import join_by_parts, join_pieces, split_by_parts
 from octvideo.layers.resampling import average_pool, upsample
 
@@ -68,6 +69,29 @@ def test_batch_norm_after_cat_keeps_the_vanilla_order_of_statistics(x):
     norm(both), single(x), triple(x * 3)
     torch.testing.assert_close(norm.running_mean, torch.cat((single.running_mean, triple.running_mean)))
     torch.testing.assert_close(norm.running_var, torch.cat((single.running_var, triple.running_var)))
+
+
+def test_batch_norm_functions_get_contiguous_statistics_of_grouped_features():
+    """cuDNN would update a copy of others, and the running statistics would stand still."""
+    x = Octaves(torch.randn(2, 6, 4, 8, 8), torch.randn(2, 2, 4, 4, 4), ((3, 1), (3, 1)))
+    seen = []
+
+    def norm(x, mean, var, *rest, **options):
+        seen.extend((mean, var))
+        return F.batch_norm(x, mean, var, *rest, **options)
+
+    mean, var = torch.zeros(8), torch.ones(8)
+    normalize_maps(norm, x, mean, var, training=True)
+    assert all(statistic.is_contiguous() for statistic in seen)
+    assert (mean != 0).all()
+    assert torch.allclose(mean[3], 0.1 * x.low[:, 0].mean())
+
+
+def test_parts_may_be_lists_and_comparisons_with_none_are_refused():
+    x = Octaves(torch.randn(2, 3, 4, 8, 8), torch.randn(2, 1, 4, 4, 4), [(3, 1)])
+    assert (x + Octaves(*x)).parts == ((3, 1),)
+    with pytest.raises(TypeError):
+        x == None  # noqa: B015, E711
 
 
 def test_a_low_map_too_small_for_batch_norm_is_named():

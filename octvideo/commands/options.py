@@ -28,8 +28,10 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        # The error of a data-loading process has that process's traceback in front.
-        fail(str(error).strip().splitlines()[-1].removeprefix("octvideo.errors.DecodeError: "))
+        message = str(error).strip()
+        if message.startswith("Caught "):  # in a data-loading process, whose traceback is in front of the message
+            message = message.splitlines()[-1].removeprefix("octvideo.errors.DecodeError: ")
+        fail(message)
 
 
 class Parser(argparse.ArgumentParser):

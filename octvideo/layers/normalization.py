@@ -26,8 +26,9 @@ def _sync_forward(self: Any, input: Tensor | Octaves) -> Any:
     momentum, statistics = self.momentum, (None, None)
     if self.track_running_stats:
         statistics = (self.running_mean, self.running_var)
-        self.num_batches_tracked.add_(1)
-        momentum = 1 / int(self.num_batches_tracked) if momentum is None else momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            momentum = 1 / int(self.num_batches_tracked) if momentum is None else momentum
     numbers = (self.eps, momentum or 0.0, self.process_group or torch.distributed.group.WORLD)
     arguments: Any = (input, *statistics, self.weight, self.bias, *numbers)
     return normalize_maps(_synced_norm, *arguments) if isinstance(input, Octaves) else _synced_norm(*arguments)

@@ -61,7 +61,7 @@ class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
     def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None) -> Octaves:
         if parts is None:
             parts = cls._own_parts or ((high.shape[1], low.shape[1]),)
-        elif len(parts) > 1:
+        elif len(parts) > 1 or not isinstance(parts, tuple):
             parts = join_pieces(parts)
         kind = _class_of_parts(parts) if len(parts) > 1 and not torch.compiler.is_compiling() else Octaves
         self = super().__new__(kind, high, low)
@@ -322,6 +322,8 @@ def normalize_maps(func: Function, input: Octaves, *args: Any, **kwargs: Any) ->
     names = ("running_mean", "running_var", "weight", "bias")
     parameters = [*args[:4], *[kwargs.pop(name, None) for name in names[len(args) :]]]
     shares: list[Any] = [(None, None) if x is None else split_by_parts(x, input.parts, 0) for x in parameters]
+    if len(input.parts) > 1:  # cuDNN would update a copy of statistics that are not contiguous
+        shares[:2] = [[None if x is None else x.clone() for x in pair] for pair in shares[:2]]
     maps = []
     for map_, x in enumerate(input):
         try:
@@ -347,7 +349,8 @@ def _operator(func: Function, reflected: bool = False) -> Function:
 # A tuple's own + and * would concatenate and repeat, and its == would compare the two maps as values.
 _BINARY = ("add", "sub", "mul", "truediv", "pow")
 for _name in (*_BINARY, "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "iadd", "isub", "imul", "itruediv"):
-    setattr(Octaves, f"__{_name}__", _operator(getattr(operator, _name)))
+    # operator.eq compares with None, and is False; torch's refuses it.
+    setattr(Octaves, f"__{_name}__", _operator(getattr(torch if _name in ("eq", "ne") else operator, _name)))
 for _name in _BINARY:
     setattr(Octaves, f"__r{_name}__", _operator(getattr(operator, _name), reflected=True))
 

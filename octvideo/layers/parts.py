@@ -1,6 +1,7 @@
 """The order of channels: which pieces of the vanilla order are high and which are low."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 
 import torch
@@ -43,6 +44,7 @@ def join_pieces(parts: Iterable[tuple[int, int]]) -> Parts:
     return tuple(joined)
 
 
+@lru_cache(1024)
 def groups_alike(parts: Parts, groups: int) -> tuple[tuple[int, Parts], ...]:
     """What the groups of a convolution read, in the vanilla order: runs of (number of groups, the parts of each).
 

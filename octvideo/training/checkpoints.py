@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from octvideo.errors import DamagedCheckpointError, UserError
 from octvideo.files import appearing, lock, point_to, seal, verify
+from octvideo.models.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the run stopped on a signal and waits to be started again
@@ -85,6 +86,7 @@ class RunCheckpoints(Checkpoint):
     start: str | Path | None = None  # the file that this process resumes from
 
     def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
         if min(self.keep, 1 if self.every_n_steps is None else self.every_n_steps) < 1:
             raise UserError(f"every_n_steps and keep must be at least 1, got {self.every_n_steps} and {self.keep}")
         self.last_good: Path | None = None  # the newest that is safe, or the one that training resumed from
@@ -164,7 +166,8 @@ class RunCheckpoints(Checkpoint):
         if not path.exists():
             return
         try:
-            state = AtomicCheckpointIO().load_checkpoint(path)["callbacks"][self.state_key]
+            verify(path)
+            state = read_checkpoint(path, mmap=True)["callbacks"][self.state_key]
         except DamagedCheckpointError as error:
             log.warning("%s: its score is ignored", error)
             return
@@ -176,7 +179,7 @@ class RunCheckpoints(Checkpoint):
         if trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False):
             self._stop(trainer)
 
-    on_validation_batch_start = on_train_epoch_start  # all processes have equally many batches
+    on_validation_batch_start = on_train_epoch_start  # VideoData gives all processes equally many batches
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any) -> None:
         step = trainer.global_step
