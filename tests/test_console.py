@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar as LightningBar
 from rich.console import Console
 from test_callbacks import Slow, Tiny, clock, trainer_with  # noqa: F401
 from torch.utils.data import DataLoader
 
+from octvideo.commands.train import Training
 from octvideo.data.module import VideoData
 from octvideo.training.callbacks import Memory, Throughput
 from octvideo.training.console import FIGURES, EpochLines, ProgressBar, RunSummary
@@ -100,6 +102,23 @@ def test_the_bar_counts_epochs_from_one_and_leaves_nothing(monkeypatch, tmp_path
     assert "validation " in written
     last_line = written.rsplit("\x1b[2K", 1)[1]  # what follows the last command to erase a line
     assert last_line.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "bars"),
+    [
+        ([], [ProgressBar]),
+        (["--trainer.enable_progress_bar=false"], []),
+        (["--trainer.callbacks=TQDMProgressBar"], [TQDMProgressBar]),
+    ],
+)
+def test_a_terminal_shows_one_bar_or_the_one_that_is_asked_for(words, bars, monkeypatch, tmp_path):
+    (tmp_path / "list.csv").write_text("a.mp4 0\nb.mp4 1\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    words = ["--cfg", "quickstart", f"--data.train_list={tmp_path / 'list.csv'}", "--data.val_list=null", *words]
+    words += ["--data.test_list=null", f"--data.root={tmp_path}", "--model.name=x3d_xs", "--model.num_classes=2"]
+    cli = Training("", [*words, f"--trainer.default_root_dir={tmp_path}"], keep_options=False)
+    assert [type(x) for x in cli.trainer.callbacks if isinstance(x, LightningBar)] == bars
 
 
 class Plain(Tiny):

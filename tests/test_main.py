@@ -1,6 +1,7 @@
 """The console command: what it says of itself, how it finds commands and configurations, and the scripts in tools/."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 
@@ -74,6 +75,8 @@ def test_configurations_are_found_by_name_and_files_by_path(tmp_path, monkeypatc
         UserError, match=r"--cfg nothing: no such file, and no configuration of that name; there are c2d"
     ):
         config_file("nothing")
+    os.mkfifo("pipe")
+    assert config_file("pipe") == "pipe"
     with pytest.raises(UserError, match=r"--cfg configs/i3d.yaml: no such file"):
         config_file("configs/i3d.yaml")
 

@@ -1,10 +1,12 @@
 """Predictions of one video: values against frames that PyAV decodes here, timelines, and what is refused."""
 
 import dataclasses
+import gc
 import inspect
 import os
 import subprocess
 import sys
+import weakref
 
 import av
 import numpy as np
@@ -157,6 +159,19 @@ def test_one_process_decodes_all_videos_of_a_predictor(network, video, monkeypat
     for _ in range(3):
         predictor(video)
     assert len(forks) == 2  # one for views, one for windows
+
+
+def test_a_dropped_predictor_frees_its_network_at_once(network, video):
+    gc.collect()
+    gc.disable()
+    try:
+        predictor = Predictor(network, num_clips=1, num_crops=1)
+        predictor(video)
+        dropped = weakref.ref(predictor)
+        del predictor
+        assert dropped() is None
+    finally:
+        gc.enable()
 
 
 def some(scores, edges=None):

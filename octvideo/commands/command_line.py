@@ -14,9 +14,11 @@ from typing import Any, Literal, NoReturn, TypeVar
 from jsonargparse import ActionConfigFile
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import progress
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from octvideo.commands import options
 from octvideo.commands.options import fail, with_config_files
 from octvideo.data.module import VideoData
 from octvideo.errors import UserError
@@ -91,15 +93,19 @@ class CommandLine(LightningCLI):
 
     def __init__(self, description: str, words: list[str], keep_options: bool) -> None:
         self.words, self.shows_progress = words, sys.stdout.isatty()
-        callbacks = [*([ProgressBar()] if self.shows_progress else []), BadVideos()]
         super().__init__(
             *(Recognizer, VideoData),
             save_config_callback=KeptOptions if keep_options else None,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={"description": description, "default_env": False, "allow_abbrev": False},
-            trainer_defaults={"use_distributed_sampler": False, "callbacks": callbacks},
+            parser_kwargs={
+                "prog": options.program or None,
+                "description": description,
+                "default_env": False,
+                "allow_abbrev": False,
+            },
+            trainer_defaults={"use_distributed_sampler": False, "callbacks": [BadVideos()]},
             run=False,
             args=with_config_files(words),
             auto_configure_optimizers=False,  # the recipe's is the recognizer's
@@ -167,8 +173,13 @@ class CommandLine(LightningCLI):
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        if not self.shows_progress and self.config_init["trainer"]["enable_progress_bar"] is None:
+        wanted, given = (self.config_init["trainer"][key] for key in ("enable_progress_bar", "callbacks"))
+        if not self.shows_progress and wanted is None:
             kwargs["enable_progress_bar"] = False
+        elif wanted is not False and not any(
+            isinstance(x, progress.ProgressBar) for x in (given if isinstance(given, list) else [given])
+        ):
+            self.trainer_defaults["callbacks"].append(ProgressBar())
         return super().instantiate_trainer(**kwargs)
 
     @property

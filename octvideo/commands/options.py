@@ -30,7 +30,7 @@ def one_line_errors() -> Iterator[None]:
     except (UserError, OSError) as error:
         message = str(error).strip()
         if message.startswith("Caught "):  # in a data-loading process, whose traceback is in front of the message
-            message = message.splitlines()[-1].removeprefix("octvideo.errors.DecodeError: ")
+            message = re.sub(r"^octvideo\.errors\.\w+: ", "", message.splitlines()[-1])
         fail(message)
 
 
@@ -86,7 +86,7 @@ def clip_size(text: str) -> tuple[int, int, int]:
 
 def config_file(text: str) -> str:
     """The file that --cfg names: a path, or the name of an installed configuration such as quickstart; or UserError."""
-    if os.path.isfile(text):
+    if os.path.exists(text) and not os.path.isdir(text):  # a pipe, too
         return text
     package = Path(errors.__file__).parent
     folder = next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())

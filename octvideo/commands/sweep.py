@@ -58,7 +58,7 @@ from octvideo.models.checkpoint import load_trained
 from octvideo.models.cost import count_macs, time_interleaved
 from octvideo.models.zoo import Alpha, create_model
 
-COMMAND = [sys.executable, "-m", "octvideo"]
+COMMAND = [sys.executable, "-P", "-m", "octvideo"]  # -P: not what the current folder names octvideo or random
 OWN = {"--model.alpha", "--model.downsample", "--seed_everything", "--trainer.default_root_dir", "--ckpt_path"}
 Row = dict[str, Any]
 

@@ -1,5 +1,6 @@
 """Data sets: random clips of videos for training, evenly spread views for testing."""
 
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, replace
@@ -63,9 +64,10 @@ class Decoding(NamedTuple):
     def open(self, index: int) -> Video:
         """Opens a video of the list, with what is known of it unless the file has changed since."""
         path, known = self.videos.paths[index], None
-        if self.known is not None and self.rows is not None and self.rows[index] >= 0 and os.path.exists(path):
-            video, found = self.known[int(self.rows[index])], os.stat(path)
-            known = video if found.st_size == video.bytes and video.mtime_ns in (0, found.st_mtime_ns) else None
+        if self.known is not None and self.rows is not None and self.rows[index] >= 0:
+            with contextlib.suppress(OSError):
+                video, found = self.known[int(self.rows[index])], os.stat(path)
+                known = video if found.st_size == video.bytes and video.mtime_ns in (0, found.st_mtime_ns) else None
         return Video(path, self.backend, known=known)
 
 

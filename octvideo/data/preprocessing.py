@@ -77,7 +77,7 @@ class Preprocessing:
     def normalize(self, clips: Tensor) -> Tensor:
         """uint8 RGB clips (..., 3, T, H, W) as float32: scaled to [0, 1], less the mean, over the std."""
         mean, std = (
-            torch.tensor(value, device=clips.device).view(-1, 1, 1, 1) if isinstance(value, Sequence) else value
+            value if isinstance(value, float | int) else torch.as_tensor(value, device=clips.device).view(-1, 1, 1, 1)
             for value in (self.mean, self.std)
         )
         return (clips.float() / 255 - mean) / std

@@ -87,11 +87,11 @@ class Video(contextlib.AbstractContextManager["Video"]):
         times = np.asarray(times_seconds, dtype=np.float64)
         if times.size == 0 or np.isnan(times).any():
             raise UserError(f"expected times in seconds, got {times.tolist()}")
-        order = np.argsort(times, kind="stable")
+        times, places = np.unique(times, return_inverse=True)
         while True:
             try:  # no video is longer than 1e7 seconds, and a file's clock counts no further
-                images = self._reader.read(times[order].clip(0, 1e7), short_side)
-                return [images[row] for row in np.argsort(order)]
+                images = self._reader.read(times.clip(0, 1e7), short_side)
+                return [images[place] for place in places]
             except DecodeError as error:
                 if self._first_error is None and not isinstance(error, UnreadableError):
                     raise

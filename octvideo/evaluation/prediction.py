@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
 
@@ -141,7 +142,9 @@ class Predictor:
         self.device = torch.device(device or next(trained.network.parameters(), torch.empty(0)).device)
         self.num_clips, self.num_crops, self.backend = num_clips, num_crops, backend
         self._timeout_seconds = decode_timeout_seconds
-        self._read_views, self._read_windows = self.watched(self._views), self.watched(self._windows)
+        how = known, backend  # not bound methods, which would keep this predictor and its network alive
+        self._read_views = self.watched(partial(_views, *how, num_clips, num_crops))
+        self._read_windows = self.watched(partial(_windows, *how))
 
     def watched(self, read: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
         """The function, called in a process that is killed where it hangs, if there is a time limit."""
@@ -187,21 +190,24 @@ class Predictor:
             raise UserError(f"expected a label for each of the network's {shape[1]} classes, got {labels}")
         return logits
 
-    def _views(self, path: str) -> NDArray[np.uint8]:
-        # (num_clips * num_crops, C, T, H, W)
-        how, sampler = self.trained.preprocessing, self.trained.preprocessing.sampler
-        with Video(path, self.backend) as video:
-            size = video.num_frames, video.fps
-            numbers = sampler.dense_clips(*size, self.num_clips) if self.num_clips > 1 else sampler.centre_clip(*size)
-            return read_clips(video, numbers, how.test_crop_size, self.num_crops)
 
-    def _windows(self, job: tuple[str, int]) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-        """Edges of a video's seconds, and clips (N, C, T, H, W) for some of them, starting at second job[1]."""
-        (path, start), how = job, self.trained.preprocessing
-        with Video(path, self.backend) as video:
-            edges = second_edges(video.duration_seconds)
-            middles = ((edges[:-1] + edges[1:]) / 2)[start:][: max(1, FRAMES_TOGETHER // how.clip_frames)]
-            return edges, clips_around(video, middles.tolist(), how)
+def _views(how: Preprocessing, backend: Backend, num_clips: int, num_crops: int, path: str) -> NDArray[np.uint8]:
+    # (num_clips * num_crops, C, T, H, W)
+    with Video(path, backend) as video:
+        size, sampler = (video.num_frames, video.fps), how.sampler
+        numbers = sampler.dense_clips(*size, num_clips) if num_clips > 1 else sampler.centre_clip(*size)
+        return read_clips(video, numbers, how.test_crop_size, num_crops)
+
+
+def _windows(
+    how: Preprocessing, backend: Backend, job: tuple[str, int]
+) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+    """Edges of a video's seconds, and clips (N, C, T, H, W) for some of them, starting at second job[1]."""
+    path, start = job
+    with Video(path, backend) as video:
+        edges = second_edges(video.duration_seconds)
+        middles = ((edges[:-1] + edges[1:]) / 2)[start:][: max(1, FRAMES_TOGETHER // how.clip_frames)]
+        return edges, clips_around(video, middles.tolist(), how)
 
 
 class PredictorOptions(TypedDict, total=False):

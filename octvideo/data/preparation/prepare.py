@@ -188,6 +188,8 @@ class _Run:
 
         with ThreadPool(max(1, min(self.workers, len(paths))), start) as pool:
             for done, (path, found) in enumerate(pool.imap_unordered(call, paths), before + 1):
+                if stage == "comparing" and "sha256" not in found:
+                    found = {}  # the file has no known copy, and the check decides
                 self.files[path] = found if "failed" in found else self.files[path] | found
                 if "failed" not in found:
                     self.journal.add(self.files[path])
