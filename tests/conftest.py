@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from octvideo.data.motions import write_video
 
@@ -35,6 +36,15 @@ def real_videos():
             f"no real videos in {REAL_VIDEOS} (set OCTVIDEO_REAL_VIDEOS to a folder with fight/, clips/ and odd/)"
         )
     return REAL_VIDEOS
+
+
+@pytest.fixture
+def one_thread():
+    """For tiny networks; other tests keep the number that they had."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -111,6 +121,24 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def in_two_processes(function, *args, folder):
+    """What function(rank, *args) returns in two gloo processes of one thread."""
+    processes = [FORKS.Process(target=_be_rank, args=(rank, function, args, folder)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def _be_rank(rank, function, args, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(function(rank, *args), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def run_processes(count, name, *options, timeout=600, **environment):

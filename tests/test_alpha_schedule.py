@@ -16,16 +16,8 @@ from octvideo import create_model
 from octvideo.models.zoo import set_alpha
 from octvideo.training.alpha_schedule import AlphaSchedule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_BATCHES = 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny networks; other tests keep the number they had."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Module(LightningModule):

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FORKS
+from conftest import in_two_processes
 from pytorchvideo.models.resnet import ResBlock
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -193,9 +193,7 @@ def gradients(model, x, share=1.0):
     return {name.removeprefix("module."): parameter.grad for name, parameter in model.named_parameters()}
 
 
-def in_process(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def in_process(rank):
     found = {}
     for recomputed in (False, True):
         model = normalize(Block(), "sync")
@@ -203,20 +201,12 @@ def in_process(rank, folder):
             recompute(model)
         parallel = DistributedDataParallel(model)
         found[recomputed] = gradients(parallel, clips(4).chunk(2)[rank]), snapshot(model)
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    processes = [FORKS.Process(target=in_process, args=(rank, folder)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return in_two_processes(in_process, folder=tmp_path_factory.mktemp("processes"))
 
 
 def test_synced_batch_norm_of_two_processes_is_that_of_the_whole_batch(two_processes):

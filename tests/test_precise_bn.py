@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FORKS
+from conftest import in_two_processes
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from test_normalization import Net, assert_equal, clips, snapshot
@@ -141,30 +141,21 @@ def others():
     return [clips(2, 4), clips(2, 5), clips(2, 6)]  # ends first
 
 
-def in_process(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+def in_process(rank):
     found = {}
     for kind in ("batch", "sync"):
         model = normalize(Net(), kind)
         count = estimate_statistics(model, others() if rank else BATCHES, model)
         found[kind] = count, snapshot(model)
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def test_two_processes_estimate_what_one_does(tmp_path):
-    processes = [FORKS.Process(target=in_process, args=(rank, tmp_path)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    ranks = in_two_processes(in_process, folder=tmp_path)
     model = Net()
     together = [BATCHES[0], others()[0], BATCHES[2], others()[2]]  # not where one had none, nor when one had ended
     wanted = reference(model, together)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for found in ranks:
         assert found["batch"][0] == found["sync"][0] == 8
         model.load_state_dict(found["batch"][1])
         assert_estimated(model, wanted)

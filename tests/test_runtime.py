@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import in_two_processes
 from networks import settle
 from pytorchvideo.models import resnet, slowfast, x3d
 from torch import nn
@@ -249,20 +249,6 @@ def test_copies_and_pickles_are_equal(name):
         assert str(other.octave_report) == str(network.octave_report)
 
 
-def in_two_processes(function, *args, tmp_path):
-    """Runs function(rank, *args) in two gloo processes; an exception in one is raised here."""
-    mp.spawn(_process, (function, str(tmp_path / "store"), *args), nprocs=2)
-
-
-def _process(rank, function, store, *args):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    try:
-        function(rank, *args)
-    finally:
-        dist.destroy_process_group()
-
-
 def compare_data_parallel(rank, name):
     """Without batch statistics, two halves of a batch give the gradients of the whole."""
     network, clip = network_and_clip(name, batch=4)
@@ -328,10 +314,10 @@ def compare_fully_sharded(rank, name):
 
 
 def test_sync_batch_norm_takes_the_options_of_batch_norm(tmp_path):
-    in_two_processes(compare_sync_batch_norm_options, "", tmp_path=tmp_path)
+    in_two_processes(compare_sync_batch_norm_options, "", folder=tmp_path)
 
 
 @pytest.mark.parametrize("compare", [compare_data_parallel, compare_sync_batch_norm, compare_fully_sharded])
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_equal_one_on_the_whole_batch(name, compare, tmp_path):
-    in_two_processes(compare, name, tmp_path=tmp_path)
+    in_two_processes(compare, name, folder=tmp_path)

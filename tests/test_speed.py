@@ -18,19 +18,11 @@ from torch import nn
 from octvideo import MODELS, Octaves, OctConv3d, create_model
 from octvideo.models.cost import count_macs, count_parameters
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # --threads sets what other tests would keep
 SIZE = (4, 32, 32)
 SMALL = ("--width=8", "--size=4x32x32", "--rounds=2", "--warmup=1", "--threads=1", "--device=cpu")
 CONTRACT = {"model", "form", "alpha", "batch", "mode", "dtype", "compiled", "params", "macs", "seconds", "saved_bytes"}
 CONTRACT |= {"time_ratio", "mac_ratio"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny networks, and --threads sets what other tests would keep."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -15,21 +15,18 @@ from conftest import ROOT, run_tool
 from octvideo.data.motions import CLASSES, make_data_set
 from octvideo.models.checkpoint import load_trained
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the logits were recorded
 FOLDER = ROOT / "tests" / "version_0_1"
 CHECKPOINT = FOLDER / "step_00000004.ckpt"
 LOGITS = json.loads((FOLDER / "logits.json").read_text())
 
 
 def logits_of(path, alpha=None):
-    """What a checkpoint's network gives for the clip, in one thread as it was recorded."""
+    """What a checkpoint's network gives for the clip."""
     clips = torch.randint(256, (2, 3, 4, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    trained, threads = load_trained(path, alpha), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            return trained.network(trained.normalize(clips))
-    finally:
-        torch.set_num_threads(threads)
+    trained = load_trained(path, alpha)
+    with torch.inference_mode():
+        return trained.network(trained.normalize(clips))
 
 
 def recorded(name):

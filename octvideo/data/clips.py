@@ -160,10 +160,8 @@ class TestViews(Dataset[Sample]):
 
     def _clips(self, index: int) -> NDArray[np.uint8]:
         """The clips (num_clips, T, H, W, C) of a video, not yet cropped."""
-        sampling, count = self.decoding.sampling, self.num_clips
         with self.decoding.open(index) as video:
-            length = video.num_frames, video.fps
-            numbers = sampling.centre_clip(*length) if count == 1 else sampling.dense_clips(*length, count)
+            numbers = self.decoding.sampling.test_clips(video.num_frames, video.fps, self.num_clips)
             if self.shuffle_frames:
                 numbers = np.random.default_rng((self.seed, index)).permuted(numbers, axis=1)
             return np.stack([np.stack(clip) for clip in clips_of(video, numbers, self.short_side)])

@@ -111,6 +111,10 @@ class Sampling:
         span = self._span(num_frames, fps, 1)
         return self._frames(np.array([max(num_frames - span, 0.0) / 2]), num_frames, span)
 
+    def test_clips(self, num_frames: int, fps: float, num_clips: int) -> NDArray[np.int64]:
+        """The clips (num_clips, clip_frames) to test a video on: `dense_clips`, or `centre_clip` for a single one."""
+        return self.centre_clip(num_frames, fps) if num_clips == 1 else self.dense_clips(num_frames, fps, num_clips)
+
     def _span(self, num_frames: int, fps: float, num_clips: int) -> float:
         """Length of a clip's window, in frames of the video; it need not be whole with a target_fps."""
         if num_frames < 1 or num_clips < 1:

@@ -194,8 +194,7 @@ class Predictor:
 def _views(how: Preprocessing, backend: Backend, num_clips: int, num_crops: int, path: str) -> NDArray[np.uint8]:
     # (num_clips * num_crops, C, T, H, W)
     with Video(path, backend) as video:
-        size, sampler = (video.num_frames, video.fps), how.sampler
-        numbers = sampler.dense_clips(*size, num_clips) if num_clips > 1 else sampler.centre_clip(*size)
+        numbers = how.sampler.test_clips(video.num_frames, video.fps, num_clips)
         return read_clips(video, numbers, how.test_crop_size, num_crops)
 
 
