@@ -8,6 +8,7 @@ import torch
 from conftest import frame_numbers
 
 from octvideo.data.clips import NO_VIDEO, BadVideo, Decoding, Draw, TestViews, TrainingClips, clips_of, cut
+from octvideo.data.index import IndexedVideo
 from octvideo.data.lists import Paths, VideoList
 from octvideo.data.loading import collate
 from octvideo.data.multigrid import ClipShape
@@ -176,3 +177,18 @@ def test_a_bad_test_video_is_reported_and_not_replaced(numbered_video, tmp_path)
     assert batch.paths == [str(numbered_video)]
     assert batch.turns == [(0, 1)]
     assert [bad.path for bad in batch.bad] == [str(tmp_path / "bad.mp4")]
+
+
+def test_an_indexed_video_that_has_vanished_is_bad():
+    known = [IndexedVideo(60, 30.0, 2.0, np.zeros(1), 100)]
+    videos = decoding("/nowhere/gone.mp4", known=known, rows=np.zeros(1, np.int64))
+    assert "no such file" in views(videos)[Draw(0, 0, 0)].bad[0].reason.lower()
+
+
+def test_a_frame_that_is_asked_for_again_is_decoded_once(numbered_video, monkeypatch):
+    with Video(numbered_video) as video:
+        read, asked = video._reader.read, []
+        monkeypatch.setattr(video._reader, "read", lambda times, side: asked.extend(times) or read(times, side))
+        images = video.images_at([1.51, 0.51, 1.51, 1.51])
+    assert asked == [0.51, 1.51]
+    assert frame_numbers(images) == [45, 15, 45, 45]

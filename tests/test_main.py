@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 from octvideo.commands.main import COMMANDS, HELP, main
-from octvideo.commands.options import config_file, with_config_files
-from octvideo.errors import UserError
+from octvideo.commands.options import config_file, one_line_errors, with_config_files
+from octvideo.errors import DecodeError, UserError
 
 SCRIPTS = {
     **{"train_net": "train", "test_net": "test", "predict": "predict", "prepare_data": "prepare", "export": "export"},
@@ -85,3 +85,21 @@ def test_all_spellings_of_cfg_take_names():
     i3d, finetune = (str(ROOT / "configs" / f"{name}.yaml") for name in ("i3d", "finetune"))
     words = ["--cfg", "i3d", "--model.name", "i3d", "--cfg=finetune", "-c", "i3d"]
     assert with_config_files(words) == ["--cfg", i3d, "--model.name", "i3d", f"--cfg={finetune}", "-c", i3d]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            UserError("last.ckpt: its weights do not fit:\n  size mismatch"),
+            "last.ckpt: its weights do not fit: size mismatch",
+        ),
+        (UserError("Caught UserError in worker 0.\nTraceback\noctvideo.errors.UserError: no decord"), "no decord"),
+        (DecodeError("a.mp4", "broken"), "a.mp4: broken"),
+        (OSError("the disk is full"), "the disk is full"),
+    ],
+)
+def test_errors_that_a_user_can_put_right_are_one_whole_line(error, line, capsys):
+    with pytest.raises(SystemExit, match="2"), one_line_errors():
+        raise error
+    assert capsys.readouterr().err.endswith(f": error: {line}\n")

@@ -395,6 +395,17 @@ def test_a_pipe_that_nobody_writes_is_bad_after_the_timeout(videos, tmp_path):
     assert list(statuses(outcomes).values()).count("ok") == 4
 
 
+def test_a_file_that_cannot_be_compared_is_checked_all_the_same(videos, tmp_path, monkeypatch):
+    shutil.copy(videos / "train" / "yoga" / "a.mp4", videos / "val" / "archery" / "copy.mp4")
+
+    def fail(path):
+        raise OSError("the memory is full")
+
+    monkeypatch.setattr(preparation, "blocks", fail)
+    found = statuses(run(videos, tmp_path / "out"))
+    assert found["train/yoga/a.mp4"] == found["val/archery/copy.mp4"] == "ok"
+
+
 def test_a_decoder_that_hung_is_tried_again_only_with_more_time(videos, tmp_path, monkeypatch):
     def hang(path):
         if path.endswith("b.mkv"):
