@@ -201,7 +201,7 @@ def _read_alphas(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_card(path: Path) -> Card:
-    trained, saved = load_trained(path), read_checkpoint(path)
+    trained, saved = load_trained(path), read_checkpoint(path, mmap=True)
     written = saved["epoch"] + 1, saved["global_step"], saved["pytorch-lightning_version"]
     macs = count_macs(trained.network, trained.preprocessing.clip_size)
     return Card(path, trained, *written, count_parameters(trained.network), macs)
