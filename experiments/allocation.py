@@ -337,7 +337,8 @@ def subject(cli: Allocating) -> dict[str, Any]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     clips = {key: value for key, value in cli.config["data"].as_dict().items() if key not in HOW_FAST}
     of = {"checkpoint": digest, "batches": cli.config["batches"], "network": cli.model.network.octave_options}
-    return json.loads(json.dumps(of | {"clips": clips}, default=str))  # as it is read back
+    found: dict[str, Any] = json.loads(json.dumps(of | {"clips": clips}, default=str))  # as it is read back
+    return found
 
 
 def measure(cli: Allocating, groups: Sequence[tuple[str, ...]], tried: Sequence[tuple[str, ...]]) -> list[Sensitivity]:

@@ -36,12 +36,13 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from choices import one_of
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from octvideo.commands.options import Parser, fail, number, one_of, several
+from octvideo.commands.options import Parser, fail, number, several
 from octvideo.data.clips import Decoding, Draw, TestViews, TrainingClips, clips_of, cut
 from octvideo.data.lists import VideoList, read_list
 from octvideo.data.multigrid import ClipShape

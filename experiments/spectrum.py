@@ -19,7 +19,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +31,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from octvideo.commands.options import Parser, number, one_line_errors
 from octvideo.data.clips import clips_of, cut
 from octvideo.data.sampling import even_crops
 from octvideo.data.video import Video
 from octvideo.errors import UserError
-from octvideo.evaluation.feature_maps import stage_features
 from octvideo.files import appearing
 from octvideo.layers.octaves import Octaves
 from octvideo.models.checkpoint import Trained, load_trained
@@ -55,13 +57,36 @@ def power(maps: Tensor) -> Tensor:
     Returns:
         (H, W) float64 in the order of torch.fft.fft2; its sum is 1, or 0 if all frames are constant.
     """
-    spectra = torch.fft.fft2(maps.double() - maps.double().mean((-2, -1), keepdim=True)).abs().square()
+    spectra: Tensor = torch.fft.fft2(maps.double() - maps.double().mean((-2, -1), keepdim=True)).abs().square()
     spectra[..., 0, 0] = 0
     totals = spectra.sum((-2, -1))
     varying = totals > 1e-12 * maps.shape[-1] ** 2 * maps.shape[-2] ** 2
     if not varying.any():
         return spectra.new_zeros(maps.shape[-2:])
     return (spectra[varying] / totals[varying][:, None, None]).mean(0)
+
+
+@torch.no_grad()
+def stage_features(
+    network: nn.Module, stages: Iterable[str], clips: Iterable[Tensor]
+) -> Iterable[dict[str, Tensor | Octaves]]:
+    """Yields the outputs of some of a network's modules for each of its normalised clips (B, 3, T, H, W), by name.
+
+    The network is in evaluation mode. UserError for a module that it does not have.
+    """
+    parts, found = dict(network.named_modules()), dict[str, Any]()
+    if missing := [name for name in stages if name not in parts]:
+        raise UserError(f"the network has no part {', '.join(missing)}")
+
+    def keep(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        found[name] = output
+
+    with ExitStack() as hooks:
+        for name in stages:
+            hooks.enter_context(parts[name].register_forward_hook(partial(keep, name)))
+        for clip in clips:
+            network(clip)
+            yield dict(found)
 
 
 def frequencies(height: int, width: int) -> Tensor:
@@ -101,7 +126,7 @@ def pooled(maps: Tensor) -> Tensor:
     flat = maps.transpose(1, 2).flatten(0, 1)
     small = F.avg_pool2d(flat, 2, ceil_mode=True, count_include_pad=False)
     flat = F.interpolate(small, scale_factor=2, mode="nearest")[..., :height, :width]
-    return flat.unflatten(0, (batch, frames)).transpose(1, 2)
+    return torch.unflatten(flat, 0, (batch, frames)).transpose(1, 2)
 
 
 def on_one_grid(features: Tensor | Octaves) -> dict[str, Tensor]:

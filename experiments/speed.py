@@ -31,11 +31,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from choices import one_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from memory import count_saved_bytes, measure_peak_bytes
@@ -49,7 +50,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import octvideo
 from octvideo import MODELS, Octaves, OctConv3d, create_model
-from octvideo.commands.options import Parser, clip_size, fail, number, one_of, several
+from octvideo.commands.options import Parser, clip_size, fail, number, several
 from octvideo.files import appearing
 from octvideo.models.cost import count_macs, count_macs_of, count_parameters, hardware, time_interleaved
 
@@ -305,7 +306,7 @@ def prepare(group: Group, variant: Variant, options: argparse.Namespace) -> nn.M
     if not options.compile:
         return network
     compiled: Any = torch.compile(network, dynamic=False, mode=options.compile_mode)  # torch calls it a function
-    return compiled
+    return cast(nn.Module, compiled)
 
 
 def is_fused(group: Group, variant: Variant, options: argparse.Namespace) -> bool:

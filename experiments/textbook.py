@@ -72,7 +72,7 @@ class TextbookConv3d(nn.Module):
         high, low = x if isinstance(x, Octaves) else (x, None)
         high = self.pool(high) if self.strided else high
         assert self.high_to_high is not None
-        out_high = self.high_to_high(high)
+        out_high: Tensor = self.high_to_high(high)
         if low is not None and self.low_to_high is not None:
             from_low = self.low_to_high(low)
             height, width = out_high.shape[-2:]

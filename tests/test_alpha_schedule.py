@@ -5,6 +5,7 @@ import csv
 import pytest
 import torch
 import torch.nn.functional as F
+from alpha_schedule import AlphaSchedule
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -14,7 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from octvideo import create_model
 from octvideo.models.zoo import set_alpha
-from octvideo.training.alpha_schedule import AlphaSchedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NUM_BATCHES = 4

@@ -97,7 +97,11 @@ def assert_one_line(finished, *parts):
         (["--trainer.limit_train_batches=2.5"], ["limit_train_batches"]),
         (["--data.multigrid.cycles=0"], ["data.multigrid.cycles must be at least 1, got 0"]),
         (
-            ["--alpha_schedule.start=2", "--alpha_schedule.end_epoch=3"],
+            [
+                "--trainer.callbacks+=alpha_schedule.AlphaSchedule",
+                "--trainer.callbacks.start=2",
+                "--trainer.callbacks.end_epoch=3",
+            ],
             ["start of the alpha schedule: alpha must lie in [0, 1], got 2"],
         ),
         (

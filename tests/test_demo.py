@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -178,51 +177,6 @@ def test_what_a_visitor_is_told_is_text():
         '<div class="message bad" role="alert">&lt;b&gt;a &amp; b&lt;/b&gt;</div>'
     )
     assert "<b>" not in demo.parts().timeline(replace(some([[0.2, 0.5, 0.3]]), labels=["<b>", "<b>", "<b>"]), 5)
-
-
-def test_the_desk_works_in_one_thread_and_gives_errors_back():
-    desk, answers = demo.Desk(), []
-
-    def visit():
-        answers.append(desk.ask(threading.get_ident))
-        with pytest.raises(ZeroDivisionError):
-            desk.ask(divmod, 1, 0)
-        answers.append(desk.ask(divmod, 7, 2))
-        with pytest.raises(StopIteration):
-            desk.ask(next, iter(()))
-        desk._jobs.put(None)  # ends its work
-
-    visitor = threading.Thread(target=visit)
-    visitor.start()
-    with pytest.raises(TypeError):
-        desk.work()
-    visitor.join()
-    assert answers == [threading.get_ident(), (3, 1)]
-
-
-def test_nobody_waits_at_an_interrupted_desk():
-    desk, ended = demo.Desk(), []
-
-    def visit(job):
-        try:
-            desk.ask(job)
-        except BaseException as error:
-            ended.append(type(error))
-
-    def interrupted():
-        visitors[1].start()
-        while desk._jobs.empty():
-            threading.Event().wait(0.01)
-        raise KeyboardInterrupt
-
-    visitors = [threading.Thread(target=visit, args=[job], daemon=True) for job in (interrupted, list, list)]
-    visitors[0].start()
-    with pytest.raises(KeyboardInterrupt):
-        desk.work()
-    visitors[2].start()
-    for visitor in visitors:
-        visitor.join(10)
-    assert sorted(kind.__name__ for kind in ended) == ["CancelledError", "CancelledError", "KeyboardInterrupt"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import torch
 from networks import settle
 from torch import nn
 
+from experiments.spectrum import stage_features
 from octvideo import create_model
-from octvideo.evaluation.feature_maps import COLOURS, Maps, heat, layers_of, maps_of, stage_features
+from octvideo.evaluation.feature_maps import COLOURS, Maps, heat, layers_of, maps_of
 from octvideo.layers.octaves import Octaves
 
 

@@ -8,12 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
-from torch import nn
-from torch.utils.data import DataLoader
-
-from octvideo import Octaves, OctConv3d
-from octvideo.data.preprocessing import Preprocessing
-from octvideo.training.self_test import (
+from self_test import (
     QUANTITIES,
     TOLERANCE,
     Difference,
@@ -22,6 +17,11 @@ from octvideo.training.self_test import (
     find_convolutions,
     known_faults,
 )
+from torch import nn
+from torch.utils.data import DataLoader
+
+from octvideo import Octaves, OctConv3d
+from octvideo.data.preprocessing import Preprocessing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -230,13 +230,13 @@ def test_a_training_in_16_bits_starts_with_a_line(tmp_path, capsys, precision, n
 
 
 def test_a_training_in_32_bits_starts_without(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("octvideo.training.self_test.find_convolutions", None)
+    monkeypatch.setattr("self_test.find_convolutions", None)
     fit(tmp_path, "32-true")
     assert "self-test" not in capsys.readouterr().out
 
 
 def test_wrong_kernels_and_known_faults_are_warned_of(tmp_path, capsys, wrong, monkeypatch):
-    monkeypatch.setattr("octvideo.training.self_test.known_faults", lambda *arguments: ["somebody's fault"])
+    monkeypatch.setattr("self_test.known_faults", lambda *arguments: ["somebody's fault"])
     with pytest.warns(UserWarning, match="self-test") as warnings:
         fit(tmp_path, "bf16-mixed")
     lines = [str(warning.message) for warning in warnings if "self-test" in str(warning.message)]
@@ -249,14 +249,14 @@ def test_wrong_kernels_and_known_faults_are_warned_of(tmp_path, capsys, wrong, m
 
 def test_the_comparison_ends_in_time(tmp_path, capsys, monkeypatch):
     seconds = iter(range(0, 100, 20))
-    monkeypatch.setattr("octvideo.training.self_test.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("self_test.perf_counter", lambda: next(seconds))
     fit(tmp_path, "bf16-mixed", SelfTest(limit_seconds=50))
     assert "self-test: 2 kinds of convolution (of 4, in 50 s) agree in bf16" in capsys.readouterr().out
 
 
 def test_other_processes_only_run_the_network(capsys, monkeypatch):
-    monkeypatch.setattr("octvideo.training.self_test.compare", None)
-    monkeypatch.setattr("octvideo.training.self_test.known_faults", None)
+    monkeypatch.setattr("self_test.compare", None)
+    monkeypatch.setattr("self_test.known_faults", None)
     ran = []
     module = Module()
     module.network[0].register_forward_hook(lambda *arguments: ran.append(1))

@@ -9,9 +9,8 @@ import torch
 from conftest import run_tool
 from test_command_line import motions, trained  # noqa: F401
 
-from experiments.spectrum import frequencies, low_share, on_one_grid, pooled, power, radial_average
+from experiments.spectrum import frequencies, low_share, on_one_grid, pooled, power, radial_average, stage_features
 from octvideo import Octaves, create_model
-from octvideo.evaluation.feature_maps import stage_features
 
 SIZE = ["--size=64"]
 

@@ -23,7 +23,6 @@ from octvideo.commands.options import fail, with_config_files
 from octvideo.data.module import VideoData
 from octvideo.errors import UserError
 from octvideo.models.checkpoint import read_training_checkpoint
-from octvideo.training.alpha_schedule import AlphaSchedule
 from octvideo.training.callbacks import BadVideos
 from octvideo.training.console import ProgressBar
 from octvideo.training.recognizer import Recognizer
@@ -45,8 +44,6 @@ TRAINING_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "keep_checkpoints": (int, 3, "newest checkpoints to keep, besides the best"),
     "ema_decay": (float | None, None, "decay of the moving average of weights to validate and save, such as .999"),
     "precise_bn": (int, 0, "training batches to compute batch-norm statistics from after each epoch; 0: running ones"),
-    "alpha_schedule": (AlphaSchedule | None, None, "train at other alphas before the model's own"),
-    "self_test": (bool, False, "before training in 16 bits, compare each kind of convolution with its 32-bit result"),
     "loggers": (list[LoggerName], ["tensorboard", "csv"], "where metrics go; wandb needs `pip install wandb`"),
 }
 Cli = TypeVar("Cli", bound="CommandLine")
@@ -137,9 +134,8 @@ class CommandLine(LightningCLI):
             what = f"{path}: no such file" if isinstance(error, FileNotFoundError) else error
             raise UserError(f"{option} {what}") from error
         options, given = self.config["model"], {word.split("=")[0] for word in self.words}
-        for key, value in (
-            checkpoint.options | {key: getattr(checkpoint.preprocessing, key) for key in ("mean", "std")}
-        ).items():
+        kept = checkpoint.options | {key: getattr(checkpoint.preprocessing, key) for key in ("mean", "std")}
+        for key, value in kept.items():
             if f"--model.{key}" not in given and options[key] != value:
                 print(f"model.{key} {value} taken from the checkpoint (config says {options[key]})")
                 options[key] = value

@@ -22,12 +22,13 @@ import io
 import os
 import signal
 import socket
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import jinja2
 import numpy as np
@@ -52,41 +53,6 @@ Result = TypeVar("Result")
 
 class RefusedError(UserError):
     """A video that the page does not accept; the message says why."""
-
-
-class Desk:
-    """Runs the jobs of other threads in the thread that calls `work`, one after the other.
-
-    A decoding process dies with the thread that started it, and a web server ends idle threads.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
-        self._closed = False
-
-    def ask(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Returns what the function returns, or raises what it raises; CancelledError if the desk is closed."""
-        answer: Future[Result] = Future()
-        self._jobs.put((answer, function, arguments))
-        if self._closed:  # possibly before the job was queued
-            answer.cancel()
-        return answer.result()
-
-    def work(self) -> NoReturn:
-        try:
-            while True:
-                answer, function, arguments = self._jobs.get()
-                try:
-                    if not answer.cancelled():
-                        answer.set_result(function(*arguments))
-                except BaseException as error:  # raised again in the thread that asked
-                    answer.set_exception(error)
-                    if not isinstance(error, Exception):
-                        raise
-        finally:
-            self._closed = True
-            while not self._jobs.empty():
-                self._jobs.get()[0].cancel()
 
 
 class Sight:
@@ -120,7 +86,7 @@ class Sight:
         with Video(path, self.predictor.backend) as video:
             return video.duration_seconds
 
-    def _read_clip(self, job: tuple[str, float]) -> NDArray[np.uint8]:
+    def _read_clip(self, job: tuple[str, float]) -> Any:
         path, seconds = job
         with Video(path, self.predictor.backend) as video:
             return clips_around(video, [seconds], self.predictor.trained.preprocessing)[0]
@@ -150,8 +116,8 @@ def parts() -> Any:
     return environment.get_template("demo.html").module
 
 
-def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
-    """The page of a checkpoint's name, as gradio's Blocks; `sight` computes at the `desk`."""
+def build(sight: Sight, worker: Executor, *, name: str, max_megabytes: float) -> Any:
+    """The page of a checkpoint's name, as gradio's Blocks; `sight` computes in the `worker`."""
     import gradio as gr
 
     html, trained = parts(), sight.predictor.trained
@@ -162,7 +128,7 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
 
     def look(path: str) -> dict[Any, Any]:
         try:
-            prediction = desk.ask(sight.predict, path)
+            prediction = worker.submit(sight.predict, path).result()
         except RefusedError as error:
             return {said: html.message(error, bad=True)}
         duration = float(prediction.timeline.edges_seconds[-1])
@@ -175,11 +141,12 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
             when: gr.Slider(maximum=max(0.1, round(duration, 1)), value=round(duration / 2, 1)),
         }
 
-    def show_maps(prediction: Prediction | None, layer: str, seconds: float) -> str:
+    def show_maps(prediction: Prediction | None, layer: str, seconds: float) -> Any:
         if prediction is None:
             return ""
         try:
-            return html.maps_page(*desk.ask(sight.maps, prediction.path, seconds, layer), seconds, STRONGEST)
+            found = worker.submit(sight.maps, prediction.path, seconds, layer).result()
+            return html.maps_page(*found, seconds, STRONGEST)
         except RefusedError as error:
             return html.message(error, bad=True)
 
@@ -190,7 +157,7 @@ def build(sight: Sight, desk: Desk, *, name: str, max_megabytes: float) -> Any:
         with tempfile.TemporaryDirectory() as folder:  # gradio makes a copy
             output = Path(folder, f"{Path(prediction.path).stem}.predicted.mp4")
             try:
-                desk.ask(sight.annotate, prediction, output)
+                worker.submit(sight.annotate, prediction, output).result()
                 yield {said: "", player: str(output)}
             except RefusedError as error:
                 yield {said: html.message(f"The player stays empty. {error}", bad=True)}
@@ -259,8 +226,9 @@ def main(words: list[str]) -> int:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*"}
         import gradio as gr
 
-        desk, sight = Desk(), Sight(predictor, arguments.max_seconds)
-        page = build(sight, desk, name=arguments.ckpt.name, max_megabytes=arguments.max_megabytes)
+        # One thread that lasts: a decoding process dies with the thread that started it, and a web server's end.
+        worker, sight = ThreadPoolExecutor(1), Sight(predictor, arguments.max_seconds)
+        page = build(sight, worker, name=arguments.ckpt.name, max_megabytes=arguments.max_megabytes)
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         style = {"theme": theme, "css_paths": Path(__file__).with_name("demo.css"), "footer_links": []}
         place = {"server_name": host, "server_port": port, "max_file_size": round(arguments.max_megabytes * 2**20)}
@@ -268,7 +236,8 @@ def main(words: list[str]) -> int:
         page.launch(prevent_thread_lock=True, quiet=True, **place, **style, **off)
         print(f"http://{host}:{port} serves {arguments.ckpt}; Ctrl-C stops it", flush=True)
         try:
-            desk.work()
+            threading.Event().wait()
         finally:
             page.close(verbose=False)
-    return 0
+    sys.stdout.flush()
+    os._exit(0)  # the worker may be at work; its decoding processes end with this one

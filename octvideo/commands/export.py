@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -84,16 +84,8 @@ def pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> Callable
         return torch.export.load(file).module()
 
 
-class Format(NamedTuple):
-    runtime: str
-    packages: tuple[str, ...]  # to install for it
-    write: Callable[[ExportedProgram, Path, dict[str, Any]], Callable[[Tensor], Tensor]]  # and open
-
-
-FORMATS = {
-    ".onnx": Format("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), onnx),
-    ".pt2": Format("torch.export", (), pt2),
-}
+# The runtime, the packages to install for it, and what writes and opens a file.
+FORMATS = {".onnx": ("onnxruntime", ("onnx", "onnxruntime", "onnxscript"), onnx), ".pt2": ("torch.export", (), pt2)}
 
 
 def untrained(name: str, alpha: float, num_classes: int, preprocessing: Preprocessing) -> Trained:
@@ -113,7 +105,7 @@ def untrained(name: str, alpha: float, num_classes: int, preprocessing: Preproce
 
 
 def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespace) -> None:
-    file, eager = FORMATS[arguments.output.suffix], Classifier(trained, arguments.softmax)
+    (runtime, _, write), eager = FORMATS[arguments.output.suffix], Classifier(trained, arguments.softmax)
     generator, clips = torch.Generator().manual_seed(0), list[Tensor]()
     for shape in [(batch, *size) for batch in ((arguments.batch,) if arguments.batch else (1, 2))]:
         clips.append(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
@@ -135,18 +127,18 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
     kind = about["output"] = "probabilities" if arguments.softmax else "logits"
     about["octvideo_version"] = importlib.metadata.version("octvideo")
     with appearing(arguments.output) as partial:
-        run = file.write(program, partial, about)
+        run = write(program, partial, about)
         pairs = zip(clips, wanted, strict=True)
         differences = [(run(clip) - want).abs().max() / want.abs().max() for clip, want in pairs]
         difference = float(torch.stack(differences).max())
         differ = f"differ from PyTorch's by {difference:.1g} of the largest"
         if not difference <= arguments.tolerance:
             more = f"more than --tolerance {arguments.tolerance:g}: no file is written"
-            fail(f"{file.runtime} gives {kind} that {differ}, {more}", status=1)
+            fail(f"{runtime} gives {kind} that {differ}, {more}", status=1)
     seconds = time_interleaved([lambda: eager(clips[0]), lambda: run(clips[0])], rounds=arguments.rounds)
     table = Table(f"clips {tuple(clips[0].shape)}", "median ms", "ratio")
-    for runtime, taken in zip(("PyTorch", file.runtime), map(median, seconds), strict=True):
-        table.add_row(runtime, f"{1000 * taken:.1f}", f"{taken / median(seconds[0]):.2f}")
+    for name, taken in zip(("PyTorch", runtime), map(median, seconds), strict=True):
+        table.add_row(name, f"{1000 * taken:.1f}", f"{taken / median(seconds[0]):.2f}")
     Console().print(table)
     megabytes = arguments.output.stat().st_size / 1e6
     print(f"{arguments.output}: {megabytes:.1f} MB; {kind} differ by {difference:.1g} of the largest")
@@ -173,7 +165,7 @@ def main(words: list[str]) -> int:
     output: Path = arguments.output
     if output.suffix not in FORMATS or output.is_dir():
         fail(f"--output must be a file that ends in {' or '.join(FORMATS)}, got {output}")
-    if missing := [name for name in FORMATS[output.suffix].packages if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in FORMATS[output.suffix][1] if importlib.util.find_spec(name) is None]:
         fail(f"{output.suffix} files need {', '.join(missing)}: pip install 'octvideo[export]'")
     if arguments.ckpt and (arguments.clip or arguments.num_classes):
         fail("--clip and --num_classes are for --name: a checkpoint has its own")

@@ -36,7 +36,7 @@ def run(command: str, words: list[str] | None = None, *, program: str = "") -> i
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
     importlib.import_module("octvideo.commands.options").program = program  # type: ignore[attr-defined]
     main = importlib.import_module(f"octvideo.commands.{command}").main
-    return main(sys.argv[1:] if words is None else words) or 0  # type: ignore[no-any-return]
+    return main(sys.argv[1:] if words is None else words) or 0
 
 
 def main() -> int:

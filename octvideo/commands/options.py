@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -110,14 +110,3 @@ def with_config_files(words: list[str]) -> list[str]:
 def several(convert: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     """The type of an option for values with commas between them, each once."""
     return lambda text: tuple(dict.fromkeys(convert(part.strip()) for part in text.split(",")))
-
-
-def one_of(names: Collection[str], what: str) -> Callable[[str], str]:
-    """The type of an option for one of several names."""
-
-    def convert(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"no {what} {text!r}; there are {', '.join(names)}")
-        return text
-
-    return convert

@@ -37,10 +37,9 @@ def picture(path: str) -> bytes | str:
     except DecodeError as error:
         return error.reason
     frames = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)  # a line between them
-    wide = frames.shape[2] > 1.2 * frames.shape[1]
-    rows = [frames[:2], frames[2:]] if wide else [frames]
+    rows = [frames[:2], frames[2:]] if frames.shape[2] > 1.2 * frames.shape[1] else [frames]
     image = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    return encode_jpeg(torch.from_numpy(image).permute(2, 0, 1).contiguous(), quality=80).numpy().tobytes()
+    return bytes(encode_jpeg(torch.from_numpy(image).permute(2, 0, 1).contiguous(), quality=80).numpy())
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

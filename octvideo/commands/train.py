@@ -5,7 +5,7 @@ torchrun --nproc_per_node 8 tools/train_net.py --cfg configs/oct_i3d.yaml [--tra
 sbatch tools/slurm_train.sbatch --cfg configs/oct_i3d.yaml
 
 Exit status: 0 trained; 75 saved and stopped by SIGTERM or SIGUSR1, to be resumed with --ckpt_path last; 2 a mistake in
-options or files, or a loss that is not finite; others: a fault of the program.
+options or files, or a loss that is not finite; others: a bug.
 """
 
 import signal
@@ -26,7 +26,6 @@ from octvideo.training.checkpoints import EXIT_PREEMPTED, Preempted, RunCheckpoi
 from octvideo.training.console import EpochLines, RunSummary
 from octvideo.training.loggers import PatientCSVLogger, PatientTensorBoardLogger
 from octvideo.training.precise_bn import PreciseBatchNorm
-from octvideo.training.self_test import SelfTest
 from octvideo.training.sharding import FullyShardedStrategy
 
 
@@ -72,8 +71,6 @@ class Training(CommandLine):
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
-        if (schedule := self.config_init["alpha_schedule"]) is not None:
-            schedule.check(self.model.network, self.model.hparams["alpha"])
         self.datamodule.read("train_list")  # so that mistakes in the lists show before anything starts
         if self.datamodule.lists["val_list"] is not None:
             self.datamodule.read("val_list")
@@ -89,10 +86,7 @@ class Training(CommandLine):
         if self.config["data"]["multigrid"] is not None:
             kwargs["reload_dataloaders_every_n_epochs"] = 1
         callbacks = self.trainer_defaults["callbacks"]
-        callbacks += [SelfTest()] if self.config["self_test"] else []
         callbacks += [RunSummary(), FiniteLoss(), Throughput(), Memory(), EpochLines()]
-        if (schedule := self.config_init["alpha_schedule"]) is not None:
-            callbacks.append(schedule)
         if (decay := self.config["ema_decay"]) is not None:
             callbacks.append(MovingAverage(decay))
         if self.config["precise_bn"] > 0:
@@ -116,7 +110,7 @@ class Training(CommandLine):
 
 def main(words: list[str]) -> None:
     """Trains."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # before and after fit, in which RunCheckpoints takes them
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # during fit, RunCheckpoints handles them
         signal.signal(number, lambda *_: sys.exit(EXIT_PREEMPTED))
     cli = start(lambda: Training(__doc__ or "", words, keep_options=True))
     try:

@@ -70,7 +70,7 @@ class EpochSampler(Sampler[Draw]):
 class TrainingBatches(Sampler[list[Draw]]):
     """The full batches of an epoch; the rest is dropped.
 
-    A batch is a list of positions, so resuming in the middle of an epoch is arithmetic and decodes nothing to skip it.
+    A batch is a list of positions, so resuming in the middle of an epoch skips positions and decodes nothing.
     """
 
     sampler: EpochSampler

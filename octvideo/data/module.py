@@ -48,7 +48,7 @@ class VideoData(LightningDataModule):
         batch_size: training clips a step, in each process; a multiple of clips_per_video.
         num_workers: processes that decode, for each training process; 0 decodes in the training process itself.
         prefetch_batches: batches that each of them makes ahead.
-        backend: decoder: pyav, torchcodec, decord, or auto: PyAV, and another one for files it gets no frame from.
+        backend: decoder: pyav, torchcodec, decord, or auto: PyAV, then the others for a file it cannot read.
         decode_timeout_seconds: a video whose decoding takes longer is bad; null waits for ever.
         seed: of all random choices (set by seed_everything).
         preprocessing: the options of `Preprocessing`, except mean and std, which are the model's.

@@ -84,15 +84,15 @@ class Watchdog(Generic[Argument, Result]):
                 raise HungError(f"no result within {limit:g} s: the decoder was killed")
             with open(self._memory.fileno(), "rb", closefd=False) as memory:  # it has buffered no earlier result
                 memory.seek(0)
-                result, error = pickle.load(memory)
+                answer: tuple[Result, Exception | None] = pickle.load(memory)
         except (EOFError, ConnectionError) as lost:
             raise HungError(f"the decoder's process died ({self._end()})") from lost
         except BaseException:  # hung, or interrupted in the middle of a message
             self.close()
             raise
-        if error is not None:
-            raise error
-        return result
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
     def _start(self) -> None:
         parent = os.getpid()

@@ -81,7 +81,8 @@ def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> No
                     scores, shown = prediction.timeline.scores[second], second
                     best = int(scores.argmax())
                     drawn = strip(encoder.width, encoder.height, prediction.labels[best], float(scores[best]))
-                    overlay = planes(av.VideoFrame.from_image(drawn).reformat(format="yuv420p"))
+                    pixels = av.VideoFrame.from_ndarray(np.asarray(drawn), "rgb24")
+                    overlay = planes(pixels.reformat(format="yuv420p"))
                 upright = planes(picture, turns)
                 for plane, over in zip(upright, overlay, strict=True):
                     plane[-len(over) :] = over

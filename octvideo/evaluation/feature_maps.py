@@ -1,8 +1,5 @@
 """Feature maps as pictures: the high- and low-resolution outputs of a layer for one clip."""
 
-import contextlib
-from collections.abc import Iterable
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -10,7 +7,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from octvideo.errors import UserError
 from octvideo.layers.octaves import Octaves
 from octvideo.layers.resampling import upsample
 from octvideo.models.zoo import residual_stages
@@ -50,8 +46,10 @@ def maps_of(network: nn.Module, layer: str, clip: Tensor) -> list[list[Maps]]:
 
     For each pathway (SlowFast's stages have two, slow first) its high and low maps; all in one if none is low.
     """
-    ((output,),) = (features.values() for features in stage_features(network, [layer], [clip[None]]))
-    pathways = []
+    outputs, pathways = list[Any](), []
+    with network.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[2])), torch.no_grad():
+        network(clip[None])
+    (output,) = outputs
     for features in output if isinstance(output, list) else [output]:
         parts = {"high": features.high, "low": features.low} if isinstance(features, Octaves) else {"all": features}
         size = next(iter(parts.values())).shape[2:]
@@ -65,26 +63,3 @@ def heat(values: Tensor) -> NDArray[np.uint8]:
     shares = (numbers - numbers.min()) / (np.ptp(numbers) or 1)
     channels = [np.interp(shares, np.linspace(0, 1, len(COLOURS)), colour) for colour in COLOURS.T]
     return np.stack(channels, -1).round().astype(np.uint8)
-
-
-@torch.no_grad()
-def stage_features(
-    network: nn.Module, stages: Iterable[str], clips: Iterable[Tensor]
-) -> Iterable[dict[str, Tensor | Octaves]]:
-    """Yields the outputs of some of a network's modules for each of its normalised clips (B, 3, T, H, W), by name.
-
-    The network is in evaluation mode. UserError for a module that it does not have.
-    """
-    parts, found = dict(network.named_modules()), dict[str, Any]()
-    if missing := [name for name in stages if name not in parts]:
-        raise UserError(f"the network has no part {', '.join(missing)}")
-
-    def keep(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
-        found[name] = output
-
-    with contextlib.ExitStack() as hooks:
-        for name in stages:
-            hooks.enter_context(parts[name].register_forward_hook(partial(keep, name)))
-        for clip in clips:
-            network(clip)
-            yield dict(found)

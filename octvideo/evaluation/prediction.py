@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -209,19 +209,7 @@ def _windows(
         return edges, clips_around(video, middles.tolist(), how)
 
 
-class PredictorOptions(TypedDict, total=False):
-    """Keyword arguments of `Predictor`."""
-
-    labels: Sequence[str] | None
-    preprocessing: Mapping[str, Any] | None
-    num_clips: int
-    num_crops: int
-    device: str | torch.device | None
-    backend: Backend
-    decode_timeout_seconds: float | None
-
-
-def predict(model_or_ckpt: Model, path: str | os.PathLike[str], **options: Unpack[PredictorOptions]) -> Prediction:
+def predict(model_or_ckpt: Model, path: str | os.PathLike[str], **options: Any) -> Prediction:
     """Predicts one video: `Predictor(model_or_ckpt, **options)(path)`. Keep a Predictor for many: it starts faster."""
     return Predictor(model_or_ckpt, **options)(path)
 
@@ -239,7 +227,8 @@ def window_around(sampling: Sampling, num_frames: int, fps: float, seconds: floa
     span = sampling.clip_frames * sampling.frame_stride * (fps / (sampling.target_fps or fps))
     length = min(num_frames, max(1, math.ceil(span - ROUNDING)))
     first = min(max(0, round(seconds * fps - length / 2)), num_frames - length)
-    return first + sampling.centre_clip(length, fps)[0]
+    window: NDArray[np.int64] = first + sampling.centre_clip(length, fps)[0]
+    return window
 
 
 def clips_around(video: Video, times_seconds: Sequence[float], how: Preprocessing) -> NDArray[np.uint8]:

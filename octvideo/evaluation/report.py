@@ -101,7 +101,7 @@ class Predictions(NamedTuple):
     def mistakes(self) -> list[int]:
         """Indices of the wrongly predicted videos, the most confident first."""
         wrong = np.flatnonzero(self.order[:, 0] != self.labels)
-        return wrong[np.argsort(-self.scores.max(1)[wrong], kind="stable")].tolist()
+        return list(wrong[np.argsort(-self.scores.max(1)[wrong], kind="stable")].tolist())
 
 
 @dataclass(frozen=True)

@@ -167,13 +167,14 @@ class _OctConv(nn.modules.conv._ConvNd):
         if plan.plain and not isinstance(input, Octaves):
             if self.options.channels_last and input.dim() == len(self.kernel_size) + 2:
                 return plan.kernel.convolve(lay_channels_last(input), self.weight, self.bias, self.groups)
-            output = super().forward(input)  # type: ignore[misc]
+            output: Tensor = super().forward(input)
             return output if input.is_contiguous() else keep_layout(output, input)
         high, low, parts = self._maps(input)
         if plan.problem:
             if plan.keeps_low or not isinstance(input, Octaves) or not low.shape[1]:
                 raise UserError(plan.problem)
-            return super().forward(input.merge())  # type: ignore[misc]  # no resolution to keep apart
+            output = super().forward(input.merge())  # no resolution to keep apart
+            return output
         if plan.depthwise:
             return self._depthwise(high, low, parts)
         if self.groups == 1:
@@ -225,16 +226,14 @@ class _OctConv(nn.modules.conv._ConvNd):
             raise UserError(f"a layer with temporal={self.temporal} wants {beside}")
         rounding = len(parts) * self.options.round_to if len(parts) > 1 else 1  # each part was rounded
         if split_alike and abs(low.shape[1] - plan.split_in[1]) >= rounding:
-            wants = f"wants {plan.split_in} (high, low) input channels, got {parts}"
-            raise UserError(
-                f"a depthwise convolution of alpha {self.alpha} {wants}: give it the preceding layer's alpha"
-            )
+            wants = f"a depthwise convolution of alpha {self.alpha} wants {plan.split_in} (high, low) input channels"
+            raise UserError(f"{wants}, got {parts}: give it the preceding layer's alpha")
         return high, low, parts
 
     def extra_repr(self) -> str:
         options = ((option, getattr(self.options, option.name)) for option in fields(self.options))
         shown = [f"{o.name}={value!r}" for o, value in options if o.name == "alpha" or value != o.default]
-        return ", ".join((super().extra_repr(), *shown))
+        return ", ".join((super().extra_repr(), *shown))  # type: ignore[no-untyped-call]
 
 
 class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]

@@ -168,7 +168,7 @@ def _refuse_octaves(ctx: Any, run_function: Function, preserve_rng_state: bool, 
     return outputs
 
 
-CheckpointFunction.forward = staticmethod(_refuse_octaves)  # type: ignore[method-assign, assignment]
+CheckpointFunction.forward = staticmethod(_refuse_octaves)  # type: ignore[method-assign]
 
 
 def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:

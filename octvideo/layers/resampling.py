@@ -34,7 +34,7 @@ def runs_as_called() -> bool:
     """False under a compiler, a tracer, a torch.func transform or a dispatch mode."""
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0  # selective checkpointing keeps results: do not write to them
         or torch.autograd.forward_ad._current_level >= 0
@@ -48,13 +48,13 @@ def fold_time(x: Tensor) -> Tensor:
 
 def unfold_time(images: Tensor, clips: Tensor) -> Tensor:
     """Undoes `fold_time` for images made from `clips`; channels, height and width may differ."""
-    return images.unflatten(0, (clips.shape[0], clips.shape[2])).transpose(1, 2)
+    return torch.unflatten(images, 0, (clips.shape[0], clips.shape[2])).transpose(1, 2)
 
 
 def _frame_by_frame(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if channels_last(x):
         return unfold_time(function(fold_time(x)), x)
-    return function(x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+    return torch.unflatten(function(x.flatten(1, 2)), 1, x.shape[1:3])
 
 
 def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Tensor:

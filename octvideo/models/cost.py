@@ -51,7 +51,7 @@ def time_interleaved(
     """
     if rounds < 1 or warmup < 0:
         raise UserError(f"rounds must be at least 1 and warmup at least 0, got {rounds} and {warmup}")
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait: Call = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(warmup + rounds):
         for call, taken in zip(calls, seconds, strict=True):

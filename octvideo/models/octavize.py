@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from octvideo.errors import UserError
 from octvideo.layers.convolution import OctaveOptions, OctConv2d, OctConv3d, misalignment
-from octvideo.layers.swapping import original_class, restore_class, swap_class
+from octvideo.layers.swapping import original_class, swap_class
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -80,8 +80,9 @@ def octavize(
     for module, options, _ in plan:
         if octave := _octave_class(module):
             for name in ("kernel_size", "stride", "padding", "dilation", "_reversed_padding_repeated_twice"):
-                if not isinstance(value := getattr(module, name), str):  # pytorchvideo leaves numpy's integers,
-                    setattr(module, name, tuple(map(int, value)))  # which torch.compile cannot trace
+                # pytorchvideo leaves numpy's integers, which torch.compile cannot trace.
+                if not isinstance(value := getattr(module, name), str):
+                    setattr(module, name, tuple(map(int, value)))
             if not vanilla:
                 swap_class(module, octave)
                 module.set_options(options)
@@ -181,7 +182,7 @@ def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
 
 def _restore(module: nn.Module) -> None:
     """Makes an octave convolution what it was; a module built as octave becomes its plain base."""
-    restore_class(module)
+    swap_class(module, original_class(module))
     bases: dict[type, type] = {OctConv2d: nn.Conv2d, OctConv3d: nn.Conv3d}
     module.__class__ = bases.get(type(module), type(module))
     for name in vars(OctConv2d(1, 1, 1, device="meta")).keys() - vars(nn.Conv2d(1, 1, 1, device="meta")).keys():

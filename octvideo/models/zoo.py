@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,21 +74,25 @@ class NonLocalBlock(nn.Module):
         # (B, 1, T H W, C): one head, in ONNX's form.
         queries, keys, values = (y.flatten(2).transpose(1, 2).unsqueeze(1) for y in maps)
         found = F.scaled_dot_product_attention(queries, keys, values).squeeze(1)
-        return x + self.norm(self.conv_out(found.transpose(1, 2).unflatten(2, maps[0].shape[2:])))
+        found = found.transpose(1, 2).unflatten(2, maps[0].shape[2:])
+        output: Tensor | Octaves = x + self.norm(self.conv_out(found))
+        return output
 
 
 class NonLocalResBlock(ResBlock):
     """A residual block that was given a non-local block to follow it; its own weights keep their names."""
 
     def forward(self, x: Tensor | Octaves) -> Tensor | Octaves:
-        return self.non_local(super().forward(x))
+        output: Tensor | Octaves = self.non_local(super().forward(x))
+        return output
 
 
 class PooledPathways(PoolConcatPathway):
     """Pools and concatenates the pathways, and leaves the list of them as it was."""
 
     def forward(self, x: list[Tensor]) -> Tensor:
-        return super().forward(list(x))
+        output: Tensor = super().forward(list(x))
+        return output
 
 
 class SlowFast(Net):
@@ -108,7 +112,8 @@ class SlowFast(Net):
         if frames % self.frame_ratio:
             raise UserError(f"SlowFast takes clips of a multiple of {self.frame_ratio} frames, got {frames}")
         slow = torch.linspace(0, frames - 1, frames // self.frame_ratio, device=x.device).long()
-        return super().forward([x.index_select(2, slow), x])
+        logits: Tensor = super().forward([x.index_select(2, slow), x])
+        return logits
 
 
 def _resnet(*kernels: Sequence[int], non_local: bool = False, width: int = 64, depth: int = 50, **options: Any) -> Net:
@@ -155,8 +160,8 @@ def _x3d(*, crop_size: int, width: int = 24, depth_factor: float = 2.2, **option
 
 _c2d = partial(_resnet, (1,), (1,), (1,), (1,), (1,), stage1_pool=nn.MaxPool3d)
 _i3d = partial(_resnet, (5,), (3,), (3, 1), (3, 1), (1, 3), stage1_pool=nn.MaxPool3d)
-# A builder's `width` has a default; where there is a choice it takes a `depth`, and it takes `model_num_class` and
-# `dropout_rate`, as pytorchvideo's do, to which it hands all other keywords. Its network gives logits.
+# A builder takes `width`, which has a default, `model_num_class`, `dropout_rate` and, if there is a choice, `depth`;
+# it hands other keywords to pytorchvideo. It returns a Net that gives logits and has four residual stages.
 MODELS: dict[str, Callable[..., Net]] = {
     # C2D sees each frame by itself; I3D has temporal kernels of 3 in every second block (Wang et al., CVPR 2018).
     "c2d_r50": _c2d,
@@ -267,7 +272,7 @@ def set_alpha(network: nn.Module, alpha: Alpha) -> nn.Module:
         stages = zip(residual_stages(network), stage_alphas(alpha), strict=True)
         alpha = {f"^blocks\\.{block}\\.": value for block, value in stages}
     fast = any(alpha.values()) if options["channels_last"] is None else options["channels_last"]
-    return octavize(network, alpha, **(options | {"channels_last": fast}))
+    return cast(nn.Module, octavize(network, alpha, **(options | {"channels_last": fast})))
 
 
 def residual_stages(network: Net) -> list[int]:

@@ -102,7 +102,7 @@ class Recognizer(LightningModule):
                 raise UserError(f"model.{option} must be at least 1, got {value}")
         # Channels last is faster at every alpha.
         self.network = create_model(name, alpha=alpha, num_classes=num_classes, channels_last=True, **network)
-        # Checkpoints record defaults too, but no file of weights: they hold their own, and open without that file.
+        # save_hyperparameters reads `network` from here: checkpoints record its defaults too, but no file of weights.
         network = (create_model.__kwdefaults__ or {}) | network | {"alpha": alpha, "num_classes": num_classes}
         self.save_hyperparameters(ignore=["weights", "channels_last"])
         clips_per_part = (sub_batch or batch_size) if normalization == "sub" else None
@@ -124,7 +124,8 @@ class Recognizer(LightningModule):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (B, num_classes) of clips (B, C, T, H, W) in uint8 RGB, which are normalised here, on the device."""
-        return self.network(self.preprocessing.normalize(clips))
+        logits: Tensor = self.network(self.preprocessing.normalize(clips))
+        return logits
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Cross-entropy of a batch; the accuracy of mixed clips counts the class of the larger share."""
@@ -147,7 +148,7 @@ class Recognizer(LightningModule):
         self.log_dict(metrics, batch_size=1)
 
     def _view_scores(self, batch: Batch) -> Tensor:  # probabilities (B, V, num_classes)
-        return score_clips(self, batch.clips.flatten(0, 1)).unflatten(0, batch.clips.shape[:2])
+        return torch.unflatten(score_clips(self, batch.clips.flatten(0, 1)), 0, batch.clips.shape[:2])
 
     def on_test_epoch_start(self) -> None:
         self._tested: tuple[list[Any], ...] = [], [], []  # videos, their hits, and bad videos

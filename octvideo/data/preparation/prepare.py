@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import itertools
@@ -11,7 +10,7 @@ import re
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -25,7 +24,7 @@ from octvideo.data.preparation.reencode import ENVIRONMENT, measure, reencode
 from octvideo.data.preparation.sources import Catalogue, Entry
 from octvideo.data.watchdog import HungError, Watchdog, still_alive
 from octvideo.errors import DecodeError, PreparationError
-from octvideo.files import PARTIAL, appearing, blocks, remove_partial
+from octvideo.files import PARTIAL, appearing, blocks, lock, remove_partial
 
 SPLITS = ("train", "val", "test")
 MEASURED = ("frames", "fps", "width", "height", "codec", "seconds")  # columns of the report, of the source file
@@ -80,7 +79,9 @@ def prepare(
     if short_side is not None and (path := next(inside, None)):
         raise PreparationError(f"{written} is for re-encoded videos, but {path} is there: give another output folder")
     output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
+    if (locked := lock(output / ".lock")) is None:
+        raise PreparationError(f"{output}: another run is working on it")
+    with locked:
         _clean(output, short_side is not None)
         if hasattr(os, "posix_fallocate"):  # not on macOS
             # Keeps room for the results on a disk that the videos fill, where the file system can.
@@ -96,17 +97,6 @@ def prepare(
         _write_results(output, catalogue, outcomes, short_side is not None)
         journal.write_in_order(paths)
     return outcomes
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    # The lock ends with this process, and its children do not inherit it.
-    with open(output / ".lock", "ab") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise PreparationError(f"{output}: another run is working on it") from error
-        yield
 
 
 def _clean(output: Path, reencode: bool) -> None:

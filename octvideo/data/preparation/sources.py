@@ -187,9 +187,8 @@ def _path_and_label(line: str, separator: str, known: Collection[str], where: st
         raise ListError(f"{where}: expected 'path{separator}label', got {line!r}")
     # a.mp4 arm wrestling: the text before the last separator does not end like a file name, but contains one.
     if not re.search(r"\.\w{2,4}$", path) and re.search(rf"\.\w{{2,4}}\s*{separator}[^/]*$", path):
-        cure = (
-            "" if separator == "," else "separate them by a comma, or "
-        ) + "give class numbers, or a file of all labels"
+        cure = "" if separator == "," else "separate them by a comma, or "
+        cure += "give class numbers, or a file of all labels"
         raise ListError(f"{where}: cannot tell where the path ends and the label starts in {line!r}: {cure}")
     return path, label
 
