@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from octvideo.data.index import IndexedVideo
-from octvideo.data.reader import ROUNDING_SECONDS, Image, Reader, Times, decode_errors
+from octvideo.data.reader import ROUNDING_SECONDS, Image, LibraryReader, Times, decode_errors
 from octvideo.errors import UnreadableError, UserError
 
 
-class DecordReader(Reader):
+class DecordReader(LibraryReader):
     """Finds frames by the timestamps that decord gives for all of them."""
 
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
@@ -24,14 +24,14 @@ class DecordReader(Reader):
         with decode_errors(path, *self._errors, raised=UnreadableError):
             self._reader = decord.VideoReader(os.path.abspath(path), num_threads=1)
             starts = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0].astype(np.float64)
-            self.fps = float(self._reader.get_avg_fps())
-        if self.fps <= 0 or len(starts) == 0:
+            fps = float(self._reader.get_avg_fps())
+        if fps <= 0 or len(starts) == 0:
             raise UnreadableError(path, "no frame could be decoded")
         if (np.diff(starts) < 0).any() or starts[-1] <= starts[0]:  # it has none for AVI
-            starts = np.arange(len(starts)) / self.fps
+            starts = np.arange(len(starts)) / fps
         self._starts = starts - starts[0]
-        self._end_seconds = float(self._starts[-1]) + 1 / self.fps
-        self.duration_seconds = known.duration_seconds if known else self._end_seconds
+        self._end_seconds = float(self._starts[-1]) + 1 / fps
+        self.fps, self.duration_seconds = self._stated or (fps, self._end_seconds)
 
     def read(self, times: Times, short_side: int | None) -> Sequence[Image]:
         shown = np.searchsorted(self._starts, times + ROUNDING_SECONDS, "right") - 1
@@ -40,4 +40,4 @@ class DecordReader(Reader):
         with decode_errors(self.path, *self._errors):
             batch = self._reader.get_batch(shown.clip(0).tolist())
         # Another library in the process, such as pytorchvideo, may have made decord give tensors of PyTorch.
-        return self._scaled(batch.asnumpy() if hasattr(batch, "asnumpy") else batch.numpy(), short_side)
+        return self._upright(batch.asnumpy() if hasattr(batch, "asnumpy") else batch.numpy(), short_side)

@@ -1,9 +1,11 @@
 """What every decoding backend has in common; each backend has a file of its own, and `video.READERS` lists them."""
 
 import contextlib
+import functools
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import av
 import numpy as np
@@ -11,19 +13,61 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from octvideo.data.index import IndexedVideo
-from octvideo.errors import DecodeError
+from octvideo.data.stream import measure_timing, open_stream
+from octvideo.errors import DecodeError, UnreadableError
 
 Image: TypeAlias = NDArray[np.uint8]  # (H, W, 3), RGB
 Times: TypeAlias = NDArray[np.float64]  # (T,), in seconds from the start of the video, ascending
 Backend = Literal["auto", "pyav", "decord", "torchcodec"]
 ROUNDING_SECONDS = 0.001  # Matroska rounds timestamps to milliseconds; a frame may be that early for k / fps
 EARLY_END_SECONDS = 1.0  # the headers of many good files are off by some frames
+log = logging.getLogger(__name__)
+MOST_PIXELS = 2**24  # of a frame that is scaled up: 48 MiB
 READING_ERRORS = (av.error.FFmpegError, OSError)
 
 
-def upright_turns(frame: av.VideoFrame) -> int:
-    """Counter-clockwise quarter turns that make a frame upright; 0 for a matrix that is no rotation by quarters."""
-    return frame.rotation // 90 if frame.rotation in (-180, -90, 90, 180) else 0
+def square_pixels(width: int, height: int, pixel_shape: float) -> tuple[int, int]:
+    """The size at which a player shows stored pixels: of a frame whose pixels are not square, one side is enlarged."""
+    return (round(width * pixel_shape), height) if pixel_shape >= 1 else (width, round(height / pixel_shape))
+
+
+class Orientation(NamedTuple):
+    """How stored pixels become an upright image: rows and columns are swapped, then flipped."""
+
+    swapped: bool = False
+    upside_down: bool = False
+    mirrored: bool = False
+
+    def apply(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """A view of pixels (H, W, ...)."""
+        stored = stored.swapaxes(0, 1) if self.swapped else stored
+        return stored[:: -1 if self.upside_down else 1, :: -1 if self.mirrored else 1]
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of the upright image."""
+        return (height, width) if self.swapped else (width, height)
+
+
+def shown_as(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[Orientation, float]:
+    """How a player shows a stream's frames: their orientation, and the width of a pixel over its height.
+
+    Where the display matrix is none of the eight flips and turns: as stored, with a warning.
+    """
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return Orientation(), float(stream.sample_aspect_ratio or 1)
+    numbers = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]] / 2**16  # stored (x, y) is shown at (ax + cy, bx + dy)
+    a, b, c, d = numbers.round().astype(int).tolist()
+    turned = [abs(a), abs(b), abs(c), abs(d)] in ([1, 0, 0, 1], [0, 1, 1, 0])
+    if not turned or np.abs(numbers - (a, b, c, d)).max() > 0.01:
+        _warn_of_matrix(tuple(numbers.tolist()))
+        return Orientation(), 1.0
+    return Orientation(b != 0, b + d < 0, a + c < 0), float(stream.sample_aspect_ratio or 1)
+
+
+@functools.cache
+def _warn_of_matrix(numbers: tuple[float, ...]) -> None:
+    log.warning("a display matrix of %s is no flip or quarter turn: such frames are taken as they are stored", numbers)
 
 
 def one_line(error: Exception) -> str:
@@ -46,6 +90,7 @@ class Reader(ABC):
 
     fps: float  # average frames per second
     duration_seconds: float  # according to the file, or to the index if that knows the file
+    note: str = ""  # what of these was derived because no header says it, or a wrong one
     frames_decoded: int | None = None  # so far; None where a backend does not tell
 
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
@@ -60,31 +105,56 @@ class Reader(ABC):
     def close(self) -> None:  # noqa: B027
         """Closes the file, if that needs doing."""
 
-    def _size(self, width: int, height: int, short_side: int | None) -> tuple[int, int]:
+    def _size(self, width: int, height: int, shape: float, short_side: int | None) -> tuple[int, int]:
         """(width, height) of all images: follows from the first frame, even if later ones have another size."""
         if min(width, height) < 1:
             raise DecodeError(self.path, f"frames of {width} x {height} pixels")
-        self._first_size = width, height = self._first_size or (width, height)
-        scale = 1.0 if short_side is None else short_side / min(width, height)
-        return max(1, round(width * scale)), max(1, round(height * scale))
+        self._first_size = squared = self._first_size or square_pixels(width, height, shape)
+        scale = 1.0 if short_side is None else short_side / min(squared)
+        wide, high = (max(1, round(side * scale)) for side in squared)
+        if wide * high > max(MOST_PIXELS, width * height):
+            raise DecodeError(self.path, f"frames of {width} x {height} pixels, which would become {wide} x {high}")
+        return wide, high
 
-    def _image(self, frame: av.VideoFrame, short_side: int | None) -> Image:
-        """The upright, scaled image of a frame; torchcodec's, bit for bit, where nothing is scaled."""
-        size = self._size(frame.width, frame.height, short_side)
+    def _image(self, frame: av.VideoFrame, short_side: int | None, shown: tuple[Orientation, float]) -> Image:
+        """The image of a frame as it is shown, scaled; torchcodec's, bit for bit, where nothing is scaled."""
+        orientation, shape = shown
+        size = self._size(frame.width, frame.height, shape, short_side)
         filtering = "BICUBIC" if size == (frame.width, frame.height) else "BILINEAR"
         with decode_errors(self.path, *READING_ERRORS):
             rgb = self._scaler.reformat(frame, *size, "rgb24", interpolation=filtering, threads=1)
-            return np.rot90(rgb.to_ndarray(), upright_turns(frame)).astype(np.uint8, copy=False)
-
-    def _scaled(self, images: NDArray[np.uint8], short_side: int | None) -> Sequence[Image]:
-        """Scales RGB images (T, H, W, 3)."""
-        size = images.shape[2], images.shape[1]
-        if self._size(*size, short_side) == size:
-            return list(images)
-        return [self._image(av.VideoFrame.from_ndarray(image, "rgb24"), short_side) for image in images]
+            return orientation.apply(rgb.to_ndarray())
 
     def _check_end(self, end_seconds: float, wanted_seconds: float) -> None:
         """Refuses to hold the last frame of a file that was cut off: it ends long before its header says."""
         said = self.duration_seconds
         if end_seconds + EARLY_END_SECONDS < min(wanted_seconds, said):
             raise DecodeError(self.path, f"ends after {end_seconds:.2f} s, and its header says {said:.2f} s")
+
+
+class LibraryReader(Reader):
+    """A reader of another library, which knows the header's timing alone, and turns frames but never mirrors them."""
+
+    def __init__(self, path: str, known: IndexedVideo | None) -> None:
+        super().__init__(path, known)
+        self._shown, self._turns, timing = (Orientation(), 1.0), 0, None
+        with contextlib.suppress(DecodeError, *READING_ERRORS):  # what PyAV cannot read, the library may
+            container, stream = open_stream(path)
+            with container:
+                frame = next(container.decode(stream))
+                self._shown, self._turns = shown_as(frame, stream), round(frame.rotation / 90)
+                timing = None if known else measure_timing(path, container, stream)
+        if (timing and timing.clock == "spliced") or (known and not len(known.keyframe_seconds)):
+            raise UnreadableError(path, "its clock does not rise, which the backend pyav alone follows")
+        self._stated = (known.fps, known.duration_seconds) if known else None
+        if timing:
+            self._stated, self.note = (float(timing.rate), timing.duration_seconds), timing.note
+
+    def _upright(self, images: NDArray[np.uint8], short_side: int | None) -> list[Image]:
+        """Scales RGB images (T, H, W, 3) as PyAV's, and makes them upright."""
+        images = np.rot90(images, -self._turns, (1, 2))  # as they are stored
+        size = images.shape[2], images.shape[1]
+        if self._size(*size, self._shown[1], short_side) == size:
+            return [self._shown[0].apply(image) for image in images]
+        frames = (av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24") for image in images)
+        return [self._image(frame, short_side, self._shown) for frame in frames]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from octvideo.data.index import IndexedVideo
-from octvideo.data.reader import ROUNDING_SECONDS, Image, Reader, Times, decode_errors, one_line
+from octvideo.data.reader import ROUNDING_SECONDS, Image, LibraryReader, Times, decode_errors, one_line
 from octvideo.errors import UnreadableError, UserError
 
 
-class TorchcodecReader(Reader):
+class TorchcodecReader(LibraryReader):
     """Asks torchcodec for the frames that are shown at the times."""
 
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
@@ -26,9 +26,9 @@ class TorchcodecReader(Reader):
         start, end, fps = metadata.begin_stream_seconds, metadata.end_stream_seconds, metadata.average_fps
         if start is None or end is None or not fps:
             raise UnreadableError(path, "no frame could be decoded")
-        self._start_seconds, self._end_seconds, self.fps = start, end, fps
+        self._start_seconds, self._end_seconds = start, end
         measured = max(end - start, metadata.duration_seconds_from_header or 0)
-        self.duration_seconds = known.duration_seconds if known else measured
+        self.fps, self.duration_seconds = self._stated or (fps, measured)
 
     def read(self, times: Times, short_side: int | None) -> Sequence[Image]:
         start, end = self._start_seconds, self._end_seconds
@@ -37,4 +37,4 @@ class TorchcodecReader(Reader):
         shown = np.clip(times + start + ROUNDING_SECONDS, start, np.nextafter(end, start))
         with decode_errors(self.path, RuntimeError, IndexError, ValueError):
             images = self._decoder.get_frames_played_at(shown.tolist()).data.numpy()
-        return self._scaled(images, short_side)
+        return self._upright(images, short_side)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from octvideo.data.preparation.reencode import add_h264, from_planes, machine_error, planes
-from octvideo.data.pyav_reader import decode_all, frame_rate, open_stream
-from octvideo.data.reader import READING_ERRORS, Backend, upright_turns
+from octvideo.data.reader import READING_ERRORS, Backend, Orientation, shown_as, square_pixels
+from octvideo.data.stream import decode_all, measure_timing, open_stream
 from octvideo.data.video import Video
 from octvideo.data.watchdog import still_alive
 from octvideo.errors import DecodeError
@@ -61,20 +61,25 @@ def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> No
     how: dict[str, Any] = {"interpolation": "BICUBIC", "dst_color_range": ColorRange.MPEG, "threads": 1}
     try:
         source, video = open_stream(prediction.path)
+        with source:
+            timing = measure_timing(prediction.path, source, video)
+        source, video = open_stream(prediction.path)
         with source, av.open(str(output), "w", format="mp4", options={"movflags": "+faststart"}) as target:
-            rate, time_base = frame_rate(video, prediction.path), cast(Fraction, video.time_base)
-            step = max(1, round(1 / (rate * time_base)))
-            for stored, frame in decode_all(source, video, step):
+            time_base = cast(Fraction, video.time_base)
+            step = max(1, round(1 / (timing.rate * time_base)))
+            for seconds, frame in decode_all(source, video, timing):
                 still_alive()
                 if time.monotonic() > deadline:
                     raise DecodeError(prediction.path, "it takes too long to write")
-                timestamp, turns = max(stored, timestamp + 1), upright_turns(frame)  # they must rise
+                timestamp = max(round(seconds / time_base), timestamp + 1)  # they must rise
+                orientation, shape = shown_as(frame, video)
                 if encoder is None:
-                    size = frame.width + frame.width % 2, frame.height + frame.height % 2
+                    wide, high = square_pixels(frame.width, frame.height, shape)
+                    size = wide + wide % 2, high + high % 2
                 picture = scaler.reformat(frame, *size, "yuv420p", **how)
                 if encoder is None:
-                    encoder = add_h264(target, ENCODER, rate, time_base, picture)
-                    encoder.width, encoder.height = size[::-1] if turns % 2 else size
+                    encoder = add_h264(target, ENCODER, timing.rate, time_base, picture)
+                    encoder.width, encoder.height = orientation.size(*size)
                     encoder.codec_context.flags |= Flags.frame_duration  # else the last frame's is lost
                 second = prediction.timeline.second_at(float(timestamp * time_base))
                 if second != shown:
@@ -82,8 +87,8 @@ def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> No
                     best = int(scores.argmax())
                     drawn = strip(encoder.width, encoder.height, prediction.labels[best], float(scores[best]))
                     pixels = av.VideoFrame.from_ndarray(np.asarray(drawn), "rgb24")
-                    overlay = planes(pixels.reformat(format="yuv420p"))
-                upright = planes(picture, turns)
+                    overlay = planes(pixels.reformat(format="yuv420p"), Orientation())
+                upright = planes(picture, orientation)
                 for plane, over in zip(upright, overlay, strict=True):
                     plane[-len(over) :] = over
                 image = from_planes(upright)

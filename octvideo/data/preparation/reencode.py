@@ -14,8 +14,8 @@ from av.container import OutputContainer
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from octvideo.data.pyav_reader import decode_all, frame_rate, open_stream
-from octvideo.data.reader import EARLY_END_SECONDS, upright_turns
+from octvideo.data.reader import EARLY_END_SECONDS, Orientation, shown_as, square_pixels
+from octvideo.data.stream import decode_all, measure_timing, open_stream
 from octvideo.data.watchdog import still_alive
 from octvideo.errors import DecodeError
 from octvideo.files import appearing, blocks
@@ -48,52 +48,60 @@ class Measurements(NamedTuple):
 class _Reader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
-        self.frames = self.damaged = self.last_time = 0
+        self.frames = self.damaged = self.interlaced = 0
         self.size, self.keyframes = (0, 0), list[float]()  # upright width and height; seconds
-        self.end = self.last_packet = 0.0  # of the last frame and of the last packet of any stream, in seconds
+        self.last = self.end = self.last_packet = 0.0  # seconds of the last frame, its end, and that of any stream
         with self._named_errors():
             self._container, self.stream = open_stream(self.path)
-        self.time_base, self.rate = cast(Fraction, self.stream.time_base), frame_rate(self.stream, self.path)
+            self.timing = measure_timing(self.path, self._container, self.stream)
+            self._container.close()  # it may be at another place than the start
+            self._container, self.stream = open_stream(self.path)
+        self.time_base = cast(Fraction, self.stream.time_base)
         self.close = self._container.close
 
-    def decode(self) -> Iterator[tuple[int, av.VideoFrame]]:
+    def decode(self) -> Iterator[tuple[float, av.VideoFrame]]:
         def see_packet(packet: "av.Packet[Any]") -> None:
             if packet.pts is not None and packet.time_base is not None:
                 end = (packet.pts + (packet.duration or 0)) * packet.time_base
                 self.last_packet = max(self.last_packet, float(end))
 
-        step = max(1, round(1 / (self.rate * self.time_base)))
         with self._named_errors():
-            for time, frame in decode_all(self._container, self.stream, step, see_packet):
+            for seconds, frame in decode_all(self._container, self.stream, self.timing, see_packet):
                 still_alive()
                 if min(frame.width, frame.height) < 1:
                     raise DecodeError(self.path, f"frames of {frame.width} x {frame.height} pixels")
                 if not self.frames:
-                    self.size = (frame.height, frame.width) if upright_turns(frame) % 2 else (frame.width, frame.height)
+                    self.size = shown_as(frame, self.stream)[0].size(frame.width, frame.height)
                 self.frames, self.damaged = self.frames + 1, self.damaged + frame.is_corrupt
-                self.last_time, seconds = max(self.last_time, time), float(time * self.time_base)
-                if frame.key_frame:
+                self.last, self.interlaced = max(self.last, seconds), self.interlaced + frame.interlaced_frame
+                if frame.key_frame and self.timing.clock != "spliced":  # where timestamps lead to it
                     self.keyframes.append(seconds)
-                length = max(1 / self.rate, (frame.duration or 0) * self.time_base)
+                length = max(1 / self.timing.rate, (frame.duration or 0) * self.time_base)
                 self.end = max(self.end, seconds + float(length))
-                yield time, frame
+                yield seconds, frame
         if not self.frames:
             raise DecodeError(self.path, "no frame could be decoded")
 
     def measurements(self) -> Measurements:
-        if self.frames > 1 and self.last_time <= 0:
+        if self.frames > 1 and self.last <= 0:
             raise DecodeError(self.path, f"its {self.frames} frames have one timestamp")
         stream, declared, end = self.stream, 0.0, self.end
-        if stream.duration is not None:
+        if self.timing.clock == "spliced":
+            pass  # no header knows of the other clocks
+        elif stream.duration is not None:
             declared = float(stream.duration * self.time_base)
         elif self._container.duration is not None:  # Matroska's includes its sound, and the time before the first frame
             declared, end = self._container.duration / av.time_base, max(end, self.last_packet)
         if end + EARLY_END_SECONDS < declared:
             raise DecodeError(self.path, f"ends after {end:.2f} s, and its header says {declared:.2f} s")
-        notes = [f"its header says {stream.frames} frames"] if stream.frames not in (0, self.frames) else []
+        notes = [self.timing.note] if self.timing.note else []
+        notes += [f"its header says {stream.frames} frames"] if stream.frames not in (0, self.frames) else []
         notes += [f"{self.damaged} frames are damaged"] if self.damaged else []
-        codec, keyframes = stream.codec_context.codec.canonical_name, sorted(self.keyframes)
-        return Measurements(self.frames, float(self.rate), *self.size, codec, self.end, keyframes, "; ".join(notes))
+        notes += ["interlaced"] if self.interlaced else []
+        shape = stream.sample_aspect_ratio or 1
+        notes += [f"pixels of {shape.numerator}:{shape.denominator}"] if shape != 1 else []
+        codec, numbers = stream.codec_context.codec.canonical_name, (self.frames, float(self.timing.rate), *self.size)
+        return Measurements(*numbers, codec, self.end, sorted(self.keyframes), "; ".join(notes))
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -126,8 +134,9 @@ def reencode(path: str | os.PathLike[str], output: Path, short_side: int) -> tup
     """Re-encodes a video so that random clips of it decode fast; returns the measurements of both files.
 
     The output is an mp4 file of H.264 with a key frame at least every 32 frames, without sound: all frames at their
-    timestamps relative to the first, upright, of even height and width, larger ones scaled to short_side pixels on the
-    shorter side. It appears whole or not at all, and the same input always gives the same bytes.
+    times relative to the first, as they are shown: upright, with square pixels, of even height and width, larger ones
+    scaled to short_side pixels on the shorter side. It appears whole or not at all, and the same input always gives the
+    same bytes.
 
     Raises DecodeError for a video that is broken, truncated or cannot be encoded; OSError if the disk is full, or so.
     """
@@ -149,18 +158,19 @@ def reencode(path: str | os.PathLike[str], output: Path, short_side: int) -> tup
 
 
 def _encode(reader: _Reader, container: OutputContainer, short_side: int) -> None:
-    scaler, stream, size, first, previous = VideoReformatter(), None, (0, 0), 0, -1
-    for time, frame in reader.decode():
-        turns = upright_turns(frame)
+    scaler, stream, size, first, previous = VideoReformatter(), None, (0, 0), 0.0, -1
+    for seconds, frame in reader.decode():
+        orientation, shape = shown_as(frame, reader.stream)
         if stream is None:
-            scale = min(1.0, short_side / min(frame.width, frame.height))
-            size = max(2, 2 * round(frame.width * scale / 2)), max(2, 2 * round(frame.height * scale / 2))
-            stream = add_h264(container, ENCODER, reader.rate, reader.time_base, frame)
-            stream.width, stream.height = size[::-1] if turns % 2 else size
-            first = time
+            squared = square_pixels(frame.width, frame.height, shape)
+            scale = min(1.0, short_side / min(squared))
+            size = max(2, 2 * round(squared[0] * scale / 2)), max(2, 2 * round(squared[1] * scale / 2))
+            stream = add_h264(container, ENCODER, reader.timing.rate, reader.time_base, frame)
+            stream.width, stream.height = orientation.size(*size)
+            first = seconds
         scaled = scaler.reformat(frame, *size, "yuv420p", interpolation="BICUBIC", threads=1)
-        image = from_planes(planes(scaled, turns)) if turns else scaled
-        previous = max(time - first, previous + 1)  # the encoder wants rising timestamps
+        image = from_planes(planes(scaled, orientation)) if orientation != Orientation() else scaled
+        previous = max(round((seconds - first) / reader.time_base), previous + 1)  # the encoder wants rising timestamps
         image.pts, image.time_base = previous, reader.time_base
         image.pict_type = 0  # the encoder chooses its own key frames
         container.mux(stream.encode(image))
@@ -179,11 +189,11 @@ def add_h264(
     return stream
 
 
-def planes(frame: av.VideoFrame, turns: int = 0) -> list[NDArray[np.uint8]]:
-    """Y (H, W), U and V (H / 2, W / 2) of a yuv420p frame of even size, turned counter-clockwise by quarters."""
+def planes(frame: av.VideoFrame, orientation: Orientation) -> list[NDArray[np.uint8]]:
+    """Y (H, W), U and V (H / 2, W / 2) of a yuv420p frame of even size, made upright."""
     stored, height, width = frame.to_ndarray(), frame.height, frame.width
-    upright = (stored[:height], *stored[height:].reshape(2, height // 2, width // 2))
-    return [np.rot90(plane, turns) for plane in upright]
+    parts = (stored[:height], *stored[height:].reshape(2, height // 2, width // 2))
+    return [orientation.apply(plane) for plane in parts]
 
 
 def from_planes(parts: Sequence[NDArray[np.uint8]]) -> av.VideoFrame:

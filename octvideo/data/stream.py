@@ -1,0 +1,181 @@
+"""A file's main video stream: opening it, when its frames are shown, and decoding it to its end."""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import av
+from av.container import InputContainer
+from av.format import Flags
+from av.stream import Disposition
+
+from octvideo.errors import DecodeError, UnreadableError
+
+Packet: TypeAlias = "av.Packet[Any]"
+PLAYLISTS = {"hls", "concat", "dash", "webm_dash_manifest", "imf"}  # FFmpeg would open whatever files they name
+JUMP_SECONDS = 10  # a longer gap in a container that may be spliced is another clock, as in FFmpeg
+AGREEMENT = 0.1  # by which share a header's frame rate may differ from that of the timestamps
+
+
+def open_stream(path: str) -> tuple[InputContainer, av.VideoStream]:
+    """Opens a file and selects its main video stream, to be decoded in one thread.
+
+    Raises `READING_ERRORS` where that fails, DecodeError without video, and UnreadableError without a decoder.
+    """
+    container = av.open(os.path.abspath(path), metadata_errors="ignore")  # a relative path with a colon is an address
+    kind, stream = container.format.name, container.streams.best("video")  # not the smaller of two
+    cover = stream is not None and stream.disposition & Disposition.attached_pic  # of a sound file
+    if not PLAYLISTS.isdisjoint(kind.split(",")):
+        error = DecodeError(path, f"a playlist ({kind}), which names other files")
+    elif not isinstance(stream, av.VideoStream) or stream.time_base is None or cover:
+        error = DecodeError(path, "no video stream")
+    elif stream.codec_context is None:
+        error = UnreadableError(path, "no decoder for its codec")
+    else:
+        stream.thread_type = "SLICE"
+        stream.codec_context.thread_count = 1
+        return container, stream
+    container.close()
+    raise error
+
+
+class Timing(NamedTuple):
+    """When the frames of a stream are shown."""
+
+    rate: Fraction  # average frames per second
+    duration_seconds: float  # from the start of the first frame to the end of the last one
+    clock: str = "steady"  # timestamps lead to frames; or "spliced", they start again, or "counted", they say nothing
+    note: str = ""  # what was derived from timestamps because no header says it, or a wrong one
+
+
+def has_guessed_times(container: InputContainer, stream: av.VideoStream) -> bool:
+    """Whether FFmpeg guesses timestamps wrongly: AVI stores none, and MPEG program streams only some."""
+    return container.format.name in ("avi", "mpeg") and bool(stream.codec_context.has_b_frames)
+
+
+def packets_of(container: InputContainer, *streams: av.VideoStream) -> Iterator[Packet]:
+    """The packets of these streams, or of all, from here to the end of the file."""
+    # Where a stream appears in the middle of a file, PyAV may read past its list of streams after the last packet.
+    with contextlib.suppress(IndexError):
+        yield from container.demux(*streams)
+
+
+def measure_timing(path: str, container: InputContainer, stream: av.VideoStream) -> Timing:
+    """When the frames of an open file are shown: by its header, or by all packets where that is silent or wrong.
+
+    The container may be at another place afterwards. Raises `READING_ERRORS`, and DecodeError without a frame rate.
+    """
+    if (timing := _by_header(container, stream)) is not None:
+        return timing
+    container, stream = open_stream(path)
+    with container:
+        return _by_packets(path, container, stream)
+
+
+def _by_header(container: InputContainer, stream: av.VideoStream) -> Timing | None:
+    """The timing that the header states; None if it states none, or another one than the first packets."""
+    rate, base = stream.average_rate or stream.guessed_rate, stream.time_base or Fraction(1)
+    duration = None if stream.duration is None else float(stream.duration * base)
+    if not rate or spliceable(container) or (duration is None and not container.duration):
+        return None
+    # Tables of all frames need no check, and AVI has no timestamps to check by.
+    if not (container.format.name == "avi" or ("mp4" in container.format.name and stream.frames > 1)):
+        head = scan(itertools.islice(packets_of(container, stream), 48), base)
+        if head.rate is not None and not _agree(rate, head.rate):
+            return None
+    if duration is not None:
+        return Timing(rate, duration)
+    # The container's duration counts sound too and, in Matroska, the time before the first frame: look at the end.
+    start = stream.start_time or 0
+    with contextlib.suppress(av.error.FFmpegError):
+        container.seek(round((container.duration or 0) / av.time_base / base) + start, stream=stream)
+    end = scan(packets_of(container, stream), base).last - start * base
+    return Timing(rate, float(end + 1 / rate)) if end > 0 else None
+
+
+def _by_packets(path: str, container: InputContainer, stream: av.VideoStream) -> Timing:
+    stated, guessed = stream.average_rate or stream.guessed_rate, has_guessed_times(container, stream)
+    found = scan(packets_of(container, stream), stream.time_base or Fraction(1), spliceable(container))
+    rate = stated if found.rate is None or (stated and (guessed or _agree(stated, found.rate))) else found.rate
+    if not rate:
+        raise DecodeError(path, "the video stream has no frame rate, and its packets tell none")
+    if guessed or found.rate is None:
+        clock = "counted" if guessed or found.packets > 1 else "steady"
+        return Timing(rate, float(max(1, found.packets) / rate), clock)
+    duration, notes = float(found.shown + found.clocks / rate), []
+    if rate != stated:
+        notes.append(f"{float(rate):.4g} frames a second by its timestamps, {float(stated or 0):.4g} by its header")
+    if found.clocks > 1:
+        notes.append(f"its clock starts {found.clocks} times, for {duration:.2f} s in all")
+    elif not container.duration:
+        notes.append(f"{duration:.2f} s by its timestamps, no duration in its header")
+    return Timing(rate, duration, "steady" if found.clocks == 1 else "spliced", "; ".join(notes))
+
+
+class Scan(NamedTuple):
+    """What timestamps say about packets."""
+
+    packets: int  # that hold something
+    clocks: int  # how often the clock starts
+    shown: Fraction  # seconds from the first frame of each clock to the last one, in all
+    last: Fraction  # timestamp in seconds
+
+    @property
+    def rate(self) -> Fraction | None:
+        """Average frames per second; None if there are too few timestamps."""
+        steps = self.packets - self.clocks
+        return (steps / self.shown).limit_denominator(10**6) if steps > 0 and self.shown > 0 else None
+
+
+def scan(packets: Iterable[Packet], base: Fraction, jumps: bool = False) -> Scan:
+    """Reads packets in units of `base` seconds; with `jumps`, a long gap is another clock, as a step back always is."""
+    count = clocks = shown = low = high = decoded = 0
+    for packet in packets:
+        count += packet.size > 0
+        if packet.pts is None or packet.size == 0:
+            continue
+        time = decoded if packet.dts is None else packet.dts
+        if clocks == 0 or time < decoded or (jumps and (time - decoded) * base > JUMP_SECONDS):
+            clocks, shown, low, high, decoded = clocks + 1, shown + high - low, packet.pts, packet.pts, time
+        low, high, decoded = min(low, packet.pts), max(high, packet.pts), time
+    return Scan(count, clocks, (shown + high - low) * base, high * base)
+
+
+def spliceable(container: InputContainer) -> bool:
+    """Whether files of this kind may be joined ones, with a clock for each part, and no header that says how long."""
+    return bool(container.format.flags & cast(int, Flags.ts_discont.value))
+
+
+def _agree(stated: Fraction, found: Fraction) -> bool:
+    return abs(stated / found - 1) <= AGREEMENT
+
+
+def decode_all(
+    container: InputContainer, stream: av.VideoStream, timing: Timing, see: Callable[[Packet], None] | None = None
+) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Decodes a stream to its end: (seconds from the stream's start, frame).
+
+    Frames whose timestamps are missing or mean nothing come a step after the one before; where the clock is spliced, it
+    goes on like that. If given, `see` is called with every packet of every stream of the file.
+    """
+    step, base = float(1 / timing.rate), float(stream.time_base or 1)
+    start, seconds, count = (stream.start_time or 0) * base, None, 0
+    for packet in packets_of(container) if see else packets_of(container, stream):
+        if see is not None:
+            see(packet)
+        for frame in packet.decode() if packet.stream.index == stream.index else ():
+            following = 0.0 if seconds is None else seconds + step
+            if timing.clock == "counted":
+                following = count / float(timing.rate)
+            elif frame.pts is not None:
+                shown = frame.pts * base - start
+                gap = 0.0 if seconds is None else shown - seconds
+                if timing.clock == "spliced" and (gap < 0 or (gap > JUMP_SECONDS and spliceable(container))):
+                    start = frame.pts * base - following
+                else:
+                    following = shown
+            seconds, count = following, count + 1
+            yield seconds, frame
