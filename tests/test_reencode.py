@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -12,9 +13,11 @@ import pytest
 from conftest import frame_numbers
 from test_video import BAD, GOOD
 
+from octvideo.data import stream as streams
 from octvideo.data.preparation import reencode as reencoding
 from octvideo.data.preparation.reencode import measure, reencode
-from octvideo.data.pyav_reader import decode_all, frame_rate, open_stream
+from octvideo.data.reader import Orientation
+from octvideo.data.stream import decode_all, open_stream
 from octvideo.errors import DecodeError
 
 
@@ -90,13 +93,15 @@ def test_a_matroska_file_cut_in_the_middle_is_bad(cut_video):
 def test_a_file_without_frame_rate_or_size_is_bad(numbered_video, monkeypatch):
     class Stopped:
         width = height = 0
-        average_rate = guessed_rate = None
+        average_rate = guessed_rate = time_base = None
+        codec_context = SimpleNamespace(has_b_frames=False)
 
     with monkeypatch.context() as patch:
         patch.setattr(reencoding, "decode_all", lambda *_: iter([(0, Stopped())]))
         with pytest.raises(DecodeError, match="frames of 0 x 0 pixels"):
             measure(numbered_video)
-    monkeypatch.setattr(reencoding, "frame_rate", lambda stream, path: frame_rate(Stopped(), path))
+    empty = SimpleNamespace(format=av.ContainerFormat("mp4"), demux=lambda *_: iter(()))
+    monkeypatch.setattr(reencoding, "measure_timing", lambda path, *_: streams._by_packets(path, empty, Stopped()))
     with pytest.raises(DecodeError, match="the video stream has no frame rate"):
         measure(numbered_video)
 
@@ -150,12 +155,16 @@ def read_first(path):
         return next(container.decode(video=0)).to_ndarray(format="rgb24")
 
 
-@pytest.mark.parametrize("quarters", [1, 2, 3, -1])
-def test_a_frame_is_turned_counter_clockwise(quarters):
+@pytest.mark.parametrize(("quarters", "orientation"), [(1, (1, 1, 0)), (2, (0, 1, 1)), (3, (1, 0, 1)), (-1, (1, 0, 1))])
+def test_a_frame_is_turned_counter_clockwise(quarters, orientation):
     y, x = np.mgrid[:32, :48]
     image = np.stack([4 * y, 5 * x, 2 * x + 3 * y], 2).astype(np.uint8)
     frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
-    turned = reencoding.from_planes(reencoding.planes(frame, quarters)).to_ndarray(format="rgb24").astype(int)
+    turned = (
+        reencoding.from_planes(reencoding.planes(frame, Orientation(*orientation)))
+        .to_ndarray(format="rgb24")
+        .astype(int)
+    )
     expected = np.rot90(frame.to_ndarray(format="rgb24"), quarters).astype(int)
     assert turned.shape == expected.shape
     assert np.abs(turned - expected).mean() < 3

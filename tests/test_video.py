@@ -18,6 +18,7 @@ from conftest import frame_numbers
 
 from octvideo.data.index import IndexedVideo
 from octvideo.data.pyav_reader import PyAvReader
+from octvideo.data.stream import packets_of, scan
 from octvideo.data.video import Video
 from octvideo.errors import DecodeError, UnreadableError
 
@@ -356,8 +357,8 @@ def test_the_index_error_of_pyav_after_the_last_packet_is_the_end_of_the_file(nu
     monkeypatch.setattr("octvideo.data.pyav_reader.BUFFERED_BYTES", 0)
     assert frame_numbers(np.stack(reader.read(np.array([1.0, 1.99]), None))) == [30, 59]
     reader._seek(0)
-    last, count = reader._read_timestamps()
-    assert (round(30 * last), count) == (59, 60)
+    found = scan(packets_of(failing, reader._stream), reader._stream.time_base)
+    assert (found.last, found.packets) == (Fraction(59, 30), 60)
 
 
 def write_long(path, codec, **options):
@@ -527,12 +528,14 @@ def test_frames_out_of_order_are_counted_even_where_the_file_does_not_tell(real_
     path = real_videos / "clips" / "TrumanShow_wave_f_nm_np1_fr_med_26.avi"
     images = [frame.to_ndarray(format="rgb24") for _, frame in whole(path)]
     reader = PyAvReader(str(path), None)
-    assert reader._counted
-    monkeypatch.setattr("octvideo.data.pyav_reader.has_guessed_times", lambda *_: False)
-    assert not reader._counted
+    assert reader._in_order
+    reader.close()
+    monkeypatch.setattr("octvideo.data.stream.has_guessed_times", lambda *_: False)
+    reader = PyAvReader(str(path), None)
+    assert not reader._in_order
     frames = reader.read((np.arange(20, 28) + 0.5) / reader.fps, None)
     assert all(np.array_equal(frame, image) for frame, image in zip(frames, images[20:28], strict=True))
-    assert reader._counted
+    assert reader._in_order
     reader.close()
 
 
@@ -579,7 +582,8 @@ def test_without_packets_that_lead_to_frames_all_are_decoded(numbered_video, mon
 
 
 def test_what_an_index_knows_is_not_read_again(numbered_video, monkeypatch):
-    monkeypatch.setattr(PyAvReader, "_measure", None)
+    monkeypatch.setattr("octvideo.data.pyav_reader.measure_timing", None)
+    monkeypatch.setattr("octvideo.data.reader.measure_timing", None)
     known = IndexedVideo(60, 30.0, 2.0, np.arange(5) * 12 / 30, 0)
     with Video(numbered_video, known=known) as video:
         assert (video.fps, video.duration_seconds) == (30, 2)

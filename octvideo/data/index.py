@@ -16,6 +16,7 @@ FILE = "index.bin"
 # MAGIC, the numbers of videos and of all key frames, and columns: names as hashes in ascending order, frames, fps,
 # durations, bytes, mtimes, and ends of the videos' parts of the last one, the seconds of all key frames.
 MAGIC = b"octvideo index 2"
+SPLICED = -1.0  # in place of all key frames: timestamps start again within the file, and lead to no frame
 COLUMNS = ("<u8", "<i8", "<f8", "<f8", "<i8", "<i8", "<i8", "<f8")
 HEADER_BYTES = len(MAGIC) + 16
 
@@ -26,9 +27,14 @@ class IndexedVideo(NamedTuple):
     frames: int  # that can be decoded
     fps: float  # average frames per second
     duration_seconds: float  # from the start of the first frame to the end of the last one
-    keyframe_seconds: NDArray[np.float64]  # when key frames are shown, from the first frame on, ascending
+    keyframe_seconds: NDArray[np.float64]  # when key frames are shown, from the first frame on, ascending; or SPLICED
     bytes: int
     mtime_ns: int = 0  # the file's st_mtime_ns; 0 for files that `prepare` has written
+
+    @property
+    def is_spliced(self) -> bool:
+        """Whether timestamps start again within the file."""
+        return bool((self.keyframe_seconds[:1] == SPLICED).any())
 
 
 def write_index(folder: str | os.PathLike[str], videos: Mapping[str, IndexedVideo]) -> None:

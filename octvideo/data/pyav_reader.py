@@ -41,7 +41,7 @@ class PyAvReader(Reader):
         if known is None:
             return None
         counted = has_guessed_times(self._container, self._stream)
-        clock = "counted" if counted else "steady" if len(known.keyframe_seconds) else "spliced"
+        clock = "counted" if counted else "spliced" if known.is_spliced else "steady"
         return Timing(Fraction(known.fps), known.duration_seconds, clock)
 
     @property

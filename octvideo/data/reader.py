@@ -28,6 +28,8 @@ READING_ERRORS = (av.error.FFmpegError, OSError)
 
 def square_pixels(width: int, height: int, pixel_shape: float) -> tuple[int, int]:
     """The size at which a player shows stored pixels: of a frame whose pixels are not square, one side is enlarged."""
+    if abs(pixel_shape - 1) < 0.01:  # such as 256:255, which rounding made: not worth new pixels
+        return width, height
     return (round(width * pixel_shape), height) if pixel_shape >= 1 else (width, round(height / pixel_shape))
 
 
@@ -138,13 +140,13 @@ class LibraryReader(Reader):
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
         super().__init__(path, known)
         self._shown, self._turns, timing = (Orientation(), 1.0), 0, None
-        with contextlib.suppress(DecodeError, *READING_ERRORS):  # what PyAV cannot read, the library may
+        with contextlib.suppress(DecodeError, StopIteration, *READING_ERRORS):  # what PyAV cannot read, the library may
             container, stream = open_stream(path)
             with container:
                 frame = next(container.decode(stream))
                 self._shown, self._turns = shown_as(frame, stream), round(frame.rotation / 90)
                 timing = None if known else measure_timing(path, container, stream)
-        if (timing and timing.clock == "spliced") or (known and not len(known.keyframe_seconds)):
+        if (timing and timing.clock == "spliced") or (known and known.is_spliced):
             raise UnreadableError(path, "its clock does not rise, which the backend pyav alone follows")
         self._stated = (known.fps, known.duration_seconds) if known else None
         if timing:

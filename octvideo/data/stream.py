@@ -87,7 +87,7 @@ def _by_header(container: InputContainer, stream: av.VideoStream) -> Timing | No
         if head.rate is not None and not _agree(rate, head.rate):
             return None
     if duration is not None:
-        return Timing(rate, duration)
+        return Timing(rate, duration, "counted" if has_guessed_times(container, stream) else "steady")
     # The container's duration counts sound too and, in Matroska, the time before the first frame: look at the end.
     start = stream.start_time or 0
     with contextlib.suppress(av.error.FFmpegError):

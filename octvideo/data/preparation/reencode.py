@@ -14,6 +14,7 @@ from av.container import OutputContainer
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from octvideo.data.index import SPLICED
 from octvideo.data.reader import EARLY_END_SECONDS, Orientation, shown_as, square_pixels
 from octvideo.data.stream import decode_all, measure_timing, open_stream
 from octvideo.data.watchdog import still_alive
@@ -74,7 +75,7 @@ class _Reader:
                     self.size = shown_as(frame, self.stream)[0].size(frame.width, frame.height)
                 self.frames, self.damaged = self.frames + 1, self.damaged + frame.is_corrupt
                 self.last, self.interlaced = max(self.last, seconds), self.interlaced + frame.interlaced_frame
-                if frame.key_frame and self.timing.clock != "spliced":  # where timestamps lead to it
+                if frame.key_frame:
                     self.keyframes.append(seconds)
                 length = max(1 / self.timing.rate, (frame.duration or 0) * self.time_base)
                 self.end = max(self.end, seconds + float(length))
@@ -101,7 +102,8 @@ class _Reader:
         shape = stream.sample_aspect_ratio or 1
         notes += [f"pixels of {shape.numerator}:{shape.denominator}"] if shape != 1 else []
         codec, numbers = stream.codec_context.codec.canonical_name, (self.frames, float(self.timing.rate), *self.size)
-        return Measurements(*numbers, codec, self.end, sorted(self.keyframes), "; ".join(notes))
+        keyframes = [SPLICED] if self.timing.clock == "spliced" else sorted(self.keyframes)
+        return Measurements(*numbers, codec, self.end, keyframes, "; ".join(notes))
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
