@@ -4,14 +4,13 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
-from fractions import Fraction
 
 import av
 import numpy as np
 
 from octvideo.data.index import IndexedVideo
 from octvideo.data.reader import READING_ERRORS, ROUNDING_SECONDS, Image, Reader, Times, decode_errors, shown_as
-from octvideo.data.stream import Packet, Timing, decode_all, has_guessed_times, measure_timing, open_stream, packets_of
+from octvideo.data.stream import Packet, decode_all, measure_timing, open_stream, packets_of
 from octvideo.errors import UnreadableError
 
 BUFFERED_BYTES = 64 * 2**20  # of packets that are read ahead of decoding
@@ -29,20 +28,13 @@ class PyAvReader(Reader):
         self.frames_decoded: int = 0
         self._open()
         with decode_errors(path, *READING_ERRORS):
-            self._timing = timing = self._known_timing(known) or measure_timing(path, self._container, self._stream)
+            self._timing = timing = measure_timing(path, self._container, self._stream, known)
         self.fps, self.duration_seconds, self.note = float(timing.rate), timing.duration_seconds, timing.note
+        self._start_time, self._time_base = timing.start, float(self._stream.time_base or 0)
 
     def _open(self) -> None:
         with decode_errors(self.path, *READING_ERRORS, raised=UnreadableError):
             self._container, self._stream = open_stream(self.path)
-        self._time_base, self._start_time = float(self._stream.time_base or 0), self._stream.start_time or 0
-
-    def _known_timing(self, known: IndexedVideo | None) -> Timing | None:
-        if known is None:
-            return None
-        counted = has_guessed_times(self._container, self._stream)
-        clock = "counted" if counted else "spliced" if known.is_spliced else "steady"
-        return Timing(Fraction(known.fps), known.duration_seconds, clock)
 
     @property
     def _in_order(self) -> bool:

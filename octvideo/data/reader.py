@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from octvideo.data.index import IndexedVideo
-from octvideo.data.stream import measure_timing, open_stream
+from octvideo.data.stream import measure_timing, open_stream, spliceable
 from octvideo.errors import DecodeError, UnreadableError
 
 Image: TypeAlias = NDArray[np.uint8]  # (H, W, 3), RGB
@@ -139,18 +139,19 @@ class LibraryReader(Reader):
 
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
         super().__init__(path, known)
-        self._shown, self._turns, timing = (Orientation(), 1.0), 0, None
+        self._shown, self._turns, self._spliceable, timing = (Orientation(), 1.0), 0, False, None
         with contextlib.suppress(DecodeError, StopIteration, *READING_ERRORS):  # what PyAV cannot read, the library may
+            container, stream = open_stream(path)
+            with container:
+                timing, self._spliceable = measure_timing(path, container, stream, known), spliceable(container)
             container, stream = open_stream(path)
             with container:
                 frame = next(container.decode(stream))
                 self._shown, self._turns = shown_as(frame, stream), round(frame.rotation / 90)
-                timing = None if known else measure_timing(path, container, stream)
-        if (timing and timing.clock == "spliced") or (known and known.is_spliced):
-            raise UnreadableError(path, "its clock does not rise, which the backend pyav alone follows")
-        self._stated = (known.fps, known.duration_seconds) if known else None
-        if timing:
-            self._stated, self.note = (float(timing.rate), timing.duration_seconds), timing.note
+        self._stated = timing and (float(timing.rate), timing.duration_seconds)
+        self.note = timing.note if timing else ""
+        if timing and timing.clock == "spliced":
+            raise UnreadableError(path, "its clock starts again within the file, which the backend pyav alone follows")
 
     def _upright(self, images: NDArray[np.uint8], short_side: int | None) -> list[Image]:
         """Scales RGB images (T, H, W, 3) as PyAV's, and makes them upright."""

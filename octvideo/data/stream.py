@@ -12,10 +12,12 @@ from av.container import InputContainer
 from av.format import Flags
 from av.stream import Disposition
 
+from octvideo.data.index import IndexedVideo
 from octvideo.errors import DecodeError, UnreadableError
 
 Packet: TypeAlias = "av.Packet[Any]"
 PLAYLISTS = {"hls", "concat", "dash", "webm_dash_manifest", "imf"}  # FFmpeg would open whatever files they name
+HEAD = 48  # packets that tell whether a header is right
 JUMP_SECONDS = 10  # a longer gap in a container that may be spliced is another clock, as in FFmpeg
 AGREEMENT = 0.1  # by which share a header's frame rate may differ from that of the timestamps
 
@@ -47,6 +49,7 @@ class Timing(NamedTuple):
 
     rate: Fraction  # average frames per second
     duration_seconds: float  # from the start of the first frame to the end of the last one
+    start: int  # timestamp of the first frame, in units of the stream's time_base
     clock: str = "steady"  # timestamps lead to frames; or "spliced", they start again, or "counted", they say nothing
     note: str = ""  # what was derived from timestamps because no header says it, or a wrong one
 
@@ -63,37 +66,42 @@ def packets_of(container: InputContainer, *streams: av.VideoStream) -> Iterator[
         yield from container.demux(*streams)
 
 
-def measure_timing(path: str, container: InputContainer, stream: av.VideoStream) -> Timing:
-    """When the frames of an open file are shown: by its header, or by all packets where that is silent or wrong.
+def measure_timing(
+    path: str, container: InputContainer, stream: av.VideoStream, known: IndexedVideo | None = None
+) -> Timing:
+    """When the frames of an open file are shown: by the index, by its header, or by all packets where that is wrong.
 
     The container may be at another place afterwards. Raises `READING_ERRORS`, and DecodeError without a frame rate.
     """
-    if (timing := _by_header(container, stream)) is not None:
+    if (timing := _by_header(container, stream, known)) is not None:
         return timing
     container, stream = open_stream(path)
     with container:
         return _by_packets(path, container, stream)
 
 
-def _by_header(container: InputContainer, stream: av.VideoStream) -> Timing | None:
-    """The timing that the header states; None if it states none, or another one than the first packets."""
+def _by_header(container: InputContainer, stream: av.VideoStream, known: IndexedVideo | None) -> Timing | None:
+    """The timing that index or header state; None if they state none, or another one than the first packets."""
     rate, base = stream.average_rate or stream.guessed_rate, stream.time_base or Fraction(1)
-    duration = None if stream.duration is None else float(stream.duration * base)
-    if not rate or spliceable(container) or (duration is None and not container.duration):
+    start, head = stream.start_time or 0, None
+    if not ("mp4" in container.format.name and stream.frames > 1):  # its tables of all frames need no check
+        head = scan(itertools.islice(packets_of(container, stream), HEAD), base)
+        start = head.first
+    clock = "counted" if has_guessed_times(container, stream) else "steady"
+    if known is not None:
+        clock = "spliced" if known.is_spliced else clock
+        return Timing(Fraction(known.fps), known.duration_seconds, start, clock)
+    if not rate or spliceable(container) or (stream.duration is None and not container.duration):
         return None
-    # Tables of all frames need no check, and AVI has no timestamps to check by.
-    if not (container.format.name == "avi" or ("mp4" in container.format.name and stream.frames > 1)):
-        head = scan(itertools.islice(packets_of(container, stream), 48), base)
-        if head.rate is not None and not _agree(rate, head.rate):
-            return None
-    if duration is not None:
-        return Timing(rate, duration, "counted" if has_guessed_times(container, stream) else "steady")
+    if head and head.rate and container.format.name != "avi" and not _agree(rate, head.rate):  # it has no timestamps
+        return None
+    if stream.duration is not None:
+        return Timing(rate, float(stream.duration * base), start, clock)
     # The container's duration counts sound too and, in Matroska, the time before the first frame: look at the end.
-    start = stream.start_time or 0
     with contextlib.suppress(av.error.FFmpegError):
         container.seek(round((container.duration or 0) / av.time_base / base) + start, stream=stream)
     end = scan(packets_of(container, stream), base).last - start * base
-    return Timing(rate, float(end + 1 / rate)) if end > 0 else None
+    return Timing(rate, float(end + 1 / rate), start) if end > 0 else None
 
 
 def _by_packets(path: str, container: InputContainer, stream: av.VideoStream) -> Timing:
@@ -104,7 +112,7 @@ def _by_packets(path: str, container: InputContainer, stream: av.VideoStream) ->
         raise DecodeError(path, "the video stream has no frame rate, and its packets tell none")
     if guessed or found.rate is None:
         clock = "counted" if guessed or found.packets > 1 else "steady"
-        return Timing(rate, float(max(1, found.packets) / rate), clock)
+        return Timing(rate, float(max(1, found.packets) / rate), found.first, clock)
     duration, notes = float(found.shown + found.clocks / rate), []
     if rate != stated:
         notes.append(f"{float(rate):.4g} frames a second by its timestamps, {float(stated or 0):.4g} by its header")
@@ -112,7 +120,7 @@ def _by_packets(path: str, container: InputContainer, stream: av.VideoStream) ->
         notes.append(f"its clock starts {found.clocks} times, for {duration:.2f} s in all")
     elif not container.duration:
         notes.append(f"{duration:.2f} s by its timestamps, no duration in its header")
-    return Timing(rate, duration, "steady" if found.clocks == 1 else "spliced", "; ".join(notes))
+    return Timing(rate, duration, found.first, "steady" if found.clocks == 1 else "spliced", "; ".join(notes))
 
 
 class Scan(NamedTuple):
@@ -122,6 +130,7 @@ class Scan(NamedTuple):
     clocks: int  # how often the clock starts
     shown: Fraction  # seconds from the first frame of each clock to the last one, in all
     last: Fraction  # timestamp in seconds
+    first: int  # timestamp in units
 
     @property
     def rate(self) -> Fraction | None:
@@ -132,7 +141,7 @@ class Scan(NamedTuple):
 
 def scan(packets: Iterable[Packet], base: Fraction, jumps: bool = False) -> Scan:
     """Reads packets in units of `base` seconds; with `jumps`, a long gap is another clock, as a step back always is."""
-    count = clocks = shown = low = high = decoded = 0
+    count = clocks = shown = low = high = decoded = first = 0
     for packet in packets:
         count += packet.size > 0
         if packet.pts is None or packet.size == 0:
@@ -141,7 +150,8 @@ def scan(packets: Iterable[Packet], base: Fraction, jumps: bool = False) -> Scan
         if clocks == 0 or time < decoded or (jumps and (time - decoded) * base > JUMP_SECONDS):
             clocks, shown, low, high, decoded = clocks + 1, shown + high - low, packet.pts, packet.pts, time
         low, high, decoded = min(low, packet.pts), max(high, packet.pts), time
-    return Scan(count, clocks, (shown + high - low) * base, high * base)
+        first = low if clocks == 1 else first
+    return Scan(count, clocks, (shown + high - low) * base, high * base, first)
 
 
 def spliceable(container: InputContainer) -> bool:
@@ -162,7 +172,7 @@ def decode_all(
     goes on like that. If given, `see` is called with every packet of every stream of the file.
     """
     step, base = float(1 / timing.rate), float(stream.time_base or 1)
-    start, seconds, count = (stream.start_time or 0) * base, None, 0
+    start, seconds, count = timing.start * base, None, 0
     for packet in packets_of(container) if see else packets_of(container, stream):
         if see is not None:
             see(packet)

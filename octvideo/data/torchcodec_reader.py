@@ -34,7 +34,14 @@ class TorchcodecReader(LibraryReader):
         start, end = self._start_seconds, self._end_seconds
         if times[-1] + start >= end:
             self._check_end(end - start, times[-1])
-        shown = np.clip(times + start + ROUNDING_SECONDS, start, np.nextafter(end, start))
+        shown = np.maximum(times + start + ROUNDING_SECONDS, start)
+        late = int((shown >= end).sum())  # the last frame, which need not have a length
         with decode_errors(self.path, RuntimeError, IndexError, ValueError):
-            images = self._decoder.get_frames_played_at(shown.tolist()).data.numpy()
+            frames = self._decoder.get_frames_played_at(shown[: len(shown) - late].tolist())
+            images = frames.data.numpy()
+            if (frames.pts_seconds.numpy() > shown[: len(shown) - late]).any():  # as at the start of transport streams
+                raise UnreadableError(self.path, "a seek led to a later frame")
+            if late:
+                last = self._decoder.get_frame_at(len(self._decoder) - 1).data.numpy()
+                images = np.concatenate([images.reshape(-1, *last.shape), np.repeat(last[None], late, 0)])
         return self._upright(images, short_side)
