@@ -1,7 +1,11 @@
 """What a player shows: orientation, pixels' shape and time of videos made in every container, drawn frame by frame."""
 
 import contextlib
+import re
+import shutil
 import struct
+import subprocess
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -11,8 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_video import backend_or_skip
 
+from octvideo.data.index import IndexedVideo
+from octvideo.data.preparation.reencode import measure, reencode
 from octvideo.data.video import Video
 from octvideo.errors import DecodeError
+from octvideo.evaluation.drawing import annotate, read_stills
+from octvideo.evaluation.prediction import Prediction, Timeline
 
 BACKENDS = ("pyav", "torchcodec", "decord")
 # Stored (x, y) is shown at (ax + cy, bx + dy).
@@ -55,7 +63,7 @@ class Pipe:
         return self.file.write(data)
 
 
-def write(path, times, *, matrix=(1, 0, 0, 1), shape=Fraction(1), live=False, first=0):
+def write(path, times, *, matrix=(1, 0, 0, 1), shape=Fraction(1), live=False, first=0, rate=RATE):
     """Writes drawn frames, shown at ascending times in seconds."""
     codec, options = {"webm": ("libvpx", {"deadline": "realtime", "cpu-used": "8", "auto-alt-ref": "0"})}.get(
         path.suffix[1:], ("libx264", {"preset": "ultrafast", "bf": "0" if path.suffix == ".avi" else "2", "g": "12"})
@@ -72,7 +80,7 @@ def write(path, times, *, matrix=(1, 0, 0, 1), shape=Fraction(1), live=False, fi
     )
     target = Pipe(path) if live else str(path)
     with av.open(target, "w", format=names.get(path.suffix[1:], path.suffix[1:]), options=header) as container:
-        stream = container.add_stream(codec, rate=RATE, options=options)
+        stream = container.add_stream(codec, rate=rate, options=options)
         pictures = [turn_back(draw(first + number), matrix) for number in range(len(times))]
         height, width = pictures[0].shape[:2]
         stream.width, stream.height = 2 * round(width / shape / 2), height
@@ -89,11 +97,18 @@ def write(path, times, *, matrix=(1, 0, 0, 1), shape=Fraction(1), live=False, fi
     if live and path.suffix in (".webm", ".mkv") and (at := data.find(bytes.fromhex("23e383"))) > 0:
         size = data[at + 3] & 0x7F  # DefaultDuration, which recorders leave out, becomes a void element
         data[at : at + 4 + size] = bytes([0xEC, 0x82 + size, *bytes(2 + size)])
+    path.write_bytes(data)
     if path.suffix in (".mp4", ".mov"):
-        at = data.find(b"tkhd") + 8
-        at += (20 if data[at - 4] == 0 else 32) + 16
-        a, b, c, d = (65536 * number for number in matrix)
-        data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        set_matrix(path, matrix)
+
+
+def set_matrix(path, matrix):
+    """Writes a display matrix into the track's header."""
+    data = bytearray(path.read_bytes())
+    at = data.find(b"tkhd") + 8
+    at += (20 if data[at - 4] == 0 else 32) + 16
+    a, b, c, d = (round(65536 * number) for number in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
 
 
@@ -142,3 +157,107 @@ def test_frames_at_random_times_are_those_that_were_drawn_for_them(folder, video
             frames = read.frames_at(wanted)
             assert frames.shape[2] / frames.shape[1] == pytest.approx(128 / 96, rel=0.03)
             assert [told(frame) for frame in frames] == numbers.tolist(), (backend, video)
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=str)
+def test_written_copies_are_shown_as_their_source(folder, matrix):
+    source, copy = folder / "turned.mp4", folder / "copy.mp4"
+    write(source, np.arange(10) / RATE, matrix=matrix, shape=Fraction(64, 45))
+    measured, written = reencode(source, copy, 48)
+    assert "pixels of 64:45" in measured.note
+    assert (written.width, written.height) == (64, 48)
+    prediction = Prediction("", np.array([1.0]), ["a"], Timeline(np.array([0, 0.4]), np.array([[1.0]])))
+    annotate((replace(prediction, path=str(source)), folder / "annotated.mp4"))
+    for path in (copy, folder / "annotated.mp4"):
+        with av.open(str(path)) as container:
+            assert container.streams.video[0].sample_aspect_ratio in (None, 1)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert frames[0].shape[1] / frames[0].shape[0] == pytest.approx(128 / 96, rel=0.03)
+        assert [told(frame[:-12]) if path != copy else told(frame) for frame in frames] == list(range(10))
+    times, stills = read_stills((str(source), "auto"))
+    assert [told(still) for still in stills] == [int(time * RATE) for time in times]
+
+
+@pytest.mark.parametrize("numbers", [(2, 0, 0, 2), (1, 0.5, 0, 1), (0.87, 0.5, -0.5, 0.87)], ids=str)
+def test_a_matrix_that_is_no_flip_or_turn_is_left_out_with_one_warning(folder, numbers, caplog):
+    path = folder / "odd.mp4"
+    write(path, np.arange(10) / RATE)
+    set_matrix(path, numbers)
+    for backend in BACKENDS:
+        with Video(path, backend) as video:
+            assert [told(frame) for frame in video.frames_at([0.01, 0.21])] == [0, 5]
+            assert video.frames_at([0]).shape == (1, 96, 128, 3)
+    assert len([one for one in caplog.messages if "is no flip or quarter turn" in one]) == 1
+
+
+def join(path, *parts):
+    """Joins transport streams of (first number, times) as cat does."""
+    content = b""
+    for first, times in parts:
+        write(path, times, first=first)
+        content += path.read_bytes()
+    path.write_bytes(content)
+
+
+JOINED = {
+    "restarts": [(0, np.arange(20) / RATE), (20, np.arange(20) / RATE), (40, np.arange(15) / RATE)],
+    "jumps": [(0, np.arange(20) / RATE), (20, np.arange(20) / RATE + 3600), (40, np.arange(15) / RATE + 7200)],
+    "runs backwards": [(0, np.arange(20) / RATE + 900), (20, np.arange(20) / RATE + 50), (40, np.arange(15) / RATE)],
+}
+
+
+@pytest.mark.parametrize("parts", JOINED.values(), ids=JOINED)
+def test_joined_streams_are_shown_one_after_the_other(folder, parts):
+    path, copy = folder / "joined.ts", folder / "joined.mp4"
+    join(path, *parts)
+    times = (np.array([0, 7, 19, 20, 33, 40, 54]) + 0.5) / RATE
+    with Video(path) as video:
+        assert (video.fps, video.duration_seconds, video.num_frames) == (RATE, 55 / RATE, 55)
+        assert "its clock starts 3 times, for 2.20 s in all" in video.note
+        assert [told(frame) for frame in video.frames_at(times)] == [0, 7, 19, 20, 33, 40, 54]
+        assert [told(frame) for frame in video.frames_at(times[3:5])] == [20, 33]
+    measured, written = reencode(path, copy, 96)
+    assert (measured.seconds, written.seconds) == pytest.approx((55 / RATE, 55 / RATE))
+    known = IndexedVideo(55, measured.fps, measured.seconds, np.array(measured.keyframe_seconds), 0)
+    with Video(path, known=known) as video:
+        assert [told(frame) for frame in video.frames_at(times)] == [0, 7, 19, 20, 33, 40, 54]
+    with Video(copy) as video:
+        assert [told(frame) for frame in video.frames_at(times)] == [0, 7, 19, 20, 33, 40, 54]
+    for backend in ("torchcodec", "decord"):
+        with pytest.raises(DecodeError, match="its clock starts again within the file"):
+            Video(path, backend)
+
+
+def test_a_recording_without_a_rate_gets_that_of_its_timestamps(folder):
+    path = folder / "browser.webm"
+    times = np.arange(50) / 24 + np.random.default_rng(0).uniform(0, 0.022, 50).round(3)
+    write(path, times, live=True, rate=1000)
+    for backend in ("pyav", "torchcodec"):
+        with Video(path, backend) as video:
+            assert video.fps == pytest.approx(24, rel=0.02)
+            assert video.duration_seconds == pytest.approx(50 / 24, rel=0.02)
+            assert re.match(r"2\d.* frames a second by its timestamps, .* by its header; .* s by its ", video.note)
+    assert measure(path).note.startswith(video.note)
+
+
+def test_a_frame_has_a_largest_size(folder):
+    path = folder / "strip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 4096, 2, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((2, 4096, 3), np.uint8), "rgb24")))
+        container.mux(stream.encode())
+    with Video(path) as video:
+        assert video.frames_at([0]).shape == (1, 2, 4096, 3)
+        assert video.frames_at([0], 64).shape == (1, 64, 131072, 3)
+        with pytest.raises(DecodeError, match="frames of 4096 x 2 pixels, which would become 524288 x 256"):
+            video.frames_at([0], 256)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg to make the video with")
+def test_an_interlaced_source_is_named(folder):
+    path = folder / "interlaced.mkv"
+    source = ["-f", "lavfi", "-i", "testsrc=size=128x96:rate=25:duration=0.4", "-vf", "setfield=tff"]
+    command = ["ffmpeg", "-v", "error", *source, "-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-y", str(path)]
+    subprocess.run(command, check=True)
+    assert measure(path).note == "interlaced"

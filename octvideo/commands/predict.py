@@ -17,8 +17,8 @@ likely one in some second keeps at least half of its highest score.
 --json   {"checkpoint", "network", "alpha", "labels", "videos": [{"path", "status": "ok", "seconds", "predictions":
          [{"label", "class", "probability"}], "scores": [one per class], "timeline": {"seconds": [middles], "scores":
          [[one per class] per second]}, "segments": [{"start", "end", "label", "class", "mean_score"}]}], "bad":
-         [{"path", "reason"}]}; also a video's "truth" if its class is given, "annotated" and "thumbnail" if it has such
-         files, and "accuracy": {"top1", "top5", "videos"} if classes are given
+         [{"path", "reason"}]}; also a video's "note" if its frame rate or duration had to be derived, "truth" if its class
+         is given, "annotated" and "thumbnail" if it has such files, and "accuracy": {"top1", "top5", "videos"} if classes are given
 --csv    path,status,reason,rank,label,probability: one row per rank of a video, or one without a rank for a bad video
 --save-video   writes DIR/NAME.predicted.mp4 (H.264, no sound): upright, with the most likely class of the current
          second and a bar as long as its probability along the lower edge; PyAV reads it, whatever the --backend
@@ -168,6 +168,8 @@ def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.N
             "timeline": {"seconds": timeline.seconds.tolist(), "scores": scores},
             "segments": [dict(zip(segment, one, strict=True)) for one in prediction.segments(arguments.top)],
         }
+        if prediction.note:
+            video["note"] = prediction.note
         if truth is not None:
             video["truth"] = {"label": trained.labels[truth], "class": truth}
         videos.append(video | dict(files))
@@ -197,6 +199,9 @@ def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments:
         shares = ", ".join(f"top-{k} {100 * accuracy[f'top{k}']:.2f} %" for k in (1, 5))
         console.print(f"{shares} of {accuracy['videos']} videos with a given class", highlight=False)
     bad = [Text(f"  {one.path}: {one.reason}", "yellow") for one in outcomes if one.prediction is None]
+    for path, _, prediction in good:
+        if prediction.note:
+            console.print(Text(f"{path}: {prediction.note}"), soft_wrap=True)
     console.print(f"{len(good)} videos predicted, {len(bad)} bad", *bad, sep="\n", highlight=False, soft_wrap=True)
 
 

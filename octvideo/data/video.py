@@ -33,6 +33,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
     backend: str  # the one that reads
     fps: float  # average frames per second
     duration_seconds: float  # according to the file or the index
+    note: str  # what of these was derived from timestamps, because no header says it, or a wrong one; mostly empty
 
     def __init__(
         self, path: str | os.PathLike[str], backend: Backend = "auto", *, known: IndexedVideo | None = None
@@ -52,7 +53,7 @@ class Video(contextlib.AbstractContextManager["Video"]):
             self.backend = self._backends.pop(0)
             try:
                 reader = READERS[self.backend](self.path, self._known)
-                self.fps, self.duration_seconds = reader.fps, reader.duration_seconds
+                self.fps, self.duration_seconds, self.note = reader.fps, reader.duration_seconds, reader.note
                 return reader
             except UserError as error:  # another backend may be able to read it, or be installed
                 if self._first_error is None and not isinstance(error, UnreadableError):

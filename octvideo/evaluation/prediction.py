@@ -70,6 +70,7 @@ class Prediction:
     scores: NDArray[np.float32]  # (num_classes,) probabilities, averaged over all views after softmax
     labels: Sequence[str]
     timeline: Timeline
+    note: str = ""  # what of the video's times no header says, or a wrong one; see `Video`
 
     def top(self, k: int = 5) -> list[Ranked]:
         """The k most likely classes, or all if there are fewer; most likely first. UserError for k below 1."""
@@ -159,14 +160,14 @@ class Predictor:
         path = os.fspath(path)
         try:
             scores = self._scores(self._read_views(path)).mean(0)
-            edges, clips = self._read_windows((path, 0))
+            edges, clips, note = self._read_windows((path, 0))
             timeline = self._scores(clips)
             while len(timeline) < len(edges) - 1:
                 timeline = torch.cat([timeline, self._scores(self._read_windows((path, len(timeline)))[1])])
         except HungError as error:
             raise DecodeError(path, str(error)) from error
         labels = self.trained.labels or [f"class {number}" for number in range(len(scores))]
-        return Prediction(path, scores.numpy(), labels, Timeline(edges, timeline.numpy()))
+        return Prediction(path, scores.numpy(), labels, Timeline(edges, timeline.numpy()), note)
 
     @torch.inference_mode()
     def _scores(self, clips: NDArray[np.uint8]) -> Tensor:
@@ -200,13 +201,13 @@ def _views(how: Preprocessing, backend: Backend, num_clips: int, num_crops: int,
 
 def _windows(
     how: Preprocessing, backend: Backend, job: tuple[str, int]
-) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """Edges of a video's seconds, and clips (N, C, T, H, W) for some of them, starting at second job[1]."""
+) -> tuple[NDArray[np.float64], NDArray[np.uint8], str]:
+    """Edges of a video's seconds, clips (N, C, T, H, W) for some of them, starting at second job[1], and its note."""
     path, start = job
     with Video(path, backend) as video:
         edges = second_edges(video.duration_seconds)
         middles = ((edges[:-1] + edges[1:]) / 2)[start:][: max(1, FRAMES_TOGETHER // how.clip_frames)]
-        return edges, clips_around(video, middles.tolist(), how)
+        return edges, clips_around(video, middles.tolist(), how), video.note
 
 
 def predict(model_or_ckpt: Model, path: str | os.PathLike[str], **options: Any) -> Prediction:
