@@ -582,8 +582,7 @@ def test_without_packets_that_lead_to_frames_all_are_decoded(numbered_video, mon
 
 
 def test_what_an_index_knows_is_not_read_again(numbered_video, monkeypatch):
-    monkeypatch.setattr("octvideo.data.pyav_reader.measure_timing", None)
-    monkeypatch.setattr("octvideo.data.reader.measure_timing", None)
+    monkeypatch.setattr("octvideo.data.stream.scan", None)
     known = IndexedVideo(60, 30.0, 2.0, np.arange(5) * 12 / 30, 0)
     with Video(numbered_video, known=known) as video:
         assert (video.fps, video.duration_seconds) == (30, 2)

@@ -17,8 +17,9 @@ likely one in some second keeps at least half of its highest score.
 --json   {"checkpoint", "network", "alpha", "labels", "videos": [{"path", "status": "ok", "seconds", "predictions":
          [{"label", "class", "probability"}], "scores": [one per class], "timeline": {"seconds": [middles], "scores":
          [[one per class] per second]}, "segments": [{"start", "end", "label", "class", "mean_score"}]}], "bad":
-         [{"path", "reason"}]}; also a video's "note" if its frame rate or duration had to be derived, "truth" if its class
-         is given, "annotated" and "thumbnail" if it has such files, and "accuracy": {"top1", "top5", "videos"} if classes are given
+         [{"path", "reason"}]}; also a video's "note" if its frame rate or duration had to be derived, "truth" if its
+         class is given, "annotated" and "thumbnail" if it has such files, and "accuracy": {"top1", "top5", "videos"} if
+         classes are given
 --csv    path,status,reason,rank,label,probability: one row per rank of a video, or one without a rank for a bad video
 --save-video   writes DIR/NAME.predicted.mp4 (H.264, no sound): upright, with the most likely class of the current
          second and a bar as long as its probability along the lower edge; PyAV reads it, whatever the --backend

@@ -39,7 +39,8 @@ class TorchcodecReader(LibraryReader):
         with decode_errors(self.path, RuntimeError, IndexError, ValueError):
             frames = self._decoder.get_frames_played_at(shown[: len(shown) - late].tolist())
             images = frames.data.numpy()
-            if (frames.pts_seconds.numpy() > shown[: len(shown) - late]).any():  # as at the start of transport streams
+            # As at the start of transport streams. (In AVI, guessed timestamps are off by one frame throughout.)
+            if (frames.pts_seconds.numpy() > shown[: len(shown) - late] + 1.5 / self.fps).any():
                 raise UnreadableError(self.path, "a seek led to a later frame")
             if late:
                 last = self._decoder.get_frame_at(len(self._decoder) - 1).data.numpy()
