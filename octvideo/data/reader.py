@@ -137,13 +137,16 @@ class Reader(ABC):
 class LibraryReader(Reader):
     """A reader of another library, which knows the header's timing alone, and turns frames but never mirrors them."""
 
+    _spliceable = False
+
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
         super().__init__(path, known)
-        self._shown, self._turns, self._spliceable, timing = (Orientation(), 1.0), 0, False, None
+        self._shown, self._turns, self._kind, timing = (Orientation(), 1.0), 0, "", None
         with contextlib.suppress(DecodeError, StopIteration, *READING_ERRORS):  # what PyAV cannot read, the library may
             container, stream = open_stream(path)
             with container:
-                timing, self._spliceable = measure_timing(path, container, stream, known), spliceable(container)
+                self._kind, self._spliceable = container.format.name, spliceable(container)
+                timing = measure_timing(path, container, stream, known)
             container, stream = open_stream(path)
             with container:
                 frame = next(container.decode(stream))

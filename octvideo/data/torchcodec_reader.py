@@ -26,8 +26,11 @@ class TorchcodecReader(LibraryReader):
         start, end, fps = metadata.begin_stream_seconds, metadata.end_stream_seconds, metadata.average_fps
         if start is None or end is None or not fps:
             raise UnreadableError(path, "no frame could be decoded")
-        self._start_seconds, self._end_seconds = start, end
         measured = max(end - start, metadata.duration_seconds_from_header or 0)
+        if self._kind == "avi":  # its guessed timestamps start late
+            late = self._decoder.get_frame_at(0).pts_seconds - start
+            start, end = start + late, end + late
+        self._start_seconds, self._end_seconds = start, end
         self.fps, self.duration_seconds = self._stated or (fps, measured)
 
     def read(self, times: Times, short_side: int | None) -> Sequence[Image]:
@@ -39,8 +42,7 @@ class TorchcodecReader(LibraryReader):
         with decode_errors(self.path, RuntimeError, IndexError, ValueError):
             frames = self._decoder.get_frames_played_at(shown[: len(shown) - late].tolist())
             images = frames.data.numpy()
-            # As at the start of transport streams. (In AVI, guessed timestamps are off by one frame throughout.)
-            if (frames.pts_seconds.numpy() > shown[: len(shown) - late] + 1.5 / self.fps).any():
+            if (frames.pts_seconds.numpy() > shown[: len(shown) - late]).any():  # as at the start of transport streams
                 raise UnreadableError(self.path, "a seek led to a later frame")
             if late:
                 last = self._decoder.get_frame_at(len(self._decoder) - 1).data.numpy()
