@@ -212,6 +212,8 @@ def predict(arguments: argparse.Namespace) -> int:
     read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *(video for video, _ in videos))}
     given = [(option, path) for option in ("json", "csv") if (path := getattr(arguments, option)) is not None]
     for option, path in given:
+        if path.exists() and not (path.is_dir() or path.is_file()):
+            continue  # a device or a pipe
         if path.is_dir() or os.path.realpath(path) in read:
             what = "a folder" if path.is_dir() else "an input or another result"
             raise UserError(f"--{option} {path}: that is {what}")
