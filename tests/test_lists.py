@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from octvideo.data.lists import about_pictures, read_class_names, read_list
+from octvideo.data.lists import about_frames, read_class_names, read_list
 from octvideo.data.video import Video
 from octvideo.errors import ListError
 
@@ -93,11 +93,11 @@ def test_an_address_stays_as_it_was_typed(write):
 def test_numbered_pictures_are_joined_by_a_command_that_works(tmp_path):
     folder = tmp_path / "a class" / "one"
     folder.mkdir(parents=True)
-    assert about_pictures(tmp_path) == ""
+    assert about_frames(tmp_path) == ""
     for number in (9, 10, 11):
         Image.new("RGB", (32, 32), (number, number, number)).save(folder / f"f{number}.png")
     (folder / "cover.jpg").touch()
-    about, _, command = about_pictures(tmp_path).partition(": ")
+    about, _, command = about_frames(tmp_path).partition(": ")
     assert about == f"; {folder} holds still images, of which this makes a video"
     frames = f"-start_number 9 -i '{folder}/f%01d.png' -pix_fmt yuv420p '{folder}.mp4'"
     assert command == f"ffmpeg -framerate 25 {frames}"

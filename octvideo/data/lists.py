@@ -122,7 +122,7 @@ def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, i
             yield child.name
 
 
-def about_pictures(folder: str | os.PathLike[str]) -> str:
+def about_frames(folder: str | os.PathLike[str]) -> str:
     """The end of a message on a folder without videos: how to make one of the numbered pictures in it; "" if none."""
     for parent, _, names in os.walk(folder):
         matches = [

@@ -9,15 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from octvideo.data.lists import (
-    ADDRESS,
-    HEADERS,
-    MOST_CLASSES,
-    about_pictures,
-    read_class_names,
-    read_lines,
-    video_files,
-)
+from octvideo.data.lists import ADDRESS, HEADERS, MOST_CLASSES, about_frames, read_class_names, read_lines, video_files
 from octvideo.errors import ListError
 
 VALIDATION = ("val", "valid", "validate", "validation")
@@ -103,7 +95,7 @@ class _Reader:
         is_json = source.suffix.lower() == ".json"
         read = self._read_classes if source.is_dir() else self._read_json if is_json else self._read_text
         if not (lines := list(read(source))):
-            raise ListError(f"{source}: no video in it{about_pictures(source)}")
+            raise ListError(f"{source}: no video in it{about_frames(source)}")
         return lines
 
     def _read_classes(self, source: Path) -> Iterator[Line]:
