@@ -535,7 +535,8 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
     for panel, group in zip(panels.flat, groups, strict=False):
         draw(panel, group)
     figure.suptitle(title, fontsize=9, wrap=True)
-    figure.savefig(path, format="png", dpi=150)
+    with appearing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def draw(panel: Axes, rows: Sequence[Row]) -> None:

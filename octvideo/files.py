@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -28,16 +30,13 @@ def blocks(path: str | os.PathLike[str]) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def appearing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
-    """Yields the name of a temporary file beside a path; at the end, what was written there takes the path's place.
+def replacing(path: Path, temporary: Path) -> Iterator[None]:
+    """At the end, the temporary file takes the place of the path, be it a link or not; after an error it is removed.
 
-    Forced to the disk: a program killed at any time leaves the old file or the new one, and at most the temporary one,
-    which is hidden by default, for `remove_partial` to find.
+    Forced to the disk: a program killed at any time leaves the old file or the new one, and at most the temporary one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary or path.with_name(f".{os.getpid()}{PARTIAL}")
     try:
-        yield temporary
+        yield
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -53,9 +52,50 @@ def appearing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)  # os.replace leaves it where it is another hard link to the path's old file
 
 
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yields the name of a temporary file; at the end, what was written there is at the path, whatever that is.
+
+    A file is replaced as a whole (see `replacing`) and keeps its permissions; of a link, that is the file it leads to.
+    The temporary one is beside it and hidden, for `remove_partial` to find. Anything else that can be written to, such
+    as a device, a pipe or /dev/stdout, gets the bytes at the end. Any OSError names the path.
+    """
+    target, temporary = path, None
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()  # links in a circle are an error
+        # The links in /proc lead to open files, which may have no name.
+        while target.is_symlink() and not target.parent.resolve().is_relative_to("/proc"):
+            target = target.parent / target.readlink()
+        if target.is_dir() or (target.is_file() and not os.access(target, os.W_OK)):
+            number = errno.EISDIR if target.is_dir() else errno.EACCES
+            raise OSError(number, os.strerror(number))
+        if target.is_symlink() or (target.exists() and not target.is_file()):
+            with tempfile.TemporaryDirectory() as folder:
+                yield (temporary := Path(folder, path.name))
+                sys.stdout.flush()
+                own = target.parent.resolve() == Path(f"/proc/{os.getpid()}/fd")  # another one's may not be truncated
+                opened = os.dup(int(target.name)) if own else os.open(target, os.O_WRONLY | os.O_APPEND)
+                with open(opened, "wb") as file:
+                    file.writelines(blocks(temporary))
+            return
+        if target is path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{os.getpid()}{PARTIAL}")
+        with replacing(target, temporary):
+            yield temporary
+            if target.exists():
+                shutil.copymode(target, temporary)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
 def point_to(name: Path, target: Path, symbolic: bool = False) -> None:
     """Makes name another name for a file beside it: a symbolic or hard link, or a copy where links are refused."""
-    with appearing(name, name.with_name(name.name + ".tmp")) as temporary:
+    temporary = name.with_name(name.name + ".tmp")
+    with replacing(name, temporary):
         temporary.unlink(missing_ok=True)  # left by a killed process
         if symbolic:
             with contextlib.suppress(OSError):

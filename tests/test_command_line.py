@@ -3,21 +3,25 @@
 import csv
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT, run_tool
+from lightning.pytorch.cli import LightningArgumentParser
 from networks import settle
 
 from octvideo import create_model
+from octvideo.commands.command_line import KeptOptions
 from octvideo.data.module import VideoData
 from octvideo.data.motions import CLASSES, make_data_set, write_video
 from octvideo.data.preprocessing import Preprocessing
@@ -587,3 +591,15 @@ def test_without_training_videos_other_alphas_have_the_checkpoints_statistics_on
     assert "nothing.csv does not exist: testing with the checkpoint's statistics only" in finished.stderr
     (row,) = json.loads((tmp_path / "alphas.json").read_text())
     assert (row["alpha"], row["statistics"], row["videos"]) == (0.5, "checkpoint", 16)
+
+
+def test_options_are_kept_where_a_link_leads(tmp_path):
+    (tmp_path / "config.yaml").symlink_to("target.yaml")
+    (tmp_path / "target.yaml").write_text("old: 1\n")
+    parser = LightningArgumentParser()
+    parser.add_argument("--alpha", type=float)
+    kept = KeptOptions(parser, parser.parse_args(["--alpha=0.5"]))
+    kept.save_config(SimpleNamespace(default_root_dir=str(tmp_path)), None, "fit")
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "target.yaml"]
+    assert os.readlink(tmp_path / "config.yaml") == "target.yaml"
+    assert yaml.safe_load((tmp_path / "target.yaml").read_text())["alpha"] == 0.5

@@ -3,7 +3,9 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
+import stat
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -272,3 +274,27 @@ def test_the_documented_code_runs_a_program(pt2_file, monkeypatch, capsys):
 def test_the_tool_is_a_program_of_its_own(tmp_path):
     finished = run_tool("export.py", "--ckpt", tmp_path / "none.ckpt", "--output", tmp_path / "network.pt2")
     assert (finished.returncode, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
+
+
+def test_a_link_stays_and_a_full_device_is_one_line(run_here, checkpoint, tmp_path, capsys):
+    (tmp_path / "link.pt2").symlink_to("target")
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "target").chmod(0o604)
+    assert run_here("--ckpt", checkpoint, "--output", tmp_path / "link.pt2") == 0
+    assert os.readlink(tmp_path / "link.pt2") == "target"
+    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o604
+    with (tmp_path / "target").open("rb") as file:
+        assert torch.export.load(file).module()(torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8)).shape == (
+            1,
+            len(LABELS),
+        )
+    try:
+        os.mknod(tmp_path / "full.pt2", stat.S_IFCHR | 0o666, os.makedev(1, 7))
+        (tmp_path / "full.pt2").open("wb").close()
+    except OSError:
+        pytest.skip("no device can be made here")
+    capsys.readouterr()
+    assert run_here("--ckpt", checkpoint, "--output", tmp_path / "full.pt2") == 2
+    message = f"export.py: error: [Errno 28] No space left on device: '{tmp_path / 'full.pt2'}'\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert (tmp_path / "full.pt2").is_char_device()

@@ -45,3 +45,14 @@ def test_csv_goes_on_after_a_full_disk_and_loses_no_row(tmp_path, caplog):
     logger.finalize("success")
     assert file.read_text().splitlines() == ["loss,step,top1", "1.0,0,", "2.0,1,0.5", "3.0,2,"]
     assert [path.name for path in file.parent.iterdir()] == ["metrics.csv"]
+
+
+def test_csv_that_is_a_link_stays_one(tmp_path):
+    logger = PatientCSVLogger(tmp_path, name="csv")
+    file = Path(logger.experiment.metrics_file_path)
+    file.symlink_to(tmp_path / "metrics.csv")
+    for step in range(2):
+        logger.log_metrics({"loss": 1.0}, step)
+        logger.save()
+    assert file.is_symlink()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["loss,step", "1.0,0", "1.0,1"]

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import stat
 from fractions import Fraction
 from pathlib import Path
 
@@ -445,3 +446,60 @@ def test_an_interrupted_run_ends_with_130(run_here, videos, tmp_path, monkeypatc
     status, printed, error = run_here(videos, few=())
     assert (status, printed) == (130, "")
     assert error.startswith("stopped")
+
+
+@pytest.mark.parametrize("typed", ["https://example.org/a.mp4", "rtsp://camera", "s3://bucket/list.csv", "-"])
+def test_an_address_is_refused_as_it_was_typed(run_here, videos, tmp_path, monkeypatch, typed):
+    monkeypatch.chdir(tmp_path)
+    end = f" must be a file or folder of this machine, got '{typed}'\n"
+    assert run_here(typed) == (2, "", f"predict.py: error: argument VIDEO|FOLDER|LIST:{end}")
+    status, _, error = run_here(videos / "clip10.mp4", "--json", typed)
+    assert (status, error) == (2, f"predict.py: error: argument --json:{end}")
+    assert not os.listdir(tmp_path)
+
+
+def test_addresses_in_a_list_and_pictures_are_bad_videos_with_the_reason(run_here, videos, tmp_path):
+    Image.new("RGB", (32, 24)).save(tmp_path / "a.jpg")
+    (tmp_path / "list.txt").write_text(f"https://example.org/a.mp4 1\n{videos / 'clip10.mp4'} 0\n")
+    status, printed, _ = run_here(tmp_path / "list.txt", tmp_path / "a.jpg", "--root", videos)
+    assert status == 1
+    assert "  https://example.org/a.mp4: an address, not a file: download it first\n" in printed
+    assert f"  {tmp_path / 'a.jpg'}: a still image, not a video\n" in printed
+
+
+def test_a_folder_of_frames_is_explained(run_here, tmp_path):
+    (tmp_path / "frame1.jpg").touch()
+    status, _, error = run_here(tmp_path)
+    assert (status, error.count("\n")) == (2, 1)
+    assert f"no videos found in {tmp_path}; {tmp_path} holds still images, of which this makes a video: ffmpeg" in error
+
+
+def test_results_go_through_links_and_into_pipes(run_here, videos, tmp_path):
+    for name in ("results.json", "old.mp4", "old.jpg"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "out").mkdir()
+    links = {"json": "results.json", "out/clip10.predicted.mp4": "../old.mp4", "out/clip10.predicted.jpg": "../old.jpg"}
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(target)
+    os.mkfifo(tmp_path / "csv")
+    reader = os.open(tmp_path / "csv", os.O_RDONLY | os.O_NONBLOCK)
+    files = ("--json", tmp_path / "json", "--csv", tmp_path / "csv")
+    folders = ("--save-video", tmp_path / "out", "--thumbnail", tmp_path / "out")
+    assert run_here(videos / "clip10.mp4", *files, *folders)[0] == 0
+    assert {link: os.readlink(tmp_path / link) for link in links} == links
+    assert json.loads((tmp_path / "results.json").read_text())["videos"][0]["status"] == "ok"
+    assert os.read(reader, 1000).startswith(b"path,status,reason,")
+    os.close(reader)
+    assert len(facts(tmp_path / "old.mp4")[0]) == 30
+    assert Image.open(tmp_path / "old.jpg").format == "JPEG"
+
+
+def test_all_results_may_go_to_one_device(run_here, videos, tmp_path):
+    null = tmp_path / "null"  # one of our own, for a mistake here may replace it
+    try:
+        os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        null.open("wb").close()
+    except OSError:
+        pytest.skip("no device can be made here")
+    assert run_here(videos / "clip10.mp4", "--json", null, "--csv", null)[0] == 0
+    assert null.is_char_device()

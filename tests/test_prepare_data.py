@@ -175,3 +175,33 @@ def test_kinetics_clips_are_found_and_all_others_are_missing(run_here, real_vide
     with open(tmp_path / "out" / "report.csv", newline="") as file:
         found = [row["status"] for row in csv.DictReader(file)]
     assert (found.count("ok"), found.count("missing")) == (len(expected), len(rows) - len(expected))
+
+
+def test_a_source_is_not_overwritten_by_a_result(run_here, videos, tmp_path):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "train.csv").write_text("yoga/a.mp4 0\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "val.csv").symlink_to(tmp_path / "lists" / "train.csv")
+    for source, output in (("lists", "lists"), ("lists/train.csv", "lists"), ("lists", "out")):
+        status, _, errors = run_here(tmp_path / source, "--videos", videos, "--output", tmp_path / output)
+        message = f"{tmp_path}/lists/train.csv would be overwritten by the result of that name: give another --output"
+        assert (status, errors) == (2, f"prepare_data.py: error: {message}\n")
+    assert (tmp_path / "lists" / "train.csv").read_text() == "yoga/a.mp4 0\n"
+
+
+def test_addresses_are_missing_as_they_were_typed_and_folders_of_frames_are_explained(run_here, videos, tmp_path):
+    address = "https://example.org/a.mp4"
+    (tmp_path / "list.csv").write_text(f"{address} 0\n")
+    status, printed, _ = run_here(tmp_path / "list.csv", "--videos", videos, "--output", tmp_path / "out")
+    assert status == 0, printed
+    line = f'{address},missing,"an address, not a file: download it first"'
+    assert (tmp_path / "out" / "report.csv").read_text().splitlines()[1].startswith(line)
+    status, _, errors = run_here(address, "--videos", videos, "--output", tmp_path / "out")
+    wanted = f"argument SOURCE: must be a file or folder of this machine, got '{address}'"
+    assert (status, errors) == (2, f"prepare_data.py: error: {wanted}\n")
+    frames = tmp_path / "frames" / "yoga" / "a"
+    frames.mkdir(parents=True)
+    (frames / "img_0007.jpg").touch()
+    status, _, errors = run_here(tmp_path / "frames", "--output", tmp_path / "out")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'frames'}: no video in it; {frames} holds still images, of which this makes a video" in errors

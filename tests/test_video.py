@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from av.stream import Disposition
 from conftest import frame_numbers
+from PIL import Image
 
 from octvideo.data.index import IndexedVideo
 from octvideo.data.pyav_reader import PyAvReader
@@ -715,3 +716,50 @@ def test_every_backend_ends_in_frames_or_a_reason(real_videos, backend):
             assert re.fullmatch(rf"{re.escape(path)}: \S.*", outcome)
         else:
             assert outcome == [10, *GOOD[name][1:], 3]
+
+
+NOISE = [Image.fromarray(np.random.default_rng(seed).integers(0, 256, (24, 32, 3), np.uint8)) for seed in range(3)]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.gif", "a.webp", "a.avif", "a.bmp", "a.tiff", "a.tga", "a.ico"])
+def test_a_still_image_is_named_as_such_whatever_its_name(tmp_path, name):
+    NOISE[0].save(tmp_path / name)
+    shutil.copy(tmp_path / name, tmp_path / "a.mp4")
+    for path in (tmp_path / name, *([tmp_path / "a.mp4"] if name != "a.tga" else [])):  # known by its name alone
+        with pytest.raises(DecodeError) as error:
+            Video(path)
+        assert (error.value.path, error.value.reason) == (str(path), "a still image, not a video")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.avif"])
+def test_an_animated_image_is_a_video(tmp_path, name):
+    NOISE[0].save(tmp_path / name, save_all=True, append_images=NOISE[1:], duration=100)
+    with Video(tmp_path / name) as video:
+        assert (video.num_frames, video.fps) == (3, 10)
+        assert len(video.frames_at([0, 0.1, 0.2])) == 3
+
+
+def test_an_animated_image_that_ffmpeg_cannot_decode_is_not_called_still(tmp_path):
+    NOISE[0].save(tmp_path / "a.webp", save_all=True, append_images=NOISE[1:], duration=100)
+    with pytest.raises(DecodeError) as error, Video(tmp_path / "a.webp") as video:
+        video.frames_at([0])
+    assert "still" not in error.value.reason
+
+
+def test_one_frame_and_frames_of_an_image_codec_are_videos(tmp_path):
+    for name, codec, pixels, count in (("a.mp4", "libx264", "yuv420p", 1), ("a.avi", "mjpeg", "yuvj420p", 3)):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream(codec, rate=10, width=32, height=24, pix_fmt=pixels)
+            for image in NOISE[:count]:
+                container.mux(stream.encode(av.VideoFrame.from_image(image)))
+            container.mux(stream.encode())
+        with Video(tmp_path / name) as video:
+            assert video.num_frames == count
+
+
+def test_addresses_and_devices_are_named_as_they_were_given(tmp_path):
+    for path in ("https://example.org/a.mp4", "rtsp://camera", "udp://@239.0.0.1:1234"):
+        with pytest.raises(DecodeError, match=f"^{path}: an address, not a file: download it first$"):
+            Video(path)
+    with pytest.raises(DecodeError, match=r"^/dev/null: a device, not a video file$"):
+        Video("/dev/null")

@@ -519,3 +519,91 @@ def test_cut_files_and_files_with_objects_are_refused(zip_file, tmp_path):
 def test_an_unknown_inflation_is_refused():
     with pytest.raises(ValueError, match="inflate must be 'mean' or 'center', got 'median'"):
         load_weights(nn.Linear(3, 4), "x.pth", inflate="median")
+
+
+class TinyVideo(nn.Module):
+    """Two parts with prefixes of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4)), nn.Linear(4, 2)
+
+
+def below(prefix, state):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+AROUND = {"criterion.weight": torch.ones(2), "blocks.9.weight": torch.ones(3, 3), "n_averaged": torch.tensor(7)}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "beside"),
+    [
+        (lambda state: {"state_dict": below("model.", state) | AROUND, "epoch": 1}, AROUND),
+        (lambda state: below("net.", state) | AROUND, AROUND),
+        (lambda state: {"n_averaged": AROUND["n_averaged"]} | below("module.", state), ["n_averaged"]),
+        (lambda state: below("module.model._orig_mod.encoder.video.", state), ()),
+        (lambda state: {"backbone": state, "optimizer": {"state": {0: {"exp_avg": torch.ones(4)}}}}, ()),
+        (lambda state: {"trainer": {"model_ema": {"module": below("network.", state)}}}, ()),
+        (lambda state: {"module": below("module.", state), "global_steps": 3}, ()),  # DeepSpeed
+        (lambda state: {"params": state | AROUND, "size": torch.tensor(9)}, [*AROUND, "size"]),
+    ],
+    ids=["lightning", "net", "averaged", "deep", "backbone", "nested", "deepspeed", "params"],
+)
+@pytest.mark.parametrize("new", [TinyVideo, lambda: create_model("c2d_r50", width=4, num_classes=2)])
+def test_the_prefix_below_which_most_fits_is_found_and_the_rest_is_named(new, wrap, beside, tmp_path):
+    torch.manual_seed(0)
+    trained, model = settle(new()), new()
+    torch.save(wrap(trained.state_dict()), tmp_path / "x.pth")
+    report = load_weights(model, tmp_path / "x.pth")
+    assert report.missing == ()
+    assert report.skipped == dict.fromkeys(beside, "not in the model")
+    assert all(torch.equal(tensor, trained.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (("model_ema", "model"), "model"),
+        (("state_dict_ema", "state_dict"), "state_dict"),
+        (("teacher", "student"), "teacher"),
+        (("student", "teacher"), "student"),
+    ],
+)
+def test_of_several_that_fit_the_weights_in_use_count_or_the_first(names, taken, tmp_path):
+    states = {name: below("module.", settle(TinyVideo()).state_dict()) for name in names}
+    torch.save(states, tmp_path / "x.pth")
+    model = TinyVideo()
+    assert not load_weights(model, tmp_path / "x.pth").skipped
+    assert all(torch.equal(tensor, states[taken][f"module.{name}"]) for name, tensor in model.state_dict().items())
+
+
+def test_of_several_the_one_whose_shapes_fit_counts(tmp_path):
+    narrow, wide = (create_model("c2d_r50", width=width, num_classes=2).state_dict() for width in (4, 8))
+    torch.save({"model": wide, "distilled": narrow}, tmp_path / "x.pth")
+    model = create_model("c2d_r50", width=4, num_classes=2)
+    load_weights(model, tmp_path / "x.pth")
+    assert torch.equal(model.blocks[0].conv.weight, narrow["blocks.0.conv.weight"])
+    torch.save({"student": below("net.", wide)}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"blocks.0.conv.weight \(shape \(8, 3, 1, 7, 7\) does not fit \(4, 3, 1, 7"):
+        load_weights(model, tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.net."])
+def test_other_projects_names_are_known_below_a_prefix_too(pyslowfasts_slowfast, image_resnet, prefix, tmp_path):
+    theirs, path = pyslowfasts_slowfast
+    state = below(prefix, torch.load(path)["model_state"])
+    torch.save({"state_dict": state | {"loss.weight": torch.ones(2)}}, tmp_path / "x.pth")
+    ours = create_model("slowfast_r50", width=WIDTH)
+    report = load_weights(ours, tmp_path / "x.pth")
+    assert (report.source, len(report.matched)) == ("PySlowFast", 552)
+    assert report.skipped == {"loss.weight": "not in the model"}
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    torch.save({"backbone": below(prefix, image_resnet[0].state_dict()), "fc.bias": torch.ones(9)}, tmp_path / "x.pth")
+    report = load_weights(create_model("slow_r50"), tmp_path / "x.pth")
+    assert (report.source, len(report.inflated), report.skipped["fc.bias"]) == ("2-D ResNet", 53, "not in the model")
+    blocks = below(prefix, FourBlockResNet([3, 4, 6, 3], 64, 10).state_dict())
+    torch.save({"network": blocks | {"temperature": torch.ones(1)}}, tmp_path / "x.pth")
+    report = load_weights(create_model("c2d_r50", alpha=0.5), tmp_path / "x.pth")
+    assert (report.source, len(report.joined)) == ("octave layers of four blocks", 52 * 5)
+    assert "temperature" in report.skipped

@@ -22,6 +22,7 @@ from octvideo.commands import options
 from octvideo.commands.options import fail, with_config_files
 from octvideo.data.module import VideoData
 from octvideo.errors import UserError
+from octvideo.files import appearing
 from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.training.callbacks import BadVideos
 from octvideo.training.console import ProgressBar
@@ -78,9 +79,8 @@ class KeptOptions(SaveConfigCallback):
     """Writes the options of a run to config.yaml in its folder, whatever its loggers are."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        path = Path(trainer.default_root_dir) / self.config_filename
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, path, skip_none=False, overwrite=True)
+        with appearing(Path(trainer.default_root_dir) / self.config_filename) as partial:
+            self.parser.save(self.config, partial, skip_none=False, overwrite=True)
 
 
 class CommandLine(LightningCLI):

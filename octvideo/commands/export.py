@@ -23,6 +23,7 @@ Exit status: 0 if the outputs agree; 1 if not, and no file is written; 2 for a m
 import argparse
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
 from collections.abc import Callable
@@ -77,11 +78,10 @@ def onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> Callabl
 
 
 def pt2(program: ExportedProgram, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """Writes to an open file, because torch.export refuses names that do not end in .pt2; opens it in PyTorch."""
-    with path.open("w+b") as file:
-        torch.export.save(program, file, extra_files={"octvideo.json": json.dumps(about)})
-        file.seek(0)
-        return torch.export.load(file).module()
+    """Opens it in PyTorch. torch.export refuses names that do not end in .pt2, and hides the error of a full disk."""
+    torch.export.save(program, archive := io.BytesIO(), extra_files={"octvideo.json": json.dumps(about)})
+    path.write_bytes(archive.getvalue())
+    return torch.export.load(archive).module()
 
 
 # The runtime, the packages to install for it, and what writes and opens a file.
@@ -135,12 +135,12 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
         if not difference <= arguments.tolerance:
             more = f"more than --tolerance {arguments.tolerance:g}: no file is written"
             fail(f"{runtime} gives {kind} that {differ}, {more}", status=1)
+        megabytes = partial.stat().st_size / 1e6
     seconds = time_interleaved([lambda: eager(clips[0]), lambda: run(clips[0])], rounds=arguments.rounds)
     table = Table(f"clips {tuple(clips[0].shape)}", "median ms", "ratio")
     for name, taken in zip(("PyTorch", runtime), map(median, seconds), strict=True):
         table.add_row(name, f"{1000 * taken:.1f}", f"{taken / median(seconds[0]):.2f}")
     Console().print(table)
-    megabytes = arguments.output.stat().st_size / 1e6
     print(f"{arguments.output}: {megabytes:.1f} MB; {kind} differ by {difference:.1g} of the largest")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from octvideo import errors
+from octvideo.data.lists import ADDRESS
 from octvideo.errors import UserError
 
 program = ""  # the name of this program in its messages; empty: the script's
@@ -40,9 +41,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(program or None, description=description, formatter_class=layout, allow_abbrev=False)
+        self.register("type", Path, local_path)
 
     def error(self, message: str) -> NoReturn:  # argparse's would print its usage first
         fail(message)
+
+
+def local_path(text: str) -> Path:
+    """What type=Path means for options of a `Parser`, as a Path would lose a slash of https://."""
+    if text == "-" or ADDRESS.match(text):
+        raise argparse.ArgumentTypeError(f"must be a file or folder of this machine, got {text!r}")
+    return Path(text)
 
 
 def number(text: str) -> int:

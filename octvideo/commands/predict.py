@@ -51,7 +51,7 @@ from rich.table import Table
 from rich.text import Text
 
 from octvideo.commands.options import Parser, add_predictor, fail, number, one_line_errors
-from octvideo.data.lists import HEADERS, read_lines, video_files
+from octvideo.data.lists import ADDRESS, HEADERS, about_frames, read_lines, video_files
 from octvideo.data.video import READERS
 from octvideo.data.watchdog import HungError
 from octvideo.errors import DecodeError, ListError, UserError
@@ -79,6 +79,7 @@ def find_videos(inputs: Sequence[Path], root: Path | None, num_classes: int) -> 
             found += [(video, None) for video in (search(path) if path.is_dir() else [str(path)])]
     if not any(os.path.exists(video) for video, _ in found):
         missing = f": none of the {len(found)} files named exist, such as {found[0][0]}" if found else ""
+        missing += "".join(map(about_frames, inputs))
         raise ListError(f"no videos found in {', '.join(map(str, inputs))}{missing}")
     return found
 
@@ -105,7 +106,8 @@ def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[tuple
             if not 0 <= label < num_classes:
                 raise ListError(f"{path}:{line_number}: class number must be 0 to {num_classes - 1}, got {label}")
         here, beside = Path(root or "", video), path.parent / video
-        yield str(beside if root is None and not here.exists() and beside.exists() else here), label
+        there = beside if root is None and not here.exists() and beside.exists() else here
+        yield video if ADDRESS.match(video) else str(there), label
 
 
 def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str]:
@@ -218,7 +220,8 @@ def predict(arguments: argparse.Namespace) -> int:
     read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *(video for video, _ in videos))}
     given = [(option, path) for option in ("json", "csv") if (path := getattr(arguments, option)) is not None]
     for option, path in given:
-        if path.is_dir() or os.path.realpath(path) in read:
+        replaced = path.is_file() or not path.exists()  # devices and pipes are not
+        if path.is_dir() or (replaced and os.path.realpath(path) in read):
             what = "a folder" if path.is_dir() else "an input or another result"
             raise UserError(f"--{option} {path}: that is {what}")
         read.add(os.path.realpath(path))

@@ -80,6 +80,11 @@ def main(words: list[str]) -> int:
     videos, output = options.videos or options.sources[0], options.output
     if options.videos is None and (len(options.sources) != 1 or not videos.is_dir()):
         fail("--videos DIR is needed, the folder of the videos, unless SOURCE is one folder")
+    results = {os.path.realpath(path): path for split in SPLITS if (path := output / f"{split}.csv").is_file()}
+    for source in options.sources:
+        for file in (source, *(source / f"{split}.csv" for split in SPLITS)):
+            if os.path.realpath(file) in results:
+                fail(f"{file} would be overwritten by the result of that name: give another --output")
     console = Console(highlight=False)
     display = Display(console)
     try:

@@ -325,12 +325,11 @@ def main(words: list[str]) -> int:
                 alpha = {"alpha": one.alpha, "downsample": one.downsample}
                 keep(arguments.output / one.folder / "alpha.json", alpha)
             found, failed = run_all(arguments)
-            rows = rows_of(found, arguments.rounds)
+            if rows := rows_of(found, arguments.rounds):
+                write_results(rows, arguments.output)
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)
         return 130
-    if rows:
-        write_results(rows, arguments.output)
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if failed else 0

@@ -1,6 +1,8 @@
 """List files and folders: which videos there are, and their classes."""
 
 import os
+import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +13,11 @@ from numpy.typing import NDArray
 
 from octvideo.errors import ListError
 
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic"}
 # FFmpeg would open text files and pictures as videos.
-NOT_VIDEOS = {".txt", ".csv", ".json", ".md", ".xml", ".srt", ".vtt", ".jpg", ".jpeg", ".png"}
+NOT_VIDEOS = {".txt", ".csv", ".json", ".md", ".xml", ".srt", ".vtt"} | PICTURES
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")  # how URLs and network streams start
+NOT_A_FILE = "an address, not a file: download it first"
 HEADERS = {"path", "file", "filename", "video"}  # how the first line of a list starts if it is a header
 MOST_CLASSES = 2**31
 
@@ -69,7 +74,7 @@ def read_list(
         if not 0 <= int(label) < most:
             allowed = f"0 to {most - 1}" + ("" if num_classes is None else f" (num_classes is {num_classes})")
             raise ListError(f"{path}:{number}: class number must be {allowed}, got {label}")
-        paths.append(os.path.join(root, video) if root is not None else video)
+        paths.append(video if root is None or ADDRESS.match(video) else os.path.join(root, video))
         labels.append(int(label))
     if not paths:
         raise ListError(f"{path}: no video in it; expected lines of 'path{separator}class number'")
@@ -115,3 +120,16 @@ def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, i
             yield from (f"{child.name}/{path}" for path in video_files(child.path, skip=(*skip, here)))
         elif (suffix := os.path.splitext(child.name)[1].lower()) and suffix not in NOT_VIDEOS:
             yield child.name
+
+
+def about_frames(folder: str | os.PathLike[str]) -> str:
+    """The end of a message on a folder without videos: how to make one of the numbered pictures in it; "" if none."""
+    for parent, _, names in os.walk(folder):
+        matches = [
+            re.fullmatch(r"(.*?)(\d+)(\.\w+)", name) for name in sorted(names, key=lambda name: (len(name), name))
+        ]
+        if first := next((match for match in matches if match and match[3].lower() in PICTURES), None):
+            frames = ["-start_number", first[2], "-i", f"{parent}/{first[1]}%0{len(first[2])}d{first[3]}"]
+            command = ["ffmpeg", "-framerate", "25", *frames, "-pix_fmt", "yuv420p", f"{parent}.mp4"]
+            return f"; {parent} holds still images, of which this makes a video: {shlex.join(command)}"
+    return ""

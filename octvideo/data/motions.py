@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from octvideo.errors import UserError
+from octvideo.files import appearing
 
 CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "grow", "shrink")
 DIRECTIONS = (-1, 1, -1, 1, 1, -1, 1, -1)  # of the classes: two each for x, y, angle and radius
@@ -85,6 +86,7 @@ def make_data_set(folder: Path, num_train: int = 480, num_val: int = 160, seed: 
         print(f"{folder} is complete: {num_train} training and {num_val} validation videos")
         return
     done.unlink(missing_ok=True)
+    texts = {}
     for split, (part, count) in enumerate((("train", num_train), ("val", num_val))):
         (folder / part).mkdir(parents=True, exist_ok=True)
         lines = []
@@ -93,6 +95,7 @@ def make_data_set(folder: Path, num_train: int = 480, num_val: int = 160, seed: 
             file = f"{part}/{CLASSES[label]}_{index:05d}.mp4"
             write_video(folder / file, draw(movement(CLASSES[label], rng), rng), FPS)
             lines.append(f"{file} {label}\n")
-        (folder / f"{part}.csv").write_text("".join(lines))
-    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-    done.write_text(json.dumps(settings))
+        texts[f"{part}.csv"] = "".join(lines)
+    for name, text in (texts | {"labels.txt": "\n".join([*CLASSES, ""]), done.name: json.dumps(settings)}).items():
+        with appearing(folder / name) as partial:
+            partial.write_text(text)

@@ -36,12 +36,20 @@ def open_stream(path: str) -> tuple[InputContainer, av.VideoStream]:
         error = DecodeError(path, "no video stream")
     elif stream.codec_context is None:
         error = UnreadableError(path, "no decoder for its codec")
+    elif is_still(kind, stream):
+        error = DecodeError(path, "a still image, not a video")
     else:
         stream.thread_type = "SLICE"
         stream.codec_context.thread_count = 1
         return container, stream
     container.close()
     raise error
+
+
+def is_still(kind: str, stream: av.VideoStream) -> bool:
+    """Whether a stream of a container of this kind is a picture: a file of one, or a GIF, AVIF or HEIC of no length."""
+    picture = kind.endswith("_pipe") or kind in ("image2", "ico")
+    return stream.codec_context.width > 0 if picture else stream.frames == 1 and not stream.duration
 
 
 class Timing(NamedTuple):

@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from octvideo.data.decord_reader import DecordReader
 from octvideo.data.index import IndexedVideo
+from octvideo.data.lists import ADDRESS, NOT_A_FILE
 from octvideo.data.pyav_reader import PyAvReader
 from octvideo.data.reader import Backend, Image, Reader
 from octvideo.data.torchcodec_reader import TorchcodecReader
@@ -44,7 +46,9 @@ class Video(contextlib.AbstractContextManager["Video"]):
         self._backends = list(READERS) if backend == "auto" else [backend]  # not yet tried
         self._first_error: UserError | None = None
         if not os.path.exists(self.path):
-            raise DecodeError(self.path, os.strerror(errno.ENOENT))
+            raise DecodeError(self.path, NOT_A_FILE if ADDRESS.match(self.path) else os.strerror(errno.ENOENT))
+        if Path(self.path).is_char_device():
+            raise DecodeError(self.path, "a device, not a video file")
         self._reader = self._next_reader()
 
     def _next_reader(self) -> Reader:

@@ -4,7 +4,8 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,10 @@ IMAGE_RESNET = (  # torchvision's and timm's
     (r"norm(\d)", r"bn\1"),
     (r"^6\.0\.proj", "fc"),
 )
+PROJECTS = {"PySlowFast": PYSLOWFAST, "2-D ResNet": IMAGE_RESNET}
+# Where files keep the weights in use; where others fit as well, such as their averages, these count.
+CONTAINERS = ("state_dict", "model_state", "model", "model_state_dict", "net", "network", "weights", "params")
+WRAPPER = re.compile(r"\b_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")  # of torch, at any depth
 # What torch.load raises for other files, truncated ones and ones with changed bytes.
 UNREADABLE = (
     *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError),
@@ -90,6 +95,9 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
     alpha, and give the results they gave at the alpha they were trained at. (Octave ResNets of four blocks pool for a
     stride of 2 in their vanilla stage too: `octavize(resnet50, {"layer[123]": 0.5, "layer4": 0}, downsample="pool")`.)
 
+    The names may stand below any prefix, such as "module." or "net.", in dicts of any names: it is the one below which
+    most of them fit. Of equal ones, those of `CONTAINERS` come before others, and the first in the file counts.
+
     A tensor of another shape is skipped; so is the whole classifier if its classes differ. Inflating by "mean" gives
     each frame of a temporal kernel the 2-D weight over the number of frames, so that a still clip gives what the image
     gave; "center" puts it in the middle frame, with zeros around it.
@@ -100,10 +108,10 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
     if inflate not in ("mean", "center"):
         raise UserError(f"inflate must be 'mean' or 'center', got {inflate!r}")
     state, checkpoint = model.state_dict(), read_checkpoint(path)
-    tensors = _tensors(checkpoint, path, own={name.split(".")[0] for name in state})
-    joints = _join_four_blocks(tensors)
-    source, names = _names(state, tensors, checkpoint)
-    source = "octave layers of four blocks" if joints else source
+    tensors, joints, beside = _tensors(checkpoint, path, state)
+    source = _source(tensors, checkpoint)
+    names = _names(state, PROJECTS.get(source, ()))
+    source = "octave layers of four blocks" if joints & tensors.keys() else source
     joints |= _fold_shortcut_norms(tensors, names)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     head = {name for name in names if name.rpartition(".")[0] in linear[-1:] and names[name] in tensors}
@@ -118,7 +126,7 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
             continue
         tensor, wanted = tensors.pop(other), state[name].shape
         shape, groups = tensor.shape, getattr(model.get_submodule(name.rpartition(".")[0]), "groups", 1)
-        flat = tensor.dim() == 4 and len(wanted) == 5 and shape == (*wanted[:2], *wanted[3:])
+        flat = _is_flat(shape, wanted)
         if name in head:
             classes, shapes = f"{shape[0]} -> {wanted[0]} classes", f"shape {tuple(shape)} for {tuple(wanted)}"
             skipped[name] = f"{classes if shape[:1] != wanted[:1] else shapes}: new head"
@@ -134,7 +142,8 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
             values[name] = tensor
             if state[name].is_floating_point():
                 found["joined" if other in joints else "inflated" if flat else "matched"].append(name)
-    skipped |= {name: "not in the model" for name in tensors if not name.endswith("num_batches_tracked")}
+    left = (name for name in (*tensors, *beside) if name not in skipped and not name.endswith("num_batches_tracked"))
+    skipped |= dict.fromkeys(left, "not in the model")
     missing = tuple(name for name in state if name not in values and state[name].is_floating_point())
     loaded = sum(map(len, found.values()))
     if not loaded or loaded < sum(name in names for name in missing):
@@ -150,6 +159,11 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
     if os.environ.get("LOCAL_RANK", "0") == "0":  # all processes of a training run load; one on each machine says so
         print(report)
     return report
+
+
+def _is_flat(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Whether this is the shape of a 2-D convolution's weight where that of a 3-D one is wanted."""
+    return len(shape) == 4 and len(wanted) == 5 and tuple(shape) == (*wanted[:2], *wanted[3:])
 
 
 def _some(names: Iterable[str]) -> str:
@@ -172,30 +186,61 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def _tensors(checkpoint: Mapping[str, Any], path: str | Path, own: set[str]) -> dict[str, Tensor]:
-    """The tensors by name, without the prefixes of torch.compile, DDP and Lightning that are not the model's `own`."""
-    containers = ("state_dict", "model_state", "model")
-    inner = next((checkpoint[key] for key in containers if isinstance(checkpoint.get(key), dict)), checkpoint)
-    named = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    tensors = {name.replace("_orig_mod.", ""): value for name, value in named.items()}
+def _flat(container: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str, Tensor]]:
+    """(place, name, tensor) of a dict and those in it, at any depth; place and name make its full name."""
+    for key in sorted((key for key in container if isinstance(key, str)), key=lambda key: key not in CONTAINERS):
+        if isinstance(container[key], dict):
+            yield from _flat(container[key], f"{place}{key}.")
+        elif isinstance(container[key], Tensor):
+            yield place, WRAPPER.sub("", key), container[key]
+
+
+def _tensors(
+    checkpoint: Mapping[str, Any], path: str | Path, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], set[str], list[str]]:
+    """The tensors below the prefix, of dicts and wrappers, below which most names and shapes are the model's.
+
+    Also the names of those that `_join_four_blocks` joined, and of those that are beside the prefix in the same dicts.
+    """
+    places = {f"{place}{name}": place for place, name, _ in _flat(checkpoint)}
+    tensors = {f"{place}{name}": tensor for place, name, tensor in _flat(checkpoint)}
     if not tensors:
         raise UserError(f"{path}: no tensors in it; it holds {_some(str(key) for key in checkpoint)}")
-    while len(first := {name.split(".")[0] for name in tensors}) == 1 and first <= {"module", "network", "model"} - own:
-        tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
-    return tensors
+    joints, fitting, named = _join_four_blocks(tensors), Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+    floating = {name: tensor.shape for name, tensor in state.items() if tensor.is_floating_point()}
+    ways = [_names(floating, patterns) for patterns in ((), *PROJECTS.values())]
+    schemes = [{other: floating[name] for name, other in names.items()} for names in ways]
+    for name, tensor in tensors.items():
+        for start in (0, *(match.end() for match in re.finditer(r"\.", name))):
+            for scheme, shapes in enumerate(schemes):
+                if (wanted := shapes.get(name[start:])) is not None:
+                    named[name[:start], scheme] += 1
+                    fitting[name[:start], scheme] += tensor.shape == wanted or _is_flat(tensor.shape, wanted)
+    # Others are chance, such as the weight of one layer.
+    likely = [way for way in named if 2 * fitting[way] > len(schemes[way[1]]) or 2 * named[way] >= len(tensors)]
+    usual = next((f"{key}." for key in CONTAINERS if isinstance(checkpoint.get(key), dict)), "")
+    prefix, _ = max(likely, key=lambda way: (fitting[way], named[way]), default=(usual, 0))
+    inside = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+    beside = [name for name, place in places.items() if prefix.startswith(place) and not name.startswith(prefix)]
+    return inside, {name.removeprefix(prefix) for name in joints}, [name.removeprefix(places[name]) for name in beside]
 
 
-def _names(state: Iterable[str], tensors: Iterable[str], checkpoint: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-    """Whose names the tensors have, in words, and those names by the model's; without those of no counterpart."""
-    names = {name: name.replace("_orig_mod.", "") for name in state}
+def _source(tensors: Iterable[str], checkpoint: Mapping[str, Any]) -> str:
+    """Whose names the tensors have, in words."""
     if any(re.match(r"s\d\.pathway\d_", name) for name in tensors):
-        source, patterns = "PySlowFast", PYSLOWFAST
-    elif "layer1.0.conv1.weight" in tensors:
-        source, patterns = "2-D ResNet", IMAGE_RESNET
-    elif any(name.startswith("blocks.") for name in tensors):
-        return "octvideo" if "hyper_parameters" in checkpoint else "pytorchvideo", names
-    else:
-        return "state dict", names
+        return "PySlowFast"
+    if "layer1.0.conv1.weight" in tensors:
+        return "2-D ResNet"
+    if any(name.startswith("blocks.") for name in tensors):
+        return "octvideo" if "hyper_parameters" in checkpoint else "pytorchvideo"
+    return "state dict"
+
+
+def _names(state: Iterable[str], patterns: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """A project's names by the model's; without those of no counterpart."""
+    names = {name: WRAPPER.sub("", name) for name in state}
+    if not patterns:
+        return names
     places = {name: re.match(r"blocks\.(\d+)\.(?:multipathway_blocks\.(\d)\.)?(.*)", name) for name in names.values()}
     blocks = sorted({int(place[1]) for place in places.values() if place})  # those with weights, not the pools
     for name, other in names.items():
@@ -203,7 +248,7 @@ def _names(state: Iterable[str], tensors: Iterable[str], checkpoint: Mapping[str
             names[name] = f"{blocks.index(int(place[1])) + 1}.{place[2] or 0}.{place[3]}"
             for pattern, replacement in patterns:
                 names[name] = re.sub(pattern, replacement, names[name])
-    return source, {name: other for name, other in names.items() if not other[0].isdigit()}
+    return {name: other for name, other in names.items() if not other[0].isdigit()}
 
 
 def _join_four_blocks(tensors: dict[str, Tensor]) -> set[str]:

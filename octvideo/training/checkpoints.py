@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from octvideo.errors import DamagedCheckpointError, UserError
-from octvideo.files import appearing, lock, point_to, seal, verify
+from octvideo.files import lock, point_to, replacing, seal, verify
 from octvideo.models.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         archive = io.BytesIO()  # where a write fails, torch.save hides the OSError behind a RuntimeError without errno
         torch.save(checkpoint, archive)
         temporary = Path(f"{path}.tmp")
-        with archive.getbuffer() as content, appearing(Path(path), temporary), temporary.open("wb") as file:
+        with archive.getbuffer() as content, replacing(Path(path), temporary), temporary.open("wb") as file:
             file.writelines([content, seal(content)])
 
     def load_checkpoint(self, path: str | Path, *options: Any, **named: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from octvideo.files import replacing
+
 log = logging.getLogger(__name__)
 
 
@@ -60,18 +62,16 @@ class PatientCSVLogger(_Patient, CSVLogger):  # type: ignore[misc]
             writer = self.experiment
             if not writer.metrics:
                 return
-            path, columns = Path(writer.metrics_file_path), list(writer.metrics_keys)
+            path, columns = Path(os.path.realpath(writer.metrics_file_path)), list(writer.metrics_keys)
             partial = path.with_name(path.name + ".tmp")
             try:
-                if path.exists():
-                    shutil.copyfile(path, partial)
-                writer.metrics_file_path = str(partial)  # which it truncates before it writes new columns
-                super(_Patient, self).save()
-                if partial.exists():
-                    os.replace(partial, path)
+                with replacing(path, partial):
+                    if path.is_file():
+                        shutil.copyfile(path, partial)
+                    writer.metrics_file_path = str(partial)  # which it truncates before it writes new columns
+                    super(_Patient, self).save()
             except OSError:
                 writer.metrics_keys = columns
                 raise
             finally:
                 writer.metrics_file_path = str(path)
-                partial.unlink(missing_ok=True)
