@@ -558,7 +558,7 @@ def test_tensors_of_a_killed_loader_are_laid_on_it(tmp_path):
             "docker run --shm-size",
         ),
         (OSError(24, "Too many open files"), "raise `ulimit -n`, or lower data.num_workers or"),
-        (OSError(12, "Cannot allocate memory"), "found no more memory: lower data.num_workers or"),
+        (OSError(12, "Cannot allocate memory"), "or the training itself found no more memory: lower data.batch_size"),
     ],
 )
 def test_what_a_loader_lacks_is_named_with_its_cure(error, cure):

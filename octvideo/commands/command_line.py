@@ -208,8 +208,8 @@ class CommandLine(LightningCLI):
             try:
                 yield
             except (MisconfigurationException, RuntimeError, ValueError) as error:
-                raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-                if isinstance(error, UserError) or "lightning" not in raised_in.parts:
+                *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+                if not frame.f_globals["__name__"].startswith("lightning."):
                     raise
                 raise UserError(str(error)) from error  # what Lightning itself raises is about the trainer's options
 

@@ -101,7 +101,7 @@ class Testing(CommandLine):
         self.datamodule.read("test_list")
         clips = self.datamodule.preprocessing
         size = clips.clip_frames, clips.test_crop_size
-        self.macs = dict.fromkeys(self.alphas, 0)
+        self.macs: dict[float, int] = {}
         for alpha in self.alphas:
             try:
                 set_alpha(self.model.network, alpha)

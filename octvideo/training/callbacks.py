@@ -254,7 +254,7 @@ LACKS = {  # what torch or the system says of a loader process: what happened, a
     "signal: Killed": f"was killed, probably by the system for lack of memory: {LESS}",
     "signal: Bus error": f"found no more shared memory: {ENLARGE}, or {LESS}",
     "allocate shared memory": f"found no more shared memory: {ENLARGE}, or {LESS}",
-    "allocate memory": f"found no more memory: {LESS}",
+    "allocate memory": f"or the training itself found no more memory: lower data.batch_size, or {LESS}",
     "oo many open files": f"could open no more files: raise `ulimit -n`, or {LESS}",
 }
 
