@@ -550,6 +550,24 @@ def test_tensors_of_a_killed_loader_are_laid_on_it(tmp_path):
         handed_over.detach()
 
 
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left"),
+            "docker run --shm-size",
+        ),
+        (OSError(24, "Too many open files"), "raise `ulimit -n`, or lower data.num_workers or"),
+        (OSError(12, "Cannot allocate memory"), "or the training itself found no more memory: lower data.batch_size"),
+    ],
+)
+def test_what_a_loader_lacks_is_named_with_its_cure(error, cure):
+    with pytest.raises(LoaderKilledError) as named, naming_killed_loaders(None):
+        raise error
+    assert cure in str(named.value)
+    assert str(named.value).endswith("data.prefetch_batches")  # nothing to resume in a test
+
+
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), OSError("disk full"), EOFError("no more")])
 def test_other_errors_are_not_laid_on_loaders(error):
     with pytest.raises(type(error), match=str(error)), naming_killed_loaders(None):

@@ -17,14 +17,17 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, run_tool
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
 from networks import settle
 
 from octvideo import create_model
-from octvideo.commands.command_line import KeptOptions
+from octvideo.commands.command_line import CommandLine, KeptOptions
+from octvideo.commands.train import Training
 from octvideo.data.module import VideoData
 from octvideo.data.motions import CLASSES, make_data_set, write_video
 from octvideo.data.preprocessing import Preprocessing
+from octvideo.errors import UserError
 from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.cost import count_macs
 from octvideo.training.precise_bn import estimate_statistics
@@ -603,3 +606,46 @@ def test_options_are_kept_where_a_link_leads(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "target.yaml"]
     assert os.readlink(tmp_path / "config.yaml") == "target.yaml"
     assert yaml.safe_load((tmp_path / "target.yaml").read_text())["alpha"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--data.clip_frames=1"],
+            "model.name i3d_r50: the network does not take clips of 1 x 32 x 32: .* raise data.cl",
+        ),
+        ([r"--data.separator=\t"], r"expected 'path\\tclass number', got 'train/"),
+        (["--trainer.default_root_dir=null"], "trainer.default_root_dir must name a folder"),
+        (["--trainer.accelerator=cpu", "--trainer.sync_batchnorm=true"], "take model.normalization sync"),
+        (["--trainer.val_check_interval=0"], "trainer.val_check_interval must be positive, got 0"),
+        (["--trainer.use_distributed_sampler=true"], "trainer.use_distributed_sampler must be false"),
+        (["--trainer.strategy=ddp_spawn"], "trainer.strategy ddp_spawn cannot start: take ddp"),
+        (["--trainer.accelerator=cpu", "--trainer.devices=-1"], "trainer: .*should be an int > 0"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_refused_before_anything_starts(motions, tmp_path, options, message):
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=message):
+        Training("", [*small(motions, tmp_path / "run"), *options], keep_options=True)
+    torch.set_rng_state(state)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_lightning_itself_refuses_is_one_line(capsys):
+    cli = SimpleNamespace(trainer=None, trains=False)
+    with pytest.raises(SystemExit), CommandLine.one_line_errors(cli):
+        EarlyStopping("val/none")._validate_condition_metric({})
+    assert "error: Early stopping conditioned on metric `val/none`" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"), CommandLine.one_line_errors(cli):
+        raise RuntimeError("a bug")
+
+
+def test_overfitting_repeats_the_same_few_batches(motions, tmp_path):
+    options = [*small(motions, tmp_path / "run"), "--trainer.overfit_batches=2", "--trainer.max_epochs=2"]
+    finished = run_tool("train_net.py", *options, "--trainer.precision=64-true")
+    assert finished.returncode == 0, finished.stderr
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4
+    assert {tensor.dtype for name, tensor in checkpoint["state_dict"].items() if "weight" in name} == {torch.float64}

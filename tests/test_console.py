@@ -78,12 +78,11 @@ def test_a_run_starts_with_a_summary(alpha, shown, capsys, tmp_path):
     data = VideoData(*lists, clip_frames=4, crop_size=32, short_side=(32, 40), num_classes=2)
     model = Recognizer("x3d_xs", alpha, 2)
     trainer = SimpleNamespace(is_global_zero=True, datamodule=data, world_size=1, precision="32-true")
-    summary = RunSummary()
-    summary.setup(trainer, model, "fit")
+    summary = RunSummary(model, data, macs=4_000_000)
     summary.on_train_start(trainer, model)
     network, videos, device = capsys.readouterr().out.splitlines()
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
-    assert network.startswith(f"network: x3d_xs, alpha {shown}, {parameters:,} parameters, 0.0")
+    assert network.startswith(f"network: x3d_xs, alpha {shown}, {parameters:,} parameters, 0.004 GMACs")
     assert network.endswith(" GMACs a clip of 4 x 32 x 32")
     assert videos == "data: 2 classes, 1,200 training and 1 validation videos"
     assert device == f"device: cpu, {torch.get_num_threads()} threads, precision 32-true"

@@ -4,12 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from octvideo.models.cost import count_macs_of, time_interleaved
+from octvideo.errors import UserError
+from octvideo.models.cost import count_macs, count_macs_of, time_interleaved
 
 
 def test_macs_of_a_call_are_those_of_its_convolution():
     layer = nn.Conv3d(6, 10, (1, 3, 3), padding=(0, 1, 1))
     assert count_macs_of(lambda: layer(torch.ones(2, 6, 4, 5, 7))) == 2 * 10 * 6 * 9 * 4 * 5 * 7
+
+
+def test_a_clip_that_a_network_does_not_take_is_an_error_of_the_user():
+    with pytest.raises(UserError, match=r"the network does not take clips of 1 x 4 x 4: .*smaller than kernel size"):
+        count_macs(torch.nn.AvgPool3d((2, 1, 1)), (3, 1, 4, 4))
 
 
 def test_functions_are_timed_in_turn_after_the_warm_up(monkeypatch):

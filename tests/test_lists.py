@@ -1,5 +1,6 @@
 """List files: what is read, and what is refused with file and line."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -49,6 +50,11 @@ def test_separator_header_and_absolute_paths(write):
 def test_a_wrong_line_is_an_error_with_file_and_line(write, text, message):
     with pytest.raises(ListError, match=message):
         read_list(write(text), num_classes=5)
+
+
+def test_a_tab_is_shown_where_it_is_missing(write):
+    with pytest.raises(ListError, match=re.escape(r"expected 'path\tclass number', got 'a.mp4 0'")):
+        read_list(write("a.mp4 0\n"), separator="\t")
 
 
 def test_without_a_number_of_classes_only_negative_labels_are_wrong(write):

@@ -37,6 +37,12 @@ def test_processes_share_the_videos_without_repeating_any(world_size):
     assert [draw.video for draw in draws(shuffle=True)] == [draw.video for draw in trained]
 
 
+def test_a_sampler_that_repeats_deals_the_first_epoch_again():
+    first, again = EpochSampler(20, 0, True), EpochSampler(20, 0, True, repeats=True)
+    again.set_epoch(3)
+    assert list(again) == list(first)
+
+
 def test_one_epoch_starts_where_it_was_left_and_all_others_are_whole():
     shapes = [ClipShape(4, 3, 32, (32, 48), factor) for factor in (2, 1)]
 

@@ -16,8 +16,9 @@ from octvideo.data.augmentation import BatchAugmentation
 from octvideo.data.clips import NO_VIDEO, BadVideo, TrainingClips
 from octvideo.data.index import IndexedVideo, write_index
 from octvideo.data.module import VideoData
+from octvideo.data.multigrid import Multigrid
 from octvideo.data.sampling import Sampling
-from octvideo.errors import IndexFileError, ListError
+from octvideo.errors import IndexFileError, ListError, UserError
 
 
 @pytest.fixture
@@ -403,3 +404,30 @@ def test_processes_evaluate_as_many_batches_each_and_every_video_once(numbered_v
         assert len({len(loader) for loader in loaders}) == len({len(dealt) for dealt in batches}) == 1
         videos = [draw.video for dealt in batches for batch in dealt for draw in batch]
         assert sorted(video for video in videos if video != NO_VIDEO) == list(range(61))
+
+
+def test_a_tab_may_be_written_as_a_shell_leaves_it(lists, numbered_video, tmp_path):
+    (tmp_path / "list.csv").write_text(f"{numbered_video}\t1\n")
+    assert VideoData(**lists, **SMALL, separator=r"\t").read("train_list").labels.tolist() == [1]
+
+
+def test_the_smallest_clips_are_those_that_a_network_is_tried_on(lists):
+    assert VideoData(**lists, **SMALL).clip_sizes() == [(4, 32)]  # 40 of the tests is larger
+    assert VideoData(**lists, **{**SMALL, "test_crop_size": 16}).clip_sizes() == [(4, 32), (4, 16)]
+    large = {**SMALL, "clip_frames": 8, "crop_size": 96, "short_side": (96, 96)}
+    multigrid = VideoData(**lists, **large, multigrid=Multigrid())
+    assert multigrid.clip_sizes() == [(8, 96), (8, 40), (4, 32), (2, 32)]
+
+
+def test_more_waiting_clips_than_shared_memory_holds_are_refused(lists, monkeypatch):
+    clip, view = 3 * 4 * 32**2, 3 * 4 * 40**2
+    free = SimpleNamespace(free=max(4 * clip, 5 * view))  # 2 batches of 2 clips, or all 5 videos of the validation
+    monkeypatch.setattr("octvideo.data.module.shutil.disk_usage", lambda path: free)
+    VideoData(**lists, **SMALL, num_workers=1).setup("fit")
+    VideoData(**lists, **SMALL, num_workers=0).setup("test")
+    for stage, wanted in (("fit", 5 * view), ("test", 5 * 6 * view)):
+        free.free = wanted - 1
+        with pytest.raises(UserError, match=r"need \d+ MiB of /dev/shm, where .*docker run --shm-size"):
+            VideoData(**lists, **SMALL, num_workers=1).setup(stage)
+        free.free = wanted
+        VideoData(**lists, **SMALL, num_workers=1).setup(stage)

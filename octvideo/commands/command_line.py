@@ -1,19 +1,22 @@
 """The command line that training and testing share: YAML, typed options, errors of one line."""
 
+import contextlib
 import difflib
 import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from jsonargparse import ActionConfigFile
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import progress
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,7 +27,8 @@ from octvideo.data.module import VideoData
 from octvideo.errors import UserError
 from octvideo.files import appearing
 from octvideo.models.checkpoint import read_training_checkpoint
-from octvideo.training.callbacks import BadVideos
+from octvideo.models.cost import count_macs
+from octvideo.training.callbacks import BadVideos, naming_killed_loaders
 from octvideo.training.console import ProgressBar
 from octvideo.training.recognizer import Recognizer
 
@@ -168,6 +172,14 @@ class CommandLine(LightningCLI):
                 raise UserError(f"{name} must be a multiple of model.frame_ratio {ratio} for SlowFast, got {count}")
         super().instantiate_classes()
 
+    def count_macs(self, sizes: Iterable[tuple[int, int]]) -> list[int]:
+        """Multiply-adds of clips of (T, H = W); UserError if the network does not take them."""
+        try:
+            return [count_macs(self.model.network, (3, frames, side, side)) for frames, side in sizes]
+        except UserError as error:
+            cure = "raise data.clip_frames, data.crop_size or data.test_crop_size"
+            raise UserError(f"model.name {self.config['model']['name']}: {error}; {cure}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         wanted, given = (self.config_init["trainer"][key] for key in ("enable_progress_bar", "callbacks"))
         if not self.shows_progress and wanted is None:
@@ -176,12 +188,38 @@ class CommandLine(LightningCLI):
             isinstance(x, progress.ProgressBar) for x in (given if isinstance(given, list) else [given])
         ):
             self.trainer_defaults["callbacks"].append(ProgressBar())
-        return super().instantiate_trainer(**kwargs)
+        options = self.config["trainer"]
+        if options["use_distributed_sampler"]:
+            raise UserError("trainer.use_distributed_sampler must be false: each process has its own videos anyway")
+        if str(options["strategy"]).endswith("spawn"):
+            raise UserError(f"trainer.strategy {options['strategy']} cannot start: take ddp, which does the same")
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, RuntimeError, ModuleNotFoundError) as error:
+            raise UserError(f"trainer: {error}") from error
+        if options["sync_batchnorm"] and isinstance(trainer.accelerator, CPUAccelerator):
+            raise UserError("trainer.sync_batchnorm needs GPUs: take model.normalization sync")
+        return trainer
+
+    @contextlib.contextmanager
+    def one_line_errors(self) -> Iterator[None]:
+        """Ends the program with one line for what its user can put right in training or testing."""
+        with options.one_line_errors(), naming_killed_loaders(self.trainer if self.trains else None):
+            try:
+                yield
+            except (MisconfigurationException, RuntimeError, ValueError) as error:
+                *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+                if not frame.f_globals["__name__"].startswith("lightning."):
+                    raise
+                raise UserError(str(error)) from error  # what Lightning itself raises is about the trainer's options
 
     @property
     def run_folder(self) -> Path:
         """Where this run keeps its checkpoints, logs and results."""
-        return Path(self.config["trainer"]["default_root_dir"])
+        folder = self.config["trainer"]["default_root_dir"]
+        if folder is None:
+            raise UserError("trainer.default_root_dir must name a folder")
+        return Path(folder)
 
 
 def start(command_line: Callable[[], Cli]) -> Cli:

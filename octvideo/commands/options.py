@@ -20,6 +20,7 @@ program = ""  # the name of this program in its messages; empty: the script's
 def fail(message: str, status: int = 2) -> NoReturn:
     """Ends the program with one line on standard error."""
     print(f"{program or os.path.basename(sys.argv[0])}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.unraisablehook = lambda _: None  # nor may what is left half built add a traceback
     sys.exit(status)
 
 

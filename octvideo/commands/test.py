@@ -29,13 +29,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from octvideo.commands.command_line import CommandLine, start
-from octvideo.commands.options import one_line_errors
 from octvideo.commands.report import write_report
 from octvideo.data.module import VideoData
 from octvideo.errors import ListError, UserError
 from octvideo.evaluation.report import read_run
 from octvideo.files import appearing
-from octvideo.models.cost import count_macs
 from octvideo.models.zoo import set_alpha
 from octvideo.training.precise_bn import estimate_statistics
 
@@ -101,11 +99,17 @@ class Testing(CommandLine):
         """Reads the lists and tries the alphas too, so that mistakes show before anything starts."""
         super().instantiate_classes()
         self.datamodule.read("test_list")
+        clips = self.datamodule.preprocessing
+        size = clips.clip_frames, clips.test_crop_size
+        self.macs: dict[float, int] = {}
         for alpha in self.alphas:
             try:
                 set_alpha(self.model.network, alpha)
             except ValueError as error:
                 raise UserError(f"--alphas {alpha:g}: {error}") from error
+            (self.macs[alpha],) = self.count_macs([size])
+        if not self.alphas:
+            self.count_macs([size])
         if self.statistics_batches == 0:
             return
         train_list = self.datamodule.lists["train_list"]
@@ -163,16 +167,15 @@ def test(cli: Testing, folder: Path) -> None:
 
 def test_alphas(cli: Testing, folder: Path) -> None:
     """Tests at each of --alphas, writes the rows to alphas.json as they come, and prints them."""
-    network, size, rows = cli.model.network, cli.datamodule.preprocessing.clip_size, []
-    macs = {alpha: count_macs(set_alpha(network, alpha), size) for alpha in cli.alphas}  # before it is sharded
+    rows = []
     statistics = Column("statistics", no_wrap=True)
     table = Table("alpha", "GMACs", statistics, "clip top-1", "clip top-5", "video top-1", "video top-5")
     for alpha in cli.alphas:
-        set_alpha(network, alpha)
+        set_alpha(cli.model.network, alpha)
         for num_batches in dict.fromkeys((0, cli.statistics_batches)):
             cli.statistics.num_batches = num_batches
             results, kind = run_test(cli), "re-estimated" if num_batches else "checkpoint"
-            row = {"alpha": alpha, "gmacs": macs[alpha] / 1e9, "statistics": kind}
+            row = {"alpha": alpha, "gmacs": cli.macs[alpha] / 1e9, "statistics": kind}
             row |= {key: results[key] for key in ACCURACIES} | {key: len(results[key]) for key in ("videos", "bad")}
             rows.append(row)
             table.add_row(f"{alpha:g}", f"{row['gmacs']:.3f}", kind, *percent(results, *ACCURACIES))
@@ -187,8 +190,8 @@ def test_alphas(cli: Testing, folder: Path) -> None:
 def main(words: list[str]) -> None:
     """Runs the command."""
     cli = start(lambda: Testing(__doc__ or "", words, keep_options=False))
-    output = Path(cli.config["output"] or cli.run_folder / "test")
-    with one_line_errors():
+    with cli.one_line_errors():
+        output = Path(cli.config["output"] or cli.run_folder / "test")
         output.mkdir(parents=True, exist_ok=True)  # before the work whose result it is for
         (test_alphas if cli.alphas else test)(cli, output)
         if cli.config["report"] and cli.trainer.is_global_zero:

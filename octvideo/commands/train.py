@@ -19,9 +19,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from octvideo.commands.command_line import CommandLine, LoggerName, start
-from octvideo.commands.options import one_line_errors
 from octvideo.errors import UserError
-from octvideo.training.callbacks import FiniteLoss, Memory, MovingAverage, Throughput, naming_killed_loaders
+from octvideo.training.callbacks import FiniteLoss, Memory, MovingAverage, Throughput
 from octvideo.training.checkpoints import EXIT_PREEMPTED, Preempted, RunCheckpoints, newest_intact
 from octvideo.training.console import EpochLines, RunSummary
 from octvideo.training.loggers import PatientCSVLogger, PatientTensorBoardLogger
@@ -46,9 +45,9 @@ class Training(CommandLine):
             raise UserError("ema_decay needs whole weights in every process: leave it out, or trainer.strategy fsdp")
         if self.config["precise_bn"] < 0:
             raise UserError(f"precise_bn must be at least 0, got {self.config['precise_bn']}")
-        for option in ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val"):
+        for option in ("accumulate_grad_batches", "check_val_every_n_epoch", "gradient_clip_val", "val_check_interval"):
             value = self.config["trainer"][option]
-            if value is not None and (value < 0 or (value == 0 and option != "gradient_clip_val")):
+            if isinstance(value, int | float) and (value < 0 or (value == 0 and option != "gradient_clip_val")):
                 raise UserError(f"trainer.{option} must be positive, got {value}")
         model, folder = self.config["model"], self.run_folder / "checkpoints"
         begun, named = any(folder.glob("*.ckpt")), ckpt_path in ("last", "auto")
@@ -69,14 +68,12 @@ class Training(CommandLine):
             cure = "name one by --model.weights FILE"
             raise UserError(f"model.freeze and normalization frozen need a trained network: {cure}")
 
-    def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        self.datamodule.read("train_list")  # so that mistakes in the lists show before anything starts
-        if self.datamodule.lists["val_list"] is not None:
-            self.datamodule.read("val_list")
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        options = self.config["trainer"]
+        options, data = self.config["trainer"], self.datamodule
+        data.read("train_list")  # so that mistakes in the lists and in sizes show before anything starts
+        if data.lists["val_list"] is not None:
+            data.read("val_list")
+        macs, *_ = self.count_macs(data.clip_sizes())
         if options["logger"] in (None, True):
             kwargs["logger"] = [self._logger(name) for name in self.config["loggers"]] or False
         if options["strategy"] == "fsdp":
@@ -86,13 +83,13 @@ class Training(CommandLine):
         if self.config["data"]["multigrid"] is not None:
             kwargs["reload_dataloaders_every_n_epochs"] = 1
         callbacks = self.trainer_defaults["callbacks"]
-        callbacks += [RunSummary(), FiniteLoss(), Throughput(), Memory(), EpochLines()]
+        callbacks += [RunSummary(self.model, data, macs), FiniteLoss(), Throughput(), Memory(), EpochLines()]
         if (decay := self.config["ema_decay"]) is not None:
             callbacks.append(MovingAverage(decay))
         if self.config["precise_bn"] > 0:
             callbacks.append(PreciseBatchNorm(self.config["precise_bn"]))
         if options["enable_checkpointing"] is not False and not options["fast_dev_run"]:
-            monitor = None if self.datamodule.lists["val_list"] is None else "val/top1"
+            monitor = None if data.lists["val_list"] is None else "val/top1"
             every, keep = self.config["save_every_n_steps"], self.config["keep_checkpoints"]
             callbacks.append(RunCheckpoints(self.run_folder / "checkpoints", every, keep, monitor, self.ckpt_path))
         return super().instantiate_trainer(**kwargs)
@@ -114,7 +111,7 @@ def main(words: list[str]) -> None:
         signal.signal(number, lambda *_: sys.exit(EXIT_PREEMPTED))
     cli = start(lambda: Training(__doc__ or "", words, keep_options=True))
     try:
-        with one_line_errors(), naming_killed_loaders(cli.trainer):
+        with cli.one_line_errors():
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
     except Preempted:
         environment = getattr(cli.trainer.strategy, "cluster_environment", None)  # a single process has none

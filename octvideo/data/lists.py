@@ -23,12 +23,12 @@ MOST_CLASSES = 2**31
 
 
 class Paths(Sequence[str]):
-    """File paths as bytes in shared memory: counting references to strings would copy them in every worker process."""
+    """File paths as bytes of one tensor: counting references to strings would copy them in every worker process."""
 
     def __init__(self, paths: Iterable[str | os.PathLike[str]]) -> None:
         encoded = [os.fsencode(path) for path in paths]
-        self._bytes = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy()).share_memory_()
-        self._ends = torch.tensor([len(path) for path in encoded], dtype=torch.int64).cumsum(0).share_memory_()
+        self._bytes = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
+        self._ends = torch.tensor([len(path) for path in encoded], dtype=torch.int64).cumsum(0)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -64,20 +64,20 @@ def read_list(
     Raises ListError for a file that is missing or empty, or has another kind of line.
     """
     most = MOST_CLASSES if num_classes is None else num_classes
-    paths, labels = [], []
+    paths, labels, line_of = [], [], repr(f"path{separator}class number")  # shows what a tab is
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip() or (header and number == 1):
             continue
         video, _, label = (entry.strip() for entry in line.strip().rpartition(separator))
         if not video or not label.removeprefix("-").isdecimal():
-            raise ListError(f"{path}:{number}: expected 'path{separator}class number', got {line!r}")
+            raise ListError(f"{path}:{number}: expected {line_of}, got {line!r}")
         if not 0 <= int(label) < most:
             allowed = f"0 to {most - 1}" + ("" if num_classes is None else f" (num_classes is {num_classes})")
             raise ListError(f"{path}:{number}: class number must be {allowed}, got {label}")
         paths.append(video if root is None or ADDRESS.match(video) else os.path.join(root, video))
         labels.append(int(label))
     if not paths:
-        raise ListError(f"{path}: no video in it; expected lines of 'path{separator}class number'")
+        raise ListError(f"{path}: no video in it; expected lines of {line_of}")
     return VideoList(Paths(paths), np.array(labels, dtype=np.int64))
 
 

@@ -51,6 +51,7 @@ class EpochSampler(Sampler[Draw]):
     rank: int = 0
     world_size: int = 1
     epoch: int = 0
+    repeats: bool = False  # every epoch is dealt as the first one
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -59,7 +60,7 @@ class EpochSampler(Sampler[Draw]):
         return self.num_videos // self.world_size if self.shuffle else -(-self.num_videos // self.world_size)
 
     def __iter__(self) -> Iterator[Draw]:
-        epoch, order = self.epoch, np.arange(self.num_videos)
+        epoch, order = 0 if self.repeats else self.epoch, np.arange(self.num_videos)
         if self.shuffle:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
         for position in range(self.rank, len(self) * self.world_size, self.world_size):

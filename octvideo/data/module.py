@@ -1,25 +1,30 @@
 """The Lightning data module: from list files to batches."""
 
 import dataclasses
+import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from octvideo.data.augmentation import BatchAugmentation
 from octvideo.data.clips import Decoding, Sample, TestViews, TrainingClips
 from octvideo.data.index import FILE, VideoIndex
 from octvideo.data.lists import Paths, VideoList, read_class_names, read_list
 from octvideo.data.loading import Batch, EpochSampler, Loader, TrainingBatches, collate
-from octvideo.data.multigrid import LONG_CYCLE, ClipShape, Multigrid, share_of_side
+from octvideo.data.multigrid import ClipShape, Multigrid, share_of_side
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.data.reader import Backend
 from octvideo.data.watchdog import outlive_signals
 from octvideo.errors import ListError, UserError
+
+SHARED_MEMORY = "/dev/shm"  # on Linux
+ENLARGE = f"enlarge {SHARED_MEMORY} (docker run --shm-size or --ipc=host)"
 
 
 # Lightning keeps a data module's state in checkpoints under the name of its class: renaming it would break resuming.
@@ -34,7 +39,7 @@ class VideoData(LightningDataModule):
         val_list: list file of the validation videos; after every epoch the centre view of each is tested.
         test_list: list file of the test videos; default: the validation videos.
         root: folder that the paths in the list files start from; default: the current folder.
-        separator: separates path and class number in a list file.
+        separator: separates path and class number in a list file; \\t means a tab.
         header: skip the first line of each list file.
         labels: text file of class names, one a line, class 0 first; default: labels.txt beside train_list, if any.
         num_classes: class numbers must be below it (set by model.num_classes).
@@ -81,7 +86,8 @@ class VideoData(LightningDataModule):
     ) -> None:
         super().__init__()
         self.lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list or val_list}
-        self.root, self.separator, self.header, self.num_classes = root, separator, header, num_classes
+        self.root, self.header, self.num_classes = root, header, num_classes
+        self.separator = separator.replace(r"\t", "\t")  # as shells and YAML's single quotes leave it
         self.test_clips, self.test_crops, self.shuffle_test_frames = test_clips, test_crops, shuffle_test_frames
         self.augmentation = augmentation and dataclasses.replace(augmentation, num_classes=num_classes)
         self.multigrid, self.seed = multigrid, seed
@@ -94,6 +100,8 @@ class VideoData(LightningDataModule):
             raise UserError(f"data.{error}") from error
         self._full_shape = ClipShape(clips.clip_frames, clips.frame_stride, clips.crop_size, clips.short_side)
         self._check()
+        full = self._full_shape
+        self.all_shapes = [full] if multigrid is None else multigrid.all_shapes(full)
         self._read: dict[str, Decoding] = {}
         self._position: dict[str, Any] | None = None
         self.labels_named = labels is not None
@@ -114,12 +122,32 @@ class VideoData(LightningDataModule):
             raise UserError(f"data.backend must be {', '.join(get_args(Backend))}, got {self.backend}")
         if not self.separator:
             raise UserError("data.separator must be at least one character")
-        if self.multigrid is not None and self.multigrid.long_cycle:
-            for stage in LONG_CYCLE:  # refuses frames that it cannot divide
-                self.multigrid.scaled(self._full_shape, *stage)
 
     def setup(self, stage: str) -> None:
         self._position = None  # a run starts at its beginning, unless a checkpoint is loaded after this
+        self._check_shared_memory(stage)
+
+    def _check_shared_memory(self, stage: str) -> None:
+        """Refuses more waiting clips than /dev/shm, where loader processes put them, has room for."""
+        if not os.path.isdir(SHARED_MEMORY):
+            return
+        tested, views = ("test_list", self.test_clips * self.test_crops) if stage == "test" else ("val_list", 1)
+        videos = self.batch_size // self.clips_per_video
+        # Lists, videos in a batch, and bytes of the clips of each.
+        loads = [(tested, _together(views), views * math.prod(self.preprocessing.clip_size))]
+        for shape in self.all_shapes if stage == "fit" else ():
+            size = 3 * shape.clip_frames * shape.crop_size**2
+            loads.append(("train_list", videos * shape.factor, self.clips_per_video * size))
+        waiting = self.num_workers * self.prefetch_batches
+        most = max(
+            min(waiting * batch, len(self.read(name).paths)) * size
+            for name, batch, size in loads
+            if self.lists[name] is not None
+        )
+        wanted, free = most * getattr(self.trainer, "num_devices", 1), shutil.disk_usage(SHARED_MEMORY).free
+        if wanted > free:
+            sizes = f"need {wanted / 2**20:.0f} MiB of {SHARED_MEMORY}, where {free / 2**20:.0f} MiB are free"
+            raise UserError(f"waiting clips {sizes}: {ENLARGE}, or lower data.num_workers or data.prefetch_batches")
 
     def state_dict(self) -> dict[str, Any]:
         """Class names, preprocessing, and in training the position; the end of an epoch is the next one's start."""
@@ -147,7 +175,8 @@ class VideoData(LightningDataModule):
     def _decoding(self, name: str) -> Decoding:
         if name not in self._read:
             path = self.lists[name]
-            looks = f"a text file with a line 'path{self.separator}class number' for each video, named by --data.{name}"
+            line = repr(f"path{self.separator}class number")
+            looks = f"a text file with a line {line} for each video, named by --data.{name}"
             if path is None:
                 raise ListError(f"no {name.removesuffix('_list')} videos are named: expected {looks} FILE")
             if not os.path.isfile(path):
@@ -196,6 +225,13 @@ class VideoData(LightningDataModule):
         """How many times larger batches and learning rate are in this epoch of multigrid's long cycle; else 1."""
         return self._shapes(epoch)[-1].factor
 
+    def clip_sizes(self) -> list[tuple[int, int]]:
+        """(T, H = W) of full training clips, and of each T's smallest clips: a network that takes these takes all."""
+        clips = self.preprocessing
+        sizes = [(shape.clip_frames, shape.crop_size) for shape in self.all_shapes]
+        smallest = dict(sorted([*sizes, (clips.clip_frames, clips.test_crop_size)], reverse=True))  # keeps the last
+        return list(dict.fromkeys([(clips.clip_frames, clips.crop_size), *smallest.items()]))
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         if self.augmentation is None or self.trainer is None or not self.trainer.training:
             return batch
@@ -216,8 +252,10 @@ class VideoData(LightningDataModule):
         size = self.preprocessing.test_crop_size
         options: dict[str, Any] = {"crop_size": size, "short_side": size, "shuffle_frames": shuffle, "seed": self.seed}
         views = TestViews(self._decoding(name), num_clips=num_clips, num_crops=num_crops, **options)
-        together = max(1, 30 // (num_clips * num_crops))  # videos in a batch of about 30 views
-        return self._loader(views, batch_size=together, sampler=self._sampler(name, shuffle=False))
+        # Lightning's overfit_batches would replace the sampler of a loader that has no batch sampler.
+        sampler: Any = self._sampler(name, shuffle=False)
+        batches = BatchSampler(sampler, _together(num_clips * num_crops), drop_last=False)
+        return self._loader(views, batch_sampler=batches)
 
     def _shapes(self, epoch: int) -> list[ClipShape]:
         full, max_epochs = self._full_shape, getattr(self.trainer, "max_epochs", None)
@@ -239,7 +277,8 @@ class VideoData(LightningDataModule):
 
     def _sampler(self, name: str, shuffle: bool) -> EpochSampler:
         processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
-        return EpochSampler(len(self.read(name).paths), self.seed, shuffle, *processes)
+        repeats = getattr(self.trainer, "overfit_batches", 0) > 0
+        return EpochSampler(len(self.read(name).paths), self.seed, shuffle, *processes, repeats=repeats)
 
     def _training_loader(self, batches: TrainingBatches, persistent: bool) -> DataLoader[Sample]:
         mirror, seed, num_clips = self.preprocessing.mirror, batches.sampler.seed, self.clips_per_video
@@ -252,6 +291,11 @@ class VideoData(LightningDataModule):
             options |= {"persistent_workers": persistent, "prefetch_factor": self.prefetch_batches}
         options |= {"num_workers": self.num_workers, "worker_init_fn": outlive_signals}
         return Loader(clips, collate_fn=collate, pin_memory=torch.cuda.is_available(), **options)
+
+
+def _together(num_views: int) -> int:
+    """Videos of so many views in a batch of about 30."""
+    return max(1, 30 // num_views)
 
 
 def _describe(dealt: dict[str, Any]) -> str:

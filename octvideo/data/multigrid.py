@@ -60,6 +60,15 @@ class Multigrid:
         turns = SHORT_CYCLE if self.short_cycle else SHORT_CYCLE[-1:]
         return [self.scaled(full, frames, side * of_side, factor * times) for of_side, times in turns]
 
+    def all_shapes(self, full: ClipShape) -> list[ClipShape]:
+        """The shapes of all epochs; UserError for frames that cannot be divided."""
+        long = LONG_CYCLE if self.long_cycle else LONG_CYCLE[-1:]
+        short = SHORT_CYCLE if self.short_cycle else SHORT_CYCLE[-1:]
+        turns = itertools.product(long, short)
+        return [
+            self.scaled(full, frames, side * part, factor * times) for (frames, side, factor), (part, times) in turns
+        ]
+
     def scaled(self, full: ClipShape, frames_share: float, side_share: float, factor: int) -> ClipShape:
         """A shape with a share of the frames and of the side; UserError for frames that cannot be divided."""
         multiple, window = self.frames_multiple, full.clip_frames * full.frame_stride

@@ -16,7 +16,6 @@ from octvideo.errors import UnreadableError
 BUFFERED_BYTES = 64 * 2**20  # of packets that are read ahead of decoding
 
 
-
 class PyAvReader(Reader):
     """Reads through PyAV, which brings FFmpeg with it.
 

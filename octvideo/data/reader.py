@@ -142,7 +142,7 @@ class LibraryReader(Reader):
     def __init__(self, path: str, known: IndexedVideo | None) -> None:
         super().__init__(path, known)
         self._shown, self._turns, self._kind, timing = (Orientation(), 1.0), 0, "", None
-        with contextlib.suppress(UnreadableError, StopIteration, *READING_ERRORS):  # what PyAV cannot read, the library may
+        with contextlib.suppress(UnreadableError, StopIteration, *READING_ERRORS):  # the library may read more
             container, stream = open_stream(path)
             with container:
                 self._kind, self._spliceable = container.format.name, spliceable(container)

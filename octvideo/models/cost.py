@@ -23,10 +23,15 @@ def count_macs(model: nn.Module, clip_size: Sequence[int] = (3, 8, 224, 224)) ->
     """Multiply-adds of one forward pass on an input of (C, T, H, W): convolutions and the classifier, as in the paper.
 
     The matrix products of attention and non-local blocks count too, which published figures leave out. Counted on
-    tensors without data, so any size takes about a second; the model itself is neither run nor changed.
+    tensors without data, so any size takes about a second; the model itself is neither run nor changed. Raises
+    UserError for a size that the model does not take.
     """
     model = copy.deepcopy(model).to("meta").eval()
-    return count_macs_of(lambda: model(torch.empty((1, *clip_size), device="meta")))
+    try:
+        return count_macs_of(lambda: model(torch.empty((1, *clip_size), device="meta")))
+    except (RuntimeError, ValueError) as error:
+        size = " x ".join(map(str, clip_size[1:]))
+        raise UserError(f"the network does not take clips of {size}: {error}") from error
 
 
 def count_macs_of(call: Call) -> int:

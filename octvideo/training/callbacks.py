@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from octvideo.data.loading import Batch
-from octvideo.data.module import VideoData
+from octvideo.data.module import ENLARGE, VideoData
 from octvideo.errors import LoaderKilledError, NotFiniteError, UserError
 
 log = logging.getLogger(__name__)
@@ -249,19 +249,28 @@ def _cure(trainer: Trainer) -> str:
     return f"resume from {path} with --ckpt_path last" if path else "there is no checkpoint to resume from"
 
 
+LESS = "lower data.num_workers or data.prefetch_batches"
+LACKS = {  # what torch or the system says of a loader process: what happened, and the cure
+    "signal: Killed": f"was killed, probably by the system for lack of memory: {LESS}",
+    "signal: Bus error": f"found no more shared memory: {ENLARGE}, or {LESS}",
+    "allocate shared memory": f"found no more shared memory: {ENLARGE}, or {LESS}",
+    "allocate memory": f"or the training itself found no more memory: lower data.batch_size, or {LESS}",
+    "oo many open files": f"could open no more files: raise `ulimit -n`, or {LESS}",
+}
+
+
 @contextlib.contextmanager
-def naming_killed_loaders(trainer: Trainer) -> Iterator[None]:
-    """Turns torch's error for a dead loader process into a LoaderKilledError that says why and how to resume."""
+def naming_killed_loaders(trainer: Trainer | None) -> Iterator[None]:
+    """Turns errors of a dead or starved loader process into a LoaderKilledError: why, and how to resume training."""
     try:
         yield
     except (RuntimeError, OSError, EOFError) as error:
+        text = f"{error} {error.__cause__}"
+        why = next((why for words, why in LACKS.items() if words in text), None)
         lost = "resource_sharer" in "".join(traceback.format_exception(error))  # tensors it no longer hands over
-        if not str(error).startswith("DataLoader worker") and (isinstance(error, RuntimeError) or not lost):
+        if why is None and not text.startswith("DataLoader worker") and (isinstance(error, RuntimeError) or not lost):
             raise
-        signal = re.search(r"killed by signal: ([\w ]+)", f"{error} {error.__cause__}")
-        name, less = "Killed" if signal is None else signal[1], "lower data.num_workers or data.prefetch_batches"
-        why = {
-            "Killed": f"was killed, probably by the system for lack of memory: {less}",
-            "Bus error": f"found no more shared memory: enlarge /dev/shm, or {less}",
-        }.get(name, f"crashed ({name}): try another data.backend")
-        raise LoaderKilledError(f"a loader process {why}; {_cure(trainer)}") from error
+        signal = re.search(r"killed by signal: ([\w ]+)", text)
+        crash = LACKS["signal: Killed"] if signal is None else f"crashed ({signal[1]}): try another data.backend"
+        cure = "" if trainer is None else f"; {_cure(trainer)}"
+        raise LoaderKilledError(f"a loader process {why or crash}{cure}") from error

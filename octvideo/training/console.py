@@ -7,7 +7,8 @@ from lightning.pytorch import LightningModule, Trainer, callbacks
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from octvideo.data.module import VideoData
-from octvideo.models.cost import count_macs, count_parameters
+from octvideo.models.cost import count_parameters
+from octvideo.training.recognizer import Recognizer
 
 # An epoch's line: groups of metrics, and how each is printed.
 FIGURES: tuple[dict[str, str], ...] = (
@@ -21,16 +22,12 @@ FIGURES: tuple[dict[str, str], ...] = (
 class RunSummary(callbacks.Callback):
     """Prints what is trained on what before the first step: network, cost, classes, videos, device."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
-            return
-        self._data: VideoData = trainer.datamodule  # type: ignore[attr-defined]
-        clips, options = self._data.preprocessing, pl_module.hparams
-        size = (clips.clip_frames, clips.crop_size, clips.crop_size)
-        network: Any = pl_module.network  # not sharded yet
-        cost = f"{count_macs(network, (3, *size)) / 1e9:.3g} GMACs a clip of {' x '.join(map(str, size))}"
+    def __init__(self, model: Recognizer, data: VideoData, macs: int) -> None:
+        self._data, clips, options = data, data.preprocessing, model.hparams
+        size = f"{clips.clip_frames} x {clips.crop_size} x {clips.crop_size}"
         alpha = "per layer" if isinstance(options["alpha"], dict) else options["alpha"]
-        self._network = f"{options['name']}, alpha {alpha}, {count_parameters(network):,} parameters, {cost}"
+        parameters = f"{count_parameters(model.network):,} parameters"  # not sharded yet
+        self._network = f"{options['name']}, alpha {alpha}, {parameters}, {macs / 1e9:.3g} GMACs a clip of {size}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

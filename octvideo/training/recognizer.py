@@ -124,7 +124,7 @@ class Recognizer(LightningModule):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (B, num_classes) of clips (B, C, T, H, W) in uint8 RGB, which are normalised here, on the device."""
-        logits: Tensor = self.network(self.preprocessing.normalize(clips))
+        logits: Tensor = self.network(self.preprocessing.normalize(clips).to(self.dtype))
         return logits
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
