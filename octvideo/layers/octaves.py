@@ -50,7 +50,8 @@ class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
     raises TypeError; `merge()` gives the vanilla-shaped Tensor. Section 3.1 of Chen et al., ICCV 2019.
 
     Hooks, `grad`, `numel()` and arrays are the vanilla Tensor's too, so memory is less than `numel() * element_size()`.
-    As a tuple it has two items, the maps, also by number: `x[0]` is `x.high`, while `x[:1]` is the first clip.
+    As a tuple it has two items, `high, low = x`, but `x[0]`, which tools take of a tuple, is all: `merge()`. Slices and
+    lists of indices choose clips of the batch.
 
     Args:
         high: (B, C_high, T, H, W) or (B, C_high, H, W).
@@ -153,8 +154,8 @@ class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
         raise AttributeError(f"octave features have no attribute {name!r}: take it from .high, .low or .merge()")
 
     def __getitem__(self, index: Any) -> Any:
-        if type(index) is int:
-            return tuple(self)[index]
+        if type(index) is int and index == 0:  # tools take the first item of a tuple for a layer's output
+            return self.merge()
         if isinstance(index, (slice, list)) or (isinstance(index, Tensor) and index.dim() == 1):
             return Octaves(self.high[index], self.low[index], self.parts)
         advice = f"a slice or list of indices chooses clips of the batch; for others take .high or .low, or {WAY_OUT}"
