@@ -393,7 +393,14 @@ def test_the_api_reference_has_every_module_and_every_public_name(pages):
         home = "octvideo.models.zoo" if kind is MODELS else kind.__module__
         assert {f"octvideo.{name}", f"{home}.{name}"} & ids, name
     internal = {"files", "layers.octaves", "layers.paths", "layers.parts", "layers.swapping", "layers.convolution"}
-    internal |= {"layers.resampling", "models.octavize", "models.fuse", "models.scoring", "evaluation.charts"}
+    internal |= {
+        "layers.resampling",
+        "layers.tracing",
+        "models.octavize",
+        "models.fuse",
+        "models.scoring",
+        "evaluation.charts",
+    }
     readers = ("pyav_reader", "torchcodec_reader", "decord_reader")
     internal |= {"data.preparation.journal", *(f"data.{name}" for name in readers)}
     for file in (ROOT / "octvideo").rglob("*.py"):

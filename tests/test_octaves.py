@@ -349,20 +349,21 @@ def test_assigning_operators_write_into_the_maps_and_a_tensor_becomes_octaves(x)
 def test_a_slice_or_numbers_choose_clips_of_the_batch(x):
     for index in (slice(1, 2), [1], torch.tensor([1]), torch.tensor([False, True])):
         assert torch.equal(x[index].low, x.low[1:2])
-    for index in (0, (slice(None), 0), "high", Ellipsis, torch.zeros(2, 2, dtype=torch.long)):
+    for index in (1, -1, (slice(None), 0), "high", Ellipsis, torch.zeros(2, 2, dtype=torch.long)):
         with pytest.raises(TypeError, match=r"cannot be indexed by (.|\n)*\.high or \.low, or call \.merge"):
             x[index]
 
 
-def test_features_are_neither_true_nor_false(x):
-    with pytest.raises(TypeError, match="neither true nor false"):
-        bool(x)
+def test_features_are_true_and_comparisons_neither_true_nor_false(x):
+    assert x
+    with pytest.raises(RuntimeError, match=r"\(2, 8, 4, 8, 7\) are neither true nor false"):
+        bool(x > 0)
 
 
 def test_unknown_attributes_name_the_way_out(x):
     assert not hasattr(x, "no_such_thing")
-    with pytest.raises(AttributeError, match=r"no attribute 'data'.*\.merge\(\)"):
-        x.data  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'grad_fn'.*\.merge\(\)"):
+        x.grad_fn  # noqa: B018
     with pytest.raises(TypeError, match=r"permute is not defined.*\.merge\(\)"):
         x.permute(0, 2, 3, 4, 1)
 

@@ -6,12 +6,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from octvideo.errors import UserError
 from octvideo.layers.octaves import Octaves
 from octvideo.layers.parts import Parts, groups_alike, join_by_parts, split_by_parts
 from octvideo.layers.paths import Kernel, Paths
 from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_channels_last, upsample
+from octvideo.layers.tracing import OneNode
 
 
 def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int, int]:
@@ -99,7 +101,7 @@ class _Plan(NamedTuple):
     problem: str  # why octaves would lose their alignment; empty if they do not
 
 
-class _OctConv(nn.modules.conv._ConvNd):
+class _OctConv(OneNode, nn.modules.conv._ConvNd):
     options: OctaveOptions
     _plan: _Plan
     alpha = property(attrgetter("options.alpha"))
@@ -163,6 +165,8 @@ class _OctConv(nn.modules.conv._ConvNd):
         )
 
     def forward(self, input: Tensor | Octaves) -> Tensor | Octaves:
+        if isinstance(input, Proxy):
+            return self._node(input)
         plan, paths = self._plan, self._plan.paths
         if plan.plain and not isinstance(input, Octaves):
             if self.options.channels_last and input.dim() == len(self.kernel_size) + 2:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
 
 from octvideo.errors import UserError
 from octvideo.layers.parts import Parts, join_by_parts, join_pieces, split_by_parts
-from octvideo.layers.resampling import average_pool, factors_between, halved, upsample
+from octvideo.layers.resampling import average_pool, factors_between, halved, pool_gradient, upsample
 
 Function = Callable[..., Any]
 WAY_OUT = (
@@ -45,6 +48,10 @@ class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
     modules (batch norm, activations, dropout, pooling, `+`, `torch.cat`, global pooling) apply unchanged, in any
     spelling: `torch.relu(x)`, `F.relu(x)`, `x.relu()`, `x.relu_()`. A function that has no meaning on two resolutions
     raises TypeError; `merge()` gives the vanilla-shaped Tensor. Section 3.1 of Chen et al., ICCV 2019.
+
+    Hooks, `grad`, `numel()` and arrays are the vanilla Tensor's too, so memory is less than `numel() * element_size()`.
+    As a tuple it has two items, `high, low = x`, but `x[0]`, which tools take of a tuple, is all: `merge()`. Slices and
+    lists of indices choose clips of the batch.
 
     Args:
         high: (B, C_high, T, H, W) or (B, C_high, H, W).
@@ -84,6 +91,7 @@ class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
         return self.high.dim()
 
     ndim = property(dim)
+    data = property(lambda self: self.detach())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,6 +114,36 @@ class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
         """The vanilla-shaped Tensor: the low map upsampled, and the channels in the vanilla order."""
         return join_by_parts(self.high, upsample(self.low, self.high.shape[2:]), self.parts, 1)
 
+    def register_hook(self, hook: Function) -> RemovableHandle:
+        """Calls hook(gradient of the vanilla tensor) in the backward pass; what it returns must be None.
+
+        A low position's gradient is shared out evenly to the positions that it covers, as behind their average.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("cannot register a hook on octave features that require no gradient")
+        shapes, parts = [x.shape for x in self], self.parts  # not self, which the hook would keep alive
+
+        def call(gradients: Sequence[Tensor | None]) -> None:
+            if hook(_vanilla_gradient(gradients, shapes, parts)) is not None:
+                raise UserError("a hook cannot replace the gradient of octave features: register it on .high and .low")
+
+        return register_multi_grad_hook([x if x.requires_grad else x.detach().requires_grad_() for x in self], call)
+
+    def retain_grad(self) -> None:
+        for x in self:
+            if x.requires_grad:  # a map without channels may not
+                x.retain_grad()
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient that hooks are called with, if the maps kept theirs."""
+        gradients, shapes = [x.grad for x in self], [x.shape for x in self]
+        known = any(gradient is not None for gradient in gradients)
+        return _vanilla_gradient(gradients, shapes, self.parts) if known else None
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return _on_merged(Tensor.__array__, self, *args, **kwargs)
+
     @classmethod
     def __torch_function__(cls, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _apply(func, *args, **(kwargs or {}))
@@ -115,14 +153,18 @@ class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
             return partial(_apply, method, self)
         raise AttributeError(f"octave features have no attribute {name!r}: take it from .high, .low or .merge()")
 
-    def __getitem__(self, index: Any) -> Octaves:  # type: ignore[override]
+    def __getitem__(self, index: Any) -> Any:
+        if type(index) is int and index == 0:  # tools take the first item of a tuple for a layer's output
+            return self.merge()
         if isinstance(index, (slice, list)) or (isinstance(index, Tensor) and index.dim() == 1):
             return Octaves(self.high[index], self.low[index], self.parts)
         advice = f"a slice or list of indices chooses clips of the batch; for others take .high or .low, or {WAY_OUT}"
         raise TypeError(f"octave features of shape {tuple(self.shape)} cannot be indexed by {index!r}: {advice}")
 
     def __bool__(self) -> bool:
-        raise TypeError(f"octave features of shape {tuple(self.shape)} are neither true nor false")
+        if self.dtype == torch.bool:
+            raise RuntimeError(f"octave comparisons of shape {tuple(self.shape)} are neither true nor false")
+        return True
 
 
 @cache
@@ -139,6 +181,15 @@ def _on_merged(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Applies a function to the vanilla tensors of all Octaves in its arguments."""
     args, kwargs = tree_map_only(Octaves, Octaves.merge, (args, kwargs), is_leaf=lambda x: isinstance(x, Octaves))
     return func(*args, **kwargs)
+
+
+def _vanilla_gradient(gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size], parts: Parts) -> Tensor:
+    """The gradient of the vanilla tensor from those of the two maps, of which one may be missing."""
+    some = next(gradient for gradient in gradients if gradient is not None)
+    pairs = zip(gradients, shapes, strict=True)
+    high, low = (some.new_zeros(shape) if gradient is None else gradient for gradient, shape in pairs)
+    low, scale = pool_gradient(low, high, factors_between(high.shape[2:], low.shape[2:]))
+    return Octaves(high, low * scale, parts).merge()
 
 
 def _undefined(what: str, octaves: Iterable[Octaves], why: str = "") -> TypeError:
@@ -213,7 +264,7 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
     return Octaves(high, low, x.parts)
 
 
-def _new_tensor(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
+def _of_high(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
     return func(input.high, *args, **kwargs)
 
 
@@ -353,6 +404,8 @@ for _name in (*_BINARY, "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "iadd"
     setattr(Octaves, f"__{_name}__", _operator(getattr(torch if _name in ("eq", "ne") else operator, _name)))
 for _name in _BINARY:
     setattr(Octaves, f"__r{_name}__", _operator(getattr(operator, _name), reflected=True))
+for _name in ("layout", "itemsize", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized"):
+    setattr(Octaves, _name, property(attrgetter(f"high.{_name}")))
 
 
 def _named(names: str) -> set[Function]:
@@ -384,6 +437,9 @@ _HANDLERS: list[tuple[Iterable[Function], Function]] = [
     (_named("adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d"), _adaptive),
     (_named("interpolate upsample"), _interpolate),
     (_named("prelu"), _prelu),
-    (_named("new_empty new_zeros new_ones new_full new_tensor"), _new_tensor),
+    (_named("new_empty new_zeros new_ones new_full new_tensor"), _of_high),
+    (_named("element_size is_floating_point is_complex get_device"), _of_high),
+    (_named("numel nelement"), lambda func, input: input.shape.numel()),
+    (_named("numpy tolist"), _on_merged),
 ]
 _HANDLER_OF = {function: handler for functions, handler in _HANDLERS for function in functions}

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from octvideo.errors import UserError
 
@@ -23,13 +24,14 @@ with warnings.catch_warnings():  # fvcore, below pytorchvideo, still calls torch
     from pytorchvideo.models.x3d import create_x3d
 from octvideo.layers.octaves import Octaves
 from octvideo.layers.swapping import swap_class
+from octvideo.layers.tracing import OneNode
 from octvideo.models.octavize import octavize
 from octvideo.models.weights import load_weights
 
 Alpha = float | Sequence[float] | Mapping[str, float]
 
 
-class HeadPool(nn.AvgPool3d):
+class HeadPool(OneNode, nn.AvgPool3d):
     """A published head's average pooling, of any size of map: all frames, and a window or the smaller map it meets.
 
     (B, C, T, H, W) becomes (B, C, 1, max(1, H - window + 1), max(1, W - window + 1)), which the head averages. Octaves
@@ -41,6 +43,8 @@ class HeadPool(nn.AvgPool3d):
         self.window = window
 
     def forward(self, input: Tensor | Octaves) -> Tensor:
+        if isinstance(input, Proxy):
+            return self._node(input)
         frames, *extent = input.shape[2:]
         window = extent if isinstance(input, Octaves) else [min(self.window, size) for size in extent]
         # In 32 bits at least: torch's avg_pool3d has no 16 bits on CPUs.
@@ -48,7 +52,7 @@ class HeadPool(nn.AvgPool3d):
         return F.avg_pool3d(precise, (frames, *window), 1).to(input.dtype)
 
 
-class NonLocalBlock(nn.Module):
+class NonLocalBlock(OneNode):
     """Adds to every position of (B, channels, T, H, W) what it finds at all others (Wang et al., CVPR 2018).
 
     The embedded Gaussian with half the channels; keys and values are max-pooled by 2 in space. The convolutions may be
@@ -68,6 +72,8 @@ class NonLocalBlock(nn.Module):
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor | Octaves) -> Tensor | Octaves:
+        if isinstance(x, Proxy):
+            return self._node(x)
         pooled = self.pool(x) if min(x.shape[3:]) > 1 else x
         projections = (self.conv_theta(x), self.conv_phi(pooled), self.conv_g(pooled))
         maps = [y.merge() if isinstance(y, Octaves) else y for y in projections]
@@ -91,8 +97,24 @@ class PooledPathways(PoolConcatPathway):
     """Pools and concatenates the pathways, and leaves the list of them as it was."""
 
     def forward(self, x: list[Tensor]) -> Tensor:
-        output: Tensor = super().forward(list(x))
+        output: Tensor = super().forward([x[pathway] for pathway in range(len(self.pool))])  # torch.fx cannot iterate x
         return output
+
+
+class SlowFrames(OneNode):
+    """One of `ratio` frames of clips (B, C, T, H, W), from first to last."""
+
+    def __init__(self, ratio: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return self._node(x)
+        frames = x.shape[2]
+        if frames % self.ratio:
+            raise UserError(f"SlowFast takes clips of a multiple of {self.ratio} frames, got {frames}")
+        return x.index_select(2, torch.linspace(0, frames - 1, frames // self.ratio, device=x.device).long())
 
 
 class SlowFast(Net):
@@ -100,7 +122,7 @@ class SlowFast(Net):
 
     def __init__(self, blocks: nn.ModuleList, frame_ratio: int) -> None:
         super().__init__(blocks=blocks)
-        self.frame_ratio = frame_ratio
+        self.frame_ratio, self.slow_frames = frame_ratio, SlowFrames(frame_ratio)
         for block in blocks:  # those that overwrite the list they are given could not be computed again
             if isinstance(block, MultiPathWayWithFuse):
                 block.inplace = False
@@ -108,11 +130,7 @@ class SlowFast(Net):
                 swap_class(block, PooledPathways)
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = x.shape[2]
-        if frames % self.frame_ratio:
-            raise UserError(f"SlowFast takes clips of a multiple of {self.frame_ratio} frames, got {frames}")
-        slow = torch.linspace(0, frames - 1, frames // self.frame_ratio, device=x.device).long()
-        logits: Tensor = super().forward([x.index_select(2, slow), x])
+        logits: Tensor = super().forward([self.slow_frames(x), x])
         return logits
 
 
