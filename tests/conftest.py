@@ -1,5 +1,6 @@
-"""What several test files share: videos written by the tests, and the folder of real ones."""
+"""What several test files share: videos written by the tests, the folder of real ones, and a trained network."""
 
+import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from octvideo.data.motions import write_video
+from octvideo.data.motions import make_data_set, write_video
 
 ROOT = Path(__file__).parent.parent
 REAL_VIDEOS = Path(os.environ.get("OCTVIDEO_REAL_VIDEOS", ROOT.parent / "shared" / "data"))
+CONFIG = "configs/quickstart.yaml"
 
 
 def pytest_collection_modifyitems(items):
@@ -48,6 +51,63 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
+def built_once(tmp_path_factory):
+    """Gives the folder that build(folder) fills, once for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "built_once"
+    base.mkdir(exist_ok=True)
+
+    def once(name, build):
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (base / f"{name}.done").exists():
+                shutil.rmtree(base / name, ignore_errors=True)  # where building failed
+                (base / name).mkdir()
+                build(base / name)
+                (base / f"{name}.done").touch()
+        return base / name
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def motions(built_once):
+    """A motions data set of 32 + 16 videos."""
+    return built_once("motions", lambda folder: make_data_set(folder, 32, 16))
+
+
+def small(data, run):
+    """Options of the quickstart configuration at a size for tests."""
+    return [
+        f"--cfg={CONFIG}",
+        f"--data.train_list={data / 'train.csv'}",
+        f"--data.val_list={data / 'val.csv'}",
+        f"--data.root={data}",
+        "--data.crop_size=32",
+        "--data.short_side=[32, 36]",
+        "--data.test_crop_size=32",
+        "--data.clip_frames=4",
+        "--data.batch_size=8",
+        "--data.num_workers=1",
+        "--model.width=8",
+        "--trainer.log_every_n_steps=2",
+        f"--trainer.default_root_dir={run}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained(built_once, motions):
+    """The folder of a run of two epochs, at an alpha that the configuration does not have."""
+
+    def train(run):
+        finished = run_tool("train_net.py", *small(motions, run), "--trainer.max_epochs=2", "--model.alpha=0.5")
+        assert finished.returncode == 0, finished.stderr
+        (run / "output.txt").write_text(finished.stdout)
+
+    return built_once("trained", train)
+
+
+@pytest.fixture(scope="session")
 def numbered_video(tmp_path_factory):
     """A video of 60 frames at 30 fps, 64 x 48, key frames every 12, whose grey level is 4 times the frame number."""
     path = tmp_path_factory.mktemp("videos") / "with a space.mp4"
@@ -67,6 +127,19 @@ def browser():
         chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+def settle(network):
+    """Random batch-norm statistics and scales, as a trained network has; zeros would hide half of it."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.1)
+    return network.eval()
 
 
 def frame_numbers(frames):
@@ -92,6 +165,7 @@ def _be_tool(arguments, folder, environment):
     for stream, file in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.chdir(ROOT)
+    torch.set_num_threads(1)  # networks are tiny here: a second thread costs as much again
     os.setpgrp()  # as a shell does: signals to the group are for this process and those that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the tests may run where Ctrl-C is ignored
     os.environ.update({"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **environment})

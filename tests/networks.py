@@ -94,16 +94,3 @@ VIDEO_NETWORKS = {
     ),
     "r2plus1d_r50": (lambda size: create_r2plus1d(head_pool_kernel_size=head(size, 2)), 8),
 }
-
-
-def settle(network):
-    """Random batch-norm statistics and scales, as a trained network has; zeros would hide half of it."""
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.1)
-    return network.eval()

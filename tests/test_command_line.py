@@ -16,60 +16,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_tool
+from conftest import ROOT, run_tool, settle, small
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.cli import LightningArgumentParser
-from networks import settle
 
 from octvideo import create_model
 from octvideo.commands.command_line import CommandLine, KeptOptions
 from octvideo.commands.train import Training
 from octvideo.data.module import VideoData
-from octvideo.data.motions import CLASSES, make_data_set, write_video
+from octvideo.data.motions import CLASSES, write_video
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.cost import count_macs
 from octvideo.training.precise_bn import estimate_statistics
-
-CONFIG = "configs/quickstart.yaml"
-
-
-@pytest.fixture(scope="session")
-def motions(tmp_path_factory):
-    """A motions data set of 32 + 16 videos."""
-    folder = tmp_path_factory.mktemp("motions")
-    make_data_set(folder, 32, 16)
-    return folder
-
-
-def small(data, run):
-    """Options of the quickstart configuration at a size for tests."""
-    return [
-        f"--cfg={CONFIG}",
-        f"--data.train_list={data / 'train.csv'}",
-        f"--data.val_list={data / 'val.csv'}",
-        f"--data.root={data}",
-        "--data.crop_size=32",
-        "--data.short_side=[32, 36]",
-        "--data.test_crop_size=32",
-        "--data.clip_frames=4",
-        "--data.batch_size=8",
-        "--data.num_workers=1",
-        "--model.width=8",
-        "--trainer.log_every_n_steps=2",
-        f"--trainer.default_root_dir={run}",
-    ]
-
-
-@pytest.fixture(scope="session")
-def trained(motions, tmp_path_factory):
-    """The folder of a run of two epochs, at an alpha that the configuration does not have."""
-    run = tmp_path_factory.mktemp("runs") / "trained"
-    finished = run_tool("train_net.py", *small(motions, run), "--trainer.max_epochs=2", "--model.alpha=0.5")
-    assert finished.returncode == 0, finished.stderr
-    (run / "output.txt").write_text(finished.stdout)
-    return run
 
 
 def assert_one_line(finished, *parts):

@@ -7,7 +7,7 @@ make the work small (SMALL). What stands in for what a reader has:
 - runs: one of an epoch, of a network of four blocks; published weights: networks of random weights
 - GPUs: the CPU; torchrun: two processes that `run_processes` starts (of several nodes: options are parsed, no more,
   as those of a benchmark of compiled networks, which takes minutes)
-- a sweep: its last alpha with one seed, each training of one step
+- a sweep: its last alpha with one seed, each training of one step, in forks of it
 - sbatch: the script in bash, with an srun that notes its command, which then runs as Slurm's only task
 - make: `make -n`; pip: a look at what is installed, and at the extras of pyproject.toml
 
@@ -19,12 +19,14 @@ import glob
 import importlib.metadata
 import io
 import itertools
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 import urllib.request
 from html.parser import HTMLParser
@@ -36,14 +38,14 @@ import pytest
 import torch
 import torchvision
 import yaml
-from conftest import FORKS, ROOT, run_processes, run_tool
+from conftest import FORKS, ROOT, run_processes, run_tool, small
 from pytorchvideo.models import resnet
-from test_command_line import motions, small  # noqa: F401
 from torch.distributed.run import get_args_parser
 
 import octvideo
 from experiments import speed
 from octvideo import MODELS, create_model
+from octvideo.commands import sweep
 from octvideo.training.recognizer import Recognizer
 
 DOCS = ROOT / "docs"
@@ -78,7 +80,6 @@ SMALL = {
     ],
 }
 SHALLOW = (1, 1, 1, 1)  # blocks of the stages of what tools run, in place of 3, 4, 6, 3
-WHOLE = {"sweep.py", "allocation.py"}  # what the first calls are processes of their own, with whole networks
 SLURM_TASK = {
     **{"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "17"},
     **{"SLURM_JOB_NAME": "octvideo", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
@@ -100,9 +101,20 @@ def start_tool_in(workspace):
 
 def _be_tool_in(workspace, arguments, folder, environment):
     conftest.ROOT = workspace
-    if Path(arguments[0]).name not in WHOLE:
-        resnet._MODEL_STAGE_DEPTH[50] = SHALLOW
+    resnet._MODEL_STAGE_DEPTH[50] = SHALLOW
+    sweep.call = _call
     conftest._be_tool(arguments, folder, environment)
+
+
+def _call(tool, options, log):
+    """sweep.call in a fork: without the seconds that a new process imports, and with the shallow networks."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [str(conftest.ROOT / "tools" / f"{tool}_net.py"), *options]
+        process = multiprocessing.Process(target=conftest._be_tool, args=(arguments, Path(folder), {}))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise sweep.RunFailedError((Path(folder) / "stderr").read_text())
 
 
 class Reader:
@@ -144,6 +156,8 @@ class Reader:
         match words:
             case ["python", script, *options]:
                 self.tool(script, options)
+            case ["PYTHONPATH=experiments", "python", script, *options]:
+                self.tool(script, options, PYTHONPATH="experiments")
             case ["torchrun", *options]:
                 self.torchrun(options)
             case ["sbatch", script, *options]:
@@ -230,18 +244,40 @@ class Reader:
 
 
 @pytest.fixture(scope="module")
-def run_folder(motions, tmp_path_factory):  # noqa: F811
+def run_folder(built_once, motions):
     """The folder of a run of one epoch."""
-    folder = tmp_path_factory.mktemp("runs") / "trained"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conftest, "start_tool", start_tool_in(ROOT))
-        finished = run_tool("train_net.py", *small(motions, folder), "--trainer.max_epochs=1", "--data.batch_size=2")
-    assert finished.returncode == 0, finished.stderr
-    return folder
+
+    def train(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(conftest, "start_tool", start_tool_in(ROOT))
+            finished = run_tool(
+                "train_net.py", *small(motions, folder), "--trainer.max_epochs=1", "--data.batch_size=2"
+            )
+        assert finished.returncode == 0, finished.stderr
+
+    return built_once("run_of_the_docs", train)
+
+
+@pytest.fixture(scope="module")
+def published(built_once):
+    """A folder with what stands in for published weights."""
+
+    def write(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(resnet._MODEL_STAGE_DEPTH, 50, SHALLOW)
+            torch.save({"model_state": create_model("i3d_r50", width=8).state_dict()}, folder / "I3D_8x8_R50.pyth")
+        image = torchvision.models.resnet50().state_dict()
+        narrow = {  # an eighth of the channels
+            name: tensor[tuple(slice(size // 8 if size >= 64 else size) for size in tensor.shape)].clone()
+            for name, tensor in image.items()
+        }
+        torch.save(narrow, folder / "resnet50.pth")
+
+    return built_once("published_weights", write)
 
 
 @pytest.fixture
-def workspace(tmp_path, motions, run_folder, monkeypatch):  # noqa: F811
+def workspace(tmp_path, motions, run_folder, published, monkeypatch):
     """What looks like the repository, with stand-ins for a reader's files."""
     for folder in ("configs", "tools", "experiments", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -272,15 +308,8 @@ def workspace(tmp_path, motions, run_folder, monkeypatch):  # noqa: F811
         (folder / "config.yaml").unlink()
         (folder / "config.yaml").write_text(options.replace(str(run_folder), f"runs/{run}"))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(resnet._MODEL_STAGE_DEPTH, 50, SHALLOW)
-        torch.save({"model_state": create_model("i3d_r50", width=8).state_dict()}, tmp_path / "I3D_8x8_R50.pyth")
-    image = torchvision.models.resnet50().state_dict()
-    narrow = {  # an eighth of the channels
-        name: tensor[tuple(slice(size // 8 if size >= 64 else size) for size in tensor.shape)].clone()
-        for name, tensor in image.items()
-    }
-    torch.save(narrow, tmp_path / "resnet50.pth")
+    for weights in published.iterdir():
+        shutil.copy(weights, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(conftest, "start_tool", start_tool_in(tmp_path))
     return tmp_path

@@ -15,8 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, run_tool
-from networks import settle
+from conftest import ROOT, run_tool, settle
 from pytorchvideo.models import resnet
 
 from octvideo.commands import export
@@ -65,30 +64,35 @@ def run_here():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def checkpoint(built_once):
     """A file as train_net.py writes it."""
+    return built_once("checkpoint_to_export", write_checkpoint) / "best.ckpt"
+
+
+def write_checkpoint(folder):
     torch.manual_seed(0)
     module = Recognizer("i3d_r50", alpha=0.25, num_classes=len(LABELS), width=8, mean=0.4, std=0.2)
     settle(module)
     data = {"labels": LABELS, "preprocessing": PREPROCESSING | OF_TRAINING}
     content = {"hyper_parameters": dict(module.hparams), "VideoData": data, "state_dict": module.state_dict()}
-    path = tmp_path_factory.mktemp("run") / "best.ckpt"
-    torch.save(content, path)
-    return path
+    torch.save(content, folder / "best.ckpt")
 
 
 @pytest.fixture(scope="module")
-def onnx_file(run_here, checkpoint, tmp_path_factory):
-    path = tmp_path_factory.mktemp("exported") / "network.onnx"
-    assert run_here("--ckpt", checkpoint, "--output", path) == 0
-    return path
+def onnx_file(run_here, checkpoint, built_once):
+    def write(folder):
+        assert run_here("--ckpt", checkpoint, "--output", folder / "network.onnx") == 0
+
+    return built_once("onnx_file", write) / "network.onnx"
 
 
 @pytest.fixture(scope="module")
-def pt2_file(run_here, checkpoint, tmp_path_factory):
-    path = tmp_path_factory.mktemp("exported") / "network.pt2"
-    assert run_here("--ckpt", checkpoint, "--output", path, "--alpha", 0.5, "--no-fuse") == 0
-    return path
+def pt2_file(run_here, checkpoint, built_once):
+    def write(folder):
+        options = ("--output", folder / "network.pt2", "--alpha", 0.5, "--no-fuse")
+        assert run_here("--ckpt", checkpoint, *options) == 0
+
+    return built_once("pt2_file", write) / "network.pt2"
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from networks import settle
+from conftest import settle
 from torch import nn
 
 from experiments.spectrum import stage_features

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
-from networks import settle
+from conftest import settle
 from torch import nn
 from torchvision.models import densenet121, resnet18, vit_b_16
 

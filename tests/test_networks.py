@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 import torchvision.models as images
-from networks import IMAGE_NETWORKS, VIDEO_NETWORKS, settle
+from conftest import settle
+from networks import IMAGE_NETWORKS, VIDEO_NETWORKS
 from timm.models.efficientnet import _gen_mobilenet_v1
 from torch import nn
 
@@ -64,6 +65,8 @@ def test_an_image_constant_in_space_has_the_same_logits_at_every_alpha(name, siz
 def test_a_clip_constant_in_space_has_the_same_logits_at_every_alpha(name, size):
     torch.manual_seed(0)
     build, frames = VIDEO_NETWORKS[name]
+    if name.endswith("_18"):  # their heads take any number of frames; octaves in space do not mix them
+        frames = 4
     clip = torch.randn(1, 3, frames, 1, 1, dtype=torch.float64).expand(1, 3, frames, *size)
     assert_same_logits_at_every_alpha(in_circles(build(size)), clip)
 

@@ -13,8 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import frame_numbers, run_tool
-from networks import settle
+from conftest import frame_numbers, run_tool, settle
 from PIL import Image
 from test_prediction import some
 

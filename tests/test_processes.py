@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import FORKS, free_port, run_processes, run_tool
-from networks import settle
-from test_command_line import motions, small, trained  # noqa: F401
+from conftest import FORKS, free_port, run_processes, run_tool, settle, small
 from torch.nn.parallel import DistributedDataParallel
 
 from octvideo import create_model
@@ -19,6 +17,7 @@ from octvideo.layers.normalization import normalize
 def gradients_of_share(rank, processes, port, folder):
     """One process's part of a training step of an octave network in float64, with synchronised batch norm."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     network = settle(create_model("i3d_r50", alpha=0.25, width=8, num_classes=5, dropout=0)).double().train()
     clips, labels = torch.randn(4, 3, 4, 40, 56, dtype=torch.float64), torch.arange(4)
@@ -58,7 +57,7 @@ def many(tmp_path_factory):
     return folder
 
 
-def test_any_number_of_processes_counts_each_of_61_videos_once(many, trained, tmp_path):  # noqa: F811
+def test_any_number_of_processes_counts_each_of_61_videos_once(many, trained, tmp_path):
     found = {}
     for processes in (1, 2, 3):
         ended = run_processes(
@@ -87,7 +86,7 @@ def differs(found, wanted):
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-3))
 
 
-def test_sharded_training_is_replicated_training(motions, tmp_path):  # noqa: F811
+def test_sharded_training_is_replicated_training(motions, tmp_path):
     """FSDP2 and DDP end with the same weights and momenta, go on from each other's checkpoints, and are tested."""
     options = ["--trainer.accelerator=cpu", "--trainer.gradient_clip_val=1", "--data.num_workers=0", "--precise_bn=1"]
     for first, then in (("ddp", "fsdp"), ("fsdp", "ddp")):

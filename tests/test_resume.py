@@ -5,8 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import run_processes, run_tool
-from test_command_line import motions, small  # noqa: F401
+from conftest import run_processes, run_tool, small
 
 from octvideo.files import verify
 
@@ -65,7 +64,7 @@ def assert_same(run, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_and_told_to_leave_ends_with_the_same_weights(motions, tmp_path, processes):  # noqa: F811
+def test_a_run_killed_and_told_to_leave_ends_with_the_same_weights(motions, tmp_path, processes):
     whole = run_processes(processes, "train_net.py", *options_of(motions, tmp_path / "whole", processes))
     assert whole[0].returncode == 0, whole[0].stderr
     options = [*options_of(motions, tmp_path / "torn", processes), "--ckpt_path=auto"]
@@ -86,7 +85,7 @@ def test_a_run_killed_and_told_to_leave_ends_with_the_same_weights(motions, tmp_
     ("number", "place"),
     [(signal.SIGTERM, "setup"), (signal.SIGUSR1, "setup"), (signal.SIGTERM, "on_sanity_check_start")],
 )
-def test_a_signal_before_the_first_step_leaves_with_the_same_code(motions, tmp_path, number, place):  # noqa: F811
+def test_a_signal_before_the_first_step_leaves_with_the_same_code(motions, tmp_path, number, place):
     before = [
         "--trainer.callbacks=faults.SignalBeforeTraining",
         f"--trainer.callbacks.number={int(number)}",
@@ -97,7 +96,7 @@ def test_a_signal_before_the_first_step_leaves_with_the_same_code(motions, tmp_p
     assert not list(tmp_path.glob("run/checkpoints/*.ckpt"))
 
 
-def test_the_launcher_of_lightning_ends_with_the_same_code(motions, tmp_path):  # noqa: F811
+def test_the_launcher_of_lightning_ends_with_the_same_code(motions, tmp_path):
     """It kills the first process where another one ends with an error."""
     options = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--data.num_workers=0"]
     left = run_tool("train_net.py", *small(motions, tmp_path / "run"), *options, *fault(1, signal.SIGTERM, rank=0))
@@ -105,7 +104,7 @@ def test_the_launcher_of_lightning_ends_with_the_same_code(motions, tmp_path):  
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
-def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(motions, tmp_path):  # noqa: F811
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(motions, tmp_path):
     options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--save_every_n_steps=1"]
     whole = run_tool("train_net.py", *options)
     assert whole.returncode == 0, whole.stderr
@@ -122,7 +121,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(motions, tmp_path
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_a_loss_that_is_no_number_ends_training_with_the_place_and_the_way_on(motions, tmp_path):  # noqa: F811
+def test_a_loss_that_is_no_number_ends_training_with_the_place_and_the_way_on(motions, tmp_path):
     options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--save_every_n_steps=1"]
     finished = run_tool(
         "train_net.py", *options, "--trainer.callbacks=faults.NotANumber", "--trainer.callbacks.batch=2"
@@ -137,7 +136,7 @@ def test_a_loss_that_is_no_number_ends_training_with_the_place_and_the_way_on(mo
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_a_killed_loader_process_ends_training_with_the_way_on(motions, tmp_path):  # noqa: F811
+def test_a_killed_loader_process_ends_training_with_the_way_on(motions, tmp_path):
     options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--save_every_n_steps=1"]
     finished = run_tool(
         "train_net.py", *options, "--trainer.callbacks=faults.KilledLoader", "--trainer.callbacks.batch=2"
@@ -148,7 +147,7 @@ def test_a_killed_loader_process_ends_training_with_the_way_on(motions, tmp_path
     assert "step_00000002.ckpt with --ckpt_path last" in line
 
 
-def test_a_full_disk_does_not_end_training(motions, tmp_path):  # noqa: F811
+def test_a_full_disk_does_not_end_training(motions, tmp_path):
     """No file may grow over 2 MB, which logs do not and checkpoints do; the one that is there stays whole."""
     options = [*small(motions, tmp_path / "run"), "--save_every_n_steps=1", "--trainer.max_epochs=2"]
     finished = run_tool("train_net.py", *options, "--trainer.callbacks=faults.FullDisk", "--trainer.callbacks.batch=2")
@@ -161,14 +160,14 @@ def test_a_full_disk_does_not_end_training(motions, tmp_path):  # noqa: F811
     verify(tmp_path / "run" / "checkpoints" / "last.ckpt")
 
 
-def test_a_run_folder_that_cannot_be_written_is_one_line(motions, tmp_path):  # noqa: F811
+def test_a_run_folder_that_cannot_be_written_is_one_line(motions, tmp_path):
     (tmp_path / "file").write_text("")
     finished = run_tool("train_net.py", *small(motions, tmp_path / "file" / "run"))
     assert finished.returncode == 2, finished.stderr
     assert finished.stderr.splitlines()[-1].startswith("train_net.py: error: [Errno 20] Not a directory")
 
 
-def test_a_run_that_was_not_begun_starts_by_auto_and_is_refused_by_last(motions, tmp_path):  # noqa: F811
+def test_a_run_that_was_not_begun_starts_by_auto_and_is_refused_by_last(motions, tmp_path):
     options = [*small(motions, tmp_path / "run"), "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     refused = run_tool("train_net.py", *options, "--ckpt_path=last")
     assert refused.returncode == 2

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_tool
-from test_command_line import motions, trained  # noqa: F401
 
 from experiments.spectrum import frequencies, low_share, on_one_grid, pooled, power, radial_average, stage_features
 from octvideo import Octaves, create_model
@@ -85,7 +84,7 @@ def test_features_are_those_of_the_named_parts():
         next(iter(stage_features(network, ["blocks.77"], [clips])))
 
 
-def test_the_tool_writes_rows_and_a_picture(motions, trained, tmp_path):  # noqa: F811
+def test_the_tool_writes_rows_and_a_picture(motions, trained, tmp_path):
     videos = sorted((motions / "val").rglob("*.mp4"))[:2]
     checkpoint = trained / "checkpoints" / "last.ckpt"
     finished = run_tool(
@@ -114,7 +113,7 @@ def test_the_tool_writes_rows_and_a_picture(motions, trained, tmp_path):  # noqa
         (["--size=0"], ["argument --size: ", "whole number from 1", "got '0'"]),
     ],
 )
-def test_mistakes_are_one_line(trained, tmp_path, options, parts):  # noqa: F811
+def test_mistakes_are_one_line(trained, tmp_path, options, parts):
     (tmp_path / "bad.mp4").touch()
     given = [f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}", f"--output={tmp_path}", *options]
     finished = run_tool("spectrum.py", str(tmp_path / "bad.mp4"), *given)
@@ -123,7 +122,7 @@ def test_mistakes_are_one_line(trained, tmp_path, options, parts):  # noqa: F811
     assert all(part in finished.stderr.splitlines()[-1] for part in parts)
 
 
-def test_maps_too_small_for_a_spectrum_are_refused(motions, trained, tmp_path):  # noqa: F811
+def test_maps_too_small_for_a_spectrum_are_refused(motions, trained, tmp_path):
     video = str(sorted((motions / "val").rglob("*.mp4"))[0])
     given = [f"--ckpt={trained / 'checkpoints' / 'last.ckpt'}", f"--output={tmp_path}", "--size=16", "--clips=1"]
     finished = run_tool("spectrum.py", video, *given)
@@ -131,7 +130,7 @@ def test_maps_too_small_for_a_spectrum_are_refused(motions, trained, tmp_path): 
     assert "no stage has maps of at least 8 rows: raise --size, now 16" in finished.stderr
 
 
-def test_networks_that_do_not_go_together_are_refused(motions, trained, tmp_path):  # noqa: F811
+def test_networks_that_do_not_go_together_are_refused(motions, trained, tmp_path):
     """A vanilla checkpoint of another width, and a vanilla one in place of the octave one."""
     checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     other = create_model("i3d_r50", alpha=0, num_classes=8, width=4)

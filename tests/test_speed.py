@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import speed
 import torch
-from conftest import ROOT, run_tool
+from conftest import ROOT, run_tool, settle
 from matplotlib import image
-from networks import settle
 from textbook import NoTextbookError, TextbookConv3d, TextbookNorm, textbook
 from torch import nn
 

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import run_tool
-from test_command_line import CONFIG, assert_one_line, motions, small, trained  # noqa: F401
+from conftest import CONFIG, run_tool, small
+from test_command_line import assert_one_line
 
 from octvideo.commands import sweep
 from octvideo.models.checkpoint import load_trained
 from octvideo.models.octavize import octavize
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # for what a sweep times in this process
 QUICK = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--model.warmup_epochs=0"]
 
 
 @pytest.fixture(scope="module")
-def recipe(motions, tmp_path_factory):  # noqa: F811
+def recipe(motions, tmp_path_factory):
     """A YAML file of a training of seconds."""
     options = [option for option in small(motions, "unused") if not option.startswith(("--trainer.default", "--cfg"))]
     printed = run_tool("train_net.py", f"--cfg={CONFIG}", *options, *QUICK, "--print_config").stdout
@@ -58,13 +59,15 @@ def run_here(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def allocation(trained, motions, tmp_path_factory):  # noqa: F811
+def allocation(trained, motions, built_once):
     """The folder of an allocation of res2's convolutions."""
-    folder = tmp_path_factory.mktemp("allocation")
-    finished = allocate(motions, trained, folder, "--budget=.97")
-    assert finished.returncode == 0, finished.stderr
-    (folder / "printed.txt").write_text(finished.stdout)
-    return folder
+
+    def write(folder):
+        finished = allocate(motions, trained, folder, "--budget=.97")
+        assert finished.returncode == 0, finished.stderr
+        (folder / "printed.txt").write_text(finished.stdout)
+
+    return built_once("allocation", write)
 
 
 def allocate(data, run, folder, *options):
@@ -72,7 +75,7 @@ def allocate(data, run, folder, *options):
     return run_tool("allocation.py", *common, "--alphas=.5", "--batches=2", r"--skip=['blocks\.[345]']", *options)
 
 
-def test_an_allocation_meets_its_budget_and_is_kept_for_training(allocation, trained):  # noqa: F811
+def test_an_allocation_meets_its_budget_and_is_kept_for_training(allocation, trained):
     chosen, uniform = (
         yaml.safe_load((allocation / name).read_text())["model"] for name in ("a.yaml", "a.uniform.yaml")
     )
@@ -97,7 +100,7 @@ def test_an_allocation_meets_its_budget_and_is_kept_for_training(allocation, tra
     assert cost <= same_cost < cost + 0.02
 
 
-def test_what_was_measured_serves_another_budget_and_no_other_checkpoint(allocation, trained, motions, tmp_path):  # noqa: F811
+def test_what_was_measured_serves_another_budget_and_no_other_checkpoint(allocation, trained, motions, tmp_path):
     shutil.copytree(allocation, tmp_path / "copy")
     kept = json.loads((tmp_path / "copy" / "a.json").read_text())
     del kept["sensitivities"][-1]
@@ -129,7 +132,7 @@ def test_what_was_measured_serves_another_budget_and_no_other_checkpoint(allocat
         (["--ckpt=nothing.ckpt"], "--ckpt nothing.ckpt: no such file"),
     ],
 )
-def test_a_mistake_of_an_allocation_is_one_line(allocation, trained, motions, options, part):  # noqa: F811
+def test_a_mistake_of_an_allocation_is_one_line(allocation, trained, motions, options, part):
     assert_one_line(allocate(motions, trained, allocation, *options), part)
 
 
@@ -186,7 +189,7 @@ def test_a_run_that_fails_is_named_and_the_others_count(run_here, recipe, tmp_pa
     assert (row["alpha"], row["top1_deviation"]) == (".5", None)
 
 
-def test_checkpoints_are_tested_at_other_alphas_with_new_statistics(run_here, recipe, trained, tmp_path):  # noqa: F811
+def test_checkpoints_are_tested_at_other_alphas_with_new_statistics(run_here, recipe, trained, tmp_path):
     checkpoint = trained / "checkpoints" / "last.ckpt"
     common = ["--cfg", recipe, "--output", tmp_path, "--ckpt", checkpoint, "--statistics_batches", 2, "--rounds", 1]
     status, _, errors, calls = run_here(*common, "--alphas", "0:pool,.5")
@@ -219,7 +222,7 @@ def test_checkpoints_are_tested_at_other_alphas_with_new_statistics(run_here, re
     assert calls == ["test"]
 
 
-def test_a_test_without_a_good_video_is_a_failed_run(run_here, recipe, trained, tmp_path):  # noqa: F811
+def test_a_test_without_a_good_video_is_a_failed_run(run_here, recipe, trained, tmp_path):
     common = ["--cfg", recipe, "--alphas", ".5", "--rounds", 1]
     folder = tmp_path / "trains" / "alpha-0.5" / "seed-0" / "test"
     folder.mkdir(parents=True)

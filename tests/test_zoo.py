@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from networks import settle
+from conftest import settle
 from pytorchvideo.layers.nonlocal_net import create_nonlocal
 from pytorchvideo.models.csn import create_csn
 from pytorchvideo.models.r2plus1d import create_r2plus1d
