@@ -101,20 +101,13 @@ class PooledPathways(PoolConcatPathway):
         return output
 
 
-class SlowFrames(OneNode):
-    """One of `ratio` frames of clips (B, C, T, H, W), from first to last."""
-
-    def __init__(self, ratio: int) -> None:
-        super().__init__()
-        self.ratio = ratio
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
-            return self._node(x)
-        frames = x.shape[2]
-        if frames % self.ratio:
-            raise UserError(f"SlowFast takes clips of a multiple of {self.ratio} frames, got {frames}")
-        return x.index_select(2, torch.linspace(0, frames - 1, frames // self.ratio, device=x.device).long())
+@torch.fx.wrap  # one node of torch.fx's graphs
+def slow_frames(x: Tensor, frame_ratio: int) -> Tensor:
+    """One of `frame_ratio` frames of clips (B, C, T, H, W), from first to last."""
+    frames = x.shape[2]
+    if frames % frame_ratio:
+        raise UserError(f"SlowFast takes clips of a multiple of {frame_ratio} frames, got {frames}")
+    return x.index_select(2, torch.linspace(0, frames - 1, frames // frame_ratio, device=x.device).long())
 
 
 class SlowFast(Net):
@@ -122,7 +115,7 @@ class SlowFast(Net):
 
     def __init__(self, blocks: nn.ModuleList, frame_ratio: int) -> None:
         super().__init__(blocks=blocks)
-        self.frame_ratio, self.slow_frames = frame_ratio, SlowFrames(frame_ratio)
+        self.frame_ratio = frame_ratio
         for block in blocks:  # those that overwrite the list they are given could not be computed again
             if isinstance(block, MultiPathWayWithFuse):
                 block.inplace = False
@@ -130,7 +123,7 @@ class SlowFast(Net):
                 swap_class(block, PooledPathways)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = super().forward([self.slow_frames(x), x])
+        logits: Tensor = super().forward([slow_frames(x, self.frame_ratio), x])
         return logits
 
 
