@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from operator import attrgetter
@@ -155,6 +156,7 @@ class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
 
     def __getitem__(self, index: Any) -> Any:
         if type(index) is int and index == 0:  # tools take the first item of a tuple for a layer's output
+            warnings.warn("x[0] of octave features is all of the vanilla tensor; x[:1] is the first clip", stacklevel=2)
             return self.merge()
         if isinstance(index, (slice, list)) or (isinstance(index, Tensor) and index.dim() == 1):
             return Octaves(self.high[index], self.low[index], self.parts)
