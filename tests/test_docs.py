@@ -211,6 +211,8 @@ class Reader:
             folder = given.get("--trainer.default_root_dir", recipe["trainer"]["default_root_dir"])
             shutil.rmtree(self.workspace / folder, ignore_errors=True)
             small = [*small, f"--precise_bn={min(1, recipe.get('precise_bn', 0))}"]
+        if "--trainer.callbacks.end_epoch" in given:  # of an alpha schedule, which ends before the training does
+            small = [*small, "--trainer.callbacks.end_epoch=4", "--trainer.max_epochs=5"]
         return small
 
     def torchrun(self, options):

@@ -192,7 +192,7 @@ def test_a_file_that_gives_something_else_is_not_written(run_here, checkpoint, t
         path.write_text("this one")
         return lambda clips: change(logits_of(trained, clips), clips)
 
-    wrong = export.Format("another runtime", (), write)
+    wrong = ("another runtime", (), write)
     monkeypatch.setitem(export.FORMATS, ".pt2", wrong)
     nothing = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
     monkeypatch.setattr(torch.export, "export", lambda *args, **options: nothing)  # which takes seconds
