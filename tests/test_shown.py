@@ -261,3 +261,33 @@ def test_an_interlaced_source_is_named(folder):
     command = ["ffmpeg", "-v", "error", *source, "-c:v", "mpeg2video", "-flags", "+ilme+ildct", "-y", str(path)]
     subprocess.run(command, check=True)
     assert measure(path).note == "interlaced"
+
+
+KINDS = {
+    "h264": ["libx264", "-bf", "2"],
+    "m4v": ["mpeg4", "-bf", "2"],
+    "mjpeg": ["mjpeg"],
+    "m2v": ["mpeg2video"],
+    "ivf": ["libvpx"],
+    "flv": ["flv1"],
+    "mpg": ["mpeg2video", "-bf", "2"],
+    "wmv": ["wmv2"],
+    "dv": ["dvvideo", "-s", "720x576", "-pix_fmt", "yuv420p"],
+    "avi": ["mpeg4", "-bf", "2"],
+    "m2ts": ["libx264", "-bf", "2"],
+    "gif": ["gif"],
+}
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg to make the videos with")
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_without_or_with_poor_headers_have_their_frames_and_times(folder, kind):
+    source, path, times = folder / "source.mkv", folder / f"stream.{kind}", (np.arange(45) + 0.5) / RATE
+    if not source.exists():
+        write(source, np.arange(45) / RATE)
+    command = ["ffmpeg", "-v", "error", "-y", "-i", str(source), "-b:v", "2M", "-c:v", *KINDS[kind], str(path)]
+    subprocess.run(command, check=True)
+    for backend in BACKENDS:
+        with contextlib.suppress(*([] if backend == "pyav" else [DecodeError])), Video(path, backend) as video:
+            assert (video.fps, video.duration_seconds) == pytest.approx((RATE, 1.8))
+            assert [told(frame) for frame in video.frames_at(times)] == list(range(45))

@@ -155,6 +155,8 @@ class LibraryReader(Reader):
         self.note = timing.note if timing else ""
         if timing and timing.clock == "spliced":
             raise UnreadableError(path, "its clock starts again within the file, which the backend pyav alone follows")
+        if timing and timing.clock == "counted" and self._spliceable:
+            raise UnreadableError(path, "its timestamps are guessed: the backend pyav alone counts its frames")
 
     def _upright(self, images: NDArray[np.uint8], short_side: int | None) -> list[Image]:
         """Scales RGB images (T, H, W, 3) as PyAV's, and makes them upright."""
