@@ -207,11 +207,13 @@ class CommandLine(LightningCLI):
         with options.one_line_errors(), naming_killed_loaders(self.trainer if self.trains else None):
             try:
                 yield
-            except (MisconfigurationException, RuntimeError, ValueError) as error:
+            except Exception as error:
                 *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-                if not frame.f_globals["__name__"].startswith("lightning."):
+                refused = isinstance(error, MisconfigurationException | RuntimeError | ValueError)
+                from_lightning = refused and frame.f_globals["__name__"].startswith("lightning.")
+                if not from_lightning and not type(error).__module__.startswith("wandb."):
                     raise
-                raise UserError(str(error)) from error  # what Lightning itself raises is about the trainer's options
+                raise UserError(str(error)) from error  # about the trainer's options, or the account of a logger
 
     @property
     def run_folder(self) -> Path:
