@@ -89,7 +89,7 @@ def appearing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def point_to(name: Path, target: Path, symbolic: bool = False) -> None:
