@@ -51,6 +51,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import octvideo
 from octvideo import MODELS, Octaves, OctConv3d, create_model
 from octvideo.commands.options import Parser, clip_size, fail, number, several
+from octvideo.errors import UserError
 from octvideo.files import appearing
 from octvideo.models.cost import count_macs, count_macs_of, count_parameters, hardware, time_interleaved
 
@@ -242,8 +243,8 @@ def variants_of(model: str, size: Size, options: argparse.Namespace, tell: Calla
                 yield Variant(form, alpha, count_parameters(network), count_macs(network, (3, *size)))
             except NoTextbookError as error:
                 tell(f"{model}: no textbook form at alpha {alpha:g}: {error}")
-            except RuntimeError as error:
-                raise ValueError(f"{model} does not take clips of {size_name(size)}: {error}") from error
+            except (UserError, RuntimeError) as error:
+                raise UserError(f"{model} does not take clips of {size_name(size)}: {error}") from error
 
 
 def has_average_pool(dtype: torch.dtype, device: str) -> bool:

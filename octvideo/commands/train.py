@@ -68,12 +68,15 @@ class Training(CommandLine):
             cure = "name one by --model.weights FILE"
             raise UserError(f"model.freeze and normalization frozen need a trained network: {cure}")
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        for name in ("train_list", "val_list"):  # likewise mistakes in the lists
+            if name == "train_list" or self.datamodule.lists[name] is not None:
+                self.datamodule.read(name)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options, data = self.config["trainer"], self.datamodule
-        data.read("train_list")  # so that mistakes in the lists and in sizes show before anything starts
-        if data.lists["val_list"] is not None:
-            data.read("val_list")
-        macs, *_ = self.count_macs(data.clip_sizes())
+        macs, *_ = self.count_macs(data.clip_sizes())  # so that mistakes in sizes show before anything starts
         if options["logger"] in (None, True):
             kwargs["logger"] = [self._logger(name) for name in self.config["loggers"]] or False
         if options["strategy"] == "fsdp":
