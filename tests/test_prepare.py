@@ -1,5 +1,6 @@
 """Preparing a data set: what is written, what is found out, and that runs end and continue whatever happens."""
 
+import contextlib
 import csv
 import faulthandler
 import hashlib
@@ -310,8 +311,11 @@ def start(*arguments, **options):
 
 
 def children(process):
-    paths = (f"/proc/{process.pid}/task/{task}/children" for task in os.listdir(f"/proc/{process.pid}/task"))
-    return [int(number) for path in paths for number in open(path).read().split()]
+    found = []
+    for task in os.listdir(f"/proc/{process.pid}/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended since
+            found += map(int, Path(f"/proc/{process.pid}/task/{task}/children").read_text().split())
+    return found
 
 
 def wait_until(condition):
