@@ -101,7 +101,7 @@ def test_a_file_without_frame_rate_or_size_is_bad(numbered_video, monkeypatch):
         with pytest.raises(DecodeError, match="frames of 0 x 0 pixels"):
             measure(numbered_video)
     empty = SimpleNamespace(format=av.ContainerFormat("mp4"), demux=lambda *_: iter(()))
-    monkeypatch.setattr(reencoding, "measure_timing", lambda path, *_: streams._by_packets(path, empty, Stopped()))
+    monkeypatch.setattr(streams, "measure_timing", lambda path, *_: streams._by_packets(path, empty, Stopped()))
     with pytest.raises(DecodeError, match="the video stream has no frame rate"):
         measure(numbered_video)
 
@@ -262,7 +262,7 @@ def test_streams_that_appear_on_the_way_do_not_spoil_a_file(numbered_video, monk
         return Late(container), stream
 
     expected = measure(numbered_video)
-    monkeypatch.setattr(reencoding, "open_stream", open_late)
+    monkeypatch.setattr(streams, "open_stream", open_late)
     assert measure(numbered_video) == expected
 
 

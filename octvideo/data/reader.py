@@ -13,7 +13,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from octvideo.data.index import IndexedVideo
-from octvideo.data.stream import measure_timing, open_stream, spliceable
+from octvideo.data.stream import open_timed, spliceable
 from octvideo.errors import DecodeError, UnreadableError
 
 Image: TypeAlias = NDArray[np.uint8]  # (H, W, 3), RGB
@@ -143,12 +143,9 @@ class LibraryReader(Reader):
         super().__init__(path, known)
         self._shown, self._turns, self._kind, timing = (Orientation(), 1.0), 0, "", None
         with contextlib.suppress(UnreadableError, StopIteration, *READING_ERRORS):  # the library may read more
-            container, stream = open_stream(path)
+            container, stream, timing = open_timed(path, known)
             with container:
                 self._kind, self._spliceable = container.format.name, spliceable(container)
-                timing = measure_timing(path, container, stream, known)
-            container, stream = open_stream(path)
-            with container:
                 frame = next(container.decode(stream))
                 self._shown, self._turns = shown_as(frame, stream), round(frame.rotation / 90)
         self._stated = timing and (float(timing.rate), timing.duration_seconds)

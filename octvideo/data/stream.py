@@ -88,6 +88,14 @@ def measure_timing(
         return _by_packets(path, container, stream)
 
 
+def open_timed(path: str, known: IndexedVideo | None = None) -> tuple[InputContainer, av.VideoStream, Timing]:
+    """Opens a file as `open_stream` does, with its timing; measuring that would leave it at another place."""
+    container, stream = open_stream(path)
+    with contextlib.closing(container):
+        timing = measure_timing(path, container, stream, known)
+    return *open_stream(path), timing
+
+
 def _by_header(container: InputContainer, stream: av.VideoStream, known: IndexedVideo | None) -> Timing | None:
     """The timing that index or header state; None if they state none, or another one than the first packets."""
     rate, base = stream.average_rate or stream.guessed_rate, stream.time_base or Fraction(1)

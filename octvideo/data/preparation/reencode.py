@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from octvideo.data.index import SPLICED
 from octvideo.data.reader import EARLY_END_SECONDS, Orientation, shown_as, square_pixels
-from octvideo.data.stream import decode_all, measure_timing, open_stream
+from octvideo.data.stream import decode_all, open_timed
 from octvideo.data.watchdog import still_alive
 from octvideo.errors import DecodeError
 from octvideo.files import appearing, blocks
@@ -53,10 +53,7 @@ class _Reader:
         self.size, self.keyframes = (0, 0), list[float]()  # upright width and height; seconds
         self.last = self.end = self.last_packet = 0.0  # seconds of the last frame, its end, and that of any stream
         with self._named_errors():
-            self._container, self.stream = open_stream(self.path)
-            self.timing = measure_timing(self.path, self._container, self.stream)
-            self._container.close()  # it may be at another place than the start
-            self._container, self.stream = open_stream(self.path)
+            self._container, self.stream, self.timing = open_timed(self.path)
         self.time_base = cast(Fraction, self.stream.time_base)
         self.close = self._container.close
 
