@@ -9,7 +9,8 @@ from torch.nn.modules._functions import SyncBatchNorm as FusedSyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from octvideo.errors import UserError
-from octvideo.layers.octaves import Octaves, normalize_maps
+from octvideo.layers.functions import normalize_maps
+from octvideo.layers.octaves import Octaves
 from octvideo.layers.resampling import keep_layout
 from octvideo.layers.swapping import original_class, swap_class
 

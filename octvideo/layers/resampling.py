@@ -68,6 +68,10 @@ def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Te
         return x
     if x.shape[1] == 0:  # torch's pools refuse a map without channels
         return x.new_zeros((*x.shape[:2], *halved(x.shape[2:], factors)))
+    if len(factors) == 1:
+        return average_pool(x.unsqueeze(2), (1, *factors), sums=sums).squeeze(2)
+    if len(factors) > 3:
+        return torch.unflatten(average_pool(x.flatten(2, -3), (1, *factors[-2:]), sums=sums), 2, x.shape[2:-2])
     pool = partial(F.avg_pool2d, ceil_mode=True, count_include_pad=False, divisor_override=1 if sums else None)
     window = tuple(factors[-2:])
     if len(factors) == 2:
@@ -99,8 +103,12 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
     """Repeats positions in the dimensions that are half of `size` (T, H, W or H, W), rounded up, and crops to it."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
+    if x.shape[1] == 0:  # torch refuses a map without channels
+        return x.new_zeros((*x.shape[:2], *size))
     if len(size) == 3 and x.shape[2] == size[0]:
         return _frame_by_frame(partial(upsample, size=size[1:]), x)
+    if len(size) > 3:
+        return torch.unflatten(upsample(x.flatten(2, -3), (math.prod(size[:-2]), *size[-2:])), 2, tuple(size[:-2]))
     factors = factors_between(size, x.shape[2:])
     if halved(size, factors) != tuple(x.shape[2:]):
         raise UserError(f"a map of size {tuple(x.shape[2:])} is not half of {tuple(size)}, rounded up")
