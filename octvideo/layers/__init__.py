@@ -1,7 +1,18 @@
 """Octave features and the layers that make them; needs nothing but PyTorch."""
 
-from octvideo.layers.convolution import OctConv2d, OctConv3d
+from octvideo.layers.calls import octave_class, restore  # which also teaches F.conv2d and its like octave features
+from octvideo.layers.convolution import OctConv1d, OctConv2d, OctConv3d, OctConvTranspose2d, OctConvTranspose3d
 from octvideo.layers.normalization import normalize  # which also teaches nn.SyncBatchNorm octave features
 from octvideo.layers.octaves import Octaves
 
-__all__ = ["OctConv2d", "OctConv3d", "Octaves", "normalize"]
+__all__ = [
+    "OctConv1d",
+    "OctConv2d",
+    "OctConv3d",
+    "OctConvTranspose2d",
+    "OctConvTranspose3d",
+    "Octaves",
+    "normalize",
+    "octave_class",
+    "restore",
+]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from octvideo.errors import UserError
+from octvideo.layers.merging import record
 from octvideo.layers.parts import Parts, join_by_parts, join_pieces, split_by_parts
 from octvideo.layers.resampling import average_pool, factors_between, halved, pool_gradient, upsample
 
@@ -183,6 +184,18 @@ def _on_merged(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Applies a function to the vanilla tensors of all Octaves in its arguments."""
     args, kwargs = tree_map_only(Octaves, Octaves.merge, (args, kwargs), is_leaf=lambda x: isinstance(x, Octaves))
     return func(*args, **kwargs)
+
+
+def merging(func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Applies a function that has no meaning on two maps to the merged tensors, and records that."""
+    octaves = _octaves_among((args, kwargs))
+    record(getattr(func, "__name__", str(func)), octaves[0].shape, *(x.low for x in octaves))
+    return _on_merged(func, *args, **kwargs)
+
+
+def define(functions: Iterable[Function], handler: Function) -> None:
+    """Gives torch functions a meaning on octave features: handler(func, *args, **kwargs)."""
+    _HANDLER_OF.update((function, handler) for function in functions)
 
 
 def _vanilla_gradient(gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size], parts: Parts) -> Tensor:
