@@ -79,7 +79,10 @@ class _Call(NamedTuple):
         if misfit or self.input.shape[1] != channels[0]:
             return None
         numbers = (size, self.stride, self.pairs, self.dilation, self.groups, "zeros", self.output_padding)
-        plan = plan_convolution(options, channels, *numbers)
+        planned = (
+            plan_convolution.__wrapped__ if torch.compiler.is_compiling() else plan_convolution
+        )  # it warns of caches
+        plan = planned(options, channels, *numbers)
         return None if plan.problem else plan
 
 
@@ -184,7 +187,9 @@ class OctaveForward(Octave):
         if plan and (octaves or not plan.plain):
             return convolve(x, call.weight, call.bias, plan)
         args, kwargs = tree_map_only(_Padded, _Padded.padded, (args, kwargs))
-        return (merging if isinstance(_call(func, args, kwargs).input, Octaves) else func)(*args, **kwargs)
+        if isinstance(_call(func, args, kwargs).input, Octaves):
+            return merging(func, *args, **kwargs)
+        return func(*args, **kwargs)
 
 
 _OCTAVE: dict[type[nn.Module], type[Octave]] = {
