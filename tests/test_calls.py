@@ -248,5 +248,4 @@ def test_own_forward_passes_compile_and_export():
     x = torch.randn(1, 3, 8, 8)
     y = network(x)
     torch.testing.assert_close(torch.compile(network, fullgraph=True, backend="aot_eager")(x), y)
-    for strict in (True, False):
-        torch.testing.assert_close(torch.export.export(network, (x,), strict=strict).module()(x), y)
+    torch.testing.assert_close(torch.export.export(network, (x,)).module()(x), y)

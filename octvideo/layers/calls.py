@@ -27,7 +27,7 @@ from octvideo.layers.convolution import (
     plan_convolution,
     sizes,
 )
-from octvideo.layers.octaves import Octaves, define, merging
+from octvideo.layers.octaves import Octaves, define, merged, on_merged, record
 from octvideo.layers.resampling import halved
 from octvideo.layers.swapping import original_class, swap_class
 
@@ -48,6 +48,9 @@ class _Padded:
 
     def padded(self) -> Any:
         return F.pad(self.input, self.amounts)  # type: ignore[arg-type]
+
+    def merged(self) -> Tensor:
+        return F.pad(merged(self.input), self.amounts)
 
     @classmethod
     def __torch_function__(cls, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,9 +82,8 @@ class _Call(NamedTuple):
         if misfit or self.input.shape[1] != channels[0]:
             return None
         numbers = (size, self.stride, self.pairs, self.dilation, self.groups, "zeros", self.output_padding)
-        planned = (
-            plan_convolution.__wrapped__ if torch.compiler.is_compiling() else plan_convolution
-        )  # it warns of caches
+        compiling = torch.compiler.is_compiling()  # which warns of caches
+        planned = plan_convolution.__wrapped__ if compiling else plan_convolution
         plan = planned(options, channels, *numbers)
         return None if plan.problem else plan
 
@@ -113,6 +115,10 @@ def _pooled(
     return tuple(result)
 
 
+def _is_octaves(x: Any) -> bool:
+    return isinstance(x, Octaves) and x.axis == 1
+
+
 def _like(x: Octaves) -> OctaveOptions | None:
     """Options that keep the share of low channels that features have; None where their low map suits no layer."""
     extent, low = x.high.shape[2:], tuple(x.low.shape[2:])
@@ -126,11 +132,9 @@ def _on_octaves(func: Function, *args: Any, **kwargs: Any) -> Any:
     """A convolution with a plain weight: its output keeps the input's share of low channels; any other merges."""
     call = _call(func, args, kwargs)
     x = call.input
-    if isinstance(x, Octaves) and isinstance(call.weight, Tensor) and x.dim() == call.weight.dim():
-        options = _like(x)
-        if options and getattr(x, "axis", 1) == 1 and (plan := call.plan(options)):
-            return convolve(x, call.weight, call.bias, plan)
-    return merging(func, *args, **kwargs)
+    options = _like(x) if _is_octaves(x) and isinstance(call.weight, Tensor) else None
+    plan = call.plan(options) if options and x.dim() == call.weight.dim() else None
+    return NotImplemented if plan is None else convolve(x, call.weight, call.bias, plan)
 
 
 define(_ARGUMENTS_OF, _on_octaves)
@@ -178,18 +182,17 @@ class OctaveForward(Octave):
 
     def _convolve(self, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = _call(func, args, kwargs)
-        x, shape = call.input, tuple(call.weight.shape)
-        octaves = isinstance(x, Octaves)
+        x, shape, octaves = call.input, tuple(call.weight.shape), _is_octaves(call.input)
         own = (shape, call.groups) == (self._plan.weight_shape, self.groups)
         if not (own and (octaves or isinstance(x, Tensor)) and x.dim() == len(shape)):
             return func(*args, **kwargs)
         plan = call.plan(self.options)
         if plan and (octaves or not plan.plain):
             return convolve(x, call.weight, call.bias, plan)
-        args, kwargs = tree_map_only(_Padded, _Padded.padded, (args, kwargs))
-        if isinstance(_call(func, args, kwargs).input, Octaves):
-            return merging(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        if octaves:
+            record(func, [x])
+        args, kwargs = tree_map_only(_Padded, _Padded.merged, (args, kwargs))
+        return on_merged(func, *args, **kwargs)
 
 
 _OCTAVE: dict[type[nn.Module], type[Octave]] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from octvideo.errors import UserError
-from octvideo.layers.octaves import Octaves
+from octvideo.layers.octaves import Octaves, merged, record
 from octvideo.layers.parts import Parts, groups_alike, join_by_parts, split_by_parts
 from octvideo.layers.paths import Kernel, Paths, swap_sides
 from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_channels_last, upsample
@@ -247,8 +247,6 @@ def convolve(input: Tensor | Octaves, weight: Tensor, bias: Tensor | None, plan:
     Raises UserError for an input of another shape, or split in a way that does not suit the plan.
     """
     _check_input(input, plan)
-    if isinstance(input, Octaves) and getattr(input, "axis", 1) != 1:
-        input = input.merge()
     if weight.dim() == 3:  # a height of 1
         weight = weight.unsqueeze(2)
         if isinstance(input, Octaves):
@@ -396,6 +394,9 @@ class _OctConv(Octave):
         if isinstance(input, Proxy):
             return self._node(input, **output_size)
         plan = self._plan
+        if not isinstance(input, Tensor) and getattr(input, "axis", 0) != 1 and (plain := merged(input)) is not input:
+            record(convolve, [input])  # a view of octaves, or channels in another dimension
+            input = plain
         if plan.plain and not isinstance(input, Octaves):
             if self.options.channels_last and input.dim() == len(plan.weight_shape) and not output_size:
                 return convolve(input, self.weight, self.bias, plan)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from octvideo.errors import UserError
-from octvideo.layers.merging import record
+from octvideo.layers import merging
 from octvideo.layers.parts import Parts, join_by_parts, join_pieces, split_by_parts
 from octvideo.layers.resampling import average_pool, factors_between, halved, pool_gradient, upsample
 
@@ -63,6 +63,7 @@ class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
     """
 
     parts: Parts
+    axis: int = 1
     _own_parts: Parts | None = None  # of a subclass for features of these pieces
     __array_ufunc__ = None  # numpy numbers leave `number * features` to __rmul__
     _make = None  # type: ignore[assignment]  # pytree rebuilds what has a namedtuple's _make from its two fields alone
@@ -144,7 +145,7 @@ class Octaves(NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
         return _vanilla_gradient(gradients, shapes, self.parts) if known else None
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        return _on_merged(Tensor.__array__, self, *args, **kwargs)
+        return on_merged(Tensor.__array__, self, *args, **kwargs)
 
     @classmethod
     def __torch_function__(cls, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -180,22 +181,28 @@ def _octaves_among(values: Any) -> list[Octaves]:
     return [leaf for leaf in tree_leaves(values, is_leaf=lambda x: isinstance(x, Octaves)) if isinstance(leaf, Octaves)]
 
 
-def _on_merged(func: Function, *args: Any, **kwargs: Any) -> Any:
+def on_merged(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Applies a function to the vanilla tensors of all Octaves in its arguments."""
     args, kwargs = tree_map_only(Octaves, Octaves.merge, (args, kwargs), is_leaf=lambda x: isinstance(x, Octaves))
     return func(*args, **kwargs)
 
 
-def merging(func: Function, *args: Any, **kwargs: Any) -> Any:
-    """Applies a function that has no meaning on two maps to the merged tensors, and records that."""
-    octaves = _octaves_among((args, kwargs))
-    record(getattr(func, "__name__", str(func)), octaves[0].shape, *(x.low for x in octaves))
-    return _on_merged(func, *args, **kwargs)
+def merged(value: Any) -> Any:
+    """Octave features as the vanilla tensor; anything else as it is."""
+    return value.merge() if isinstance(value, Octaves) else value
+
+
+def record(func: Function, features: Sequence[Any]) -> None:
+    """Records that a function has no meaning on these features and merges them."""
+    merging.record(getattr(func, "__name__", str(func)), features[0].shape, *(x.low for x in features))
 
 
 def define(functions: Iterable[Function], handler: Function) -> None:
-    """Gives torch functions a meaning on octave features: handler(func, *args, **kwargs)."""
-    _HANDLER_OF.update((function, handler) for function in functions)
+    """Says what functions mean on octave features: handler(func, *args, **kwargs).
+
+    A handler that returns NotImplemented leaves the call to the vanilla tensor.
+    """
+    _HANDLER_OF.update(dict.fromkeys(functions, handler))
 
 
 def _vanilla_gradient(gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size], parts: Parts) -> Tensor:
@@ -215,10 +222,14 @@ def _undefined(what: str, octaves: Iterable[Octaves], why: str = "") -> TypeErro
 def _apply(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Applies a torch function to arguments of which some are Octaves."""
     if func in _HANDLER_OF:
-        return _HANDLER_OF[func](func, *args, **kwargs)
+        result = _HANDLER_OF[func](func, *args, **kwargs)
+        if result is NotImplemented:
+            record(func, _octaves_among((args, kwargs)))
+            result = on_merged(func, *args, **kwargs)
+        return result
     octaves = _octaves_among((args, kwargs))
     if all(max(x.factors) == 1 for x in octaves):  # maps of one position: the vanilla tensor, nothing upsampled
-        return _on_merged(func, *args, **kwargs)
+        return on_merged(func, *args, **kwargs)
     raise _undefined(getattr(func, "__name__", str(func)), octaves)
 
 
@@ -270,7 +281,7 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
         isinstance(value, Tensor) and value.dim() == x.dim() and value.shape[2:].numel() > x.shape[2:].numel()
         for value in values
     ):  # gates of one position that meet a plain Tensor: the result is plain
-        return _on_merged(func, *args, **kwargs)
+        return on_merged(func, *args, **kwargs)
     if func in _IN_PLACE and not isinstance(args[0] if args else kwargs["input"], Octaves):
         raise TypeError(f"{func.__name__} cannot write octave features of shape {tuple(x.shape)} into a Tensor")
     highs, lows = zip(*(_maps_beside(value, x) for value in values), strict=True)
@@ -455,6 +466,6 @@ _HANDLERS: list[tuple[Iterable[Function], Function]] = [
     (_named("new_empty new_zeros new_ones new_full new_tensor"), _of_high),
     (_named("element_size is_floating_point is_complex get_device"), _of_high),
     (_named("numel nelement"), lambda func, input: input.shape.numel()),
-    (_named("numpy tolist"), _on_merged),
+    (_named("numpy tolist"), on_merged),
 ]
 _HANDLER_OF = {function: handler for functions, handler in _HANDLERS for function in functions}

@@ -66,10 +66,10 @@ def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Te
     """
     if max(factors) == 1:
         return x
-    if len(factors) == 1:
-        return average_pool(x.unsqueeze(2), (1, *factors), sums=sums).squeeze(2)
     if x.shape[1] == 0:  # torch's pools refuse a map without channels
         return x.new_zeros((*x.shape[:2], *halved(x.shape[2:], factors)))
+    if len(factors) == 1:
+        return average_pool(x.unsqueeze(2), (1, *factors), sums=sums).squeeze(2)
     pool = partial(F.avg_pool2d, ceil_mode=True, count_include_pad=False, divisor_override=1 if sums else None)
     window = tuple(factors[-2:])
     if len(factors) == 2:
@@ -134,9 +134,8 @@ def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
 def pad(x: Tensor, amounts: Sequence[int], mode: str) -> Tensor:
     """F.pad, which in the modes "circular" and "reflect" also pads by more than the map's size."""
     pairs = list(zip(amounts[0::2], amounts[1::2], strict=True))[::-1]
-    if mode in ("replicate", "constant") or all(
-        max(pair) < size for pair, size in zip(pairs, x.shape[2:], strict=True)
-    ):
+    any_amount = mode in ("replicate", "constant")
+    if any_amount or all(max(pair) < size for pair, size in zip(pairs, x.shape[2:], strict=True)):
         return F.pad(x, tuple(amounts), mode=mode)
     for dim, (before, after) in enumerate(pairs, 2):
         period = x.shape[dim] if mode == "circular" else max(1, 2 * (x.shape[dim] - 1))
