@@ -5,13 +5,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from octvideo.evaluation.prediction import predict
-    from octvideo.layers.convolution import OctConv2d, OctConv3d
+    from octvideo.layers.convolution import (
+        OctConv1d,
+        OctConv2d,
+        OctConv3d,
+        OctConvTranspose2d,
+        OctConvTranspose3d,
+    )
     from octvideo.layers.octaves import Octaves
     from octvideo.models.fuse import fuse
     from octvideo.models.octavize import octavize
     from octvideo.models.zoo import MODELS, create_model
 
-__all__ = ["MODELS", "OctConv2d", "OctConv3d", "Octaves", "create_model", "fuse", "octavize", "predict"]
+__all__ = [
+    "MODELS",
+    "OctConv1d",
+    "OctConv2d",
+    "OctConv3d",
+    "OctConvTranspose2d",
+    "OctConvTranspose3d",
+    "Octaves",
+    "create_model",
+    "fuse",
+    "octavize",
+    "predict",
+]
 
 _HOMES = ("layers.convolution", "models.octavize", "models.fuse", "models.zoo", "evaluation.prediction")
 

@@ -592,3 +592,47 @@ def test_options_that_do_not_fit_change_nothing():
     with pytest.raises(ValueError, match="groups 2 must divide both"):
         layer.set_options(OctaveOptions(0.125))
     assert layer(torch.randn(1, 8, 2, 4, 4)).low.shape[1] == 4
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("alpha", [0, 0.5])
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_code_may_edit_the_arguments_that_forward_reads(groups, alpha, before, mode):
+    """As dilated backbones do, without nn.Conv2d's `_reversed_padding_repeated_twice`, which only other modes read."""
+    torch.manual_seed(0)
+    layer, vanilla = (
+        kind(8, 8, 3, 2, 1, groups=groups, padding_mode=mode, **options)
+        for kind, options in ((OctConv2d, {"alpha": 0.5}), (nn.Conv2d, {}))
+    )
+    vanilla.load_state_dict(layer.state_dict())
+    options = OctaveOptions(alpha, channels_last=True)
+    if before:
+        layer.set_options(options)
+    edits = {"stride": 1, "dilation": [2, 2], "padding": (2, 2)} if mode == "zeros" else {"stride": (1, 1)}
+    for name, value in edits.items():
+        setattr(layer, name, value)
+        setattr(vanilla, name, value)
+    layer.set_options(options)
+    x = Octaves(torch.randn(1, 4, 9, 8), torch.randn(1, 4, 5, 4))
+    for input in (x, x.merge()):
+        y = layer(input)
+        assert y.shape == vanilla(x.merge()).shape
+        if not alpha and input is not x:
+            torch.testing.assert_close(y, vanilla(input))
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_a_strided_convolution_can_be_kept_vanilla(groups):
+    torch.manual_seed(0)
+    layer = OctConv3d(8, 8, 3, (1, 2, 2), 1, groups=groups, alpha=0.5, strided="keep")
+    vanilla = nn.Conv3d(8, 8, 3, (1, 2, 2), 1, groups=groups)
+    vanilla.load_state_dict(layer.state_dict())
+    x = Octaves(torch.randn(1, 4, 2, 7, 8), torch.randn(1, 4, 2, 4, 4))
+    for input in (x, x.merge()):
+        assert torch.equal(layer(input), vanilla(x.merge()))
+    assert "strided='keep'" in str(layer)
+    layer.stride = (2, 1, 1)  # no stride in space
+    assert isinstance(layer(x), Octaves)
+    with pytest.raises(ValueError, match='strided must be "pool" or "keep", got 2'):
+        OctaveOptions(strided=2)

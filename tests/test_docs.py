@@ -426,6 +426,7 @@ def test_the_api_reference_has_every_module_and_every_public_name(pages):
     internal = {"files", "layers.octaves", "layers.paths", "layers.parts", "layers.swapping", "layers.convolution"}
     internal |= {
         "layers.resampling",
+        "layers.calls",
         "layers.tracing",
         "models.octavize",
         "models.fuse",

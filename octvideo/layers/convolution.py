@@ -1,6 +1,8 @@
-"""OctConv2d and OctConv3d: convolutions that keep a share of their output at half the resolution."""
+"""OctConv1d/2d/3d and OctConvTranspose2d/3d: convolutions that keep a share of their output at half the resolution."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
@@ -9,11 +11,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from octvideo.errors import UserError
-from octvideo.layers.octaves import Octaves
+from octvideo.layers.octaves import Octaves, merged, record
 from octvideo.layers.parts import Parts, groups_alike, join_by_parts, split_by_parts
-from octvideo.layers.paths import Kernel, Paths
+from octvideo.layers.paths import Kernel, Paths, swap_sides
 from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_channels_last, upsample
 from octvideo.layers.tracing import OneNode
+
+Pairs = tuple[tuple[int, int], ...]  # padding (before, behind) each dimension
 
 
 def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int, int]:
@@ -33,20 +37,6 @@ def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int,
     return channels - low, low
 
 
-def misalignment(convolution: nn.modules.conv._ConvNd, temporal: bool) -> str:
-    """Why a convolution would shift the low map against the high one; empty if it would not."""
-    size, dilation, padding = convolution.kernel_size, convolution.dilation, convolution.padding
-    if any(stride not in (1, 2) for stride in convolution.stride[-2:]):
-        return f"octave features take a spatial stride of 1 or 2, got stride {convolution.stride}"
-    first = 0 if temporal else len(size) - 2
-    wanted = [d * (n - 1) / 2 for d, n in zip(dilation[first:], size[first:], strict=True)]
-    given = [0] * len(wanted) if isinstance(padding, str) else list(padding[first:])  # "valid" or numbers
-    if padding == "same" or given == wanted:
-        return ""
-    wants = f"kernel {size} with dilation {dilation} wants {wanted} in its last {len(wanted)} dimensions, got {padding}"
-    return f"octave features need a padding that keeps the size: {wants}"
-
-
 @dataclass(frozen=True)
 class OctaveOptions:
     """How a convolution handles octaves: everything that nn.Conv3d does not know. Raises UserError for bad values.
@@ -59,6 +49,8 @@ class OctaveOptions:
         channels_last: between plain Tensors too, use that memory format and run factorised convolutions as 2-D ones:
             faster, and equal to nn.Conv3d up to rounding.
         round_to: rounds the number of low channels to a multiple; see `split_channels`.
+        strided: for a spatial stride above 1: "pool" averages first, "keep" leaves the convolution vanilla:
+            it strides, reads merged octaves and gives a Tensor. Transposed convolutions never pool.
     """
 
     alpha: float = 0.25
@@ -66,11 +58,14 @@ class OctaveOptions:
     downsample: Literal["conv", "pool"] = "conv"
     channels_last: bool = False
     round_to: int = 1
+    strided: Literal["pool", "keep"] = "pool"
 
     def __post_init__(self) -> None:
         self.split(1)
         if self.downsample not in ("conv", "pool"):
             raise UserError(f'downsample must be "conv" or "pool", got {self.downsample!r}')
+        if self.strided not in ("pool", "keep"):
+            raise UserError(f'strided must be "pool" or "keep", got {self.strided!r}')
 
     def split(self, channels: int) -> tuple[int, int]:
         """How many of `channels` are (high, low)."""
@@ -78,38 +73,298 @@ class OctaveOptions:
 
     def check(self, convolution: nn.modules.conv._ConvNd) -> None:
         """Raises UserError if a convolution cannot have these options."""
-        if self.temporal and len(convolution.kernel_size) == 2:
-            raise UserError("temporal=True needs a 3-D convolution, got a 2-D one")
-        channels_in, channels, groups = convolution.in_channels, convolution.out_channels, convolution.groups
+        if self.temporal and len(convolution.kernel_size) < 3:
+            raise UserError(f"temporal=True needs a 3-D convolution, got a {len(convolution.kernel_size)}-D one")
+        if misfit := self.of_stride(convolution.stride, convolution.transposed).misfit(
+            convolution.in_channels, convolution.out_channels, convolution.groups
+        ):
+            raise UserError(misfit)
+
+    def of_stride(self, stride: Sequence[int], transposed: bool) -> "OctaveOptions":
+        """These options as a convolution of that stride takes them: with `strided="keep"` its alpha may be 0."""
+        kept = self.strided == "keep" and max(stride[-2:]) > 1 and not transposed
+        return replace(self, alpha=0.0, downsample="conv") if kept else self
+
+    def misfit(self, channels_in: int, channels: int, groups: int) -> str:
+        """Why a convolution of these channels cannot be split so; empty if it can."""
         (high, low), low_in, depthwise = self.split(channels), self.split(channels_in)[1], groups == channels_in > 1
         if depthwise and low * channels_in != channels * low_in:
             gives = f"alpha {self.alpha} with round_to {self.round_to} gives {low} low output channels"
             low_inputs = f"{low_in} low input channels of a depthwise convolution"
-            raise UserError(f"{gives}, but {low_inputs} with {channels // channels_in} outputs for each")
+            return f"{gives}, but {low_inputs} with {channels // channels_in} outputs for each"
         if not depthwise and low % groups:
             splits = f"alpha {self.alpha} splits {channels} output channels into {high} high and {low} low ones"
-            raise UserError(f"{splits}: groups {groups} must divide both")
+            return f"{splits}: groups {groups} must divide both"
+        return ""
 
 
-class _Plan(NamedTuple):
+def misalignment(convolution: nn.modules.conv._ConvNd, temporal: bool) -> str:
+    """Why a convolution would shift the low map against the high one; empty if it would not."""
+    return _misalignment(*_numbers(convolution), temporal)
+
+
+class Plan(NamedTuple):
+    """What a convolution does to octaves, as far as it does not depend on its input and weight."""
+
+    options: OctaveOptions
+    channels: tuple[int, int]  # in, out
+    groups: int
+    weight_shape: tuple[int, ...]
     paths: Paths  # between octaves, of one group
     kernel: Kernel  # between plain Tensors, with the spatial stride
     split_in: tuple[int, int]  # (high, low) channels of an input that is split as the output is
     keeps_low: bool
-    plain: bool  # nn.Conv3d's own convolution serves between plain Tensors
+    plain: bool  # the vanilla convolution serves between plain Tensors
     depthwise: bool
     problem: str  # why octaves would lose their alignment; empty if they do not
 
 
-class _OctConv(OneNode, nn.modules.conv._ConvNd):
+def sizes(value: Any, dimensions: int) -> tuple[int, ...]:
+    """An argument of a convolution, a number or several, as one integer for each dimension."""
+    values = (value,) if isinstance(value, int) else tuple(map(int, value))  # pytorchvideo leaves numpy's
+    return values * dimensions if len(values) == 1 else values
+
+
+def padding_pairs(padding: Any, size: Sequence[int], dilation: Sequence[int]) -> Pairs:
+    """An nn.Conv3d's padding as numbers; of an odd "same" the larger half comes behind."""
+    if padding == "same":
+        sums = [d * (n - 1) for n, d in zip(size, dilation, strict=True)]
+        return tuple([(both // 2, both - both // 2) for both in sums])
+    return tuple([(n, n) for n in sizes(0 if padding == "valid" else padding, len(size))])
+
+
+def _misalignment(
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    pairs: Pairs,
+    dilation: tuple[int, ...],
+    output_padding: tuple[int, ...] | None,
+    temporal: bool,
+) -> str:
+    first = 0 if temporal else max(0, len(size) - 2)
+    given = [before if before == behind else (before, behind) for before, behind in pairs]
+    got = f"in its last {len(size) - first} dimensions, got {tuple(given)}"
+    sums = [sum(pair) for pair in pairs[first:]]
+    reach = [d * (n - 1) for n, d in zip(size[first:], dilation[first:], strict=True)]
+    if output_padding is not None:
+        grows = list(zip(sums, reach, stride[first:], strict=True))
+        # A low map that comes out one position short takes it from the output padding, which a stride of 1 has not.
+        if all(abs(both - d - 1 + s) <= (1 if s > 1 or both <= d else 0) for both, d, s in grows):
+            return ""
+        kernel = f"a transposed kernel {size} with stride {stride} and dilation {dilation}"
+        wanted = f"{kernel} wants {[(d + 1 - s) / 2 for _, d, s in grows]} {got}"
+        return f"octave features need a padding that multiplies the size by the stride: {wanted}"
+    if any(step not in (1, 2) for step in stride[-2:]):
+        return f"octave features take a spatial stride of 1 or 2, got stride {stride}"
+    if sums == reach and all(abs(before - behind) <= 1 for before, behind in pairs[first:]):
+        return ""
+    wants = f"kernel {size} with dilation {dilation} wants {[both / 2 for both in reach]} {got}"
+    return f"octave features need a padding that keeps the size: {wants}"
+
+
+@lru_cache(4096)
+def plan_convolution(
+    options: OctaveOptions,
+    channels: tuple[int, int],
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    pairs: Pairs,
+    dilation: tuple[int, ...],
+    groups: int,
+    padding_mode: str = "zeros",
+    output_padding: tuple[int, ...] | None = None,
+) -> Plan:
+    """The plan of a convolution of (in, out) `channels`, transposed if it has an output padding.
+
+    One dimension is planned as the width of images of height 1.
+    """
+    sides = channels if output_padding is not None else channels[::-1]
+    weight_shape = (sides[0], sides[1] // groups, *size)
+    problem = _misalignment(size, stride, pairs, dilation, output_padding, options.temporal)
+    vanilla = options.of_stride(stride, output_padding is not None)
+    if vanilla is not options:
+        options, problem = vanilla, f'strided="keep" leaves a convolution of stride {stride} vanilla'
+    if len(size) == 1:
+        size, stride, pairs, dilation = (1, *size), (1, *stride), ((0, 0), *pairs), (1, *dilation)
+        output_padding = output_padding and (0, *output_padding)
+    high, low = options.split(channels[1])
+    uneven = any(before != behind for before, behind in pairs)
+    mode = "constant" if uneven and padding_mode == "zeros" else padding_mode
+    amounts = () if mode == "zeros" else tuple([n for pair in reversed(pairs) for n in pair])
+    kernel = Kernel(size, stride, tuple([before for before, _ in pairs]), dilation, mode, amounts, output_padding)
+    *time, _, _ = stride
+    ones = (1,) * len(time)
+    pool = (*ones, 1, 1) if output_padding is not None else (*ones, *stride[-2:])
+    inner = kernel if output_padding is not None else replace(kernel, stride=(*time, 1, 1))
+    height = 1 if len(weight_shape) == 3 else 2
+    factors = (2, 2, 2) if options.temporal else (*ones, height, 2)
+    return Plan(
+        options=options,
+        channels=channels,
+        groups=groups,
+        weight_shape=weight_shape,
+        paths=Paths(inner, pool, factors, (high // groups, low // groups)),
+        kernel=kernel,
+        split_in=options.split(channels[0]),
+        keeps_low=low > 0,
+        plain=low == 0 and (options.downsample == "conv" or max(pool) == 1),
+        depthwise=groups == channels[0] > 1,
+        problem=problem,
+    )
+
+
+def _numbers(convolution: nn.modules.conv._ConvNd) -> tuple[Any, Any, Any, Any, Any]:
+    """The size, stride, padding, dilation and output padding (None unless it is transposed) that forward goes by."""
+    n = len(convolution.kernel_size)
+    size, stride, dilation = (
+        sizes(value, n) for value in (convolution.kernel_size, convolution.stride, convolution.dilation)
+    )
+    if convolution.padding_mode == "zeros":
+        pairs = padding_pairs(convolution.padding, size, dilation)
+    else:
+        amounts = tuple(map(int, convolution._reversed_padding_repeated_twice))
+        pairs = tuple(zip(amounts[0::2], amounts[1::2], strict=True))[::-1]
+    return size, stride, pairs, dilation, sizes(convolution.output_padding, n) if convolution.transposed else None
+
+
+def plan_of(
+    convolution: nn.modules.conv._ConvNd, options: OctaveOptions, output_padding: Sequence[int] | None = None
+) -> Plan:
+    """The plan of a module with these options; `output_padding` is used instead of its own."""
+    size, stride, pairs, dilation, own = _numbers(convolution)
+    channels, groups = (convolution.in_channels, convolution.out_channels), convolution.groups
+    extra = own if output_padding is None else tuple(output_padding)
+    return plan_convolution(options, channels, size, stride, pairs, dilation, groups, convolution.padding_mode, extra)
+
+
+def convolve(input: Tensor | Octaves, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor | Octaves:
+    """The octave convolution of a plan without a problem: Octaves if it keeps low channels, else a Tensor.
+
+    Args:
+        input: (B, C_in, L), (B, C_in, H, W) or (B, C_in, T, H, W), or Octaves of that shape.
+        weight: of `plan.weight_shape`, as nn.Conv3d or nn.ConvTranspose3d have it.
+
+    Raises UserError for an input of another shape, or split in a way that does not suit the plan.
+    """
+    _check_input(input, plan)
+    if weight.dim() == 3:  # a height of 1
+        weight = weight.unsqueeze(2)
+        if isinstance(input, Octaves):
+            input = Octaves(input.high.unsqueeze(2), input.low.unsqueeze(2), input.parts)
+        else:
+            input = input.unsqueeze(2)
+    weight = weight if plan.kernel.output_padding is None else swap_sides(weight, plan.groups)
+    if plan.plain and not isinstance(input, Octaves):
+        output: Tensor | Octaves = plan.kernel.convolve(lay_channels_last(input), weight, bias, plan.groups)
+    else:
+        high, low, parts = _maps(input, plan)
+        output = (_depthwise if plan.depthwise else _by_groups)(high, low, parts, weight, bias, plan)
+    if len(plan.weight_shape) > 3:
+        return output
+    if isinstance(output, Octaves):
+        return Octaves(output.high.squeeze(2), output.low.squeeze(2), output.parts)
+    return output.squeeze(2)
+
+
+def _by_groups(
+    high: Tensor, low: Tensor, parts: Parts, weight: Tensor, bias: Tensor | None, plan: Plan
+) -> Tensor | Octaves:
+    """Each vanilla group reads and writes its own channels, high and low; alike groups are one grouped convolution."""
+    paths = plan.paths
+    if plan.groups == 1:
+        out_high, out_low = paths(high, low, weight, bias, parts)
+        return Octaves(out_high, out_low) if plan.keeps_low else out_high
+    runs = groups_alike(parts, plan.groups)
+    rows = [groups * sum(paths.rows) for groups, _ in runs]
+    highs, lows = ([groups * sum(part[i] for part in group) for groups, group in runs] for i in (0, 1))
+    biases = [None] * len(runs) if bias is None else bias.split(rows)
+    tensors = zip(high.split(highs, 1), low.split(lows, 1), weight.split(rows), biases, strict=True)
+    outputs = [paths(*of_run, group, groups) for of_run, (groups, group) in zip(tensors, runs, strict=True)]
+    out_high, out_low = (maps[0] if len(maps) == 1 else torch.cat(maps, 1) for maps in zip(*outputs, strict=True))
+    return Octaves(out_high, out_low, (paths.rows,) * plan.groups) if plan.keeps_low else out_high
+
+
+def _depthwise(
+    high: Tensor, low: Tensor, parts: Parts, weight: Tensor, bias: Tensor | None, plan: Plan
+) -> Tensor | Octaves:
+    """One filter a channel: high stays high and low stays low, or is upsampled at the end; no path joins them."""
+    kernel, pool, multiplier = plan.paths.kernel, plan.paths.pool, plan.channels[1] // plan.channels[0]
+    parts = tuple((of_high * multiplier, of_low * multiplier) for of_high, of_low in parts)
+    weight_high, weight_low = split_by_parts(weight, parts, 0)
+    bias_high, bias_low = (None, None) if bias is None else split_by_parts(bias, parts, 0)
+    high, low = average_pool(lay_channels_last(high), pool), lay_channels_last(low)
+    out_high = kernel.convolve(high, weight_high, bias_high, high.shape[1])
+    if not plan.keeps_low and low.shape[1] == 0:
+        return out_high
+    low = average_pool(low, pool) if plan.keeps_low else low
+    out_low = kernel.convolve(low, weight_low, bias_low, low.shape[1], plan.paths.low_size(high))
+    if plan.keeps_low:
+        return Octaves(out_high, out_low, parts)
+    return join_by_parts(out_high, upsample(out_low, out_high.shape[2:]), parts, 1)
+
+
+def _check_input(input: Any, plan: Plan) -> None:
+    if not isinstance(input, (Tensor, Octaves)):
+        raise TypeError(f"expected a Tensor or Octaves, got {type(input).__name__}")
+    shape, dimensions = input.shape, len(plan.weight_shape)
+    if len(shape) != dimensions or shape[1] != plan.channels[0]:
+        extent = ("L", "H, W", "T, H, W")[dimensions - 3]
+        raise UserError(f"expected (B, {plan.channels[0]}, {extent}), got {tuple(shape)}")
+
+
+def _maps(input: Tensor | Octaves, plan: Plan) -> tuple[Tensor, Tensor, Parts]:
+    """The input's maps and parts, checked; a depthwise layer splits a plain one, any other takes it as high."""
+    split_alike = plan.depthwise and plan.keeps_low
+    if not isinstance(input, Octaves):
+        if not split_alike:
+            return input, input[:, :0], ((plan.channels[0], 0),)
+        high, low = input.split(plan.split_in, 1)
+        return high, average_pool(low, plan.paths.factors), (plan.split_in,)
+    high, low, parts = input.high, input.low, input.parts
+    wanted, size, got = halved(high.shape[2:], plan.paths.factors), tuple(high.shape[2:]), tuple(low.shape[2:])
+    if got != wanted:
+        beside = f"a low map of size {wanted} beside a high map of {size}, got {got}"
+        raise UserError(f"a layer with temporal={plan.options.temporal} wants {beside}")
+    rounding = len(parts) * plan.options.round_to if len(parts) > 1 else 1  # each part was rounded
+    if split_alike and abs(low.shape[1] - plan.split_in[1]) >= rounding:
+        wants = (
+            f"a depthwise convolution of alpha {plan.options.alpha} wants {plan.split_in} (high, low) input channels"
+        )
+        raise UserError(f"{wants}, got {parts}: give it the preceding layer's alpha")
+    return high, low, parts
+
+
+class Octave(OneNode, nn.modules.conv._ConvNd):
+    """What convolutions with octave options have in common: the options, and a plan that follows their arguments."""
+
     options: OctaveOptions
-    _plan: _Plan
+    _plan: Plan
     alpha = property(attrgetter("options.alpha"))
     temporal = property(attrgetter("options.temporal"))
     downsample = property(attrgetter("options.downsample"))
     channels_last = property(attrgetter("options.channels_last"))
     round_to = property(attrgetter("options.round_to"))
+    strided = property(attrgetter("options.strided"))
 
+    def set_options(self, options: OctaveOptions) -> None:
+        """Changes the octave options; the weight stays. Raises UserError, and changes nothing, if they do not fit."""
+        options.check(self)
+        self.options = options
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Plans anew where the options, or an argument of nn.Conv3d, are replaced."""
+        super().__setattr__(name, value)
+        planned = ("options", "_reversed_padding_repeated_twice", *nn.Conv3d.__constants__)
+        if "options" in self.__dict__ and name in planned:
+            self.__dict__["_plan"] = plan_of(self, self.options)
+
+    def extra_repr(self) -> str:
+        options = ((option, getattr(self.options, option.name)) for option in fields(self.options))
+        shown = [f"{o.name}={value!r}" for o, value in options if o.name == "alpha" or value != o.default]
+        return ", ".join((super().extra_repr(), *shown))  # type: ignore[no-untyped-call]
+
+
+class _OctConv(Octave):
     def __init__(
         self,
         in_channels: int,
@@ -129,115 +384,57 @@ class _OctConv(OneNode, nn.modules.conv._ConvNd):
         downsample: Literal["conv", "pool"] = "conv",
         channels_last: bool = False,
         round_to: int = 1,
+        strided: Literal["pool", "keep"] = "pool",
     ) -> None:
         rest: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, *rest)
-        self.set_options(OctaveOptions(alpha, temporal, downsample, channels_last, round_to))
+        self.set_options(OctaveOptions(alpha, temporal, downsample, channels_last, round_to, strided))
 
-    def set_options(self, options: OctaveOptions) -> None:
-        """Changes the octave options; the weight stays. Raises UserError, and changes nothing, if they do not fit."""
-        options.check(self)
-        self.options = options
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Plans anew where the options, or an argument of nn.Conv3d, are replaced."""
-        super().__setattr__(name, value)
-        planned = ("options", "_reversed_padding_repeated_twice", *nn.Conv3d.__constants__)
-        if "options" not in self.__dict__ or name not in planned:
-            return
-        options, dimensions = self.options, len(self.kernel_size)
-        high, low = options.split(self.out_channels)
-        amounts = tuple(self._reversed_padding_repeated_twice)
-        padding = tuple(amounts[-2::-2]) if amounts[0::2] == amounts[1::2] else "same"
-        *time, _, _ = self.stride
-        strided = Kernel(self.kernel_size, self.stride, padding, self.dilation, self.padding_mode, amounts)
-        pool = (*(1,) * len(time), *self.stride[-2:])
-        factors = (2,) * dimensions if options.temporal or dimensions == 2 else (1, 2, 2)
-        rows = (high // self.groups, low // self.groups)
-        self.__dict__["_plan"] = _Plan(
-            paths=Paths(replace(strided, stride=(*time, 1, 1)), pool, factors, rows),
-            kernel=strided,
-            split_in=options.split(self.in_channels),
-            keeps_low=low > 0,
-            plain=low == 0 and (options.downsample == "conv" or max(pool) == 1),
-            depthwise=self.groups == self.in_channels > 1,
-            problem=misalignment(self, options.temporal),
-        )
-
-    def forward(self, input: Tensor | Octaves) -> Tensor | Octaves:
+    def forward(self, input: Tensor | Octaves, **output_size: Any) -> Tensor | Octaves:
         if isinstance(input, Proxy):
-            return self._node(input)
-        plan, paths = self._plan, self._plan.paths
+            return self._node(input, **output_size)
+        plan = self._plan
+        if not isinstance(input, Tensor) and getattr(input, "axis", 0) != 1 and (plain := merged(input)) is not input:
+            record(convolve, [input])  # a view of octaves, or channels in another dimension
+            input = plain
         if plan.plain and not isinstance(input, Octaves):
-            if self.options.channels_last and input.dim() == len(self.kernel_size) + 2:
-                return plan.kernel.convolve(lay_channels_last(input), self.weight, self.bias, self.groups)
-            output: Tensor = super().forward(input)
+            if self.options.channels_last and input.dim() == len(plan.weight_shape) and not output_size:
+                return convolve(input, self.weight, self.bias, plan)
+            output: Tensor = super().forward(input, **output_size)
             return output if input.is_contiguous() else keep_layout(output, input)
-        high, low, parts = self._maps(input)
+        _check_input(input, plan)
         if plan.problem:
-            if plan.keeps_low or not isinstance(input, Octaves) or not low.shape[1]:
+            if plan.keeps_low or not isinstance(input, Octaves):
                 raise UserError(plan.problem)
-            output = super().forward(input.merge())  # no resolution to keep apart
+            output = super().forward(input.merge(), **output_size)  # no resolution to keep apart
             return output
-        if plan.depthwise:
-            return self._depthwise(high, low, parts)
-        if self.groups == 1:
-            out_high, out_low = paths(high, low, self.weight, self.bias, parts)
-            return Octaves(out_high, out_low) if plan.keeps_low else out_high
-        # Each vanilla group reads and writes its own channels, high and low; alike groups are one grouped convolution.
-        runs = groups_alike(parts, self.groups)
-        rows = [groups * sum(paths.rows) for groups, _ in runs]
-        highs, lows = ([groups * sum(part[i] for part in group) for groups, group in runs] for i in (0, 1))
-        biases = [None] * len(runs) if self.bias is None else self.bias.split(rows)
-        tensors = zip(high.split(highs, 1), low.split(lows, 1), self.weight.split(rows), biases, strict=True)
-        outputs = [paths(*of_run, group, groups) for of_run, (groups, group) in zip(tensors, runs, strict=True)]
-        out_high, out_low = (maps[0] if len(maps) == 1 else torch.cat(maps, 1) for maps in zip(*outputs, strict=True))
-        return Octaves(out_high, out_low, (paths.rows,) * self.groups) if plan.keeps_low else out_high
+        return convolve(input, self.weight, self.bias, self._plan_for(input, **output_size))
 
-    def _depthwise(self, high: Tensor, low: Tensor, parts: Parts) -> Tensor | Octaves:
-        """One filter a channel: high stays high and low stays low, or is upsampled at the end; no path joins them."""
-        kernel, pool, multiplier = self._plan.paths.kernel, self._plan.paths.pool, self.out_channels // self.in_channels
-        parts = tuple((of_high * multiplier, of_low * multiplier) for of_high, of_low in parts)
-        weight_high, weight_low = split_by_parts(self.weight, parts, 0)
-        bias_high, bias_low = (None, None) if self.bias is None else split_by_parts(self.bias, parts, 0)
-        high, low = average_pool(lay_channels_last(high), pool), lay_channels_last(low)
-        out_high = kernel.convolve(high, weight_high, bias_high, high.shape[1])
-        if not self._plan.keeps_low and low.shape[1] == 0:
-            return out_high
-        low = average_pool(low, pool) if self._plan.keeps_low else low
-        out_low = kernel.convolve(low, weight_low, bias_low, low.shape[1])
-        if self._plan.keeps_low:
-            return Octaves(out_high, out_low, parts)
-        return join_by_parts(out_high, upsample(out_low, out_high.shape[2:]), parts, 1)
+    def _plan_for(self, input: Tensor | Octaves) -> Plan:
+        return self._plan
 
-    def _maps(self, input: Tensor | Octaves) -> tuple[Tensor, Tensor, Parts]:
-        """The input's maps and parts, checked; a depthwise layer splits a plain one, any other takes it as high."""
-        if not isinstance(input, (Tensor, Octaves)):
-            raise TypeError(f"expected a Tensor or Octaves, got {type(input).__name__}")
-        shape, dimensions, plan = input.shape, len(self.kernel_size), self._plan
-        if len(shape) != dimensions + 2 or shape[1] != self.in_channels:
-            raise UserError(f"expected (B, {self.in_channels}, {'T, ' * (dimensions - 2)}H, W), got {tuple(shape)}")
-        split_alike = plan.depthwise and plan.keeps_low
-        if not isinstance(input, Octaves):
-            if not split_alike:
-                return input, input[:, :0], ((self.in_channels, 0),)
-            high, low = input.split(plan.split_in, 1)
-            return high, average_pool(low, plan.paths.factors), (plan.split_in,)
-        high, low, parts = input.high, input.low, input.parts
-        wanted, size, got = halved(high.shape[2:], plan.paths.factors), tuple(high.shape[2:]), tuple(low.shape[2:])
-        if got != wanted:
-            beside = f"a low map of size {wanted} beside a high map of {size}, got {got}"
-            raise UserError(f"a layer with temporal={self.temporal} wants {beside}")
-        rounding = len(parts) * self.options.round_to if len(parts) > 1 else 1  # each part was rounded
-        if split_alike and abs(low.shape[1] - plan.split_in[1]) >= rounding:
-            wants = f"a depthwise convolution of alpha {self.alpha} wants {plan.split_in} (high, low) input channels"
-            raise UserError(f"{wants}, got {parts}: give it the preceding layer's alpha")
-        return high, low, parts
 
-    def extra_repr(self) -> str:
-        options = ((option, getattr(self.options, option.name)) for option in fields(self.options))
-        shown = [f"{o.name}={value!r}" for o, value in options if o.name == "alpha" or value != o.default]
-        return ", ".join((super().extra_repr(), *shown))  # type: ignore[no-untyped-call]
+class _OctConvTranspose(_OctConv):
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        options = {option.name: named.pop(option.name) for option in fields(OctaveOptions) if option.name in named}
+        super(_OctConv, self).__init__(*arguments, **named)
+        self.set_options(OctaveOptions(**options))
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | Octaves, output_size: Sequence[int] | None = None
+    ) -> Tensor | Octaves:
+        return super().forward(input, **({} if output_size is None else {"output_size": output_size}))
+
+    def _plan_for(self, input: Tensor | Octaves, output_size: Any = None) -> Plan:
+        if output_size is None:
+            return self._plan
+        numbers = (self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation)
+        padding: Any = nn.ConvTranspose3d._output_padding
+        return plan_of(self, self.options, padding(self, input, list(output_size), *numbers))
+
+
+class OctConv1d(_OctConv, nn.Conv1d):  # type: ignore[misc]
+    """A 1-D convolution that keeps a share of its output at half the resolution: `OctConv3d` for (B, C, L)."""
 
 
 class OctConv2d(_OctConv, nn.Conv2d):  # type: ignore[misc]
@@ -262,4 +459,25 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
 
     Raises UserError for an alpha outside [0, 1] or groups that do not divide the low output channels; in forward, with
     low output channels, for a spatial stride above 2 or a padding that does not keep the size.
+    """
+
+
+class OctConvTranspose2d(_OctConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc]
+    """A 2-D transposed convolution of octaves: `OctConvTranspose3d` for (B, C, H, W)."""
+
+
+class OctConvTranspose3d(_OctConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
+    """A 3-D transposed convolution that keeps a share of its output at half the spatial resolution.
+
+    Takes the place of nn.ConvTranspose3d: the same arguments, weight and state_dict, then the octave options of
+    `OctaveOptions` as keywords. High to high and low to low are the transposed convolution itself, each at its own
+    resolution; high to low averages first, low to high upsamples last. So no stride is pooled, and any is allowed whose
+    padding multiplies the size by the stride, give or take a position: low maps are filled or cropped to half of it,
+    rounded up. Groups and depthwise layers are as in `OctConv3d`.
+
+    Shape:
+        Input: (B, C_in, T, H, W), or Octaves of that shape.
+        Output: Octaves of (B, C_out, T', H', W'), or a Tensor if alpha is 0; `output_size` is nn.ConvTranspose3d's.
+
+    Raises UserError as `OctConv3d` does.
     """

@@ -12,26 +12,44 @@ from torch import Tensor
 
 import octvideo.layers.resampling as resampling
 from octvideo.layers.parts import Parts, join_by_parts, split_by_parts
-from octvideo.layers.resampling import add_upsampled, average_pool, channels_last, lay_channels_last, upsample
+from octvideo.layers.resampling import (
+    add_upsampled,
+    average_pool,
+    channels_last,
+    halved,
+    lay_channels_last,
+    upsample,
+)
+
+
+def swap_sides(weight: Tensor, groups: int) -> Tensor:
+    """Exchanges rows and columns of a weight: (C_out, C_in / groups, ...) to (C_in, C_out / groups, ...), and back."""
+    if groups == 1:
+        return weight.transpose(0, 1)
+    return torch.unflatten(weight, 0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a convolution slides: everything about it but its channels and weight, for (T, H, W) or (H, W)."""
+    """How a convolution slides: everything about it but its channels and weight, for (T, H, W) or (H, W).
+
+    Weights are (C_out, C_in / groups, ...), for a transposed convolution too.
+    """
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
-    padding: tuple[int, ...] | str  # "same" where the two sides of a dimension differ
+    padding: tuple[int, ...]  # before each dimension, and behind it unless `amounts` say something else
     dilation: tuple[int, ...]
-    padding_mode: str = "zeros"
+    padding_mode: str = "zeros"  # "zeros" is the convolution's own, F.pad does the others
     amounts: tuple[int, ...] = ()  # padding as F.pad takes it, for the modes other than "zeros"
+    output_padding: tuple[int, ...] | None = None  # of a transposed convolution; None for the others
     # A factorised 3-D convolution as one of images: of frames where `flat_axis`, the dimension of the weight that goes,
     # is 2, of (T, H * W) where it is 4.
     flat: Kernel | None = field(init=False, default=None)
     flat_axis: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        if len(self.size) == 2 or isinstance(self.padding, str) or self.padding_mode != "zeros":
+        if len(self.size) == 2 or self.padding_mode != "zeros" or self.output_padding is not None:
             return
         over_frames = (self.size[0], self.stride[0], self.padding[0]) == (1, 1, 0)
         if over_frames or (*self.size[1:], *self.stride[1:], *self.padding[1:]) == (1, 1, 1, 1, 0, 0):
@@ -39,19 +57,40 @@ class Kernel:
             flat = Kernel(self.size[kept], self.stride[kept], self.padding[kept], self.dilation[kept])
             self.__dict__.update(flat=flat, flat_axis=2 if over_frames else 4)
 
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
-        """F.conv2d or F.conv3d, which may have no output channels."""
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1, size: tuple[int, ...] = ()
+    ) -> Tensor:
+        """F.conv2d or F.conv3d, which may have no output channels; if transposed, it fills or crops to `size`."""
         if weight.shape[0] == 0:  # torch refuses
-            return x.new_zeros((x.shape[0], 0, *self.output_size(x)))
+            return x.new_zeros((x.shape[0], 0, *(size or self.output_size(x))))
         last = channels_last(x)
         if last and self.flat is not None:  # on a CPU never slower in I3D and SlowFast, up to 5 times faster for a clip
             return self._unfold(self.flat.convolve(self._fold(x), weight.squeeze(self.flat_axis), bias, groups), x)
+        if self.output_padding is not None:
+            y = self._transposed(x, weight, bias, groups, size)
+            return lay_channels_last(y) if last else y
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = resampling.pad(x, self.amounts, self.padding_mode), (0,) * len(self.stride)
         function: Any = F.conv2d if len(self.size) == 2 else F.conv3d
-        y: Tensor = function(x, weight, bias, self.stride, padding, self.dilation, groups)
+        y = function(x, weight, bias, self.stride, padding, self.dilation, groups)
         return lay_channels_last(y) if last else y
+
+    def _transposed(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, size: tuple[int, ...]) -> Tensor:
+        function: Any = F.conv_transpose2d if len(self.size) == 2 else F.conv_transpose3d
+        missing = self.output_padding
+        if size:
+            missing = tuple([max(0, n - have) for n, have in zip(size, self._grown(x.shape[2:]), strict=True)])
+        weight = swap_sides(weight, groups)
+        y: Tensor = function(x, weight, bias, self.stride, self.padding, missing, groups, self.dilation)
+        for dim, n in enumerate(size, 2):
+            y = y.narrow(dim, 0, n)
+        return y
+
+    def _grown(self, size: Sequence[int]) -> list[int]:
+        """The size of a transposed convolution's output without its output padding."""
+        numbers = zip(size, self.size, self.stride, self.padding, self.dilation, strict=True)
+        return [(n - 1) * stride - 2 * padding + dilation * (k - 1) + 1 for n, k, stride, padding, dilation in numbers]
 
     def backward(self, gradient: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
         """The gradients of `convolve` (one group, zero padding) for x, weight and bias; undefined where not wanted."""
@@ -69,11 +108,13 @@ class Kernel:
         return lay_channels_last(to_x) if wanted[0] else to_x, to_weight, to_bias
 
     def output_size(self, x: Tensor) -> tuple[int, ...]:
-        """The size of the convolution's output for `x` after the channels; height and width are kept."""
-        if len(self.size) == 2 or isinstance(self.padding, str):
+        """The size of the output for `x` after the channels; height and width are kept unless it is transposed."""
+        if self.output_padding is not None:
+            return tuple([n + more for n, more in zip(self._grown(x.shape[2:]), self.output_padding, strict=True)])
+        if len(self.size) == 2:
             return tuple(x.shape[2:])
-        reach = self.dilation[0] * (self.size[0] - 1)
-        return (-(-(x.shape[2] + 2 * self.padding[0] - reach) // self.stride[0]), *x.shape[3:])
+        padding = sum(self.amounts[-2:]) if self.amounts else 2 * self.padding[0]
+        return (-(-(x.shape[2] + padding - self.dilation[0] * (self.size[0] - 1)) // self.stride[0]), *x.shape[3:])
 
     def _fold(self, x: Tensor) -> Tensor:
         # By way of the order in memory: torch copies images whose stride for a batch of one is not what it would set.
@@ -119,7 +160,7 @@ class Paths:
 
     def _has_own_gradient(self, high: Tensor, low: Tensor, weight: Tensor) -> bool:
         wanted = any(x.requires_grad for x in (high, low, weight)) and high.shape[1] > 0 and self.rows[0] > 0
-        plain = self.kernel.padding_mode == "zeros" and not isinstance(self.kernel.padding, str)
+        plain = self.kernel.padding_mode == "zeros" and self.kernel.output_padding is None
         return wanted and plain and resampling.runs_as_called()
 
     def convolve(
@@ -135,17 +176,23 @@ class Paths:
         high_to_high, low_to_high = split_by_parts(rows_high, parts, 1)
         # A low map that is not pooled has the size of the strided high map: no upsampling in low_to_high then.
         high = average_pool(high, self.pool)
+        low_size = self.low_size(high)
         if high.shape[1] == 0 and self.rows[0]:
-            out_high = self.kernel.convolve(low, low_to_high, bias_high, groups)
+            out_high = self.kernel.convolve(low, low_to_high, bias_high, groups, low_size)
             out_high = upsample(out_high, self.kernel.output_size(high))
         else:
             out_high = self.kernel.convolve(high, high_to_high, bias_high, groups)
             if low.shape[1] and self.rows[0]:
-                out_high = add_upsampled(out_high, self.kernel.convolve(low, low_to_high, None, groups))
+                out_high = add_upsampled(out_high, self.kernel.convolve(low, low_to_high, None, groups, low_size))
         if not self.rows[1]:
             return out_high, out_high[:, :0]
         # One convolution over all channels at low resolution is both paths at once.
-        return out_high, self.kernel.convolve(self.all_at_low(high, low, parts * groups), rows_low, bias_low, groups)
+        both = self.all_at_low(high, low, parts * groups)
+        return out_high, self.kernel.convolve(both, rows_low, bias_low, groups, low_size)
+
+    def low_size(self, high: Tensor) -> tuple[int, ...]:
+        """The size to which a transposed convolution must take low maps; () for others, which take them there."""
+        return halved(self.kernel.output_size(high), self.factors) if self.kernel.output_padding is not None else ()
 
     def all_at_low(self, high: Tensor, low: Tensor, parts: Parts) -> Tensor:
         """All input channels at the low output's resolution, in the vanilla order; `high` is pooled for the stride."""

@@ -140,7 +140,8 @@ def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:
 def pad(x: Tensor, amounts: Sequence[int], mode: str) -> Tensor:
     """F.pad, which in the modes "circular" and "reflect" also pads by more than the map's size."""
     pairs = list(zip(amounts[0::2], amounts[1::2], strict=True))[::-1]
-    if mode == "replicate" or all(max(pair) < size for pair, size in zip(pairs, x.shape[2:], strict=True)):
+    any_amount = mode in ("replicate", "constant")
+    if any_amount or all(max(pair) < size for pair, size in zip(pairs, x.shape[2:], strict=True)):
         return F.pad(x, tuple(amounts), mode=mode)
     for dim, (before, after) in enumerate(pairs, 2):
         period = x.shape[dim] if mode == "circular" else max(1, 2 * (x.shape[dim] - 1))
