@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from octvideo.errors import UserError
+from octvideo.layers.resampling import keep_layout
 
 Call = Callable[[], Any]
 Device = str | torch.device
@@ -61,6 +62,8 @@ class Cost:
 class CostCounter(TorchDispatchMode):
     """Adds up every operation's cost to that of `layer`, by torch.utils.flop_counter's formulas for multiply-adds."""
 
+    only_counts = True  # octave layers do as they would without it
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layer = ""
@@ -82,6 +85,8 @@ class CostCounter(TorchDispatchMode):
         if moved:
             cost.bytes_moved += moved
             cost.kernels += 1
+        if func is torch.ops.aten.convolution.default and output.is_meta:  # where it loses the memory format
+            output = keep_layout(output, args[0])
         return output
 
 

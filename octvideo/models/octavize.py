@@ -132,6 +132,7 @@ def _rehearsed(model: nn.Module, plan: _Plan, sample: Any, report: Report) -> tu
             plan[name] = plan[name].left(f"a merge in {merge} would follow")
         _assign(stage.network, plan)
         after = stage.try_octaves()
+    after = stage.run()  # as inference runs, which records no graph
     if report.strict and after.merges:
         raise TypeError(merge_error(report.network, *next(iter(after.merges))))
     lines = [

@@ -71,7 +71,7 @@ def merge_outputs(network: nn.Module) -> None:
 
     Its class becomes a subclass of the same name. What such a method returns to another one of the same network stays.
     """
-    swap_class(network, _merging(type(network)))
+    swap_class(network, _merging(type(network)))  # type: ignore[arg-type]
 
 
 def return_octaves(network: nn.Module) -> None:

@@ -23,7 +23,8 @@ from octvideo.layers.octaves import Octaves
 from octvideo.models.cost import Cost, CostCounter
 from octvideo.models.outputs import octaves_in
 
-Nodes = dict[Any, str]  # of autograd's graph: the octave convolution that made a low map, or "" for what ends a search
+Edge = tuple[Any, int]  # of autograd's graph: a node and the index of its output
+Makers = dict[Edge, str]  # the octave convolution that made a low map, or "" for what ends a search
 
 
 @dataclass
@@ -81,13 +82,18 @@ class Stage:
             placed[id(x)] = nn.Parameter(y, y.is_floating_point()) if isinstance(x, nn.Parameter) else y
         return copy.deepcopy(model, placed).eval()
 
-    def run(self, network: nn.Module | None = None, enlarge: Callable[[Tensor], Tensor] = Tensor.clone) -> Trace:
-        """One forward pass of the network or a copy of it, on a sample whose Tensors `enlarge` makes anew."""
+    def run(
+        self, network: nn.Module | None = None, enlarge: Callable[[Tensor], Tensor] = Tensor.clone, graph: bool = False
+    ) -> Trace:
+        """One forward pass of the network or a copy of it, on a sample whose Tensors `enlarge` makes anew.
+
+        With `graph`, for which autograd's graph is recorded, it knows what was wasted.
+        """
         network = network or self.network
         names = {module: name for name, module in network.named_modules()}
         sizes: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-        made: Nodes = {}
-        read: list[tuple[str, Any]] = []  # low maps, by what merges them, or by "" for octave convolutions
+        made: Makers = {}
+        read: list[tuple[str, Edge]] = []  # low maps, by what merges them, or by "" for octave convolutions
         layers: list[str] = []
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -97,15 +103,15 @@ class Stage:
             if isinstance(module, nn.modules.conv._ConvNd) and isinstance(x, (Tensor, Octaves)):
                 sizes[names[module]].append(tuple(x.shape[2:]))
                 if isinstance(x, Octaves):
-                    read.append(("" if _gains(module) else f"{names[module]}.forward", x.low.grad_fn))
+                    read.append(("" if _gains(module) else f"{names[module]}.forward", _edge(x.low)))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             counter.layer = layers.pop()
             if isinstance(module, nn.modules.conv._ConvNd):
                 octave = isinstance(output, Octaves)
                 for x, name in ((output.high, ""), (output.low, names[module])) if octave else ((output, ""),):
-                    if isinstance(x, Tensor) and x.grad_fn is not None:
-                        made[x.grad_fn] = name
+                    if isinstance(x, Tensor):
+                        made[_edge(x)] = name
 
         with ExitStack() as stack:
             modes: dict[str, Any] = {"meta": torch.device("meta"), "fake": self._fakes, "real": nullcontext()}
@@ -114,7 +120,7 @@ class Stage:
             for module in names:
                 stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(leave).remove)
-            stack.enter_context(torch.set_grad_enabled(self._tensors != "real"))
+            stack.enter_context(torch.set_grad_enabled(graph and self._tensors != "real"))
             merges = stack.enter_context(merging.collected())
             counter = stack.enter_context(CostCounter())
             output = network(**arguments) if isinstance(arguments, Mapping) else network(*arguments)
@@ -124,19 +130,19 @@ class Stage:
         places = [(names.get(merge.module, type(merge.module).__name__), merge.function) for merge in merges]
         for (name, function), merge in zip(places, merges, strict=True):
             where = f"{name}.{function}".lstrip(".")
-            read += [(where, low.grad_fn) for low in merge.lows]
-        read += [("the network's output", x.low.grad_fn) for x in returned]
-        kept = _sources([node for reader, node in read if not reader], made)
+            read += [(where, _edge(low)) for low in merge.lows]
+        read += [("the network's output", _edge(x.low)) for x in returned]
+        kept = _sources([edge for reader, edge in read if not reader], made)
         wasted: dict[str, str] = {}
-        for reader, node in read:
-            for name in _sources([node], made) - kept if reader else ():
+        for reader, edge in read:
+            for name in _sources([edge], made) - kept if reader else ():
                 wasted.setdefault(name, reader)
         return Trace(counter.costs, sizes, Counter(places), wasted)
 
     def try_octaves(self) -> Trace:
         """`run`; raises UserError that says where the network stopped."""
         try:
-            return self.run()
+            return self.run(graph=True)
         except Exception as error:
             names = {module: name for name, module in self.network.named_modules()}
             raise UserError(f"{self._name} stops at {_where(error, names)}: {error}; {merging.CURE}") from error
@@ -181,18 +187,22 @@ def _gains(convolution: Any) -> bool:
     return bool(getattr(convolution, "alpha", 0)) or not (depthwise or misalignment(convolution, temporal))
 
 
-def _sources(nodes: Iterable[Any], made: Nodes) -> set[str]:
-    """The convolutions whose low maps these nodes of autograd's graph were computed from, with none between."""
-    found, queue, seen = set(), list(nodes), set()
+def _edge(x: Tensor) -> Edge:
+    return x.grad_fn, x.output_nr
+
+
+def _sources(edges: Iterable[Edge], made: Makers) -> set[str]:
+    """The convolutions whose low maps these were computed from, with none between."""
+    found, queue, seen = set(), list(edges), set()
     while queue:
-        node = queue.pop()
-        if node is None or node in seen:
+        edge = queue.pop()
+        if edge[0] is None or edge in seen:
             continue
-        seen.add(node)
-        if node in made:
-            found.add(made[node])
-        elif not node.name().startswith("Convolution"):
-            queue += [parent for parent, _ in node.next_functions]
+        seen.add(edge)
+        if edge in made:
+            found.add(made[edge])
+        elif not edge[0].name().startswith("Convolution"):
+            queue += edge[0].next_functions
     return found - {""}
 
 
