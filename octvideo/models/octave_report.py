@@ -70,7 +70,7 @@ class Report:
             lines.append(f"  {part.name:{width}}  {what}")
         lines += [f"  {name:{width}}  replaced by nn.SiLU, the same function" for name in self.replaced]
         for (name, function), times in self.merges.items():
-            lines.append(f"  {name:{width}}  merges in {function}" + (f", {times} times" if times > 1 else ""))
+            lines.append(f"  {name or self.network:{width}}  merges in {function}, {times} time{'s' * (times > 1)}")
         return "\n".join([*lines, *self.notes, self.summary()])
 
     def summary(self) -> str:
@@ -80,7 +80,8 @@ class Report:
         costs = f"MACs {_change(self.macs)}, bytes {_change(self.bytes_moved)}"
         merges = f"{len(self.merges)} merge{'s' * (len(self.merges) != 1)}"
         if self.macs[1] <= 0.98 * self.macs[0]:
-            return f"{costs}, parameters {self.parameters / 1e6:.1f} M, {merges}"
+            scale, unit, digits = _scale(self.parameters)
+            return f"{costs}, parameters {self.parameters / scale:.{digits}f}{unit}, {merges}"
         eaten: Counter[str] = Counter()
         for part in self.assignments:
             if part.macs and part.reason:
@@ -95,12 +96,15 @@ def merge_error(network: str, name: str, function: str, shape: str = "") -> str:
     return f"{function} of {name or network} would merge octave features{shape}, and strict=True allows none: {CURE}"
 
 
+def _scale(number: int) -> tuple[float, str, int]:
+    """The unit in which to write a number, and how many digits behind the point."""
+    scale, unit = next((unit for unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if number >= unit[0] / 10), (1, ""))
+    return scale, unit, 0 if scale == 1 else 1 if number >= 10 * scale else 2
+
+
 def _change(change: Change) -> str:
     """Two numbers with one unit, and their ratio: "41.6 -> 25.4 G (0.61)"."""
     before, after = change
-    scale, unit = next(
-        ((10**n, name) for n, name in ((9, "G"), (6, "M"), (3, "k")) if before >= 10 ** (n - 1)), (1, "")
-    )
-    digits = 0 if scale == 1 else 1 if before >= 10 * scale else 2
+    scale, unit, digits = _scale(before)
     ratio = f" ({after / before:.2f})" if before else ""
-    return f"{before / scale:.{digits}f} -> {after / scale:.{digits}f}{' ' * bool(unit)}{unit}{ratio}"
+    return f"{before / scale:.{digits}f} -> {after / scale:.{digits}f}{unit}{ratio}"

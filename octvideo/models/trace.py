@@ -211,7 +211,8 @@ def _unlike_space(small: list[tuple[int, ...]], large: list[tuple[int, ...]]) ->
     for few, many in zip(small, large, strict=False):
         last = -min(2, len(few))
         if any(n == more or more > 3 * n + 4 for n, more in zip(few[last:], many[last:], strict=True)):
-            return f"its input of {_by(few)} becomes {_by(many)} where the sample's height and width grow: not space"
+            becomes = f"becomes {_by(many)}" if few != many else "stays"
+            return f"its input of {_by(few)} {becomes} where the sample's height and width grow: not space"
     return ""
 
 
