@@ -425,6 +425,10 @@ def test_the_api_reference_has_every_module_and_every_public_name(pages):
         assert {f"octvideo.{name}", f"{home}.{name}"} & ids, name
     internal = {"files", "layers.octaves", "layers.paths", "layers.parts", "layers.swapping", "layers.convolution"}
     internal |= {
+        "layers.merging",
+        "models.octave_report",
+        "models.outputs",
+        "models.trace",
         "layers.resampling",
         "layers.calls",
         "layers.tracing",

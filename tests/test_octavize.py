@@ -1,5 +1,7 @@
 """octavize on networks that nobody here wrote."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -10,6 +12,7 @@ from torchvision.models import resnet18, vit_b_16
 from torchvision.models.video import mvit_v1_b, r3d_18, swin3d_t
 
 from octvideo import Octaves, OctConv2d, OctConv3d, octavize
+from octvideo.errors import UserError
 from octvideo.models.cost import count_macs
 
 
@@ -150,6 +153,7 @@ def test_the_report_says_what_every_convolution_became_and_why():
         "  4  left: its weight is parametrized",
         "  5  left: ConvTranspose3d is no nn.Conv2d or nn.Conv3d, or convolves in its own way",
         "  6  replaced by nn.SiLU, the same function",
+        "pass sample= (a clip, or the forward's arguments) to know multiply-adds, bytes and merges",
     ]
     octavize(network, {"1": 0.25, "2": 0.0})
     assert [line.split("  ")[-1] for line in str(network.octave_report).splitlines()[1:5]] == [
@@ -168,7 +172,7 @@ def test_pytorchvideos_swish_is_replaced_and_restored():
     clip = torch.randn(1, 3, 2, 4, 4)
     wanted = network(clip)
     octavize(network, 0.25)
-    assert isinstance(network(clip), Octaves)
+    assert isinstance(network[1](network[2](clip[:, :1].expand(-1, 8, -1, -1, -1))), Octaves)
     octavize(network, 0)
     assert type(network[1]) is type(network[3]) is Swish
     assert torch.equal(network(clip), wanted)
@@ -277,10 +281,65 @@ def test_a_layer_that_octaves_cannot_pass_is_told_how_to_be_skipped():
         network(torch.zeros(1, 3, 4, 4))
 
 
-def test_lazy_convolutions_are_left_alone():
-    network = octavize(nn.Sequential(nn.Conv2d(3, 8, 1), nn.LazyConv2d(8, 1), nn.Conv2d(8, 8, 1)), 0.5)
-    assert network[2].alpha == 0.5
-    assert type(network[1]) is nn.LazyConv2d
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.LazyConv2d(8, 1), nn.Conv2d(8, 8, 1)),
+            "1 is not initialised yet",
+        ),
+        (lambda: torch.jit.script(nn.Conv2d(8, 8, 1)), "a ScriptModule"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 1), torch.ao.nn.quantized.Linear(4, 4)),
+            "1 is quantized: octavize first",
+        ),
+    ],
+)
+def test_modules_that_nothing_can_change_are_refused(build, message):
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), build(), nn.Conv2d(8, 8, 1))
+    with pytest.raises(UserError, match=f"Sequential cannot become octave: 1 is {message}"):
+        octavize(network, 0.5)
+    assert type(network[0]) is nn.Conv2d
+
+
+def test_without_a_sample_a_convolution_of_other_dimensions_is_left():
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv3d(8, 8, 1))
+    reason = octavize(network, 0.5).octave_report.assignments[2].reason
+    assert "3-D and the network's first convolution is not: sample= would tell" in reason
+
+
+class Fused(nn.Module):
+    """Two branches that can become one convolution, as RepVGG's do, and a method that only sounds like it."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(2))
+
+    def fuse_features(self, x, y):
+        return x + y
+
+    def forward(self, x):
+        return self.fuse_features(*(branch(x) for branch in self.branches))
+
+    def reparameterize(self):
+        self.branches = nn.ModuleList([nn.Conv2d(8, 8, 1)])
+
+
+def test_a_network_is_reparameterized_before_it_is_octavized():
+    network = octavize(nn.Sequential(nn.Conv2d(3, 8, 1), Fused()), 0.5)
+    assert network(torch.zeros(1, 3, 4, 4)).shape == (1, 8, 4, 4)
+    for block in (network[1], copy.deepcopy(network)[1]):
+        with pytest.raises(UserError, match="reparameterize first, then octavize"):
+            block.reparameterize()
+    octavize(network, 0)[1].reparameterize()
+    assert len(network[1].branches) == 1
+
+
+def test_timms_reparameterization_is_an_error():
+    network = octavize(timm.create_model("mobileone_s0"), 0.5)
+    with pytest.raises(UserError, match="reparameterize first, then octavize"):
+        timm.utils.reparameterize_model(network)
 
 
 def test_an_unknown_way_to_downsample_is_refused():

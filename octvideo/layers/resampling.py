@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from octvideo.errors import UserError
 
@@ -31,12 +32,13 @@ def keep_layout(y: Tensor, x: Tensor) -> Tensor:
 
 
 def runs_as_called() -> bool:
-    """False under a compiler, a tracer, a torch.func transform or a dispatch mode."""
+    """False under a compiler, a tracer, a torch.func transform or a dispatch mode, unless that `only_counts`."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0  # selective checkpointing keeps results: do not write to them
+        # Selective checkpointing keeps results: do not write to them.
+        or not all(getattr(mode, "only_counts", False) for mode in _get_current_dispatch_mode_stack())
         or torch.autograd.forward_ad._current_level >= 0
     )
 

@@ -1,49 +1,44 @@
 """Turn the convolutions of any network into octave convolutions, in place, and report what changed."""
 
+import inspect
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from functools import partial
+from itertools import chain, islice
+from typing import Any, Literal, NoReturn, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from octvideo.errors import UserError
 from octvideo.layers.convolution import OctaveOptions, OctConv2d, OctConv3d, misalignment
 from octvideo.layers.swapping import original_class, swap_class
+from octvideo.models.cost import Cost, count_parameters
+from octvideo.models.octave_report import Assignment, Report, merge_error
+from octvideo.models.outputs import merge_outputs, return_octaves
+from octvideo.models.trace import Stage
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class Assignment:
-    """What became of one convolution: `low` of its output `channels` are low, or the `reason` why it stayed vanilla."""
+class _Planned:
+    """What a convolution becomes, and its line of the report."""
 
-    name: str
-    channels: int
-    alpha: float
-    low: int
-    reason: str = ""
+    options: OctaveOptions
+    line: Assignment
+
+    def left(self, reason: str) -> "_Planned":
+        options = replace(self.options, alpha=0, downsample="conv")
+        return _Planned(options, replace(self.line, alpha=0, low=0, reason=f"left: {reason}"))
 
 
-@dataclass(frozen=True)
-class Report:
-    """The alpha of every convolution of a network, and why some stayed vanilla; `print` it."""
-
-    network: str
-    assignments: tuple[Assignment, ...]
-    replaced: tuple[str, ...] = ()  # names of pytorchvideo's Swish modules, which became nn.SiLU
-
-    def __str__(self) -> str:
-        octave = sum(not assignment.reason for assignment in self.assignments)
-        lines = [f"{self.network}: {octave} of {len(self.assignments)} convolutions are octave"]
-        width = max((len(assignment.name) for assignment in self.assignments), default=0)
-        for part in self.assignments:
-            what = part.reason or f"alpha {part.alpha:g}: {part.channels - part.low} high + {part.low} low channels"
-            lines.append(f"  {part.name:{width}}  {what}")
-        lines += [f"  {name:{width}}  replaced by nn.SiLU, the same function" for name in self.replaced]
-        return "\n".join(lines)
+_Plan = dict[str, _Planned]  # by the names of convolutions
 
 
 def octavize(
@@ -55,11 +50,14 @@ def octavize(
     downsample: Literal["conv", "pool"] = "conv",
     channels_last: bool = False,
     round_to: int = 1,
+    sample: Any = None,
+    strict: bool = False,
 ) -> Network:
     """Gives every nn.Conv2d and nn.Conv3d of a network an alpha, in place; the weights stay untouched.
 
     Calling it again sets every option anew; alpha 0 with the other options left out restores the vanilla network.
-    Otherwise the network's `octave_report` is a `Report`.
+    Otherwise the network's `octave_report` is a `Report`, and what its forward and its public methods such as
+    `forward_features` return is merged: outputs are what they were. Hooks of the user's on inner modules see Octaves.
 
     Args:
         alpha: share of low channels, in [0, 1]: a number for every convolution except those that read the network's
@@ -70,42 +68,161 @@ def octavize(
         downsample: "pool" averages for a spatial stride of 2 at alpha 0 too, as octave convolutions do: a fair control.
         channels_last: use that memory format, and run factorised convolutions as 2-D: faster, and equal up to rounding.
         round_to: rounds the number of low channels to a multiple; see `octvideo.layers.convolution.split_channels`.
+        sample: a clip (B, C, T, H, W), or a tuple or dict of the forward's arguments, with which the network is tried,
+            without computing (unless its code reads values): convolutions over anything but space, and those whose low
+            map would only be merged, stay vanilla; the report has multiply-adds, bytes, kernels and merges.
+        strict: raise TypeError, instead of merging with a warning, where a function has no meaning on two maps: here
+            if there is a sample, else in forward.
 
     Raises UserError, and changes nothing, for an invalid option or regex, for one that matches no convolution or does
-    not suit it, and for a network in which none could become octave, such as a transformer.
+    not suit it, for a network in which none could become octave, such as a transformer, or that is scripted, quantized
+    or not initialised yet, and for a sample that the network does not take with octaves or without.
     """
+    _refuse(model)
     defaults = OctaveOptions(0, temporal, downsample, channels_last, round_to)
-    plan = _plan(model, alpha, (skip,) if isinstance(skip, str) else tuple(skip), defaults)
-    vanilla = not any(options.alpha for _, options, _ in plan) and downsample == "conv" and not channels_last
-    for module, options, _ in plan:
-        if octave := _octave_class(module):
-            for name in ("kernel_size", "stride", "padding", "dilation", "_reversed_padding_repeated_twice"):
-                # pytorchvideo leaves numpy's integers, which torch.compile cannot trace.
-                if not isinstance(value := getattr(module, name), str):
-                    setattr(module, name, tuple(map(int, value)))
-            if not vanilla:
-                swap_class(module, octave)
-                module.set_options(options)
-            elif type(module) is octave:
-                _restore(module)
-    replaced = []
-    for name, layer in model.named_modules():
-        kind = original_class(layer)
-        if (kind.__module__, kind.__name__) == ("pytorchvideo.layers.swish", "Swish"):  # octaves cannot pass it
-            replaced.append(name)
-            swap_class(layer, kind if vanilla else nn.SiLU)
-            layer.__dict__.pop("inplace", None)
-            layer.__dict__.update({} if vanilla else {"inplace": False})
-    model.__dict__.pop("octave_report", None)
-    if not vanilla:
-        lines = tuple(line for *_, line in plan)
-        model.__dict__["octave_report"] = Report(type(model).__name__, lines, tuple(replaced))
+    plan = _plan(model, alpha, (skip,) if isinstance(skip, str) else tuple(skip), defaults, sample is not None)
+    wanted = _changes(plan)
+    report = Report(original_class(model).__name__, (), strict=strict, parameters=count_parameters(model))
+    if wanted and sample is not None:
+        plan, report = _rehearsed(model, plan, sample, report)
+    _assign(model, plan)
+    if _changes(plan):
+        _forbid_rewriting(model)
+        merge_outputs(model)
+    if wanted:
+        lines, swishes = tuple(planned.line for planned in plan.values()), tuple(_swishes(model))
+        report = replace(report, assignments=report.assignments or lines, replaced=swishes if _changes(plan) else ())
+        model.__dict__["octave_report"] = report
     return model
 
 
+def _changes(plan: _Plan) -> bool:
+    """Whether a network with this plan is another one than the vanilla network."""
+    return any(
+        options.alpha or options.downsample != "conv" or options.channels_last
+        for options in (planned.options for planned in plan.values())
+    )
+
+
+def _refuse(model: nn.Module) -> None:
+    """Raises UserError for a network whose modules nothing can change."""
+    for name, module in model.named_modules():
+        where = f"{type(model).__name__} cannot become octave: {name or 'it'} is"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(f"{where} a ScriptModule: octavize the network itself, then use torch.jit.trace")
+        if re.match(r"torch\.(ao\.)?nn\..*\bquantized\b", type(module).__module__):
+            raise UserError(f"{where} quantized: octavize first, then quantize")
+        if any(is_lazy(tensor) for tensor in chain(module.parameters(False), module.buffers(False))):
+            raise UserError(f"{where} not initialised yet: run the network once, then octavize it")
+
+
+def _rehearsed(model: nn.Module, plan: _Plan, sample: Any, report: Report) -> tuple[_Plan, Report]:
+    """What a sample tells: convolutions that had better stay vanilla, and what the rest gains; changes nothing."""
+    unchanged = {name: replace(planned, options=OctaveOptions(0)) for name, planned in plan.items()}
+    stage = Stage(model, sample, partial(_assign, plan=unchanged))
+    before = stage.vanilla
+    others, note = stage.not_space()
+    plan = plan | {name: plan[name].left(why) for name, why in others.items() if plan[name].options.alpha}
+    _assign(stage.network, plan)
+    after = stage.try_octaves()
+    for _ in range(5):
+        if not after.wasted:
+            break
+        for name, merge in after.wasted.items():
+            plan[name] = plan[name].left(f"a merge in {merge} would follow")
+        _assign(stage.network, plan)
+        after = stage.try_octaves()
+    after = stage.run()  # as inference runs, which records no graph
+    if report.strict and after.merges:
+        raise TypeError(merge_error(report.network, *next(iter(after.merges))))
+    lines = [
+        replace(
+            planned.line,
+            macs=(before.costs[name].macs, after.costs[name].macs),
+            bytes_moved=(before.costs[name].bytes_moved, after.costs[name].bytes_moved),
+        )
+        for name, planned in plan.items()
+    ]
+    elsewhere: Counter[str] = Counter()
+    for name, part in stage.network.named_modules():
+        if name not in plan:
+            elsewhere[type(part).__name__] += before.costs[name].macs
+    vanilla, octave = (sum(trace.costs.values(), Cost()) for trace in (before, after))
+    return plan, replace(
+        report,
+        assignments=tuple(lines),
+        macs=(vanilla.macs, octave.macs),
+        bytes_moved=(vanilla.bytes_moved, octave.bytes_moved),
+        kernels=(vanilla.kernels, octave.kernels),
+        elsewhere=elsewhere,
+        notes=(note,) if note else (),
+        merges=after.merges,
+    )
+
+
+def _assign(model: nn.Module, plan: _Plan) -> None:
+    """Changes a network as planned; where nothing is to change, it becomes vanilla again."""
+    vanilla = not _changes(plan)
+    for module in model.modules():
+        return_octaves(module)
+        for attribute in [name for name, value in vars(module).items() if isinstance(value, _TooLate)]:
+            del module.__dict__[attribute]
+        module.__dict__.pop("octave_report", None)
+    for name, planned in plan.items():
+        convolution: Any = model.get_submodule(name)
+        if octave := _octave_class(convolution):
+            for attribute in ("kernel_size", "stride", "padding", "dilation", "_reversed_padding_repeated_twice"):
+                # pytorchvideo leaves numpy's integers, which torch.compile cannot trace.
+                if not isinstance(value := getattr(convolution, attribute), str):
+                    setattr(convolution, attribute, tuple(map(int, value)))
+            if not vanilla:
+                swap_class(convolution, octave)
+                convolution.set_options(planned.options)
+            elif type(convolution) is octave:
+                _restore(convolution)
+    for layer in _swishes(model).values():
+        swap_class(layer, original_class(layer) if vanilla else nn.SiLU)
+        layer.__dict__.pop("inplace", None)
+        layer.__dict__.update({} if vanilla else {"inplace": False})
+
+
+@dataclass(frozen=True)
+class _TooLate:
+    """Stands for a method that would rewrite convolutions, and lose their octaves."""
+
+    method: str
+
+    def __call__(self) -> NoReturn:
+        raise UserError(f"{self.method}() would undo octavize: {self.method} first, then octavize (alpha 0 restores)")
+
+
+def _forbid_rewriting(model: nn.Module) -> None:
+    """Makes methods such as `reparameterize` raise in modules that have octave convolutions."""
+    for module in model.modules():
+        if any(getattr(part, "alpha", 0) and _octave_class(part) for part in module.modules()):
+            for name in dir(type(module)):
+                if re.fullmatch(r"reparam\w*|fuse(_\w+)?|switch_to_deploy", name):
+                    method = inspect.getattr_static(type(module), name)
+                    if inspect.isfunction(method) and not _wanted_arguments(method):
+                        module.__dict__[name] = _TooLate(name)
+
+
+def _wanted_arguments(method: Any) -> int:
+    """How many arguments a method must be given: one that rewrites its module needs none."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return sum(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def _swishes(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of pytorchvideo's Swish, which octaves cannot pass."""
+    layers = {name: (layer, original_class(layer)) for name, layer in model.named_modules()}
+    swish = ("pytorchvideo.layers.swish", "Swish")
+    return {name: layer for name, (layer, kind) in layers.items() if (kind.__module__, kind.__name__) == swish}
+
+
 def _plan(
-    model: nn.Module, alpha: float | Mapping[str, float], skip: tuple[str, ...], defaults: OctaveOptions
-) -> list[tuple[Any, OctaveOptions, Assignment]]:
+    model: nn.Module, alpha: float | Mapping[str, float], skip: tuple[str, ...], defaults: OctaveOptions, sampled: bool
+) -> _Plan:
     """Each convolution with its options and its line of the report; raises what octavize does, and changes nothing."""
     modules: dict[str, Any] = dict(model.named_modules())
     convolutions = {name: module for name, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd)}
@@ -130,7 +247,7 @@ def _plan(
     # The network's input is read by the first convolution, and by others of as few channels (RGB): SlowFast has two
     # stems. A network whose input has more than 4 channels is taken to have one.
     first = next(iter(convolutions.values()))
-    plan = []
+    plan = {}
     for name, module in convolutions.items():
         problem = misalignment(module, defaults.temporal)
         share, reason = 0.0, ""
@@ -147,6 +264,8 @@ def _plan(
             reason = "it reads the network's input"
         elif around := [kind for layer, kind in attention.items() if name.startswith(f"{layer}.")]:
             reason = f"it is inside an attention layer, {around[0]}"
+        elif not sampled and (size := len(module.kernel_size)) != len(first.kernel_size) and size != 2:
+            reason = f"it is {size}-D and the network's first convolution is not: sample= would tell if that is space"
         else:
             share, reason = (0.0, problem) if problem else (alpha, "")
         if share and problem:
@@ -162,9 +281,9 @@ def _plan(
         channels, low = module.out_channels, options.split(module.out_channels)[1]
         if not low and not reason:
             reason = f"{channels} channels have no low one at alpha {share:g}" if share else "alpha 0"
-        plan.append((module, options, Assignment(name, channels, share, low, reason and f"left: {reason}")))
-    if not isinstance(alpha, Mapping) and alpha > 0 and not any(options.alpha for _, options, _ in plan):
-        lines = "; ".join(f"{left.name} is {left.reason}" for _, _, left in plan[:3])
+        plan[name] = _Planned(options, Assignment(name, channels, share, low, reason and f"left: {reason}"))
+    if not isinstance(alpha, Mapping) and alpha > 0 and not any(planned.options.alpha for planned in plan.values()):
+        lines = "; ".join(f"{name} is {planned.line.reason}" for name, planned in islice(plan.items(), 3))
         raise UserError(f"{described} has no convolution that could become octave: {lines}")
     return plan
 

@@ -1,0 +1,110 @@
+"""What became of a network: the alpha of every convolution, what merged, and what was gained."""
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from octvideo.layers.merging import CURE
+
+Change = tuple[int, int]  # before -> after
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What became of one convolution: `low` of its output `channels` are low, or the `reason` why it stayed vanilla."""
+
+    name: str
+    channels: int
+    alpha: float
+    low: int
+    reason: str = ""
+    macs: Change | None = None  # of the sample, as bytes_moved
+    bytes_moved: Change | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The alpha of every convolution of a network, and why some stayed vanilla; `print` it.
+
+    `macs`, `bytes_moved` and `kernels` are those of a forward pass in eval mode, vanilla and octave, if octavize was
+    given a sample. `merges` counts by (module name, function) how often a function without a meaning on two maps acted
+    on the merged tensor: with the sample, and in every forward pass since that was not compiled.
+    """
+
+    network: str
+    assignments: tuple[Assignment, ...]
+    replaced: tuple[str, ...] = ()  # names of pytorchvideo's Swish modules, which became nn.SiLU
+    parameters: int = 0
+    strict: bool = False
+    macs: Change | None = None
+    bytes_moved: Change | None = None
+    kernels: Change | None = None
+    elsewhere: Counter[str] = field(default_factory=Counter)  # vanilla MACs outside convolutions, by class of module
+    notes: tuple[str, ...] = ()  # what could not be known
+    merges: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def record_merge(self, root: nn.Module, module: nn.Module, function: str, shape: Sequence[int]) -> None:
+        """Counts a merge in a module of the network, `root`: warns of the first; raises TypeError if `strict`."""
+        names = (name for name, part in root.named_modules() if part is module)
+        name = next(names, type(module).__name__)
+        if self.strict:
+            raise TypeError(merge_error(self.network, name, function, f" of shape {tuple(shape)}"))
+        if not self.merges:
+            what = (
+                f"{function} of {name or self.network} acts on the merged tensor of octave features, which costs time"
+            )
+            warnings.warn(f"{what}; print(network.octave_report) lists all that do: {CURE}", stacklevel=4)
+        self.merges[name, function] += 1
+
+    def __str__(self) -> str:
+        octave = sum(not assignment.reason for assignment in self.assignments)
+        lines = [f"{self.network}: {octave} of {len(self.assignments)} convolutions are octave"]
+        width = max((len(assignment.name) for assignment in self.assignments), default=0)
+        for part in self.assignments:
+            what = part.reason or f"alpha {part.alpha:g}: {part.channels - part.low} high + {part.low} low channels"
+            if part.macs and part.bytes_moved and not part.reason:
+                what += f"; MACs {_change(part.macs)}, bytes {_change(part.bytes_moved)}"
+            lines.append(f"  {part.name:{width}}  {what}")
+        lines += [f"  {name:{width}}  replaced by nn.SiLU, the same function" for name in self.replaced]
+        for (name, function), times in self.merges.items():
+            lines.append(f"  {name or self.network:{width}}  merges in {function}, {times} time{'s' * (times > 1)}")
+        return "\n".join([*lines, *self.notes, self.summary()])
+
+    def summary(self) -> str:
+        """One line: what is gained, or what ate it, or what is not known."""
+        if not self.macs or not self.bytes_moved:
+            return "pass sample= (a clip, or the forward's arguments) to know multiply-adds, bytes and merges"
+        costs = f"MACs {_change(self.macs)}, bytes {_change(self.bytes_moved)}"
+        merges = f"{len(self.merges)} merge{'s' * (len(self.merges) != 1)}"
+        if self.macs[1] <= 0.98 * self.macs[0]:
+            scale, unit, digits = _scale(self.parameters)
+            return f"{costs}, parameters {self.parameters / scale:.{digits}f}{unit}, {merges}"
+        eaten: Counter[str] = Counter()
+        for part in self.assignments:
+            if part.macs and part.reason:
+                eaten[f"in convolutions {part.reason}"] += part.macs[0]
+        eaten.update({f"in {kind} modules": macs for kind, macs in self.elsewhere.items()})
+        shares = [f"{macs / self.macs[0]:.0%} {where}" for where, macs in eaten.most_common(3) if macs]
+        return f"nothing is gained: {costs}, {merges}; of the vanilla MACs {', '.join(shares) or 'none can be saved'}"
+
+
+def merge_error(network: str, name: str, function: str, shape: str = "") -> str:
+    """What strict networks say of a merge."""
+    return f"{function} of {name or network} would merge octave features{shape}, and strict=True allows none: {CURE}"
+
+
+def _scale(number: int) -> tuple[float, str, int]:
+    """The unit in which to write a number, and how many digits behind the point."""
+    scale, unit = next((unit for unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if number >= unit[0] / 10), (1, ""))
+    return scale, unit, 0 if scale == 1 else 1 if number >= 10 * scale else 2
+
+
+def _change(change: Change) -> str:
+    """Two numbers with one unit, and their ratio: "41.6 -> 25.4 G (0.61)"."""
+    before, after = change
+    scale, unit, digits = _scale(before)
+    ratio = f" ({after / before:.2f})" if before else ""
+    return f"{before / scale:.{digits}f} -> {after / scale:.{digits}f}{unit}{ratio}"
