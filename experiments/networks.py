@@ -11,12 +11,12 @@ Each network runs in a process of its own, with one thread and at most 6 GB, and
 
 library, family, network, size  what ran, and the extent of its input
 refused    why octavize refused the network, if it did
-errors     {stage: error} of octavize, forward, macs, constancy, restore, train; "vanilla" if the network fails by itself
+errors     {stage: error} of octavize, forward, macs, constancy, train, restore; "vanilla" if the network itself fails
 merges     [module, function, times] of each function that acted on merged features
 says       the last line of the report
 ratio      multiply-adds at alpha .25 / vanilla, on an image or clip of the network's own size, or else of the size run
 constancy  largest difference of outputs / largest output, on an input constant in space, in float64 with circular
-           padding; null where the vanilla network's features are not constant in space: "uneven" names the module
+           padding; null where vanilla features vary in space or cannot be padded: "uneven" names the module or why
 seconds    of all of it
 
 FILE's networks are not run again, unless --redo asks for it; then the last line counts. Ends with a summary.
@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import inspect
 import json
 import math
 import multiprocessing
@@ -43,238 +42,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import monai.networks.nets as monai_nets
-import segmentation_models_pytorch as smp
-import timm
 import torch
-import torchvision.models as torchvision_models
 from choices import one_of
+from families import LIBRARIES, Family, arguments, build, families, input_of, is_detector, smallest
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from octvideo.commands.options import Parser, fail, number, one_line_errors
 from octvideo.layers.octaves import Octaves
-from octvideo.models.cost import count_macs_of, count_parameters
+from octvideo.models.cost import count_macs_of
 from octvideo.models.octavize import octavize
 
 ALPHA = 0.25
 SAME = 1e-8  # relative difference of outputs up to which they are the same
 MEMORY = 6 << 30
 NOTHING_TO_GAIN = re.compile(r"has no (convolution|nn\.Conv2d)")
-IMAGES = ((64, 64), (96, 96), (128, 128), (224, 224))
-CLIPS = ((8, 64, 64), (16, 112, 112), (16, 224, 224))
-VOLUMES = ((32, 32, 32), (64, 64, 64), (96, 96, 96))
-UNETS: Mapping[str, Any] = {"channels": (16, 32, 64, 128), "strides": (2, 2, 2)}
-LEVELS: Mapping[str, Any] = {"channels": (32, 64, 64), "attention_levels": (False, False, True), "num_res_blocks": 1}
-SPADE: Mapping[str, Any] = {"label_nc": 3, **LEVELS}
-IN_SHAPE: Mapping[str, Any] = {"in_shape": (1, 64, 64, 64), **UNETS}
-KERNELS = {"kernel_size": (3,) * 4, "strides": (1, 2, 2, 2), "upsample_kernel_size": (2,) * 3}
-
-# Arguments beside COMMON of MONAI's classes; "-2d" and the like tell variants of a class apart.
-COMMON = {"spatial_dims": 3, "in_channels": 1, "n_input_channels": 1, "out_channels": 2, "num_classes": 2} | {
-    "pretrained": False,
-    "progress": False,
-    "image_size": (64, 64, 64),
-    "img_size": (64, 64, 64),
-    "input_image_size": (64, 64, 64),
-    "patch_size": 16,
-}
-MONAI: Mapping[str, Mapping[str, Any]] = {
-    "AHNet-2d": {"spatial_dims": 2},
-    "AttentionUnet": UNETS,
-    "AutoEncoder": UNETS,
-    "AutoencoderKL": LEVELS,
-    "AutoencoderKL-transpose": {**LEVELS, "use_convtranspose": True},
-    "BasicUNet-pixelshuffle": {"upsample": "pixelshuffle"},
-    "Classifier": {"classes": 2, **IN_SHAPE},
-    "ControlNet": {**LEVELS, "num_head_channels": 8, "conditioning_embedding_num_channels": (16, 32)},
-    "Critic": IN_SHAPE,
-    "DiNTS": {"dints_space": lambda: monai_nets.TopologyInstance(channel_mul=0.5), "num_classes": 2},
-    "DiffusionModelUNet": {**LEVELS, "num_head_channels": 8},
-    "Discriminator": IN_SHAPE,
-    "DynUNet": KERNELS,
-    "DynUNet-deep": {**KERNELS, "deep_supervision": True, "res_block": True},
-    "EfficientNetBN": {"model_name": "efficientnet-b0"},
-    "EfficientNetBN-2d": {"model_name": "efficientnet-b0", "spatial_dims": 2},
-    "EfficientNetBNFeatures": {"model_name": "efficientnet-b0"},
-    "FlexibleUNet": {"backbone": "resnet18"},
-    "FlexibleUNet-2d": {"backbone": "efficientnet-b0", "spatial_dims": 2},
-    "Generator": {"latent_shape": (8,), "start_shape": (32, 8, 8, 8), "channels": (32, 16, 1), "strides": (2, 2, 1)},
-    "GlobalNet": {"num_channel_initial": 16, "depth": 3},
-    "HoVerNet": {"in_channels": 3},
-    "HyenaNDUNETR": {"hyena_stages": (True, False, False, False), "feature_size": 24},
-    "LocalNet": {"num_channel_initial": 16, "extract_levels": (0, 1, 2)},
-    "MILModel": {"backbone": "resnet18"},
-    "MultiScalePatchDiscriminator": {"num_d": 2, "num_layers_d": 3, "channels": 16, "minimum_size_im": 64},
-    "PatchDiscriminator": {"channels": 16},
-    "RegUNet": {"num_channel_initial": 16, "depth": 3},
-    "Regressor": {"out_shape": (2,), **IN_SHAPE},
-    "ResNet": {"block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [64, 128, 256, 512]},
-    "ResNetFeatures": {"model_name": "resnet10"},
-    "SENet": {"block": "se_bottleneck", "layers": (1, 1, 1, 1), "groups": 1, "reduction": 16},
-    "SPADEAutoencoderKL": SPADE,
-    "SPADEDiffusionModelUNet": {**SPADE, "num_head_channels": 8},
-    "SPADENet": {"label_nc": 3, "input_shape": (64, 64, 64), "channels": [16, 32, 64], "z_dim": 16},
-    "SegResNet-deconv": {"upsample_mode": "deconv"},
-    "SwinUNETR-2d": {"spatial_dims": 2},
-    "TorchVisionFCModel": {},
-    "UNet": {**UNETS, "num_res_units": 2},
-    "UNet-2d": {**UNETS, "spatial_dims": 2},
-    "VQVAE": {"channels": (32, 64), "num_res_channels": (32, 64), "num_res_layers": 1}
-    | {"downsample_parameters": ((2, 4, 1, 1),) * 2, "upsample_parameters": ((2, 4, 1, 1, 0),) * 2},
-    "VarAutoEncoder": {**IN_SHAPE, "latent_size": 16},
-    "VoxelMorphUNet": {
-        "unet_out_channels": 16,
-        "channels": (16, 32, 32, 32, 32, 32, 32, 32),
-        "final_conv_channels": (16,),
-    },
-}
-# No network of its own: blocks, searches, other names for the same, or nothing with a convolution.
-NO_FAMILY = re.compile(
-    r"Bert|FullyConnected|^(DecoderOnlyTransformer|MultiModal|Transchex|NetAdapter|NaViT|HighResBlock|RegressionHead)$|"
-    r"^(ResNet(Block|Bottleneck|Encoder)|EfficientNet(Encoder)?|Topology\w+|Pooler|PatchMerging\w*|Quicknat)$|"
-    r"^(DenseNet\d+|SENet154|SERes[Nn]e[Xx]?t\d+|HyperNet)$"
-)
-
-
-class Family(NamedTuple):
-    """Networks of a library that are variants of each other."""
-
-    library: str
-    name: str
-    members: tuple[str, ...]
-
-
-def families() -> Iterator[Family]:
-    """All families of the four libraries, in an order that stays."""
-    named = [(f"{module}", name) for module in timm.list_modules() for name in timm.list_models(module=module)]
-    yield from _grouped("timm", [(file, name) for file, name in named if not name.startswith("test_")])
-    builders = {name: torchvision_models.get_model_builder(name) for name in torchvision_models.list_models()}
-    files = [(builder.__module__.removeprefix("torchvision.models."), name) for name, builder in builders.items()]
-    yield from _grouped("torchvision", [(file, name) for file, name in files if not file.startswith("quantization")])
-    for name in smp.MODEL_ARCHITECTURES_MAPPING:
-        yield Family("smp", name, (f"{name}-{'tu-vit_tiny_patch16_224' if name == 'dpt' else 'resnet18'}",))
-    encoders = [(value["encoder"].__name__, name) for name, value in smp.encoders.encoders.items()]
-    for _, family, names in _grouped("smp", encoders):
-        yield Family("smp", f"unet {family}", tuple(f"unet-{name}" for name in names))
-    classes = {
-        kind.__name__ for kind in vars(monai_nets).values() if inspect.isclass(kind) and issubclass(kind, nn.Module)
-    }
-    plain = {name for name in classes if not NO_FAMILY.search(name)}
-    for name in sorted(plain | MONAI.keys(), key=str.lower):
-        yield Family("monai", name, (name,))
-
-
-def _grouped(library: str, names: Iterable[tuple[str, str]]) -> Iterator[Family]:
-    """Families of (file, name): those of a file whose names begin with the same letters."""
-    groups: dict[str, list[str]] = {}
-    for file, name in names:
-        prefix = re.match(r"(tf_|timm-(tf_)?)?[a-zA-Z]+", name)
-        groups.setdefault(f"{file}: {prefix[0] if prefix else name}", []).append(name)
-    for family, members in groups.items():
-        yield Family(library, family, tuple(members))
-
-
-def build(library: str, name: str) -> nn.Module:
-    """A network with random weights."""
-    if library == "timm":
-        return timm.create_model(name)
-    if library == "torchvision":
-        builder = torchvision_models.get_model_builder(name)
-        known = {"weights": None, "weights_backbone": None, "aux_loss": "segmentation" in builder.__module__}
-        known = {key: value for key, value in known.items() if key in inspect.signature(builder).parameters}
-        network = builder(**known, **({"init_weights": False} if name in ("googlenet", "inception_v3") else {}))
-        if is_detector(network) and not network.transform.fixed_size:
-            network.transform.min_size, network.transform.max_size = (128,), 320
-        return network
-    if library == "smp":
-        architecture, _, encoder = name.partition("-")
-        return smp.create_model(architecture, encoder, encoder_weights=None)
-    if name == "VISTA3D":
-        return monai_nets.vista3d132(16)
-    kind: Any = getattr(monai_nets, name.partition("-")[0])
-    own = MONAI.get(name, {})
-    known = {key: value for key, value in COMMON.items() if key in inspect.signature(kind).parameters}
-    return kind(**known | {key: value() if callable(value) else value for key, value in own.items()})
-
-
-def smallest(family: Family) -> str:
-    """The member with the fewest parameters."""
-    if len(family.members) == 1:
-        return family.members[0]
-    sizes = {}
-    for name in family.members:
-        with torch.device("meta"):
-            sizes[name] = count_parameters(build(family.library, name))
-    return min(sizes, key=lambda name: sizes[name])
-
-
-def input_of(library: str, name: str, network: Any) -> tuple[int, Sequence[tuple[int, ...]]]:
-    """Channels of a network's input, and extents, small ones first, of which the last is its own."""
-    if library == "timm":
-        channels, *own = network.default_cfg["input_size"]
-        return channels, (*(size for size in IMAGES if size < tuple(own)), tuple(own))
-    if library == "monai":
-        if name == "MILModel":  # channels are a bag's images
-            return 4, ((3, 64, 64),)
-        options = COMMON | MONAI.get(name, {})
-        if name == "Generator":
-            return 8, ((1, 1, 1),)
-        if name in ("GlobalNet", "SPADENet", "SegResNetVAE", "UNETR", "ViT", "ViTAutoEnc") or "in_shape" in options:
-            return 1, (VOLUMES[1],)
-        two = options["spatial_dims"] == 2 or name in ("HoVerNet", "TorchVisionFCModel")
-        channels = 3 if "EfficientNet" in name or name in ("HoVerNet", "TorchVisionFCModel") else 1
-        return channels, ((*IMAGES[:3], (256, 256)) if two else VOLUMES)
-    if library == "torchvision":
-        kind = torchvision_models.get_model_builder(name).__module__.removeprefix("torchvision.models.")
-        if kind.startswith("video"):
-            return 3, CLIPS
-        if kind.startswith("detection"):
-            return 3, ((128, 128), (320, 320))
-        if kind.startswith("optical_flow"):
-            return 3, ((128, 128), (256, 256))
-        return 3, (*IMAGES, (299, 299)) if name == "inception_v3" else IMAGES
-    return 3, IMAGES
-
-
-def is_detector(network: nn.Module) -> bool:
-    """Whether it is one of torchvision's detection."""
-    return hasattr(network, "transform") and hasattr(network, "backbone")
-
-
-def arguments(name: str, network: nn.Module, x: Tensor) -> tuple[Any, ...]:
-    """What a network is called with, made of images, clips or volumes."""
-    if is_detector(network):
-        if not network.training:
-            return ([*x],)
-        boxes = torch.tensor([[8.0, 8.0, 72.0, 72.0]])
-        keypoints = torch.tensor([24.0, 24.0, 1.0]).expand(1, 17, 3).contiguous()
-        masks = torch.ones(1, *x.shape[2:], dtype=torch.uint8)
-        return [*x], [
-            {"boxes": boxes, "labels": torch.ones(1, dtype=torch.long), "masks": masks, "keypoints": keypoints}
-        ] * len(x)
-    if name.startswith("raft"):
-        return x, x.flip(0), 2
-    times = torch.arange(len(x), device=x.device)
-    labels = torch.cat([x, -x, x * 2], 1).softmax(1) if name.startswith("SPADE") else x
-    match name.partition("-")[0]:
-        case "DiffusionModelUNet":
-            return x, times
-        case "ControlNet":
-            return x, times, x
-        case "SPADEDiffusionModelUNet":
-            return x, times, labels
-        case "SPADEAutoencoderKL":
-            return x, labels
-        case "SPADENet":
-            return labels, x
-        case "VoxelMorph":
-            return x, x.flip(0)
-        case "VISTA3D":
-            return x[:1], None, None, None, torch.tensor([[1], [2]])
-    return (x,)
 
 
 def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -341,15 +125,17 @@ class Trial:
         self.channels, self.sizes = input_of(library, name, self.network)
         self.types = [type(module) for module in self.network.modules()]
         self.state = {key: value.clone() for key, value in self.network.state_dict().items()}
-        for self.size in self.sizes:  # the smallest that it takes in eval and train mode
+        for size in self.sizes:  # the smallest that it takes in eval and train mode
+            self.size = size
             try:
                 self.wanted, self.trained = self.run(), self.gradients()
                 break
             except (RuntimeError, ValueError, AssertionError, IndexError, TypeError):
-                if self.size == self.sizes[-1]:
+                if size == self.sizes[-1]:
                     raise
         self.macs = 0
-        for self.counted, self.fake in ((self.sizes[-1], True), (self.size, True), (self.size, False)):
+        for way in ((self.sizes[-1], True), (self.size, True), (self.size, False)):
+            self.counted, self.fake = way
             with contextlib.suppress(Exception):  # of code that depends on data, in many types
                 self.macs = self.count()
                 break
@@ -370,7 +156,7 @@ class Trial:
         network = copy.deepcopy(self.network).train()
         loss = sum(x.double().square().mean() for x in tensors(self.call(network, self.size)) if x.requires_grad)
         assert isinstance(loss, Tensor), "no output depends on a parameter"
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return {name for name, parameter in network.named_parameters() if parameter.grad is not None}
 
     def count(self) -> int:
@@ -400,7 +186,7 @@ class Trial:
         trunk: Any = self.twin.backbone if self.detector else self.twin
         uneven: list[str] = []
 
-        def check(module: nn.Module, args: Any) -> None:
+        def check(module: Any, args: Any) -> None:
             x = args[0]
             if x.dim() >= 4 and x.shape[-2:].numel() > 1:
                 x = x.flatten(-2)
@@ -414,7 +200,10 @@ class Trial:
         x = x.expand(2, self.channels, *self.size).contiguous()
         with torch.no_grad():
             torch.manual_seed(3)
-            wanted = tensors(trunk(*arguments(self.name, trunk, x)))
+            try:
+                wanted = tensors(trunk(*arguments(self.name, trunk, x)))
+            except RuntimeError as error:
+                return None, f"{error}"[:200]  # the padding goes round more than once
             for hook in hooks:
                 hook.remove()
             if uneven:
@@ -444,8 +233,8 @@ class Trial:
 
 def _facts(name: str) -> dict[str, Any]:
     """The facts of a network of which nothing is known yet."""
-    nothing = {"refused": "", "merges": [], "says": "", "ratio": None, "constancy": None, "uneven": "", "size": None}
-    return {"network": name, "errors": {}, **nothing}
+    nothing = dict.fromkeys(("size", "ratio", "constancy"))
+    return {"network": name, "errors": {}, "refused": "", "merges": [], "says": "", "uneven": "", **nothing}
 
 
 def examine(library: str, name: str, tell: Callable[[str], None] = lambda stage: None) -> dict[str, Any]:
@@ -485,7 +274,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", required=True, help="where results are, a line a network")
-    add("--library", type=one_of(("timm", "torchvision", "smp", "monai"), "library"), help="default: all four")
+    add("--library", type=one_of(LIBRARIES, "library"), help="default: all four")
     add("--only", metavar="REGEX", default="", help="families whose 'library/name' it matches")
     add("--redo", action="store_true", help="run networks that have results again")
     add("--jobs", type=number, default=2, metavar="N", help="processes at once; default: 2")
@@ -532,14 +321,15 @@ def read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def sweep(chosen: Iterable[Family], jobs: int, timeout: float) -> Iterator[dict[str, Any]]:
     """Results of families as they come, each from a process of its own that may crash, hang or run out of memory."""
     forks = multiprocessing.get_context("fork")  # the libraries are imported
-    waiting, running = list(chosen)[::-1], {}
+    waiting = list(chosen)[::-1]
+    running: dict[Connection, tuple[Any, Family, float, list[str]]] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             ours, theirs = forks.Pipe(duplex=False)
             process = forks.Process(target=_work, args=(waiting[-1], theirs), daemon=True)
             process.start()
             theirs.close()
-            running[ours] = (process, waiting.pop(), time.monotonic(), ["build", "?"])
+            running[ours] = (process, waiting.pop(), time.monotonic(), ["vanilla", "?"])
         ready = wait(list(running), timeout=1)
         for pipe, (process, family, start, state) in list(running.items()):
             seconds, row = time.monotonic() - start, None
@@ -550,7 +340,10 @@ def sweep(chosen: Iterable[Family], jobs: int, timeout: float) -> Iterator[dict[
                     process.join()
                     row = {"errors": {state[0]: f"Killed: exit status {process.exitcode}"}}
                 else:
-                    row = message if isinstance(message, dict) else state.__setitem__(slice(None), message)
+                    if isinstance(message, dict):
+                        row = message
+                    else:
+                        state[:] = message
             elif seconds > timeout:
                 row = {"errors": {state[0]: f"Timeout: {timeout:g} s"}}
             if row is not None:
@@ -581,7 +374,7 @@ def share(rows: Sequence[Any], of: Sequence[Any]) -> str:
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Counts and lists of what failed."""
-    broken = [row for row in rows if "vanilla" in row["errors"] or "build" in row["errors"]]
+    broken = [row for row in rows if "vanilla" in row["errors"]]
     refused = [row for row in rows if row["refused"]]
     tried = [row for row in rows if row not in broken and row not in refused]
     runs = [row for row in tried if not {"octavize", "forward"} & row["errors"].keys()]
@@ -610,32 +403,30 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """The page of documentation."""
-    tried = [row for row in rows if not row["refused"] and not {"vanilla", "build"} & row["errors"].keys()]
+    tried = [row for row in rows if not row["refused"] and "vanilla" not in row["errors"]]
     counts = summary(rows).partition("\n  ")[0].splitlines()
     refused = ", ".join(f"{row['network']}" for row in rows if row["refused"])
     lines = [
         "# Networks of other libraries",
         "",
-        f"`octavize(network, {ALPHA})`, with no other option, on a network of each family of timm, torchvision, MONAI and",
-        "segmentation-models-pytorch, with random weights. The page is written by `experiments/networks.py`.",
+        f"`octavize(network, {ALPHA})`, with no other option, on a network of each family of timm, torchvision, MONAI",
+        "and segmentation-models-pytorch with random weights. `experiments/networks.py` wrote this page.",
         "",
         *(f"- {line}" for line in counts),
         "",
-        "*merges*: functions that act on merged features. *MACs*: multiply-adds relative to vanilla, at the network's own",
-        "input size. *constancy*: largest relative difference of outputs from the vanilla network's in float64 on an input",
-        "constant in space, with circular padding; - where the vanilla network's own features vary in space then.",
-        "*restored*: alpha 0 gives outputs, classes and weights back bit for bit. *trained*: every parameter gets a gradient.",
+        "*merges*: calls of functions that act on merged features. *MACs*: multiply-adds relative to vanilla, at the",
+        "network's own input size. *constancy*: largest relative difference of outputs from the vanilla network's, in",
+        "float64 with circular padding on an input constant in space; - where vanilla features vary in space then.",
+        "*restored*: alpha 0 gives outputs, classes and weights back, bit for bit. *trained*: no gradient is missing.",
         "",
         "| network | library | runs | merges | MACs | constancy | restored | trained |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(tried, key=lambda row: (row["library"], row["network"].lower())):
+    for row in sorted(tried, key=lambda row: (row["library"], row["network"])):
         errors = row["errors"]
         runs = not {"octavize", "forward"} & errors.keys()
-        numbers = [
-            f"{row[key]:{form}}" if row[key] is not None else "-"
-            for key, form in (("ratio", ".2f"), ("constancy", ".0e"))
-        ]
+        forms = (("ratio", ".2f"), ("constancy", ".0e"))
+        numbers = ["-" if row[key] is None else f"{row[key]:{form}}" for key, form in forms]
         cells = [row["network"], row["library"], _yes(runs), str(sum(times for *_, times in row["merges"])), *numbers]
         cells += [_yes("restore" not in errors), _yes(runs and "train" not in errors)]
         lines.append(f"| {' | '.join(cells)} |")
