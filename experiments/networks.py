@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from octvideo.commands.options import Parser, fail, number, one_line_errors
+from octvideo.errors import UserError
 from octvideo.layers.octaves import Octaves
 from octvideo.models.cost import count_macs_of
 from octvideo.models.octavize import octavize
@@ -250,12 +251,17 @@ def examine(library: str, name: str, tell: Callable[[str], None] = lambda stage:
             facts["errors"][stage] = f"{type(error).__name__}: {message}"[:600]
             return None
 
+    with contextlib.suppress(Exception), torch.device("meta"):  # a large transformer is refused at no cost
+        network = build(library, name)
+        try:
+            octavize(network, ALPHA)
+        except UserError as error:
+            if NOTHING_TO_GAIN.search(str(error)):
+                return facts | {"refused": str(error)}
     trial = attempt("vanilla", lambda: Trial(library, name))
     report = trial and attempt("octavize", trial.octavize)
     facts["size"] = trial and trial.size
     if not report:
-        if NOTHING_TO_GAIN.search(facts["errors"].get("octavize", "")):
-            facts["refused"] = facts["errors"].pop("octavize")
         return facts
     attempt("forward", trial.forward)
     if not facts["errors"]:
