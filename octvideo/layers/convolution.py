@@ -112,7 +112,7 @@ class Plan(NamedTuple):
     weight_shape: tuple[int, ...]
     paths: Paths  # between octaves, of one group
     kernel: Kernel  # between plain Tensors, with the spatial stride
-    split_in: tuple[int, int]  # (high, low) channels of an input that is split as the output is
+    split_in: tuple[int, int]  # (high, low) channels that a depthwise layer makes of a plain input
     keeps_low: bool
     plain: bool  # the vanilla convolution serves between plain Tensors
     depthwise: bool
@@ -325,12 +325,6 @@ def _maps(input: Tensor | Octaves, plan: Plan) -> tuple[Tensor, Tensor, Parts]:
     if got != wanted:
         beside = f"a low map of size {wanted} beside a high map of {size}, got {got}"
         raise UserError(f"a layer with temporal={plan.options.temporal} wants {beside}")
-    rounding = len(parts) * plan.options.round_to if len(parts) > 1 else 1  # each part was rounded
-    if split_alike and abs(low.shape[1] - plan.split_in[1]) >= rounding:
-        wants = (
-            f"a depthwise convolution of alpha {plan.options.alpha} wants {plan.split_in} (high, low) input channels"
-        )
-        raise UserError(f"{wants}, got {parts}: give it the preceding layer's alpha")
     return high, low, parts
 
 
@@ -451,7 +445,7 @@ class OctConv3d(_OctConv, nn.Conv3d):  # type: ignore[misc]
     The octave options are those of `OctaveOptions`; the input's share of low channels is read off the input. A spatial
     stride of 2 pools the input first (the official rule); a temporal stride stays in the convolution. In a grouped
     layer each vanilla group keeps its channels, and the share alpha of its outputs is low. A depthwise layer keeps
-    every channel in its octave, so its input must be split as its output is.
+    every channel in the octave that it is in; a plain input is split by alpha.
 
     Shape:
         Input: (B, C_in, T, H, W), or Octaves of that shape; H and W may be odd.
