@@ -80,8 +80,8 @@ class Report:
         costs = f"MACs {_change(self.macs)}, bytes {_change(self.bytes_moved)}"
         merges = f"{len(self.merges)} merge{'s' * (len(self.merges) != 1)}"
         if self.macs[1] <= 0.98 * self.macs[0]:
-            scale, unit, digits = _scale(self.parameters)
-            return f"{costs}, parameters {self.parameters / scale:.{digits}f}{unit}, {merges}"
+            parameters = f"{self.parameters / 1e6:.1f} M" if self.parameters >= 1e5 else str(self.parameters)
+            return f"{costs}, parameters {parameters}, {merges}"
         eaten: Counter[str] = Counter()
         for part in self.assignments:
             if part.macs and part.reason:
@@ -96,15 +96,11 @@ def merge_error(network: str, name: str, function: str, shape: str = "") -> str:
     return f"{function} of {name or network} would merge octave features{shape}, and strict=True allows none: {CURE}"
 
 
-def _scale(number: int) -> tuple[float, str, int]:
-    """The unit in which to write a number, and how many digits behind the point."""
-    scale, unit = next((unit for unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if number >= unit[0] / 10), (1, ""))
-    return scale, unit, 0 if scale == 1 else 1 if number >= 10 * scale else 2
-
-
 def _change(change: Change) -> str:
     """Two numbers with one unit, and their ratio: "41.6 -> 25.4 G (0.61)"."""
     before, after = change
-    scale, unit, digits = _scale(before)
+    units = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
+    scale, unit = next((unit for unit in units if before >= unit[0] / 10), (1, ""))
+    digits = 0 if scale == 1 else 1 if before >= 10 * scale else 2
     ratio = f" ({after / before:.2f})" if before else ""
     return f"{before / scale:.{digits}f} -> {after / scale:.{digits}f}{unit}{ratio}"

@@ -11,12 +11,11 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
 from octvideo.errors import UserError
-from octvideo.layers.convolution import OctaveOptions, OctConv2d, OctConv3d, misalignment
+from octvideo.layers.calls import octave_class, restore
+from octvideo.layers.convolution import Octave, OctaveOptions, misalignment, sizes
 from octvideo.layers.swapping import original_class, swap_class
 from octvideo.models.cost import Cost, count_parameters
 from octvideo.models.octave_report import Assignment, Report, merge_error
@@ -50,10 +49,11 @@ def octavize(
     downsample: Literal["conv", "pool"] = "conv",
     channels_last: bool = False,
     round_to: int = 1,
+    strided: Literal["pool", "keep"] = "pool",
     sample: Any = None,
     strict: bool = False,
 ) -> Network:
-    """Gives every nn.Conv2d and nn.Conv3d of a network an alpha, in place; the weights stay untouched.
+    """Gives every convolution of a network, transposed ones too, an alpha, in place; the weights stay untouched.
 
     Calling it again sets every option anew; alpha 0 with the other options left out restores the vanilla network.
     Otherwise the network's `octave_report` is a `Report`, and what its forward and its public methods such as
@@ -68,6 +68,8 @@ def octavize(
         downsample: "pool" averages for a spatial stride of 2 at alpha 0 too, as octave convolutions do: a fair control.
         channels_last: use that memory format, and run factorised convolutions as 2-D: faster, and equal up to rounding.
         round_to: rounds the number of low channels to a multiple; see `octvideo.layers.convolution.split_channels`.
+        strided: "keep" leaves convolutions with a spatial stride vanilla, and they read merged features: for trained
+            weights, which pooling in place of strides changes most.
         sample: a clip (B, C, T, H, W), or a tuple or dict of the forward's arguments, with which the network is tried,
             without computing (unless its code reads values): convolutions over anything but space, and those whose low
             map would only be merged, stay vanilla; the report has multiply-adds, bytes, kernels and merges.
@@ -79,7 +81,7 @@ def octavize(
     or not initialised yet, and for a sample that the network does not take with octaves or without.
     """
     _refuse(model)
-    defaults = OctaveOptions(0, temporal, downsample, channels_last, round_to)
+    defaults = OctaveOptions(0, temporal, downsample, channels_last, round_to, strided)
     plan = _plan(model, alpha, (skip,) if isinstance(skip, str) else tuple(skip), defaults, sample is not None)
     wanted = _changes(plan)
     report = Report(original_class(model).__name__, (), strict=strict, parameters=count_parameters(model))
@@ -170,16 +172,16 @@ def _assign(model: nn.Module, plan: _Plan) -> None:
         module.__dict__.pop("octave_report", None)
     for name, planned in plan.items():
         convolution: Any = model.get_submodule(name)
-        if octave := _octave_class(convolution):
+        if octave := octave_class(convolution):
             for attribute in ("kernel_size", "stride", "padding", "dilation", "_reversed_padding_repeated_twice"):
                 # pytorchvideo leaves numpy's integers, which torch.compile cannot trace.
                 if not isinstance(value := getattr(convolution, attribute), str):
-                    setattr(convolution, attribute, tuple(map(int, value)))
+                    setattr(convolution, attribute, sizes(value, len(convolution.weight.shape) - 2))
             if not vanilla:
                 swap_class(convolution, octave)
                 convolution.set_options(planned.options)
-            elif type(convolution) is octave:
-                _restore(convolution)
+            elif isinstance(convolution, Octave):
+                restore(convolution)
     for layer in _swishes(model).values():
         swap_class(layer, original_class(layer) if vanilla else nn.SiLU)
         layer.__dict__.pop("inplace", None)
@@ -199,7 +201,7 @@ class _TooLate:
 def _forbid_rewriting(model: nn.Module) -> None:
     """Makes methods such as `reparameterize` raise in modules that have octave convolutions."""
     for module in model.modules():
-        if any(getattr(part, "alpha", 0) and _octave_class(part) for part in module.modules()):
+        if any(getattr(part, "alpha", 0) and octave_class(part) for part in module.modules()):
             for name in dir(type(module)):
                 if re.fullmatch(r"reparam\w*|fuse(_\w+)?|switch_to_deploy", name):
                     method = inspect.getattr_static(type(module), name)
@@ -226,7 +228,7 @@ def _plan(
     """Each convolution with its options and its line of the report; raises what octavize does, and changes nothing."""
     modules: dict[str, Any] = dict(model.named_modules())
     convolutions = {name: module for name, module in modules.items() if isinstance(module, nn.modules.conv._ConvNd)}
-    possible = [name for name, module in convolutions.items() if _octave_class(module)]
+    possible = [name for name, module in convolutions.items() if octave_class(module)]
     attention = {  # compares tokens or positions with each other: all must be at one resolution
         layer: type(module).__name__
         for layer, module in modules.items()
@@ -236,7 +238,7 @@ def _plan(
     hint = f", a transformer ({len(attention)} attention layers; octaves are for convolutional networks),"
     described = type(model).__name__ + (hint if attention else "")
     if not possible:
-        raise UserError(f"{described} has no nn.Conv2d or nn.Conv3d that could become octave")
+        raise UserError(f"{described} has no nn.Conv1d, 2d, 3d, nn.ConvTranspose2d or 3d that could become octave")
     for pattern in (*(alpha if isinstance(alpha, Mapping) else ()), *skip):
         try:
             if not any(re.search(pattern, name) for name in possible):
@@ -251,10 +253,8 @@ def _plan(
     for name, module in convolutions.items():
         problem = misalignment(module, defaults.temporal)
         share, reason = 0.0, ""
-        if is_parametrized(module):
-            reason = "its weight is parametrized"
-        elif name not in possible:
-            reason = f"{type(module).__name__} is no nn.Conv2d or nn.Conv3d, or convolves in its own way"
+        if name not in possible:
+            reason = f"{type(module).__name__} has no octave form"
         elif any(re.search(pattern, name) for pattern in skip):
             reason = "skip matches its name"
         elif isinstance(alpha, Mapping):
@@ -268,6 +268,8 @@ def _plan(
             reason = f"it is {size}-D and the network's first convolution is not: sample= would tell if that is space"
         else:
             share, reason = (0.0, problem) if problem else (alpha, "")
+        if share and not replace(defaults, alpha=share).of_stride(module.stride, module.transposed).alpha:
+            share, reason = 0.0, f'strided="keep" leaves its stride of {module.stride}'
         if share and problem:
             raise UserError(f"{name}: {problem}; skip it")
         temporal = defaults.temporal and len(module.kernel_size) == 3
@@ -286,23 +288,3 @@ def _plan(
         lines = "; ".join(f"{name} is {planned.line.reason}" for name, planned in islice(plan.items(), 3))
         raise UserError(f"{described} has no convolution that could become octave: {lines}")
     return plan
-
-
-def _octave_class(module: nn.Module) -> type[OctConv2d | OctConv3d] | None:
-    """The class that a convolution may take; a subclass of nn.Conv2d or nn.Conv3d must convolve as its base does."""
-    kind: Any = type(module)
-    if not (is_parametrized(module) or isinstance(module, LazyModuleMixin)):  # their classes have other work
-        for plain, octave in ((nn.Conv2d, OctConv2d), (nn.Conv3d, OctConv3d)):
-            as_base = kind.forward is plain.forward and kind._conv_forward is plain._conv_forward
-            if kind is octave or (isinstance(module, plain) and as_base):
-                return octave
-    return None
-
-
-def _restore(module: nn.Module) -> None:
-    """Makes an octave convolution what it was; a module built as octave becomes its plain base."""
-    swap_class(module, original_class(module))
-    bases: dict[type, type] = {OctConv2d: nn.Conv2d, OctConv3d: nn.Conv3d}
-    module.__class__ = bases.get(type(module), type(module))
-    for name in vars(OctConv2d(1, 1, 1, device="meta")).keys() - vars(nn.Conv2d(1, 1, 1, device="meta")).keys():
-        module.__dict__.pop(name, None)

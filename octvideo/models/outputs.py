@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from octvideo.layers.octaves import Octaves
+from octvideo.layers.octaves import Features, merged
 from octvideo.layers.swapping import swap_class
 
 _ENTRIES = re.compile(r"forward|feature|encode|decode|intermediate|predict|embed")
@@ -25,9 +25,9 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def map_octaves(function: Callable[[Octaves], Any], value: Any) -> Any:
-    """Applies a function to the Octaves in nested tuples, lists, mappings and dataclasses; else the same object."""
-    if isinstance(value, Octaves):
+def map_octaves(function: Callable[[Features], Any], value: Any) -> Any:
+    """Applies a function to octave features in nested tuples, lists, mappings and dataclasses; else the same object."""
+    if isinstance(value, Features):
         return function(value)
     if isinstance(value, Mapping):
         items: dict[Any, Any] = {key: map_octaves(function, item) for key, item in value.items()}
@@ -54,11 +54,11 @@ def map_octaves(function: Callable[[Octaves], Any], value: Any) -> Any:
     return value
 
 
-def octaves_in(value: Any) -> list[Octaves]:
-    """The Octaves that `map_octaves` reaches."""
-    found: list[Octaves] = []
+def octaves_in(value: Any) -> list[Any]:
+    """The octave features that `map_octaves` reaches."""
+    found: list[Features] = []
 
-    def keep(x: Octaves) -> Octaves:
+    def keep(x: Features) -> Features:
         found.append(x)
         return x
 
@@ -90,7 +90,7 @@ def _entry(method: Callable[..., Any]) -> Callable[..., Any]:
             output = method(self, *args, **kwargs)
         finally:
             _running.network = outer
-        return map_octaves(Octaves.merge, output)
+        return map_octaves(merged, output)
 
     return call
 

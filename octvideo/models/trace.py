@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from octvideo.errors import UserError
 from octvideo.layers import merging
-from octvideo.layers.convolution import misalignment
+from octvideo.layers.convolution import Octave
 from octvideo.layers.octaves import Octaves
 from octvideo.models.cost import Cost, CostCounter
 from octvideo.models.outputs import octaves_in
@@ -180,11 +180,12 @@ class Stage:
         return x.new_empty((*x.shape[:kept], *(change(n) for n in x.shape[kept:])))
 
 
-def _gains(convolution: Any) -> bool:
-    """Whether a convolution that is given octave features gains by the low map."""
-    depthwise = convolution.groups == convolution.in_channels > 1
-    temporal = getattr(convolution, "temporal", False)
-    return bool(getattr(convolution, "alpha", 0)) or not (depthwise or misalignment(convolution, temporal))
+def _gains(convolution: nn.Module) -> bool:
+    """Whether a convolution that is given octave features gains by the low map, instead of merging it."""
+    if not isinstance(convolution, Octave):
+        return True
+    plan = convolution._plan
+    return plan.keeps_low or not (plan.depthwise or plan.problem)
 
 
 def _edge(x: Tensor) -> Edge:
