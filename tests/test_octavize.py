@@ -248,9 +248,13 @@ def test_rounding_reaches_every_layer_and_the_report():
 
 def test_groups_that_cannot_be_split_name_the_layer():
     network = nn.Sequential(nn.Conv3d(3, 8, 1), nn.Conv3d(8, 8, 1, groups=4))
-    with pytest.raises(ValueError, match=r"1: alpha 0\.25 splits 8 output channels into 6 high and 2 low"):
+    with pytest.raises(ValueError, match=r"^1: alpha 0\.25 splits 8 output channels into 6 high and 2 low.*skip it"):
+        octavize(network, {"1": 0.25})
+    with pytest.raises(ValueError, match=r"no convolution that could .* 1 is left: alpha 0\.25 splits 8 output"):
         octavize(network, 0.25)
     assert type(network[1]) is nn.Conv3d
+    network.append(nn.Conv3d(8, 8, 1))
+    assert "groups 4 must divide both" in octavize(network, 0.25).octave_report.assignments[1].reason
 
 
 def test_a_convolution_that_would_part_the_maps_is_left_and_takes_the_merged_features():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octvideo.layers.functions import spelled
+from octvideo.layers.functions import grows, spelled
 from octvideo.layers.octaves import Features, Function, Octaves, apply, define, features_among, on_merged, record
 from octvideo.layers.parts import Parts, join_pieces
 
@@ -251,7 +251,7 @@ def _cat(func: Function, tensors: Any, dim: int = 0, **named: Any) -> Any:
         y.shape[:dim] != x.shape[:dim] or y.shape[dim + 1 :] != x.shape[dim + 1 :] for y in tensors
     ):
         return NotImplemented
-    if x.ratios[dim] == 2 and any(y.shape[dim] % 2 for y in tensors[:-1]):
+    if (x.ratios[dim] == 2 and any(y.shape[dim] % 2 for y in tensors[:-1])) or grows(x, dim, len(tensors)):
         return NotImplemented
     pairs = [y if isinstance(y, Octaves) else x.alike(y) for y in tensors]
     return x.of(*(torch.cat(maps, dim) for maps in zip(*pairs, strict=True)))
@@ -267,6 +267,8 @@ def _repeat(func: Function, input: Octaves, *sizes: Any, **named: Any) -> Any:
     times = _shape_of(sizes, named.get("repeats", named.get("dims")))
     if len(times) != input.dim() or any(n > 1 and ratio == 2 for n, ratio in zip(times, input.ratios, strict=True)):
         return NotImplemented
+    if any(grows(input, dim, n) for dim, n in enumerate(times)):
+        return NotImplemented
     of_map = [n if dim != input.axis else 1 for dim, n in enumerate(times)]
     x: Any = input.of(*(map_.repeat(of_map) for map_ in input))
     return torch.cat([x] * times[input.axis], input.axis) if times[input.axis] > 1 else x
@@ -281,7 +283,7 @@ def _expand(func: Function, input: Octaves, *sizes: Any, **named: Any) -> Any:
     wanted = [size if n == -1 else n for n, size in zip(target, x.shape, strict=True)]
     if any(n != size and ratio == 2 for n, size, ratio in zip(wanted, x.shape, x.ratios, strict=True)):
         return NotImplemented
-    if wanted[x.axis] != x.shape[x.axis] or (max(x.ratios) == 1 and x.dim() > 3):  # a gate stays what it is elsewhere
+    if wanted[x.axis] != x.shape[x.axis] or any(grows(x, dim, n) for dim, n in enumerate(wanted)):
         return NotImplemented
     maps = []
     for map_ in x:
@@ -297,7 +299,7 @@ def _pad(func: Function, input: Octaves, pad: Sequence[int], mode: str = "consta
     for place in range(0, len(amounts), 2):
         dim = input.dim() - 1 - place // 2
         before, after = amounts[place : place + 2]
-        if dim == input.axis and (before or after):
+        if (dim == input.axis and (before or after)) or grows(input, dim, 1 + before + after):
             return NotImplemented
         if input.ratios[dim] == 1 or not (before or after):
             continue

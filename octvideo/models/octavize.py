@@ -21,6 +21,7 @@ from octvideo.models.cost import Cost, count_parameters
 from octvideo.models.octave_report import Assignment, Report, merge_error
 from octvideo.models.outputs import merge_outputs, return_octaves
 from octvideo.models.trace import Stage
+from octvideo.models.type_checks import forget_types, merge_where_types_are_asked
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -165,6 +166,9 @@ def _rehearsed(model: nn.Module, plan: _Plan, sample: Any, report: Report) -> tu
 def _assign(model: nn.Module, plan: _Plan) -> None:
     """Changes a network as planned; where nothing is to change, it becomes vanilla again."""
     vanilla = not _changes(plan)
+    forget_types(model)
+    if not vanilla:
+        merge_where_types_are_asked(model)
     for module in model.modules():
         return_octaves(module)
         for attribute in [name for name, value in vars(module).items() if isinstance(value, _TooLate)]:
@@ -201,7 +205,7 @@ class _TooLate:
 def _forbid_rewriting(model: nn.Module) -> None:
     """Makes methods such as `reparameterize` raise in modules that have octave convolutions."""
     for module in model.modules():
-        if any(getattr(part, "alpha", 0) and octave_class(part) for part in module.modules()):
+        if any(octave_class(part) and getattr(part, "alpha", 0) for part in module.modules()):
             for name in dir(type(module)):
                 if re.fullmatch(r"reparam\w*|fuse(_\w+)?|switch_to_deploy", name):
                     method = inspect.getattr_static(type(module), name)
@@ -274,12 +278,15 @@ def _plan(
             raise UserError(f"{name}: {problem}; skip it")
         temporal = defaults.temporal and len(module.kernel_size) == 3
         downsample = "conv" if problem or reason else defaults.downsample
+        options = replace(defaults, alpha=share, temporal=temporal, downsample=downsample)
         try:
-            options = replace(defaults, alpha=share, temporal=temporal, downsample=downsample)
             if name in possible:
                 options.check(module)
         except UserError as error:
-            raise UserError(f"{name}: {error}; skip it, or choose another alpha for it") from error
+            if isinstance(alpha, Mapping):
+                raise UserError(f"{name}: {error}; skip it, or choose another alpha for it") from error
+            share, reason = 0.0, str(error)
+            options = replace(defaults, alpha=0)
         channels, low = module.out_channels, options.split(module.out_channels)[1]
         if not low and not reason:
             reason = f"{channels} channels have no low one at alpha {share:g}" if share else "alpha 0"

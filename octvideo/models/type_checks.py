@@ -92,7 +92,7 @@ def _merge_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
 def _teach_einops() -> type:
     from einops import _backends
 
-    class OctavesBackend(_backends.TorchBackend):  # type: ignore[misc]
+    class OctavesBackend(_backends.TorchBackend):
         """Octave features answer all that einops calls; it finds this class by itself."""
 
         framework_name = "octvideo.layers"
