@@ -48,7 +48,6 @@ import torch
 from choices import one_of
 from families import LIBRARIES, Family, arguments, build, families, input_of, is_detector, smallest
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from octvideo.commands.options import Parser, fail, number, one_line_errors
 from octvideo.errors import UserError
@@ -136,16 +135,16 @@ class Trial:
                     raise
         self.macs = 0
         for way in ((self.sizes[-1], True), (self.size, True), (self.size, False)):
-            self.counted, self.fake = way
+            self.counted, self.meta = way
             with contextlib.suppress(Exception):  # of code that depends on data, in many types
                 self.macs = self.count()
                 break
         self.twin = settle(copy.deepcopy(self.network))
 
-    def call(self, network: nn.Module, size: Sequence[int], batch: int = 2, **to: Any) -> Any:
+    def call(self, network: nn.Module, size: Sequence[int], batch: int = 2) -> Any:
         """The output for a random input."""
         torch.manual_seed(1)
-        return network(*arguments(self.name, network, torch.rand(batch, self.channels, *size, **to)))
+        return network(*arguments(self.name, network, torch.rand(batch, self.channels, *size)))
 
     def run(self) -> Any:
         """The output in eval mode."""
@@ -161,9 +160,12 @@ class Trial:
         return {name for name, parameter in network.named_parameters() if parameter.grad is not None}
 
     def count(self) -> int:
-        """Multiply-adds on one input; fake tensors have no data, so that any size is quick."""
-        with FakeTensorMode(allow_non_fake_inputs=True) if self.fake else contextlib.nullcontext():
+        """Multiply-adds on one input; meta tensors have no data, so that any size is quick."""
+        if not self.meta:
             return count_macs_of(lambda: self.call(self.network, self.counted, 1))
+        network = copy.deepcopy(self.network).to("meta")
+        with torch.device("meta"):
+            return count_macs_of(lambda: self.call(network, self.counted, 1))
 
     def octavize(self) -> Any:
         """Octaves with no other option; the report."""
