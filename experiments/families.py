@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import monai.networks.nets
@@ -154,13 +156,18 @@ def build(library: str, name: str) -> nn.Module:
 
 def smallest(family: Family) -> str:
     """The member with the fewest parameters."""
-    if len(family.members) == 1:
-        return family.members[0]
-    sizes = {}
-    for name in family.members:
+    return family.members[0] if len(family.members) == 1 else min(family.members, key=partial(_size, family.library))
+
+
+def _size(library: str, name: str) -> float:
+    """Parameters of a network; infinite where it cannot be built without data."""
+    if library == "torchvision":
+        return float(min(weights.meta["num_params"] for weights in torchvision_models.get_model_weights(name)))
+    try:
         with torch.device("meta"):
-            sizes[name] = count_parameters(build(family.library, name))
-    return min(sizes, key=lambda name: sizes[name])
+            return count_parameters(build(library, name))
+    except RuntimeError:
+        return math.inf
 
 
 def input_of(library: str, name: str, network: Any) -> tuple[int, Sequence[tuple[int, ...]]]:

@@ -48,7 +48,7 @@ import torch
 from choices import one_of
 from families import LIBRARIES, Family, arguments, build, families, input_of, is_detector, smallest
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.utils import _reverse_repeat_tuple
 
 from octvideo.commands.options import Parser, fail, number, one_line_errors
 from octvideo.errors import UserError
@@ -82,12 +82,9 @@ def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 def described(output: Any, varying: bool) -> list[str]:
     """Type, shape and dtype at each place of an output; without the number of boxes where that varies."""
-    return [
-        f"{place} {type(x).__name__} {tuple(x.shape)[varying:]} {x.dtype}"
-        if isinstance(x, (Tensor, Octaves))
-        else f"{place} {type(x).__name__}"
-        for place, x in leaves(output)
-    ]
+    kinds = [(f"{place} {type(x).__name__}", x) for place, x in leaves(output)]
+    maps = (Tensor, Octaves)
+    return [f"{kind} {tuple(x.shape)[varying:]} {x.dtype}" if isinstance(x, maps) else kind for kind, x in kinds]
 
 
 def tensors(output: Any) -> list[Tensor]:
@@ -104,6 +101,8 @@ def settle(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, nn.modules.conv._ConvTransposeNd):
             module.padding_mode = "circular"
+            if not isinstance(module.padding, str):  # some networks change it after construction
+                module._reversed_padding_repeated_twice = _reverse_repeat_tuple(module.padding, 2)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             nn.init.normal_(module.running_mean, std=0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
@@ -136,16 +135,16 @@ class Trial:
                     raise
         self.macs = 0
         for way in ((self.sizes[-1], True), (self.size, True), (self.size, False)):
-            self.counted, self.fake = way
+            self.counted, self.meta = way
             with contextlib.suppress(Exception):  # of code that depends on data, in many types
                 self.macs = self.count()
                 break
         self.twin = settle(copy.deepcopy(self.network))
 
-    def call(self, network: nn.Module, size: Sequence[int], batch: int = 2, **to: Any) -> Any:
+    def call(self, network: nn.Module, size: Sequence[int], batch: int = 2) -> Any:
         """The output for a random input."""
         torch.manual_seed(1)
-        return network(*arguments(self.name, network, torch.rand(batch, self.channels, *size, **to)))
+        return network(*arguments(self.name, network, torch.rand(batch, self.channels, *size)))
 
     def run(self) -> Any:
         """The output in eval mode."""
@@ -161,9 +160,12 @@ class Trial:
         return {name for name, parameter in network.named_parameters() if parameter.grad is not None}
 
     def count(self) -> int:
-        """Multiply-adds on one input; fake tensors have no data, so that any size is quick."""
-        with FakeTensorMode(allow_non_fake_inputs=True) if self.fake else contextlib.nullcontext():
+        """Multiply-adds on one input; meta tensors have no data, so that any size is quick."""
+        if not self.meta:
             return count_macs_of(lambda: self.call(self.network, self.counted, 1))
+        network = copy.deepcopy(self.network).to("meta")
+        with torch.device("meta"):
+            return count_macs_of(lambda: self.call(network, self.counted, 1))
 
     def octavize(self) -> Any:
         """Octaves with no other option; the report."""
@@ -196,24 +198,32 @@ class Trial:
 
         names = {module: name for name, module in trunk.named_modules() if isinstance(module, nn.modules.conv._ConvNd)}
         hooks = [module.register_forward_pre_hook(check) for module in names]
-        torch.manual_seed(2)
-        x = torch.randn(2, self.channels, *self.size[:-2], 1, 1, dtype=torch.float64)
-        x = x.expand(2, self.channels, *self.size).contiguous()
-        with torch.no_grad():
-            torch.manual_seed(3)
-            try:
-                wanted = tensors(trunk(*arguments(self.name, trunk, x)))
-            except RuntimeError as error:
-                return None, f"{error}"[:200]  # the padding goes round more than once
+        torch.set_default_dtype(torch.float64)  # for what a network makes by itself
+        try:
+            for size in self.sizes[self.sizes.index(self.size) :]:
+                try:
+                    wanted = self.call_constant(trunk, size)
+                    break
+                except RuntimeError as error:  # circular padding wider than a map, mostly
+                    if size == self.sizes[-1]:
+                        return None, f"{error}"[:200]
             for hook in hooks:
                 hook.remove()
             if uneven:
                 return None, uneven[0]
             octavize(self.twin, ALPHA)
-            torch.manual_seed(3)
-            outputs = tensors(trunk(*arguments(self.name, trunk, x)))
+            outputs = self.call_constant(trunk, size)
+        finally:
+            torch.set_default_dtype(torch.float32)
         pairs = [(a, b) for a, b in zip(wanted, outputs, strict=True) if a.numel()]
         return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-300)).item() for a, b in pairs), ""
+
+    def call_constant(self, network: nn.Module, size: Sequence[int]) -> list[Tensor]:
+        """The outputs for an input that varies from channel to channel, and from frame to frame, alone."""
+        torch.manual_seed(2)
+        x = torch.randn(2, self.channels, *size[:-2], 1, 1).expand(2, self.channels, *size).contiguous()
+        with torch.no_grad():
+            return tensors(network(*arguments(self.name, network, x)))
 
     def train(self) -> None:
         """Every parameter that gets a gradient in the vanilla network gets one."""
@@ -286,7 +296,6 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=number, default=2, metavar="N", help="processes at once; default: 2")
     add("--timeout", type=number, default=900, metavar="S", help="seconds for a network; default: 900")
     add("--table", type=Path, metavar="PAGE", help="page of documentation to write the table to")
-    add("--list", action="store_true", help="print the families, and run nothing")
     return parser.parse_args(words)
 
 
@@ -300,11 +309,8 @@ def main(words: Sequence[str] | None = None) -> None:
         fail(f"--only {args.only}: invalid regex: {error}")
     if not chosen:
         fail("no family matches --library and --only")
-    if args.list:
-        print(*(f"{family.library}/{family.name} ({len(family.members)})" for family in chosen), sep="\n")
-        return
-    known = read(args.json)
-    missing = [family for family in chosen if args.redo or family[:2] not in known]
+    known = {} if args.redo else read(args.json)
+    missing = [family for family in chosen if family[:2] not in known]
     with args.json.open("a") as file:
         for row in sweep(missing, args.jobs, args.timeout):
             file.write(json.dumps(row) + "\n")
@@ -346,10 +352,7 @@ def sweep(chosen: Iterable[Family], jobs: int, timeout: float) -> Iterator[dict[
                     process.join()
                     row = {"errors": {state[0]: f"Killed: exit status {process.exitcode}"}}
                 else:
-                    if isinstance(message, dict):
-                        row = message
-                    else:
-                        state[:] = message
+                    row, state[:] = (message, state) if isinstance(message, dict) else (None, message)
             elif seconds > timeout:
                 row = {"errors": {state[0]: f"Timeout: {timeout:g} s"}}
             if row is not None:
@@ -392,10 +395,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         f"run: {share(runs, tried)}",
         f"multiply-adds <= .80: {share(cheap, runs)}",
         f"constant within {SAME:g}: {share([row for row in even if row['constancy'] <= SAME], even)}",
-        *(
-            f"{what}: {share([row for row in runs if stage not in row['errors']], runs)}"
-            for what, stage in (("every gradient", "train"), ("restored bit for bit", "restore"))
-        ),
+        f"every gradient: {share([row for row in runs if 'train' not in row['errors']], runs)}",
+        f"restored bit for bit: {share([row for row in tried if 'restore' not in row['errors']], tried)}",
     ]
     for row in rows:
         named = f"{row['library']}/{row['family']} ({row['network']})"
@@ -433,14 +434,10 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         runs = not {"octavize", "forward"} & errors.keys()
         forms = (("ratio", ".2f"), ("constancy", ".0e"))
         numbers = ["-" if row[key] is None else f"{row[key]:{form}}" for key, form in forms]
-        cells = [row["network"], row["library"], _yes(runs), str(sum(times for *_, times in row["merges"])), *numbers]
-        cells += [_yes("restore" not in errors), _yes(runs and "train" not in errors)]
-        lines.append(f"| {' | '.join(cells)} |")
+        yes = ["yes" if x else "**no**" for x in (runs, "restore" not in errors, runs and "train" not in errors)]
+        merges = str(sum(times for *_, times in row["merges"]))
+        lines.append(f"| {' | '.join((row['network'], row['library'], yes[0], merges, *numbers, *yes[1:]))} |")
     return "\n".join([*lines, "", f"Refused, as no convolution in them could become octave: {refused}.", ""])
-
-
-def _yes(fact: bool) -> str:
-    return "yes" if fact else "**no**"
 
 
 if __name__ == "__main__":
