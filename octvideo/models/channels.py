@@ -13,17 +13,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from octvideo.errors import UserError
 
-_POINTWISE = set(
-    "hardswish _prelu_kernel _to_copy copy detach alias dropout fill zero _softmax _log_softmax native_layer_norm".split()
+_POINTWISE = re.compile(  # beside those that torch tags so, or as good as pointwise: alike for all channels
+    "hardswish|_prelu_kernel|_to_copy|copy|detach|alias|dropout|fill|zero|_softmax|_log_softmax|native_layer_norm"
 )
-_MOVEMENTS = set(
-    "view _unsafe_view reshape unsqueeze squeeze permute transpose t expand slice select split split_with_sizes unbind "
-    "cat stack clone flip roll repeat pixel_shuffle pixel_unshuffle native_channel_shuffle".split()
+_MOVEMENT = re.compile(
+    "view|_unsafe_view|unsqueeze|squeeze|permute|transpose|t|expand|slice|select|split|split_with_sizes|unbind|cat|stack|"
+    "flip|roll|repeat|pixel_shuffle|pixel_unshuffle|native_channel_shuffle"
 )
-_BATCH_NORMS = set(
-    "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
-    "miopen_batch_norm".split()
-)
+_NORM = re.compile(r"(cudnn_|miopen_|native_|_native_)batch_norm(_legit|_legit_no_training)?|native_group_norm")
+_FIXED = torch.zeros((), dtype=torch.int32)
 _PER_CHANNEL = re.compile(r"(_pool|^_?upsample_\w+|(reflection|replication)_pad)([123])d")
 
 
@@ -37,7 +35,7 @@ class Channels(TorchDispatchMode):
     """
 
     def __init__(self, network: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._parent = [0]
         # A tensor's labels have its number of dimensions, and size 1 where the symbol does not depend on the position.
         self._labels: Any = WeakIdKeyDictionary()
@@ -51,7 +49,7 @@ class Channels(TorchDispatchMode):
         symbols = torch.arange(len(self._parent), len(self._parent) + tensor.shape[dim], dtype=torch.int32)
         self._parent.extend(symbols.tolist())
         self._axes.append((tensor, dim, symbols))
-        return _along(symbols, dim, tensor.dim())
+        return _labels_of([symbols], dim, tensor.dim())[0]
 
     def check_all_used(self) -> None:
         """Raises UserError for parameters that the run did not meet: they could read channels that move."""
@@ -62,7 +60,7 @@ class Channels(TorchDispatchMode):
     def pin(self, tensor: Tensor) -> None:
         """Keeps what the positions of a tensor hold where it is."""
         for labels in self._labels.get(tensor, ()):
-            self._unite(labels, torch.zeros((), dtype=torch.int32))
+            self._unite(labels, _FIXED)
 
     def permutation(self, costs: Iterable[tuple[Tensor, int, Tensor]]) -> dict[int, int]:
         """For each channel that moves, the one that takes its place: those that cost least come last.
@@ -75,7 +73,7 @@ class Channels(TorchDispatchMode):
         cost: dict[int, float] = defaultdict(float)
         order: dict[int, None] = {}
         for tensor, dim, values in costs:
-            for root, value in zip(roots[id(tensor), dim], values.tolist(), strict=True):
+            for root, value in zip(roots.get((id(tensor), dim), ()), values.tolist(), strict=False):
                 cost[root] += value
                 order[root] = None
         uses: dict[int, list[tuple[int, int]]] = defaultdict(list)  # which axes and parts hold a channel, and how often
@@ -124,30 +122,25 @@ class Channels(TorchDispatchMode):
             return output
         name = func.overloadpacket.__name__
         base = name.rstrip("_") if func._schema.is_mutable else name
-        if torch.Tag.pointwise in func.tags or base in _POINTWISE:
+        if torch.Tag.pointwise in func.tags or _POINTWISE.fullmatch(base):
             self._labels[outputs[0]] = self._pointwise(tensors, outputs[0])
-        elif base in _MOVEMENTS:
+        elif _MOVEMENT.fullmatch(base):
             self._move(lambda data: func(data, *args[1:], **(kwargs or {})), args[0], outputs)
         elif base == "constant_pad_nd":
             self._pad(args[0], args[1], outputs[0])
         elif base == "convolution":
-            self._labels[outputs[0]] = self._convolution(*args[:3], args[6], args[8])
+            self._labels[outputs[0]] = self._convolution(args[0], args[1], args[2], args[6], args[8])
         elif base in ("mm", "bmm", "addmm", "baddbmm"):
-            product = self._product(*tensors[-2:])
-            self._labels[outputs[0]] = product
-            if base.startswith(("add", "badd")):
+            self._labels[outputs[0]] = self._product(*tensors[-2:])
+            if len(tensors) == 3:
                 self._labels[outputs[0]] = self._pointwise([tensors[0], outputs[0]], outputs[0])
-        elif base in _BATCH_NORMS:
-            (channels,) = self._vectors(tensors[0], [1])
-            for statistic in tensors[1:]:
-                self._unite(channels, self._vectors(statistic, [0])[0])
-            self._labels[outputs[0]] = [_along(channels, 1, outputs[0].dim())]
-        elif base == "native_group_norm":
+        elif _NORM.fullmatch(base):
             (channels,) = self._vectors(tensors[0], [1])
             for parameter in tensors[1:]:
                 self._unite(channels, self._vectors(parameter, [0])[0])
-            self._parts.update(tuple(part.tolist()) for part in channels.chunk(named["group"]))
-            self._labels[outputs[0]] = [_along(channels, 1, outputs[0].dim())]
+            if "group" in named:
+                self._parts.update(tuple(part.tolist()) for part in channels.chunk(named["group"]))
+            self._labels[outputs[0]] = _labels_of([channels], 1, outputs[0].dim())
         elif torch.Tag.reduction in func.tags and len(tensors) == 1:
             self._reduce(tensors[0], outputs, named.get("dim"), named.get("keepdim", False))
         elif found := _PER_CHANNEL.search(base):
@@ -166,8 +159,8 @@ class Channels(TorchDispatchMode):
                 labels = labels.view((1,) * (dims - labels.dim()) + labels.shape)
                 where = _varies(labels)
                 for other in [key for key in found if key != where and {*key} & {*where}]:
-                    self._unite(found.pop(other), torch.zeros((), dtype=torch.int32))
-                    self._unite(labels, torch.zeros((), dtype=torch.int32))
+                    self._unite(found.pop(other), _FIXED)
+                    self._unite(labels, _FIXED)
                 if where in found:
                     self._unite(found[where], labels)
                 found[where] = labels
@@ -176,7 +169,7 @@ class Channels(TorchDispatchMode):
                 own = {tuple(d + dims - tensor.dim() for d in _varies(x)) for x in self._labels.get(tensor, ())}
                 shape = (1,) * (dims - tensor.dim()) + tensor.shape
                 if where not in own and any(shape[d] > 1 for d in where):
-                    self._unite(labels, torch.zeros((), dtype=torch.int32))
+                    self._unite(labels, _FIXED)
         return list(found.values())
 
     def _move(self, function: Callable[[Any], Any], data: Tensor | Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -186,9 +179,10 @@ class Channels(TorchDispatchMode):
             symbols = [len(labels.unique()) for labels in self._labels.get(data, ())]
         else:
             if any(len(self._labels.get(x, ())) > 1 for x in data):
-                return [self.pin(x) for x in data][0]
-            blank = torch.zeros((), dtype=torch.int32)
-            inputs = [[(self._labels.get(x) or [blank])[0].expand(x.shape) for x in data]]
+                for x in data:
+                    self.pin(x)
+                return
+            inputs = [[(self._labels.get(x) or [_FIXED])[0].expand(x.shape) for x in data]]
             symbols = [0]
         for output in outputs:
             self._labels[output] = []
@@ -197,7 +191,7 @@ class Channels(TorchDispatchMode):
                 labels = _compress(labels)
                 held = labels.unique()
                 if len(held) == 1:  # one channel alone
-                    self._unite(held, torch.zeros((), dtype=torch.int32))
+                    self._unite(held, _FIXED)
                     continue
                 if len(held) != before:
                     self._parts.add(tuple(held.tolist()))
@@ -211,7 +205,9 @@ class Channels(TorchDispatchMode):
                 labels = _compress(torch.ops.aten.constant_pad_nd(labels.expand(data.shape), amounts, 0))
             self._labels[output].append(labels)
 
-    def _convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, groups: int) -> Any:
+    def _convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, groups: int
+    ) -> list[Tensor]:
         (read,) = self._vectors(x, [1])
         rows, columns = self._vectors(weight, [1, 0] if transposed else [0, 1])
         if groups == 1:
@@ -221,11 +217,11 @@ class Channels(TorchDispatchMode):
             self._unite(read, rows)
         else:  # outputs may move within their group
             for fixed in (read, columns, *([rows] if transposed else [])):
-                self._unite(fixed, torch.zeros((), dtype=torch.int32))
+                self._unite(fixed, _FIXED)
             self._parts.update(tuple(part.tolist()) for part in rows.chunk(groups))
         if bias is not None:
             self._unite(rows, self._vectors(bias, [0])[0])
-        return [_along(rows, 1, x.dim())] if rows.any() and len(rows) > 1 else []
+        return _labels_of([rows], 1, x.dim())
 
     def _product(self, a: Tensor, b: Tensor) -> list[Tensor]:
         """Labels of a matrix product: the contracted dimensions are one, the others remain."""
@@ -235,7 +231,7 @@ class Channels(TorchDispatchMode):
         self._unite(columns, rows)
         for batch_a, batch_b in zip(of_a, of_b, strict=False):
             self._unite(batch_a, batch_b)
-        return [_along(v, d, dims) for d, v in enumerate((*of_a, out)) if len(v) > 1 and v.any()]
+        return _labels_of([*of_a, out], 0, dims)
 
     def _reduce(self, x: Tensor, outputs: Sequence[Tensor], dim: Any, keepdim: bool) -> None:
         reduced = {d % x.dim() for d in ((dim,) if isinstance(dim, int) else dim or range(x.dim()))}
@@ -243,7 +239,7 @@ class Channels(TorchDispatchMode):
         for labels in self._labels[x]:
             inside = {*_varies(labels)} & reduced
             if inside and not all(output.dtype.is_floating_point for output in outputs):  # positions are told
-                self._unite(labels, torch.zeros((), dtype=torch.int32))
+                self._unite(labels, _FIXED)
             elif inside != {*_varies(labels)}:
                 for d in inside:
                     self._unite(labels, labels.narrow(d, 0, 1))
@@ -260,7 +256,7 @@ class Channels(TorchDispatchMode):
         kept = [labels for labels in self._labels.get(x, ()) if max(_varies(labels)) < x.dim() - spatial]
         for labels in self._labels.get(x, ()):
             if max(_varies(labels)) >= x.dim() - spatial:
-                self._unite(labels, torch.zeros((), dtype=torch.int32))
+                self._unite(labels, _FIXED)
         for output in outputs:
             self._labels[output] = kept
 
@@ -271,7 +267,7 @@ class Channels(TorchDispatchMode):
             where = _varies(labels)
             along = next((d for d in vectors if d in where), None)
             if along is None:
-                self._unite(labels, torch.zeros((), dtype=torch.int32))
+                self._unite(labels, _FIXED)
                 continue
             one = labels
             for d in where:
@@ -293,8 +289,10 @@ class Channels(TorchDispatchMode):
             self._parent[self._find(one)] = self._find(other)
 
 
-def _along(vector: Tensor, dim: int, dims: int) -> Tensor:
-    return vector.view([-1 if d == dim else 1 for d in range(dims)])
+def _labels_of(vectors: Sequence[Tensor], first: int, dims: int) -> list[Tensor]:
+    """Labels of a tensor with symbols along the dimensions from `first` on; nothing where none can move."""
+    along = ((vector, dim) for dim, vector in enumerate(vectors, first) if len(vector) > 1 and vector.any())
+    return [vector.view([-1 if d == dim else 1 for d in range(dims)]) for vector, dim in along]
 
 
 def _varies(labels: Tensor) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ PROBES = 4  # random directions along which the change of the outputs is measure
 ROUNDING = 2e4  # times the epsilon of the dtype: relative change that other orders of summation may make
 
 
-def choose_low(network: Network, clips: Clips | Iterable[Clips], *, temporal: bool = False) -> Network:
+def choose_low(network: Network, clips: Tensor | Iterable[Clips], *, temporal: bool = False) -> Network:
     """Permutes the channels of a trained vanilla network in place, so that the last ones are the best to halve.
 
     Octave layers hold the last channels of a feature map at half resolution, but training leaves channels in any
@@ -32,7 +32,7 @@ def choose_low(network: Network, clips: Clips | Iterable[Clips], *, temporal: bo
 
     Args:
         network: trained and vanilla; run in eval mode, and left in its own.
-        clips: a batch as the network takes it (a tuple holds several arguments), or an iterable of them; 50 samples are
+        clips: one batch, or an iterable of batches; a batch that is a tuple holds several arguments. 50 samples are
             plenty. All activations of a batch are kept for the gradient, so small batches save memory.
         temporal: for `octavize(..., temporal=True)`: halve time too.
 
@@ -41,7 +41,7 @@ def choose_low(network: Network, clips: Clips | Iterable[Clips], *, temporal: bo
     """
     if "octave_report" in vars(network):
         raise UserError("choose_low takes a vanilla network: call it before octavize, or after octavize(network, 0)")
-    batches = iter((clips,) if isinstance(clips, (Tensor, tuple)) else clips)
+    batches = iter((clips,) if isinstance(clips, Tensor) else clips)
     if (first := next(batches, None)) is None:
         raise UserError("choose_low needs at least one batch of clips")
     training = [module for module in network.modules() if module.training]
