@@ -33,7 +33,7 @@ def moved(before, network):
 
 
 class Odd(nn.Module):
-    """Channels that are cut, shuffled, gated, grouped and treated unlike their neighbours."""
+    """Channels that are cut, shuffled, gated, grouped and treated unlike their neighbours, and a sum in place."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,10 @@ class Odd(nn.Module):
 
     def forward(self, x):
         x = self.slope(self.norm(self.grouped(self.stem(x).relu())))
+        shortcut = x
         x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid() + self.depthwise(x)
+        x = x.relu()
+        x += shortcut
         x = x.unflatten(1, (2, 8)).transpose(1, 2).flatten(1, 2)
         one, other = x.chunk(2, 1)
         x = torch.cat(

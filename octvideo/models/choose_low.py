@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
@@ -96,22 +97,22 @@ def _costs(network: nn.Module, clips: Clips, temporal: bool) -> list[tuple[Tenso
 
     convolutions = [m for m in network.modules() if isinstance(m, _ConvNd) and "weight" in m._parameters]
     hooks = [m.register_forward_hook(weaken) for m in convolutions if len(m.kernel_size) > 1]
-    try:
-        with torch.enable_grad():
-            outputs = [output for output in _outputs(network, clips) if output.requires_grad]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not outputs or not strengths:
-        raise UserError("choose_low needs 2-D or 3-D convolutions and outputs with a gradient")
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator)
-    effects = [torch.zeros(strength.shape[1], dtype=torch.float64) for _, strength in strengths]
-    for _ in range(PROBES):
-        directions = [draw(output.shape).to(output) for output in outputs]
-        found = torch.autograd.grad(outputs, [s for _, s in strengths], directions, True, allow_unused=True)
-        for effect, gradient in zip(effects, found, strict=True):
-            if gradient is not None:
-                effect += gradient.flatten(1).square().sum(0).cpu().double()
+    with torch.enable_grad(), allow_mutation_on_saved_tensors():  # networks for inference alone write where they like
+        try:
+            outputs = [output for output in _outputs(network, clips) if output.requires_grad]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not outputs or not strengths:
+            raise UserError("choose_low needs 2-D or 3-D convolutions and outputs with a gradient")
+        effects = [torch.zeros(strength.shape[1], dtype=torch.float64) for _, strength in strengths]
+        for _ in range(PROBES):
+            directions = [draw(output.shape).to(output) for output in outputs]
+            found = torch.autograd.grad(outputs, [s for _, s in strengths], directions, True, allow_unused=True)
+            for effect, gradient in zip(effects, found, strict=True):
+                if gradient is not None:
+                    effect += gradient.flatten(1).square().sum(0).cpu().double()
     modules = (module for module, _ in strengths)
     return [(m.weight, int(isinstance(m, _ConvTransposeNd)), e) for m, e in zip(modules, effects, strict=True)]
