@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         OctConvTranspose3d,
     )
     from octvideo.layers.octaves import Octaves
+    from octvideo.models.choose_low import choose_low
     from octvideo.models.fuse import fuse
     from octvideo.models.octavize import octavize
     from octvideo.models.zoo import MODELS, create_model
@@ -25,13 +26,17 @@ __all__ = [
     "OctConvTranspose2d",
     "OctConvTranspose3d",
     "Octaves",
+    "choose_low",
     "create_model",
     "fuse",
     "octavize",
     "predict",
 ]
 
-_HOMES = ("layers.convolution", "models.octavize", "models.fuse", "models.zoo", "evaluation.prediction")
+_HOMES = (
+    *("layers.convolution", "models.octavize", "models.choose_low", "models.fuse", "models.zoo"),
+    "evaluation.prediction",
+)
 
 
 def __getattr__(name: str) -> Any:

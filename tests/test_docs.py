@@ -6,7 +6,7 @@ make the work small (SMALL). What stands in for what a reader has:
 - videos, downloads, lists and annotations: videos of the motions data set under the names that pages use
 - runs: one of an epoch, of a network of four blocks; published weights: networks of random weights
 - GPUs: the CPU; torchrun: two processes that `run_processes` starts (of several nodes: options are parsed, no more,
-  as those of a benchmark of compiled networks, which takes minutes)
+  as those of a benchmark of compiled networks, which takes minutes, and of networks with published weights)
 - a sweep: its last alpha with one seed, each training of one step, in forks of it
 - sbatch: the script in bash, with an srun that notes its command, which then runs as Slurm's only task
 - make: `make -n`; pip: a look at what is installed, and at the extras of pyproject.toml
@@ -43,7 +43,7 @@ from pytorchvideo.models import resnet
 from torch.distributed.run import get_args_parser
 
 import octvideo
-from experiments import speed
+from experiments import real_weights, speed
 from octvideo import MODELS, create_model
 from octvideo.commands import sweep
 from octvideo.training.recognizer import Recognizer
@@ -176,6 +176,9 @@ class Reader:
         assert (ROOT / (script if "/" in script else f"tools/{script}")).is_file()
         if name == "speed.py" and "--compile" in options:
             speed.parse(options)
+            return None
+        if name == "real_weights.py":
+            real_weights.parse(options)
             return None
         if name == "demo.py":
             self.demo(options)
@@ -433,6 +436,8 @@ def test_the_api_reference_has_every_module_and_every_public_name(pages):
         "layers.calls",
         "layers.tracing",
         "models.octavize",
+        "models.channels",
+        "models.choose_low",
         "models.fuse",
         "models.scoring",
         "evaluation.charts",
