@@ -42,11 +42,14 @@ def _average(x: Tensor, ratios: list[int], axis: int) -> Tensor:
     return average_pool(x, ratios[2:])
 
 
-def grows(x: Octaves, dim: int, times: int) -> bool:
-    """Whether one position would become several, of which nobody knows how many the low map should have."""
+def grows(x: Octaves, dim: int, times: int, space: bool = False) -> bool:
+    """Whether one position would become several, of which nobody knows how many the low map should have.
+
+    With `space`, the last two dimensions but the channels are taken to be height and width.
+    """
     if times == 1 or x.shape[dim] > 1 or dim in (0, x.axis):
         return False
-    return max(x.ratios) == 1 or dim in [d for d in range(x.dim()) if d != x.axis][-2:]
+    return max(x.ratios) == 1 or (space and dim in [d for d in range(x.dim()) if d != x.axis][-2:])
 
 
 def _meets(value: Any, x: Octaves) -> bool:
@@ -58,7 +61,7 @@ def _meets(value: Any, x: Octaves) -> bool:
     if value.dim() > x.dim():
         return False
     sizes = zip(value.shape[::-1], x.shape[::-1], range(x.dim())[::-1], strict=False)
-    fits = all(n in (1, want) or (want == 1 and dim != x.axis and not grows(x, dim, n)) for n, want, dim in sizes)
+    fits = all(n in (1, want) or (want == 1 and dim != x.axis and not grows(x, dim, n, True)) for n, want, dim in sizes)
     return fits and (value.is_floating_point() or not _halved(value, x))
 
 

@@ -72,8 +72,12 @@ def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Te
         return x.new_zeros((*x.shape[:2], *halved(x.shape[2:], factors)))
     if len(factors) == 1:
         return average_pool(x.unsqueeze(2), (1, *factors), sums=sums).squeeze(2)
-    if len(factors) > 3:
-        return torch.unflatten(average_pool(x.flatten(2, -3), (1, *factors[-2:]), sums=sums), 2, x.shape[2:-2])
+    if len(factors) > 3:  # one dimension at a time, which counts the border's windows as all at once would
+        for dim, factor in enumerate(factors, 2):
+            if factor > 1:
+                lines = average_pool(x.movedim(dim, -1).flatten(0, -2)[:, None], (factor,), sums=sums)
+                x = torch.unflatten(lines, 0, x.movedim(dim, -1).shape[:-1]).squeeze(-2).movedim(-1, dim)
+        return x
     pool = partial(F.avg_pool2d, ceil_mode=True, count_include_pad=False, divisor_override=1 if sums else None)
     window = tuple(factors[-2:])
     if len(factors) == 2:
@@ -109,12 +113,14 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
         return x.new_zeros((*x.shape[:2], *size))
     if len(size) == 3 and x.shape[2] == size[0]:
         return _frame_by_frame(partial(upsample, size=size[1:]), x)
-    if len(size) > 3:
-        return torch.unflatten(upsample(x.flatten(2, -3), (math.prod(size[:-2]), *size[-2:])), 2, tuple(size[:-2]))
     factors = factors_between(size, x.shape[2:])
     if halved(size, factors) != tuple(x.shape[2:]):
         raise UserError(f"a map of size {tuple(x.shape[2:])} is not half of {tuple(size)}, rounded up")
-    x = F.interpolate(x, scale_factor=[float(factor) for factor in factors], mode="nearest")
+    if len(size) > 3:  # of which torch knows no interpolation
+        for dim, factor in enumerate(factors, 2):
+            x = x.repeat_interleave(factor, dim) if factor > 1 else x
+    else:
+        x = F.interpolate(x, scale_factor=[float(factor) for factor in factors], mode="nearest")
     for dim, n in enumerate(size, 2):
         x = x.narrow(dim, 0, n)
     return x

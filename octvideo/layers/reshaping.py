@@ -299,7 +299,7 @@ def _pad(func: Function, input: Octaves, pad: Sequence[int], mode: str = "consta
     for place in range(0, len(amounts), 2):
         dim = input.dim() - 1 - place // 2
         before, after = amounts[place : place + 2]
-        if (dim == input.axis and (before or after)) or grows(input, dim, 1 + before + after):
+        if (dim == input.axis and (before or after)) or grows(input, dim, 1 + before + after, True):
             return NotImplemented
         if input.ratios[dim] == 1 or not (before or after):
             continue
