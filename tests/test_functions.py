@@ -284,3 +284,19 @@ def test_functions_compile_in_one_graph(name):
     x = IMAGES["uneven"]
     call = lambda high, low: whole(ANY[name](Octaves(high, low, x.parts)))  # noqa: E731
     torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="eager")(*x), whole(ANY[name](x)))
+
+
+def test_compiled_code_takes_octaves_and_goes_on_after_a_graph_break():
+    torch._dynamo.reset()
+    norm = nn.BatchNorm2d(8, dtype=torch.float64).eval()
+    nn.init.uniform_(norm.weight)
+
+    def call(x):
+        x = torch.relu(norm(x))
+        torch._dynamo.graph_break()
+        return torch.cat((x, x[:, 2:]), 1)  # a tuple breaks the graph too
+
+    for x in (IMAGES["even"], IMAGES["pieces"], IMAGES["uneven"]):
+        found, wanted = torch.compile(call, backend="eager")(x), call(x)
+        assert found.parts == wanted.parts
+        assert torch.equal(found.merge(), wanted.merge())
