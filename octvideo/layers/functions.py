@@ -305,6 +305,13 @@ def _variance(func: Function, input: Octaves, dim: Any = None, *args: Any, **kwa
     return y.sqrt() if func.__name__ == "std" else y
 
 
+def _norm(func: Function, input: Octaves, p: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """The Euclidean norm over any dimensions."""
+    if kwargs.pop("ord", p) not in (2, "fro", None) or kwargs:
+        return NotImplemented
+    return _reduce(torch.sum, input * input, dim, keepdim).sqrt()
+
+
 def _along(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
     """A function along one dimension, such as softmax: of channels, of time; the low channels' results are averaged."""
     dim = kwargs.get("dim", args[0] if args else None)
@@ -531,6 +538,7 @@ _HANDLERS: list[tuple[Iterable[Function], Function]] = [
     (spelled("mean sum amax amin"), _reduce),
     (spelled("max min"), _extremum),
     (spelled("var std"), _variance),
+    ((*spelled("norm"), torch.linalg.vector_norm), _norm),
     (spelled("max_pool1d max_pool2d max_pool3d"), partial(_pool, _POOLED)),
     (spelled("avg_pool1d"), partial(_pool, _AVERAGED)),
     (spelled("avg_pool2d avg_pool3d"), partial(_pool, f"{_AVERAGED} divisor_override")),
