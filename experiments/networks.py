@@ -10,7 +10,7 @@ themselves; transformers that octavize refuses are listed as such.
 Each network runs in a process of its own, with one thread and at most 6 GB, and adds a line to FILE, a JSON object:
 
 library, family, network, size  what ran, and the extent of its input
-refused    why octavize refused the network, if it did
+refused    why octavize refused the network, where less than half of its multiply-adds are convolutions'
 errors     {stage: error} of octavize, forward, macs, constancy, train, restore; "vanilla" if the network itself fails
 merges     [module, function, times] of each function that acted on merged features
 says       the last line of the report
@@ -44,9 +44,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import families
 import torch
 from choices import one_of
-from families import LIBRARIES, Family, arguments, build, families, input_of, is_detector, smallest
+from families import Family
 from torch import Tensor, nn
 from torch.nn.modules.utils import _reverse_repeat_tuple
 
@@ -120,9 +121,9 @@ class Trial:
 
     def __init__(self, library: str, name: str) -> None:
         torch.manual_seed(0)
-        self.name, self.network = name, build(library, name).eval()
-        self.detector = is_detector(self.network)
-        self.channels, self.sizes = input_of(library, name, self.network)
+        self.name, self.network = name, families.build(library, name).eval()
+        self.detector = families.is_detector(self.network)
+        self.channels, self.sizes = families.input_of(library, name, self.network)
         self.types = [type(module) for module in self.network.modules()]
         self.state = {key: value.clone() for key, value in self.network.state_dict().items()}
         for size in self.sizes:  # the smallest that it takes in eval and train mode
@@ -144,7 +145,7 @@ class Trial:
     def call(self, network: nn.Module, size: Sequence[int], batch: int = 2) -> Any:
         """The output for a random input."""
         torch.manual_seed(1)
-        return network(*arguments(self.name, network, torch.rand(batch, self.channels, *size)))
+        return network(*families.arguments(self.name, network, torch.rand(batch, self.channels, *size)))
 
     def run(self) -> Any:
         """The output in eval mode."""
@@ -223,7 +224,7 @@ class Trial:
         torch.manual_seed(2)
         x = torch.randn(2, self.channels, *size[:-2], 1, 1).expand(2, self.channels, *size).contiguous()
         with torch.no_grad():
-            return tensors(network(*arguments(self.name, network, x)))
+            return tensors(network(*families.arguments(self.name, network, x)))
 
     def train(self) -> None:
         """Every parameter that gets a gradient in the vanilla network gets one."""
@@ -262,11 +263,11 @@ def examine(library: str, name: str, tell: Callable[[str], None] = lambda stage:
             return None
 
     with contextlib.suppress(Exception), torch.device("meta"):  # a large transformer is refused at no cost
-        network = build(library, name)
+        network = families.build(library, name)
         try:
             octavize(network, ALPHA)
         except UserError as error:
-            if NOTHING_TO_GAIN.search(str(error)):
+            if NOTHING_TO_GAIN.search(str(error)) and families.share_of_convolutions(library, name, network) < 0.5:
                 return facts | {"refused": str(error)}
     trial = attempt("vanilla", lambda: Trial(library, name))
     report = trial and attempt("octavize", trial.octavize)
@@ -290,7 +291,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", required=True, help="where results are, a line a network")
-    add("--library", type=one_of(LIBRARIES, "library"), help="default: all four")
+    add("--library", type=one_of(families.LIBRARIES, "library"), help="default: all four")
     add("--only", metavar="REGEX", default="", help="families whose 'library/name' it matches")
     add("--redo", action="store_true", help="run networks that have results again")
     add("--jobs", type=number, default=2, metavar="N", help="processes at once; default: 2")
@@ -302,7 +303,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """The program."""
     args = parse(words)
-    chosen = [family for family in families() if args.library in (None, family.library)]
+    chosen = [family for family in families.families() if args.library in (None, family.library)]
     try:
         chosen = [family for family in chosen if re.search(args.only, f"{family.library}/{family.name}")]
     except re.error as error:
@@ -369,7 +370,7 @@ def _work(family: Family, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
-        name = smallest(family)
+        name = families.smallest(family)
         facts = examine(family.library, name, lambda stage: pipe.send((stage, name)))
     except Exception as error:
         facts = {"errors": {"vanilla": f"{type(error).__name__}: {error}"[:600]}}
