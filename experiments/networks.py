@@ -393,8 +393,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     cheap = [row for row in runs if (row["ratio"] or 1) <= 0.8]
     even = [row for row in runs if row["constancy"] is not None]
     lines = [
-        f"{len(rows)} families; {len(refused)} refused, as nothing in them could become octave; "
-        f"{len(broken)} do not run as they are",
+        f"{len(rows)} families; {len(refused)} refused, as transformers are; {len(broken)} do not run as they are",
         f"run: {share(runs, tried)}",
         f"multiply-adds <= .80: {share(cheap, runs)}; a sample taken: {share([r for r in runs if r['sampled']], runs)}",
         f"constant within {SAME:g}: {share([row for row in even if row['constancy'] <= SAME], even)}",
@@ -415,7 +414,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     """The page of documentation."""
     tried = [row for row in rows if not row["refused"] and "vanilla" not in row["errors"]]
     counts = summary(rows).partition("\n  ")[0].splitlines()
-    refused = ", ".join(f"{row['network']}" for row in rows if row["refused"])
+    refused = ", ".join(row["network"] for row in rows if row["refused"])
     lines = [
         "# Networks of other libraries",
         "",
@@ -424,10 +423,10 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "",
         *(f"- {line}" for line in counts),
         "",
-        "*merges*: calls of functions that act on merged features. *MACs*: multiply-adds relative to vanilla, at the",
-        "network's own input size; *sample*: the same with `sample=` of that size. *constancy*: largest relative",
-        "difference of outputs, in float64 with circular padding on an input constant in space; - where vanilla features",
-        "vary in space then. *restored*: alpha 0 restores outputs, classes and weights. *trained*: no gradient is missing.",
+        "*merges*: functions that act on merged features. *MACs*: multiply-adds relative to vanilla, at the network's own",
+        "input size; *sample*: with `sample=`. *constancy*: difference of outputs relative to the largest, in float64 with",
+        "circular padding on an input constant in space; - where vanilla features vary in space even then.",
+        "*restored*: alpha 0 restores outputs, classes and weights. *trained*: no gradient is missing.",
         "",
         "| network | library | runs | merges | MACs | sample | constancy | restored | trained |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -182,7 +182,8 @@ def test_octavize_needs_no_option_on_networks_of_other_libraries(name, one_threa
     assert (facts["errors"], facts["refused"]) == ({}, "")
     assert (facts["constancy"] is not None) == OTHERS[name], facts["uneven"]
     assert (facts["constancy"] or 0) < SAME
-    assert facts["ratio"] < 0.85
+    assert facts["ratio"] < 0.9
+    assert facts["sampled"] < facts["ratio"] + 0.02
 
 
 def test_a_sweep_survives_networks_that_crash_hang_or_fail(one_thread, monkeypatch):
@@ -212,7 +213,7 @@ def test_a_sweep_resumes_and_writes_its_table(one_thread, tmp_path, capsys, monk
 
 
 def test_a_mistake_in_the_sweeps_options_is_one_line(capsys, tmp_path):
-    for words, message in ((["--only", "("], "invalid regex"), (["--only", "no such"], "no family")):
+    for words, message in ((["--only", "("], "missing )"), (["--only", "no such"], "no family")):
         with pytest.raises(SystemExit):
             main(["--json", str(tmp_path / "rows"), *words])
         assert message in capsys.readouterr().err
