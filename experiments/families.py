@@ -15,6 +15,7 @@ import timm
 import torch
 import torchvision.models as torchvision_models
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from octvideo.models.cost import count_parameters
 
@@ -224,3 +225,11 @@ def arguments(name: str, network: nn.Module, x: Tensor) -> tuple[Any, ...]:
         case "VISTA3D":
             return x[:1], None, None, None, torch.tensor([[1], [2]])
     return (x,)
+
+
+def share_of_convolutions(library: str, name: str, network: nn.Module) -> float:
+    """The share of a network's multiply-adds that are its convolutions'; the network is on the meta device."""
+    channels, sizes = input_of(library, name, network)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network.eval()(*arguments(name, network, torch.rand(1, channels, *sizes[-1])))
+    return float(counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0) / counter.get_total_flops())

@@ -10,11 +10,11 @@ themselves; transformers that octavize refuses are listed as such.
 Each network runs in a process of its own, with one thread and at most 6 GB, and adds a line to FILE, a JSON object:
 
 library, family, network, size  what ran, and the extent of its input
-refused    why octavize refused the network, if it did
-errors     {stage: error} of octavize, forward, macs, constancy, train, restore; "vanilla" if the network itself fails
+refused    why octavize refused the network, where less than half of its multiply-adds are convolutions
+errors     {stage: error} of octavize, forward, macs, sample, constancy, train, restore; of vanilla: the network itself
 merges     [module, function, times] of each function that acted on merged features
-says       the last line of the report
 ratio      multiply-adds at alpha .25 / vanilla, on an image or clip of the network's own size, or else of the size run
+sampled    the same where octavize knows that image or clip; says: the last line of its report
 constancy  largest difference of outputs / largest output, on an input constant in space, in float64 with circular
            padding; null where vanilla features vary in space or cannot be padded: "uneven" names the module or why
 seconds    of all of it
@@ -44,9 +44,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import families
 import torch
 from choices import one_of
-from families import LIBRARIES, Family, arguments, build, families, input_of, is_detector, smallest
+from families import Family
 from torch import Tensor, nn
 from torch.nn.modules.utils import _reverse_repeat_tuple
 
@@ -120,9 +121,9 @@ class Trial:
 
     def __init__(self, library: str, name: str) -> None:
         torch.manual_seed(0)
-        self.name, self.network = name, build(library, name).eval()
-        self.detector = is_detector(self.network)
-        self.channels, self.sizes = input_of(library, name, self.network)
+        self.name, self.network = name, families.build(library, name).eval()
+        self.detector = families.is_detector(self.network)
+        self.channels, self.sizes = families.input_of(library, name, self.network)
         self.types = [type(module) for module in self.network.modules()]
         self.state = {key: value.clone() for key, value in self.network.state_dict().items()}
         for size in self.sizes:  # the smallest that it takes in eval and train mode
@@ -144,7 +145,7 @@ class Trial:
     def call(self, network: nn.Module, size: Sequence[int], batch: int = 2) -> Any:
         """The output for a random input."""
         torch.manual_seed(1)
-        return network(*arguments(self.name, network, torch.rand(batch, self.channels, *size)))
+        return network(*families.arguments(self.name, network, torch.rand(batch, self.channels, *size)))
 
     def run(self) -> Any:
         """The output in eval mode."""
@@ -173,16 +174,21 @@ class Trial:
 
     def forward(self) -> None:
         """Types and shapes of the outputs are the vanilla network's."""
-        output = self.run()
-        wanted, found = described(self.wanted, self.detector), described(output, self.detector)
-        differing = [f"{b} where {a} was" for a, b in zip(wanted, found, strict=False) if a != b]
-        assert not differing, differing[0]
-        assert len(wanted) == len(found), f"{len(found)} outputs where {len(wanted)} were"
+        wanted, found = (described(output, self.detector) for output in (self.wanted, self.run()))
+        new, gone = sorted({*found} - {*wanted}), sorted({*wanted} - {*found})
+        assert wanted == found, f"outputs {new[:3]} instead of {gone[:3]}"
 
     def ratio(self) -> float:
         """Multiply-adds relative to vanilla."""
         assert self.macs, "multiply-adds of the vanilla network could not be counted"
         return self.count() / self.macs
+
+    def sample(self) -> tuple[str, float]:
+        """The last line of the report on a sample of the size counted, and its multiply-adds relative to vanilla."""
+        network = copy.deepcopy(self.network)
+        sample = families.arguments(self.name, network, torch.rand(1, self.channels, *self.counted))
+        report = octavize(network, ALPHA, sample=sample).__dict__["octave_report"]
+        return str(report).splitlines()[-1].strip(), report.macs[1] / report.macs[0]
 
     def constancy(self) -> tuple[float | None, str]:
         """The difference of outputs where all is constant in space, or the module that reads what is not."""
@@ -223,7 +229,7 @@ class Trial:
         torch.manual_seed(2)
         x = torch.randn(2, self.channels, *size[:-2], 1, 1).expand(2, self.channels, *size).contiguous()
         with torch.no_grad():
-            return tensors(network(*arguments(self.name, network, x)))
+            return tensors(network(*families.arguments(self.name, network, x)))
 
     def train(self) -> None:
         """Every parameter that gets a gradient in the vanilla network gets one."""
@@ -244,7 +250,7 @@ class Trial:
 
 def _facts(name: str) -> dict[str, Any]:
     """The facts of a network of which nothing is known yet."""
-    nothing = dict.fromkeys(("size", "ratio", "constancy"))
+    nothing = dict.fromkeys(("size", "ratio", "sampled", "constancy"))
     return {"network": name, "errors": {}, "refused": "", "merges": [], "says": "", "uneven": "", **nothing}
 
 
@@ -262,11 +268,11 @@ def examine(library: str, name: str, tell: Callable[[str], None] = lambda stage:
             return None
 
     with contextlib.suppress(Exception), torch.device("meta"):  # a large transformer is refused at no cost
-        network = build(library, name)
+        network = families.build(library, name)
         try:
             octavize(network, ALPHA)
         except UserError as error:
-            if NOTHING_TO_GAIN.search(str(error)):
+            if NOTHING_TO_GAIN.search(str(error)) and families.share_of_convolutions(library, name, network) < 0.5:
                 return facts | {"refused": str(error)}
     trial = attempt("vanilla", lambda: Trial(library, name))
     report = trial and attempt("octavize", trial.octavize)
@@ -275,10 +281,9 @@ def examine(library: str, name: str, tell: Callable[[str], None] = lambda stage:
         return facts
     attempt("forward", trial.forward)
     if not facts["errors"]:
-        merges = getattr(report, "merges", {})
-        facts["merges"] = [[*key, times] for key, times in (merges.items() if isinstance(merges, Mapping) else merges)]
-        facts["says"] = str(report).splitlines()[-1].strip()
+        facts["merges"] = [[*key, times] for key, times in report.merges.items()]
         facts["ratio"] = attempt("macs", trial.ratio)
+        facts["says"], facts["sampled"] = attempt("sample", trial.sample) or ("", None)
         facts["constancy"], facts["uneven"] = attempt("constancy", trial.constancy) or (None, "")
         attempt("train", trial.train)
     attempt("restore", trial.restore)
@@ -290,7 +295,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", required=True, help="where results are, a line a network")
-    add("--library", type=one_of(LIBRARIES, "library"), help="default: all four")
+    add("--library", type=one_of(families.LIBRARIES, "library"), help="default: all four")
     add("--only", metavar="REGEX", default="", help="families whose 'library/name' it matches")
     add("--redo", action="store_true", help="run networks that have results again")
     add("--jobs", type=number, default=2, metavar="N", help="processes at once; default: 2")
@@ -302,13 +307,12 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> None:
     """The program."""
     args = parse(words)
-    chosen = [family for family in families() if args.library in (None, family.library)]
+    chosen = [family for family in families.families() if args.library in (None, family.library)]
     try:
         chosen = [family for family in chosen if re.search(args.only, f"{family.library}/{family.name}")]
-    except re.error as error:
-        fail(f"--only {args.only}: invalid regex: {error}")
-    if not chosen:
-        fail("no family matches --library and --only")
+        assert chosen, "no family has such a name"
+    except (re.error, AssertionError) as error:
+        fail(f"--only {args.only}: {error}")
     known = {} if args.redo else read(args.json)
     missing = [family for family in chosen if family[:2] not in known]
     with args.json.open("a") as file:
@@ -369,7 +373,7 @@ def _work(family: Family, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
-        name = smallest(family)
+        name = families.smallest(family)
         facts = examine(family.library, name, lambda stage: pipe.send((stage, name)))
     except Exception as error:
         facts = {"errors": {"vanilla": f"{type(error).__name__}: {error}"[:600]}}
@@ -383,17 +387,15 @@ def share(rows: Sequence[Any], of: Sequence[Any]) -> str:
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
     """Counts and lists of what failed."""
-    broken = [row for row in rows if "vanilla" in row["errors"]]
-    refused = [row for row in rows if row["refused"]]
+    refused, broken = ([row for row in rows if key in row["errors"] or row.get(key)] for key in ("refused", "vanilla"))
     tried = [row for row in rows if row not in broken and row not in refused]
     runs = [row for row in tried if not {"octavize", "forward"} & row["errors"].keys()]
     cheap = [row for row in runs if (row["ratio"] or 1) <= 0.8]
     even = [row for row in runs if row["constancy"] is not None]
     lines = [
-        f"{len(rows)} families; {len(refused)} refused, as nothing in them could become octave; "
-        f"{len(broken)} do not run as they are",
+        f"{len(rows)} families; {len(refused)} refused, as transformers are; {len(broken)} do not run as they are",
         f"run: {share(runs, tried)}",
-        f"multiply-adds <= .80: {share(cheap, runs)}",
+        f"multiply-adds <= .80: {share(cheap, runs)}; a sample taken: {share([r for r in runs if r['sampled']], runs)}",
         f"constant within {SAME:g}: {share([row for row in even if row['constancy'] <= SAME], even)}",
         f"every gradient: {share([row for row in runs if 'train' not in row['errors']], runs)}",
         f"restored bit for bit: {share([row for row in tried if 'restore' not in row['errors']], tried)}",
@@ -412,7 +414,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     """The page of documentation."""
     tried = [row for row in rows if not row["refused"] and "vanilla" not in row["errors"]]
     counts = summary(rows).partition("\n  ")[0].splitlines()
-    refused = ", ".join(f"{row['network']}" for row in rows if row["refused"])
+    refused = ", ".join(row["network"] for row in rows if row["refused"])
     lines = [
         "# Networks of other libraries",
         "",
@@ -421,18 +423,18 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "",
         *(f"- {line}" for line in counts),
         "",
-        "*merges*: calls of functions that act on merged features. *MACs*: multiply-adds relative to vanilla, at the",
-        "network's own input size. *constancy*: largest relative difference of outputs from the vanilla network's, in",
-        "float64 with circular padding on an input constant in space; - where vanilla features vary in space then.",
-        "*restored*: alpha 0 gives outputs, classes and weights back, bit for bit. *trained*: no gradient is missing.",
+        "*merges*: functions that act on merged features. *MACs*: multiply-adds relative to vanilla, at the network's",
+        "own input size; *sample*: with `sample=`. *constancy*: difference of outputs relative to the largest, float64,",
+        "circular padding, an input constant in space; - where vanilla features vary in space even then.",
+        "*restored*: alpha 0 restores outputs, classes and weights. *trained*: no gradient is missing.",
         "",
-        "| network | library | runs | merges | MACs | constancy | restored | trained |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network | library | runs | merges | MACs | sample | constancy | restored | trained |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(tried, key=lambda row: (row["library"], row["network"])):
         errors = row["errors"]
         runs = not {"octavize", "forward"} & errors.keys()
-        forms = (("ratio", ".2f"), ("constancy", ".0e"))
+        forms = (("ratio", ".2f"), ("sampled", ".2f"), ("constancy", ".0e"))
         numbers = ["-" if row[key] is None else f"{row[key]:{form}}" for key, form in forms]
         yes = ["yes" if x else "**no**" for x in (runs, "restore" not in errors, runs and "train" not in errors)]
         merges = str(sum(times for *_, times in row["merges"]))

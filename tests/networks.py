@@ -94,3 +94,47 @@ VIDEO_NETWORKS = {
     ),
     "r2plus1d_r50": (lambda size: create_r2plus1d(head_pool_kernel_size=head(size, 2)), 8),
 }
+
+# Networks of other libraries for experiments/networks.py, and the functions between their convolutions; True where
+# features stay constant in space with circular padding, so that octaves must give the vanilla network's outputs.
+OTHERS = {
+    "timm/cs3darknet_focus_s": True,  # slices in space, chunks of channels
+    "timm/dla46_c": True,  # sums of trees
+    "timm/dpn48b": True,  # slices of channels
+    "timm/edgenext_xx_small": False,  # splits, cross-covariance attention
+    "timm/ese_vovnet19b_slim_dw": True,  # gates
+    "timm/ghostnet_050": True,  # slices of channels
+    "timm/hrnet_w18_small": True,  # sums over four resolutions
+    "timm/inception_next_atto": True,  # splits before kernels of one row and one column
+    "timm/lambda_resnet26t": False,  # softmax, matrix products, Conv3d over what is no clip
+    "timm/mixnet_s": True,  # splits, kernels of 3 to 11
+    "timm/mobilevit_xxs": True,  # patches by reshape and transpose
+    "timm/regnetz_005": True,  # squeeze and excitation
+    "timm/repvgg_a0": True,  # branches that can be joined
+    "timm/res2net50_14w_8s": False,  # splits and sums of the pieces
+    "timm/resnest14d": False,  # split attention over groups
+    "timm/resnetblur18": True,  # reflecting pads and a fixed filter
+    "timm/resnetv2_50x1_bit": False,  # weight standardisation, group norm
+    "timm/selecsls42": True,  # lists of features
+    "timm/skresnet18": True,  # stack, sums over a new dimension
+    "timm/test_byobnet": True,  # squeeze and excitation
+    "timm/test_convnext": True,  # layer norm over channels, permute
+    "timm/test_efficientnet_evos": True,  # variances of instances
+    "timm/test_efficientnet_gn": True,  # group norm
+    "timm/test_mambaout": True,  # channels last, splits
+    "timm/test_nfnet": False,  # scaled weight standardisation
+    "timm/tf_efficientnetv2_b0": False,  # pads of odd amounts
+    "torchvision/fasterrcnn_mobilenet_v3_large_320_fpn": True,  # a pyramid, region proposals, roi_align
+    "torchvision/googlenet": True,  # auxiliary heads in training
+    "torchvision/lraspp_mobilenet_v3_large": True,  # a segmentation network's dict
+    "torchvision/raft_small": False,  # correlation of two images, grid_sample, a recurrent update
+    "torchvision/shufflenet_v2_x0_5": True,  # chunk, channel shuffle
+    "smp/deeplabv3plus-resnet18": False,  # dilations that are changed after construction
+    "smp/fpn-resnet18": True,  # interpolation to a size, group norm
+    "smp/unet-resnet18": True,  # skip connections
+    "monai/AttentionUnet": False,  # gated skip connections
+    "monai/BasicUNet": False,  # transposed convolutions, torch.jit.isinstance
+    "monai/DynUNet": False,  # instance norm, transposed convolutions
+    "monai/SegResNet": True,  # group norm, trilinear interpolation
+    "monai/UNet": False,  # residual units, transposed convolutions
+}

@@ -1,15 +1,20 @@
 """octavize on networks that nobody here wrote: their meaning stays at every alpha, and their cost is the paper's."""
 
 import functools
+import json
+import os
+import time
 
 import pytest
 import torch
 import torchvision.models as images
 from conftest import settle
-from networks import IMAGE_NETWORKS, VIDEO_NETWORKS
+from families import Family
+from networks import IMAGE_NETWORKS, OTHERS, VIDEO_NETWORKS
 from timm.models.efficientnet import _gen_mobilenet_v1
 from torch import nn
 
+from experiments.networks import SAME, examine, main, sweep
 from octvideo import MODELS, OctConv2d, OctConv3d, create_model, octavize
 from octvideo.layers.octaves import Octaves
 from octvideo.models.cost import count_macs, count_parameters
@@ -168,3 +173,47 @@ def test_octavized_networks_train(name):
     for parameter_name, parameter in network.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.filterwarnings("ignore")
+def test_octavize_needs_no_option_on_networks_of_other_libraries(name, one_thread):
+    facts = examine(*name.split("/"))
+    assert (facts["errors"], facts["refused"]) == ({}, "")
+    assert (facts["constancy"] is not None) == OTHERS[name], facts["uneven"]
+    assert (facts["constancy"] or 0) < SAME
+    assert facts["ratio"] < 0.9
+    assert facts["sampled"] < facts["ratio"] + 0.02
+
+
+def test_a_sweep_survives_networks_that_crash_hang_or_fail(one_thread, monkeypatch):
+    work = {"crashes": lambda: os._exit(7), "hangs": lambda: time.sleep(60), "fails": lambda: 1 / 0, "works": dict}
+    monkeypatch.setattr("experiments.networks.examine", lambda library, name, tell: tell("train") or work[name]())
+    rows = sweep([Family("timm", name, (name,)) for name in work], jobs=4, timeout=2)
+    errors = {row["network"]: row["errors"] for row in rows}
+    assert errors["crashes"] == {"train": "Killed: exit status 7"}
+    assert errors["hangs"] == {"train": "Timeout: 2 s"}
+    assert "ZeroDivisionError" in errors["fails"]["vanilla"]
+    assert errors["works"] == {}
+
+
+def test_a_sweep_resumes_and_writes_its_table(one_thread, tmp_path, capsys, monkeypatch):
+    file, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
+    words = ["--json", str(file), "--only", "timm/convit|torchvision/squeezenet", "--table", str(page)]
+    main(words)
+    assert "1 refused" in capsys.readouterr().out
+    assert "Refused, as no convolution in them could become octave: convit_tiny." in page.read_text()
+    rows = {row["network"]: row for row in map(json.loads, file.read_text().splitlines())}
+    assert rows.keys() == {"convit_tiny", "squeezenet1_1"}
+    assert f"| squeezenet1_1 | torchvision | yes | 0 | {rows['squeezenet1_1']['ratio']:.2f} |" in page.read_text()
+    monkeypatch.setattr("experiments.networks.examine", lambda *args: pytest.fail("ran again"))
+    main(words)
+    assert "run: 1 of 1 (100.0%)" in capsys.readouterr().out
+    assert len(file.read_text().splitlines()) == 2
+
+
+def test_a_mistake_in_the_sweeps_options_is_one_line(capsys, tmp_path):
+    for words, message in ((["--only", "("], "missing )"), (["--only", "no such"], "no family")):
+        with pytest.raises(SystemExit):
+            main(["--json", str(tmp_path / "rows"), *words])
+        assert message in capsys.readouterr().err
