@@ -307,7 +307,7 @@ def _variance(func: Function, input: Octaves, dim: Any = None, *args: Any, **kwa
 
 def _norm(func: Function, input: Octaves, p: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     """The Euclidean norm over any dimensions."""
-    if kwargs.pop("ord", p) not in (2, "fro", None) or kwargs:
+    if kwargs.pop("ord", p) not in (2, "fro", None) or any(value is not None for value in kwargs.values()):
         return NotImplemented
     return _reduce(torch.sum, input * input, dim, keepdim).sqrt()
 
