@@ -331,9 +331,11 @@ def test_assigning_operators_write_into_the_maps_and_a_tensor_becomes_octaves(x)
 def test_a_slice_or_numbers_choose_clips_of_the_batch(x):
     for index in (slice(1, 2), [1], torch.tensor([1]), torch.tensor([False, True])):
         assert torch.equal(x[index].low, x.low[1:2])
-    for index in (1, -1):
-        with pytest.raises(TypeError, match=r"cannot be indexed by .*as a tuple they have two items"):
-            x[index]
+    for index in (0, 1, -1):
+        assert torch.equal(x[index].merge(), x.merge()[index])
+    with pytest.warns(UserWarning, match=r"x\[0\] of octave features is taken for all"):
+        all_of_it = x[0] if isinstance(x, tuple) else x
+    assert torch.equal(all_of_it, x.merge())
 
 
 def test_features_are_true_and_comparisons_neither_true_nor_false(x):

@@ -368,8 +368,9 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if running_mean is None and input.axis == 1 and isinstance(_covered(input, range(input.dim())), Tensor):
-        return _group_norm(func, input, input.shape[1], weight, bias, eps)  # a border position weighs less
+    uneven = isinstance(_covered(input, range(2, input.dim())), Tensor)  # a border position weighs less
+    if running_mean is None and input.axis == 1 and (uneven or input.low.shape[2:].numel() == 1):
+        return _group_norm(func, input, input.shape[1], weight, bias, eps)
     tensors = (running_mean, running_var, weight, bias)
     return normalize_maps(func, input, *tensors, use_input_stats, momentum, eps)
 

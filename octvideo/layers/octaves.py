@@ -72,8 +72,8 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
     `octave_report`. Section 3.1 of Chen et al., ICCV 2019.
 
     Hooks, `grad`, `numel()` and arrays are the vanilla Tensor's too, so memory is less than `numel() * element_size()`.
-    As a tuple it has two items, `high, low = x`, but `x[0]`, which tools take of a tuple, is all: `merge()`. Other
-    indices are those of the vanilla tensor.
+    As a tuple it has two items, `high, low = x`, but indices are the vanilla tensor's: `x[0]` is the first clip. Only
+    code that asks `isinstance`, as tools do to take a tuple's first item for a layer's output, gets `merge()` for it.
 
     Args:
         high: (B, C_high, T, H, W) or (B, C_high, H, W).
@@ -202,11 +202,12 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
         return _vanilla_gradient(gradients, shapes, self.parts) if known else None
 
     def __getitem__(self, index: Any) -> Any:
-        if type(index) is int and self.axis == 1:
-            if _is_compiled(sys._getframe(1).f_code):  # it reads the two maps, as those of any tuple
+        if type(index) is int:
+            code = sys._getframe(1).f_code
+            if _is_compiled(code):  # it reads the two maps, as those of any tuple
                 return tuple.__getitem__(self, index)
-            if index == 0:  # tools take the first item of a tuple for a layer's output
-                what = "x[0] of octave features is all of the vanilla tensor; x[:1] is the first clip"
+            if index == 0 and "isinstance" in code.co_names:  # tools take a tuple's first item for a layer's output
+                what = "x[0] of octave features is taken for all of the vanilla tensor; x[:1] is the first clip"
                 warnings.warn(what, stacklevel=2)
                 return self.merge()
         return apply(Tensor.__getitem__, self, index)

@@ -107,9 +107,6 @@ def _indices(x: Octaves, index: Any) -> tuple[list[Any], list[Any], Any] | None:
 
 
 def _get(func: Function, input: Octaves, index: Any) -> Any:
-    if type(index) is int and input.axis == 1:
-        what = f"octave features of shape {tuple(input.shape)} cannot be indexed by {index!r}"
-        raise TypeError(f"{what}: as a tuple they have two items, as a tensor clips; use .select(0, {index})")
     if (found := _indices(input, index)) is None:
         return NotImplemented
     high, low, channels = found

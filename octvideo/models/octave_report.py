@@ -79,16 +79,18 @@ class Report:
             return "pass sample= (a clip, or the forward's arguments) to know multiply-adds, bytes and merges"
         costs = f"MACs {_change(self.macs)}, bytes {_change(self.bytes_moved)}"
         merges = f"{len(self.merges)} merge{'s' * (len(self.merges) != 1)}"
-        if self.macs[1] <= 0.98 * self.macs[0]:
-            parameters = f"{self.parameters / 1e6:.1f} M" if self.parameters >= 1e5 else str(self.parameters)
-            return f"{costs}, parameters {parameters}, {merges}"
+        parameters = f"{self.parameters / 1e6:.1f} M" if self.parameters >= 1e5 else str(self.parameters)
+        gained = f"{costs}, parameters {parameters}, {merges}"
+        if self.macs[1] <= 0.8 * self.macs[0]:
+            return gained
         eaten: Counter[str] = Counter()
         for part in self.assignments:
             if part.macs and part.reason:
                 eaten[f"in convolutions {part.reason}"] += part.macs[0]
         eaten.update({f"in {kind} modules": macs for kind, macs in self.elsewhere.items()})
         shares = [f"{macs / self.macs[0]:.0%} {where}" for where, macs in eaten.most_common(3) if macs]
-        return f"nothing is gained: {costs}, {merges}; of the vanilla MACs {', '.join(shares) or 'none can be saved'}"
+        why = f"of the vanilla MACs {', '.join(shares) or 'none can be saved'}"
+        return f"{'' if self.macs[1] <= 0.98 * self.macs[0] else 'nothing is gained: '}{gained}; {why}"
 
 
 def merge_error(network: str, name: str, function: str, shape: str = "") -> str:

@@ -5,7 +5,7 @@ import linecache
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from octvideo.errors import UserError
@@ -58,9 +57,8 @@ class Stage:
         self._sample = sample if isinstance(sample, Mapping) else sample if isinstance(sample, tuple) else (sample,)
         self._name = type(model).__name__
         shapes = [tuple(x.shape) for x in tree_leaves(sample) if isinstance(x, Tensor)]
-        for self._tensors in ("meta", "fake", "real"):  # the first two have no values, which some networks read
+        for self._tensors in ("meta", "real"):  # the first have no values, which some networks read
             try:
-                self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
                 self.network = self._copy(model)
                 restore(self.network)
                 self.vanilla = self.run()
@@ -71,8 +69,6 @@ class Stage:
 
     def _place(self, x: Tensor) -> Tensor:
         """A Tensor of the kind that the network is run on."""
-        if self._tensors == "fake":
-            return self._fakes.from_tensor(x)
         return x.to("meta") if self._tensors == "meta" else x.clone()
 
     def _copy(self, model: nn.Module) -> nn.Module:
@@ -100,6 +96,8 @@ class Stage:
             layers.append(counter.layer)
             counter.layer = names[module]
             x = next(iter((*args, *kwargs.values())), None)
+            if isinstance(module, nn.Linear) and isinstance(x, Octaves):
+                read.append(("", _edge(x.low)))
             if isinstance(module, nn.modules.conv._ConvNd) and isinstance(x, (Tensor, Octaves)):
                 sizes[names[module]].append(tuple(x.shape[2:]))
                 if isinstance(x, Octaves):
@@ -107,15 +105,16 @@ class Stage:
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             counter.layer = layers.pop()
-            if isinstance(module, nn.modules.conv._ConvNd):
+            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+                name = names[module] if isinstance(module, nn.modules.conv._ConvNd) else ""
                 octave = isinstance(output, Octaves)
-                for x, name in ((output.high, ""), (output.low, names[module])) if octave else ((output, ""),):
+                for x, name in ((output.high, ""), (output.low, name)) if octave else ((output, ""),):
                     if isinstance(x, Tensor):
                         made[_edge(x)] = name
 
         with ExitStack() as stack:
-            modes: dict[str, Any] = {"meta": torch.device("meta"), "fake": self._fakes, "real": nullcontext()}
-            stack.enter_context(modes[self._tensors])
+            if self._tensors == "meta":
+                stack.enter_context(torch.device("meta"))
             arguments = tree_map_only(Tensor, lambda x: enlarge(self._place(x)), self._sample)
             for module in names:
                 stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
