@@ -29,41 +29,37 @@ def map_octaves(function: Callable[[Features], Any], value: Any) -> Any:
     """Applies a function to octave features in nested tuples, lists, mappings and dataclasses; else the same object."""
     if isinstance(value, Features):
         return function(value)
-    if isinstance(value, Mapping):
-        items: dict[Any, Any] = {key: map_octaves(function, item) for key, item in value.items()}
-        if all(items[key] is value[key] for key in items):
-            return value
-        if type(value) is dict:
-            return items
-        new: Any = copy.copy(value)  # of any class, such as Hugging Face's ModelOutput
-        for key, item in items.items():
-            new[key] = item
-        return new
+    if not octaves_in(value):
+        return value
     if isinstance(value, (tuple, list)):
         found = [map_octaves(function, item) for item in value]
-        if all(new is old for new, old in zip(found, value, strict=True)):
-            return value
         return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        changed = {name: new for name, item in old.items() if (new := map_octaves(function, item)) is not item}
-        if changed:
-            value = copy.copy(value)
-            for name, item in changed.items():
-                object.__setattr__(value, name, item)  # it may be frozen
-    return value
+    items = {key: map_octaves(function, item) for key, item in _items(value).items()}
+    if type(value) is dict:
+        return items
+    new: Any = copy.copy(value)  # of any class, such as Hugging Face's ModelOutput
+    for key, item in items.items():
+        if isinstance(value, Mapping):
+            new[key] = item
+        else:
+            object.__setattr__(new, key, item)  # it may be frozen
+    return new
+
+
+def _items(value: Any) -> Mapping[Any, Any]:
+    """What a mapping or a dataclass holds; empty for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    known = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)} if known else {}
 
 
 def octaves_in(value: Any) -> list[Any]:
     """The octave features that `map_octaves` reaches."""
-    found: list[Features] = []
-
-    def keep(x: Features) -> Features:
-        found.append(x)
-        return x
-
-    map_octaves(keep, value)
-    return found
+    if isinstance(value, Features):
+        return [value]
+    items = value if isinstance(value, (tuple, list)) else _items(value).values()
+    return [x for item in items for x in octaves_in(item)]
 
 
 def merge_outputs(network: nn.Module) -> None:
