@@ -19,7 +19,10 @@ _ENTRIES = re.compile(r"forward|feature|encode|decode|intermediate|predict|embed
 
 
 class _Running(threading.local):
-    network: nn.Module | None = None  # whose outermost method has not returned yet
+    network: nn.Module | None  # whose outermost method has not returned yet
+
+    def __init__(self) -> None:  # for each thread; an attribute of the class instead would break compiled code
+        self.network = None
 
 
 _running = _Running()
