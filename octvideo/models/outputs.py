@@ -1,5 +1,6 @@
 """A network that octavize changed returns what it returned before: its outputs hold no Octaves."""
 
+import contextlib
 import copy
 import copyreg
 import dataclasses
@@ -10,9 +11,11 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from octvideo.layers.octaves import Features, merged
+from octvideo.layers.reshaping import ListedTensors
 from octvideo.layers.swapping import swap_class
 
 _ENTRIES = re.compile(r"forward|feature|encode|decode|intermediate|predict|embed")
@@ -86,7 +89,8 @@ def _entry(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         outer, _running.network = _running.network, self
         try:
-            output = method(self, *args, **kwargs)
+            with ListedTensors() if torch.compiler.is_compiling() else contextlib.nullcontext():
+                output = method(self, *args, **kwargs)
         finally:
             _running.network = outer
         return map_octaves(merged, output)
