@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from octvideo.layers.functions import grows, spelled
 from octvideo.layers.octaves import Features, Function, Octaves, apply, define, features_among, on_merged, record
@@ -258,6 +259,16 @@ def _stack(func: Function, tensors: Any, dim: int = 0) -> Any:
     if isinstance(tensors, Features):
         return NotImplemented
     return torch.cat([x.unsqueeze(dim) for x in tensors], dim)
+
+
+class ListedTensors(TorchFunctionMode):
+    """Joins lists in place of tuples: torch.compile looks for octave features in the former alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _JOINS:
+            args = [list(x) if type(x) is tuple else x for x in args]
+            kwargs = {name: list(x) if type(x) is tuple else x for name, x in (kwargs or {}).items()}
+        return func(*args, **(kwargs or {}))
 
 
 def _repeat(func: Function, input: Octaves, *sizes: Any, **named: Any) -> Any:
@@ -558,6 +569,7 @@ _OF_OCTAVES: list[tuple[Iterable[Function], Function]] = [
     (spelled("pad"), _pad),
     (spelled("unsqueeze"), _unsqueeze),
 ]
+_JOINS = spelled("cat concat concatenate stack")
 _VIEWS = {function: handler for functions, handler in _OF_VIEWS for function in functions}
 for _functions, _handler in (*_OF_VIEWS, *_OF_OCTAVES):
     define(_functions, _handler)

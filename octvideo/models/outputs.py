@@ -1,5 +1,6 @@
 """A network that octavize changed returns what it returned before: its outputs hold no Octaves."""
 
+import contextlib
 import copy
 import copyreg
 import dataclasses
@@ -10,16 +11,21 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from octvideo.layers.octaves import Features, merged
+from octvideo.layers.reshaping import ListedTensors
 from octvideo.layers.swapping import swap_class
 
 _ENTRIES = re.compile(r"forward|feature|encode|decode|intermediate|predict|embed")
 
 
 class _Running(threading.local):
-    network: nn.Module | None = None  # whose outermost method has not returned yet
+    network: nn.Module | None  # whose outermost method has not returned yet
+
+    def __init__(self) -> None:  # for each thread; an attribute of the class instead would break compiled code
+        self.network = None
 
 
 _running = _Running()
@@ -29,41 +35,37 @@ def map_octaves(function: Callable[[Features], Any], value: Any) -> Any:
     """Applies a function to octave features in nested tuples, lists, mappings and dataclasses; else the same object."""
     if isinstance(value, Features):
         return function(value)
-    if isinstance(value, Mapping):
-        items: dict[Any, Any] = {key: map_octaves(function, item) for key, item in value.items()}
-        if all(items[key] is value[key] for key in items):
-            return value
-        if type(value) is dict:
-            return items
-        new: Any = copy.copy(value)  # of any class, such as Hugging Face's ModelOutput
-        for key, item in items.items():
-            new[key] = item
-        return new
+    if not octaves_in(value):
+        return value
     if isinstance(value, (tuple, list)):
         found = [map_octaves(function, item) for item in value]
-        if all(new is old for new, old in zip(found, value, strict=True)):
-            return value
         return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        changed = {name: new for name, item in old.items() if (new := map_octaves(function, item)) is not item}
-        if changed:
-            value = copy.copy(value)
-            for name, item in changed.items():
-                object.__setattr__(value, name, item)  # it may be frozen
-    return value
+    items = {key: map_octaves(function, item) for key, item in _items(value).items()}
+    if type(value) is dict:
+        return items
+    new: Any = copy.copy(value)  # of any class, such as Hugging Face's ModelOutput
+    for key, item in items.items():
+        if isinstance(value, Mapping):
+            new[key] = item
+        else:
+            object.__setattr__(new, key, item)  # it may be frozen
+    return new
+
+
+def _items(value: Any) -> Mapping[Any, Any]:
+    """What a mapping or a dataclass holds; empty for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    known = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)} if known else {}
 
 
 def octaves_in(value: Any) -> list[Any]:
     """The octave features that `map_octaves` reaches."""
-    found: list[Features] = []
-
-    def keep(x: Features) -> Features:
-        found.append(x)
-        return x
-
-    map_octaves(keep, value)
-    return found
+    if isinstance(value, Features):
+        return [value]
+    items = value if isinstance(value, (tuple, list)) else _items(value).values()
+    return [x for item in items for x in octaves_in(item)]
 
 
 def merge_outputs(network: nn.Module) -> None:
@@ -87,7 +89,8 @@ def _entry(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         outer, _running.network = _running.network, self
         try:
-            output = method(self, *args, **kwargs)
+            with ListedTensors() if torch.compiler.is_compiling() else contextlib.nullcontext():
+                output = method(self, *args, **kwargs)
         finally:
             _running.network = outer
         return map_octaves(merged, output)
