@@ -113,7 +113,7 @@ def _refuse(model: nn.Module) -> None:
         where = f"{type(model).__name__} cannot become octave: {name or 'it'} is"
         if isinstance(module, torch.jit.ScriptModule):
             raise UserError(f"{where} a ScriptModule: octavize the network itself, then use torch.jit.trace")
-        if re.match(r"torch\.(ao\.)?nn\..*\bquantized\b", type(module).__module__):
+        if re.match(r"torch\.(ao\.)?nn\..*\bquantized\b", str(type(module).__module__)):  # None in torch.fx's graphs
             raise UserError(f"{where} quantized: octavize first, then quantize")
         if any(is_lazy(tensor) for tensor in chain(module.parameters(False), module.buffers(False))):
             raise UserError(f"{where} not initialised yet: run the network once, then octavize it")

@@ -44,7 +44,7 @@ def forget_types(network: nn.Module) -> None:
 @functools.cache
 def _asks(forward: Any) -> tuple[bool, bool]:
     """Whether a method asks for the types of (its arguments, anything else); no where its source is not known."""
-    if re.match(r"(torch|octvideo)\.", forward.__module__):
+    if re.match(r"(torch|octvideo)\.", forward.__module__ or ""):
         return False, False
     try:
         function: Any = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
