@@ -328,11 +328,16 @@ def test_assigning_operators_write_into_the_maps_and_a_tensor_becomes_octaves(x)
     torch.testing.assert_close(z.low, x.low + average_pool(full[:, 6:], (1, 2, 2)))
 
 
+def first(x):
+    return x[0]
+
+
 def test_a_slice_or_numbers_choose_clips_of_the_batch(x):
     for index in (slice(1, 2), [1], torch.tensor([1]), torch.tensor([False, True])):
         assert torch.equal(x[index].low, x.low[1:2])
     for index in (0, 1, -1):
-        assert torch.equal(x[index].merge(), x.merge()[index])
+        assert torch.equal(x.select(0, index).merge(), x.merge()[index])
+    assert torch.equal(first(x).merge(), x.merge()[0])
     with pytest.warns(UserWarning, match=r"x\[0\] of octave features is taken for all"):
         all_of_it = x[0] if isinstance(x, tuple) else x
     assert torch.equal(all_of_it, x.merge())

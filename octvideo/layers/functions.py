@@ -15,7 +15,7 @@ from torch import Tensor
 from octvideo.errors import UserError
 from octvideo.layers.octaves import Features, Function, Octaves, apply, define, on_merged, record
 from octvideo.layers.parts import join_by_parts, split_by_parts
-from octvideo.layers.resampling import average_pool, halved
+from octvideo.layers.resampling import halved
 
 
 def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
@@ -29,17 +29,7 @@ def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
         return value, value
     value = value[(None,) * (x.dim() - value.dim())]
     high, low = (value, value) if value.shape[x.axis] == 1 else split_by_parts(value, x.parts, x.axis)
-    if not _halved(value, x):
-        return high, low
-    ratios = [1 if n == 1 else ratio for n, ratio in zip(value.shape, x.ratios, strict=True)]
-    return high, _average(low, ratios, x.axis)
-
-
-def _average(x: Tensor, ratios: list[int], axis: int) -> Tensor:
-    if axis != 1:
-        ratios = ratios[:axis] + ratios[axis + 1 :]
-        return average_pool(x.movedim(axis, 1), ratios[1:]).movedim(1, axis)
-    return average_pool(x, ratios[2:])
+    return high, x.pooled(low) if _halved(value, x) else low
 
 
 def grows(x: Octaves, dim: int, times: int, space: bool = False) -> bool:
@@ -88,9 +78,9 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     if len(octaves) == 1:
         x = octaves[0]
-    else:  # the others may be gates, or have other parts: those with fewer elements are merged
+    else:  # the others may be gates, or have other parts: those at lower resolution are merged
         sized = [value for value in octaves if max(value.ratios) > 1] or octaves
-        x = max(sized, key=lambda value: value.high.numel() + value.low.numel())
+        x = min(sized, key=lambda value: (sum(value.ratios), value.low.shape[value.axis]))
         if others := [value for value in sized if (value.parts, value.ratios) != (x.parts, x.ratios)]:
             if func in _IN_PLACE and args[0] is not x:
                 x, others = args[0], [value for value in sized if value is not args[0]]
@@ -309,7 +299,8 @@ def _norm(func: Function, input: Octaves, p: Any = 2, dim: Any = None, keepdim: 
     """The Euclidean norm over any dimensions."""
     if kwargs.pop("ord", p) not in (2, "fro", None) or any(value is not None for value in kwargs.values()):
         return NotImplemented
-    return _reduce(torch.sum, input * input, dim, keepdim).sqrt()
+    squares: Any = input * input
+    return _reduce(torch.sum, squares, dim, keepdim).sqrt()
 
 
 def _along(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:

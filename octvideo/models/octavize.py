@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from octvideo.errors import UserError
-from octvideo.layers.calls import octave_class, restore
+from octvideo.layers.calls import OctaveForward, octave_class, restore
 from octvideo.layers.convolution import Octave, OctaveOptions, misalignment, sizes
 from octvideo.layers.swapping import original_class, swap_class
 from octvideo.models.cost import Cost, count_parameters
@@ -256,6 +256,9 @@ def _plan(
     plan = {}
     for name, module in convolutions.items():
         problem = misalignment(module, defaults.temporal)
+        own_forward = issubclass(octave_class(module) or nn.Module, OctaveForward)
+        if own_forward and max(sizes(module.stride, len(module.kernel_size))[-2:]) <= 2:
+            problem = ""  # it may pad its input by itself
         share, reason = 0.0, ""
         if name not in possible:
             reason = f"{type(module).__name__} has no octave form"

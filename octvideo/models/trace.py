@@ -106,9 +106,9 @@ class Stage:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             counter.layer = layers.pop()
             if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-                name = names[module] if isinstance(module, nn.modules.conv._ConvNd) else ""
+                maker = names[module] if isinstance(module, nn.modules.conv._ConvNd) else ""
                 octave = isinstance(output, Octaves)
-                for x, name in ((output.high, ""), (output.low, name)) if octave else ((output, ""),):
+                for x, name in ((output.high, ""), (output.low, maker)) if octave else ((output, ""),):
                     if isinstance(x, Tensor):
                         made[_edge(x)] = name
 
