@@ -303,3 +303,12 @@ def test_compiled_code_takes_octaves_and_goes_on_after_a_graph_break():
         found, wanted = torch.compile(call, backend="eager")(x), call(x)
         assert found.parts == wanted.parts
         assert torch.equal(found.merge(), wanted.merge())
+
+
+def test_a_dropped_batch_dimension_leaves_space_first():
+    x = features((8, 12), (4, 6), batch=1).permute(0, 3, 2, 1).reshape(-1, 8, 8)  # (W, H, C), as an LSTM takes rows
+    wanted = features((8, 12), (4, 6), batch=1).merge().permute(0, 3, 2, 1).reshape(-1, 8, 8)
+    assert torch.equal(x.merge(), wanted)
+    torch.testing.assert_close(x.alike(wanted).low, x.low)
+    with merging.collected():
+        torch.testing.assert_close(x.sum(0).merge(), wanted.sum(0))

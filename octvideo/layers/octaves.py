@@ -157,19 +157,16 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
         """A map of the low one's size at the high one's."""
         if self.axis == 1:
             return upsample(low, self.high.shape[2:])
-        if self.axis == 0:
-            return upsample(low[None], self.high.shape[1:])[0]
-        size = [n for dim, n in enumerate(self.high.shape) if dim != self.axis]
-        low = low.movedim(self.axis, 1)
-        return upsample(low, size[1:]).movedim(1, self.axis)
+        size = [n for dim, n in enumerate(self.high.shape) if dim != self.axis]  # any of them may be halved
+        return upsample(low.movedim(self.axis, 0)[None], size)[0].movedim(0, self.axis)
 
     def pooled(self, x: Tensor) -> Tensor:
         """A map of the high one's size at the low one's; it stays as it is in dimensions where it has one position."""
         ratios = [1 if n == 1 else ratio for n, ratio in zip(x.shape, self.ratios, strict=True)]
-        if self.axis == 0:
-            return average_pool(x[None], ratios[1:])[0]
+        if self.axis == 1:
+            return average_pool(x, ratios[2:])
         del ratios[self.axis]
-        return average_pool(x.movedim(self.axis, 1), ratios[1:]).movedim(1, self.axis)
+        return average_pool(x.movedim(self.axis, 0)[None], ratios)[0].movedim(0, self.axis)
 
     def alike(self, x: Tensor) -> Octaves:
         """A vanilla-shaped Tensor as octaves of the same parts; its low channels are averaged."""
