@@ -6,6 +6,7 @@ import io
 import pickle
 import warnings
 from collections import OrderedDict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -157,3 +158,16 @@ def test_nested_containers_keep_their_types():
 def test_what_holds_no_octaves_is_the_same_object():
     for value in ({"a": torch.ones(1)}, [1, (2,)], Pair(1, 2), BaseModelOutput(torch.ones(1)), Found(1), "ab", Found):
         assert map_octaves(Octaves.merge, value) is value
+
+
+def test_octave_networks_compile_one_after_the_other():
+    """In a thread of its own, where none has run before."""
+
+    def compile_both():
+        for _ in range(2):
+            torch._dynamo.reset()
+            network = octavize(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)), 0.5)
+            torch.compile(network, fullgraph=True, backend="eager")(torch.zeros(1, 3, 4, 4))
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(compile_both).result()

@@ -201,8 +201,9 @@ class Paths:
         if high.shape[1] == 0:
             return average_pool(low, self.pool)
         # Joined in the order of memory: torch.cat gives the maps of one clip another layout.
-        high, low = average_pool(high, self.factors).movedim(1, -1), average_pool(low, self.pool).movedim(1, -1)
-        return join_by_parts(high, low, parts, high.dim() - 1).movedim(-1, 1)
+        last = high.dim() - 1  # not -1, which the ONNX exporter for TorchScript misreads
+        high, low = average_pool(high, self.factors).movedim(1, last), average_pool(low, self.pool).movedim(1, last)
+        return join_by_parts(high, low, parts, last).movedim(last, 1)
 
 
 class _OwnGradient(torch.autograd.Function):
