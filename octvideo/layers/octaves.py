@@ -155,7 +155,7 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
 
     def upsampled(self, low: Tensor) -> Tensor:
         """A map of the low one's size at the high one's."""
-        if self.axis == 1:
+        if self.axis == 1 and self.high.shape[0] == self.low.shape[0]:
             return upsample(low, self.high.shape[2:])
         size = [n for dim, n in enumerate(self.high.shape) if dim != self.axis]  # any of them may be halved
         return upsample(low.movedim(self.axis, 0)[None], size)[0].movedim(0, self.axis)
@@ -163,7 +163,7 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
     def pooled(self, x: Tensor) -> Tensor:
         """A map of the high one's size at the low one's; it stays as it is in dimensions where it has one position."""
         ratios = [1 if n == 1 else ratio for n, ratio in zip(x.shape, self.ratios, strict=True)]
-        if self.axis == 1:
+        if self.axis == 1 and ratios[0] == 1:
             return average_pool(x, ratios[2:])
         del ratios[self.axis]
         return average_pool(x.movedim(self.axis, 0)[None], ratios)[0].movedim(0, self.axis)
@@ -289,7 +289,8 @@ def apply(func: Function, *args: Any, **kwargs: Any) -> Any:
     result = NotImplemented if handler is None else handler(func, *args, **kwargs)
     if result is NotImplemented:
         record(func, features_among((args, kwargs)))
-        result = on_merged(func, *args, **kwargs)
+        # The merged tensor may lie in channels_last where the vanilla one would not.
+        result = on_merged(Tensor.reshape if func is Tensor.view else func, *args, **kwargs)
     return result
 
 
