@@ -60,7 +60,7 @@ from octvideo.models.octavize import octavize
 ALPHA = 0.25
 SAME = 1e-8  # relative difference of outputs up to which they are the same
 MEMORY = 6 << 30
-NOTHING_TO_GAIN = re.compile(r"has no (convolution|nn\.Conv2d)")
+NOTHING_TO_GAIN = re.compile(r"has no (convolution|nn\.Conv1d)")
 
 
 def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -272,7 +272,9 @@ def examine(library: str, name: str, tell: Callable[[str], None] = lambda stage:
         try:
             octavize(network, ALPHA)
         except UserError as error:
-            if NOTHING_TO_GAIN.search(str(error)) and families.share_of_convolutions(library, name, network) < 0.5:
+            none = not any(isinstance(module, nn.modules.conv._ConvNd) for module in network.modules())
+            found = NOTHING_TO_GAIN.search(str(error))
+            if found and (none or families.share_of_convolutions(library, name, network) < 0.5):
                 return facts | {"refused": str(error)}
     trial = attempt("vanilla", lambda: Trial(library, name))
     report = trial and attempt("octavize", trial.octavize)
