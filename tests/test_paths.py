@@ -284,3 +284,17 @@ def test_octave_maps_come_out_channels_last_whatever_the_input_is():
         x = type(layer)(8, 8, layer.kernel_size, padding=layer.padding, groups=layer.groups, alpha=0.25)(x)
         assert x.high.is_contiguous(memory_format=last)
         assert x.low.is_contiguous(memory_format=last)
+
+
+def test_shortcuts_with_a_stride_in_time_have_the_vanilla_gradients():
+    """torch 2.14 writes out of bounds in the gradient of such a weight, in channels_last."""
+    torch.manual_seed(0)
+    layer = OctConv3d(8, 8, 1, stride=(2, 1, 1), alpha=0.25, dtype=torch.float64)
+    vanilla = nn.Conv3d(8, 8, 1, stride=(2, 1, 1), dtype=torch.float64)
+    vanilla.load_state_dict(layer.state_dict())
+    clip = torch.randn(2, 8, 5, 1, 1, dtype=torch.float64).expand(2, 8, 5, 4, 6).clone().requires_grad_()  # the same at both resolutions
+    twin = clip.detach().clone().requires_grad_()
+    layer(clip).merge().square().sum().backward()
+    vanilla(twin).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, vanilla.weight.grad)
+    torch.testing.assert_close(clip.grad.sum((3, 4)), twin.grad.sum((3, 4)))
