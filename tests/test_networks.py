@@ -182,8 +182,8 @@ def test_octavize_needs_no_option_on_networks_of_other_libraries(name, one_threa
     assert (facts["errors"], facts["refused"]) == ({}, "")
     assert (facts["constancy"] is not None) == OTHERS[name], facts["uneven"]
     assert (facts["constancy"] or 0) < SAME
-    assert facts["ratio"] < 0.9
-    assert facts["sampled"] < facts["ratio"] + 0.02
+    assert facts["ratio"] < 0.9 or "% in Linear modules" in facts["says"]  # of a detector's heads
+    assert facts["sampled"] < facts["ratio"] + 0.05  # what would only be merged stays vanilla
 
 
 def test_a_sweep_survives_networks_that_crash_hang_or_fail(one_thread, monkeypatch):

@@ -292,7 +292,8 @@ def test_shortcuts_with_a_stride_in_time_have_the_vanilla_gradients():
     layer = OctConv3d(8, 8, 1, stride=(2, 1, 1), alpha=0.25, dtype=torch.float64)
     vanilla = nn.Conv3d(8, 8, 1, stride=(2, 1, 1), dtype=torch.float64)
     vanilla.load_state_dict(layer.state_dict())
-    clip = torch.randn(2, 8, 5, 1, 1, dtype=torch.float64).expand(2, 8, 5, 4, 6).clone().requires_grad_()  # the same at both resolutions
+    frames = torch.randn(2, 8, 5, 1, 1, dtype=torch.float64)  # constant in space: the same at both resolutions
+    clip = frames.expand(2, 8, 5, 4, 6).clone().requires_grad_()
     twin = clip.detach().clone().requires_grad_()
     layer(clip).merge().square().sum().backward()
     vanilla(twin).square().sum().backward()
