@@ -114,6 +114,7 @@ def run_in_onnxruntime(path, x):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", ["unet", "conv_lstm", "tsm", "lstm", "googlenet", "hf_resnet", "attention", "lora"])
 def test_exports_and_runs_in_onnxruntime(name, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("onnxscript"), "level", logging.ERROR)
@@ -122,7 +123,10 @@ def test_exports_and_runs_in_onnxruntime(name, tmp_path, monkeypatch):
         wanted = settle(network)(*arguments)
         program = torch.export.export(network, arguments, strict=False)
         assert_close(program.module()(*arguments), wanted)
-    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "network.onnx")
+    if name == "googlenet":  # onnxscript takes 40 s to optimize its many branches
+        torch.onnx.export(network, arguments, tmp_path / "network.onnx", dynamo=False, opset_version=18)
+    else:
+        torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "network.onnx")
     assert_close(run_in_onnxruntime(tmp_path / "network.onnx", *arguments), wanted)
 
 
