@@ -312,3 +312,26 @@ def test_a_dropped_batch_dimension_leaves_space_first():
     torch.testing.assert_close(x.alike(wanted).low, x.low)
     with merging.collected():
         torch.testing.assert_close(x.sum(0).merge(), wanted.sum(0))
+
+
+def test_any_order_of_all_channels_is_kept():
+    for x in IMAGES.values():
+        for order in ([1, 0, 2, 3, 4, 5, 6, 7], list(range(8)), [7, 6, 5, 4, 3, 2, 1, 7]):
+            assert torch.equal(x[:, order].merge(), x.merge()[:, order])
+        assert x[:, 8:].shape == x.merge()[:, 8:].shape
+
+
+def test_functions_in_place_reach_the_features_even_where_they_merge():
+    mask = (torch.arange(96).reshape(8, 12) % 5 == 0).expand(2, 8, 8, 12)
+    for write in (
+        lambda x: x.masked_fill_(mask, 3.0),
+        lambda x: x.index_fill_(2, torch.tensor([1]), 0.5),
+        lambda x: torch.relu_(input=x),
+    ):
+        x = Octaves(*(z.clone() for z in IMAGES["even"]))
+        wanted = x.alike(write(x.merge().clone()))
+        with merging.collected():
+            write(x)
+        torch.testing.assert_close(x.merge(), wanted.merge())
+    with merging.collected(), pytest.raises(TypeError, match=r"unsqueeze_ cannot change .* in place: call it on"):
+        Octaves(*IMAGES["even"]).unsqueeze_(0)

@@ -1,6 +1,5 @@
 """Convolutions called as functions on octave features, and convolution modules with a forward pass of their own."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -27,11 +26,10 @@ from octvideo.layers.convolution import (
     plan_convolution,
     sizes,
 )
-from octvideo.layers.octaves import Octaves, define, merged, on_merged, record
+from octvideo.layers.octaves import Function, Octaves, define, merged, on_merged, record
 from octvideo.layers.resampling import halved
 from octvideo.layers.swapping import original_class, swap_class
 
-Function = Callable[..., Any]
 _ARGUMENTS = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
 _TRANSPOSED_ARGUMENTS = ["input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"]
 _ARGUMENTS_OF: dict[Function, list[str]] = {

@@ -64,7 +64,7 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Applies a function of single positions to each map; `tensor += octaves` gives the name a new sum."""
     values = (*args, *kwargs.values())
     octaves = [value for value in values if isinstance(value, Octaves)]
-    if func in _IN_PLACE and not isinstance(args[0], Octaves):
+    if func in _IN_PLACE and not isinstance(values[0], Octaves):
         if func not in _AUGMENTED:
             return NotImplemented
         if torch.compiler.is_compiling():  # which cannot tell `x += y` from `x.add_(y)`
@@ -82,8 +82,8 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
         sized = [value for value in octaves if max(value.ratios) > 1] or octaves
         x = min(sized, key=lambda value: (sum(value.ratios), value.low.shape[value.axis]))
         if others := [value for value in sized if (value.parts, value.ratios) != (x.parts, x.ratios)]:
-            if func in _IN_PLACE and args[0] is not x:
-                x, others = args[0], [value for value in sized if value is not args[0]]
+            if func in _IN_PLACE and values[0] is not x:
+                x, others = values[0], [value for value in sized if value is not values[0]]
             record(func, others)
     if not all(_meets(value, x) for value in values if value is not x):
         if max(x.ratios) == 1:  # gates of one position that meet a plain Tensor: the result is plain
@@ -103,10 +103,6 @@ def _called_by_operator() -> bool:
 
 def _of_high(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
     return func(input.high, *args, **kwargs)
-
-
-def _on_merged_unrecorded(func: Function, *args: Any, **kwargs: Any) -> Any:
-    return on_merged(func, *args, **kwargs)
 
 
 def _prelu(func: Function, input: Octaves, weight: Tensor) -> Any:
@@ -174,17 +170,7 @@ def _adaptive(func: Function, input: Octaves, output_size: Any, return_indices: 
         elif factor == 2 and size > 1 and n % (2 * size):  # else windows start and end where low positions do
             return NotImplemented
     high, low = (_per_channel(func, x, size) for x, size in ((input.high, sizes), (input.low, lows)))
-    return join_by_parts(high, low, input.parts, 1) if lows == sizes else _with_borders(input, high, low)
-
-
-def _with_borders(input: Octaves, high: Tensor, low: Tensor) -> Any:
-    """Octaves if the low map is half of the high one in the dimensions that are still at two resolutions."""
-    x = input.of(high, low)
-    return x if halved(high.shape, x.ratios) == _without(low.shape, input.axis, high.shape) else NotImplemented
-
-
-def _without(size: Sequence[int], axis: int, other: Sequence[int]) -> tuple[int, ...]:
-    return (*size[:axis], other[axis], *size[axis + 1 :])
+    return join_by_parts(high, low, input.parts, 1) if lows == sizes else input.of(high, low)
 
 
 def _interpolate(func: Function, input: Octaves, size: Any = None, scale_factor: Any = None, **kwargs: Any) -> Any:
@@ -251,10 +237,9 @@ def _reduce(func: Function, input: Octaves, dim: Any = None, keepdim: bool = Fal
         high, low = (x.mean(dims, True, **kwargs) for x in input)
         return _of_maps(input, high, low, dims, keepdim, None)
     covered = _covered(input, dims)
-    high = input.high.sum(dims, True, **kwargs)
-    low = input.low.sum(dims, True, **kwargs) * covered if isinstance(covered, int) else None
-    if low is None:
-        low = (input.low * covered).sum(dims, True, **kwargs)
+    high, low = input.high.sum(dims, True, **kwargs), input.low
+    alike = isinstance(covered, int)
+    low = low.sum(dims, True, **kwargs) * covered if alike else (low * covered).sum(dims, True, **kwargs)
     y = _of_maps(input, high, low, dims, keepdim, torch.add)
     return y / math.prod([input.shape[d] for d in dims]) if name == "mean" else y
 
@@ -472,28 +457,11 @@ _BINARY = ("add", "sub", "mul", "truediv", "pow")
 _AUGMENTED: dict[Function, Function] = {
     getattr(Tensor, f"{name}_"): getattr(torch, name) for name in ("add", "sub", "mul", "div", "true_divide")
 }
-for _name in (
-    *_BINARY,
-    "neg",
-    "abs",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "and_",
-    "or_",
-    "invert",
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-):
+_OTHERS = "neg abs eq ne lt le gt ge and_ or_ invert iadd isub imul itruediv"
+for _name in (*_BINARY, *_OTHERS.split()):
     # operator.eq compares with None, and is False; torch's refuses it.
-    setattr(
-        Features, f"__{_name.rstrip('_')}__", _operator(getattr(torch if _name in ("eq", "ne") else operator, _name))
-    )
+    _home = torch if _name in ("eq", "ne") else operator
+    setattr(Features, f"__{_name.rstrip('_')}__", _operator(getattr(_home, _name)))
 setattr(Features, "__matmul__", _matmul)  # noqa: B010
 setattr(Features, "__rmatmul__", lambda self, other: _matmul(other, self))  # noqa: B010
 for _name in _BINARY:
@@ -540,7 +508,7 @@ _HANDLERS: list[tuple[Iterable[Function], Function]] = [
     (spelled("new_empty new_zeros new_ones new_full new_tensor"), _of_high),
     (spelled("element_size is_floating_point is_complex get_device is_contiguous"), _of_high),
     (spelled("numel nelement"), lambda func, input: input.shape.numel()),
-    (spelled("numpy tolist"), _on_merged_unrecorded),
+    (spelled("numpy tolist"), on_merged),
 ]
 for _functions, _handler in _HANDLERS:
     define(_functions, _handler)

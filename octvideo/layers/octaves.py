@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -291,7 +292,19 @@ def apply(func: Function, *args: Any, **kwargs: Any) -> Any:
         record(func, features_among((args, kwargs)))
         # The merged tensor may lie in channels_last where the vanilla one would not.
         result = on_merged(Tensor.reshape if func is Tensor.view else func, *args, **kwargs)
+        if re.fullmatch(r"[a-z]\w*[a-z0-9]_", getattr(func, "__name__", "")) and isinstance(args[0], Octaves):
+            return _written(args[0], result, func)
     return result
+
+
+def _written(x: Octaves, result: Tensor, func: Function) -> Octaves:
+    """Writes into both maps what a function made of the merged tensor in place; low channels are averaged."""
+    if result.shape != x.shape:
+        what = f"{func.__name__} cannot change octave features of shape {tuple(x.shape)} in place"
+        raise TypeError(f"{what}: call it on .merge()")
+    for map_, new in zip(x, x.alike(result), strict=True):
+        map_.copy_(new)
+    return x
 
 
 _checkpoint_forward: Function = CheckpointFunction.forward

@@ -117,7 +117,7 @@ def _get(func: Function, input: Octaves, index: Any) -> Any:
         y: Tensor = x.high if x.high.shape[x.axis] else x.upsampled(x.low)
         high[_place_of(high, input.axis)] = 0
         return y[tuple(high)]
-    x = input if len(channels) == input.shape[input.axis] == channels[-1] + 1 else _channels(input, channels)
+    x = input if channels == range(input.shape[input.axis]) else _channels(input, channels)
     if not x.low.shape[x.axis]:  # every channel has the full resolution
         return x.high[tuple(high)]
     return Octaves(x.high[tuple(high)], x.low[tuple(low)], x.parts, axis)
