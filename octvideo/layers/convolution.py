@@ -13,7 +13,9 @@ from torch.fx import Proxy
 from octvideo.errors import UserError
 from octvideo.layers.octaves import Octaves, merged, record
 from octvideo.layers.parts import Parts, groups_alike, join_by_parts, split_by_parts
-from octvideo.layers.paths import Kernel, Paths, swap_sides
+from octvideo.layers.finishing import passes_fused
+from octvideo.layers.paths import Kernel, Paths, Term, swap_sides
+from octvideo.layers.pending import Pending
 from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_channels_last, upsample
 from octvideo.layers.tracing import OneNode
 
@@ -258,12 +260,44 @@ def convolve(input: Tensor | Octaves, weight: Tensor, bias: Tensor | None, plan:
         output: Tensor | Octaves = plan.kernel.convolve(lay_channels_last(input), weight, bias, plan.groups)
     else:
         high, low, parts = _maps(input, plan)
+        if _waits(high, plan):
+            return _waiting(input, high, low, parts, weight, bias, plan)
         output = (_depthwise if plan.depthwise else _by_groups)(high, low, parts, weight, bias, plan)
     if len(plan.weight_shape) > 3:
         return output
     if isinstance(output, Octaves):
         return Octaves(output.high.squeeze(2), output.low.squeeze(2), output.parts)
     return output.squeeze(2)
+
+
+def _waits(high: Tensor, plan: Plan) -> bool:
+    """Whether the output is left to a fused pass: octaves of one piece, halved in height and width."""
+    paths, frames = plan.paths, max(plan.paths.factors[:-2], default=1)
+    spatial = len(plan.weight_shape) > 3 and paths.kernel.output_padding is None and frames == 1
+    pools = max(paths.pool) == 1 or paths.pool == paths.factors
+    channels = plan.keeps_low and paths.rows[0] > 0 < high.shape[1]
+    return channels and spatial and pools and plan.groups == 1 and passes_fused(high)
+
+
+def _waiting(
+    input: Tensor | Octaves, high: Tensor, low: Tensor, parts: Parts, weight: Tensor, bias: Tensor | None, plan: Plan
+) -> Octaves:
+    """The octave convolution as separate convolutions, whose sums wait."""
+    paths, pooled = plan.paths, None
+    high, low = lay_channels_last(high), lay_channels_last(low)
+    if isinstance(input, Pending):
+        *_, pooled = input.ready(pool=True)
+    if pooled is None:
+        pooled = average_pool(high, paths.factors)
+    terms: list[Term] = [Term(high, "high", "high"), Term(low, "all", "low"), Term(pooled, "low", "high")]
+    if max(paths.pool) > 1:  # the low map meets the pooled high one at its own size
+        again, low_in = average_pool(pooled, paths.factors), average_pool(low, paths.pool)
+        terms = [Term(pooled, "high", "high"), Term(low, "high", "low"), Term(again, "low", "high")]
+        terms += [Term(low_in, "low", "low")]
+    if low.shape[1] == 0:
+        terms = terms[0::2]
+    high, *others = paths.separately(terms, weight, bias, parts)
+    return Pending.of_maps(high, *(others if low.shape[1] else (None, *others)))
 
 
 def _by_groups(
@@ -320,7 +354,8 @@ def _maps(input: Tensor | Octaves, plan: Plan) -> tuple[Tensor, Tensor, Parts]:
             return input, input[:, :0], ((plan.channels[0], 0),)
         high, low = input.split(plan.split_in, 1)
         return high, average_pool(low, plan.paths.factors), (plan.split_in,)
-    high, low, parts = input.high, input.low, input.parts
+    high, low = input.ready(plan.keeps_low or max(plan.paths.pool) > 1)[:2] if isinstance(input, Pending) else input
+    parts = input.parts
     wanted, size, got = halved(high.shape[2:], plan.paths.factors), tuple(high.shape[2:]), tuple(low.shape[2:])
     if got != wanted:
         beside = f"a low map of size {wanted} beside a high map of {size}, got {got}"

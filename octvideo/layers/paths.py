@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,17 @@ class Kernel:
         return resampling.unfold_time(images, x) if self.flat_axis == 2 else images.unflatten(3, x.shape[3:])
 
 
+class Term(NamedTuple):
+    """A convolution by one block of the weight: of which output and of which input channels."""
+
+    x: Tensor
+    rows: Literal["high", "low", "all"]
+    columns: Literal["high", "low"]
+
+
+Sides = tuple[tuple[str, str], ...]  # the rows and the columns of each term
+
+
 @dataclass(frozen=True)
 class Paths:
     """The four paths (Section 3.2 of Chen et al., ICCV 2019) of one group of a convolution or of several alike."""
@@ -175,6 +187,35 @@ class Paths:
         with torch.autocast(kind, enabled=False):
             outputs = _OwnGradient.apply(self, parts, *inputs)
         return outputs
+
+    def separately(
+        self, terms: Sequence[Term], weight: Tensor, bias: Tensor | None, parts: Parts
+    ) -> tuple[Tensor, ...]:
+        """The convolution of each term alone, channels_last; the first of high rows, and the first of low ones, biased."""
+        inputs = [x for x, _, _ in terms]
+        kind = inputs[0].device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if autocast:
+            dtype = torch.get_autocast_dtype(kind)  # cast here, so that the gradient of the casts is autograd's
+            *inputs, weight, bias = (x if x is None else x.to(dtype) for x in (*inputs, weight, bias))
+        sides = tuple([(rows, columns) for _, rows, columns in terms])
+        with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, weight)):
+                if self.kernel.padding_mode == "zeros":
+                    outputs: tuple[Tensor, ...] = _Separate.apply(self, sides, parts, weight, bias, *inputs)
+                    return outputs
+            blocks = self._blocks(sides, weight, bias, parts)
+            return tuple(self.kernel.convolve(x, *block) for x, block in zip(inputs, blocks, strict=True))
+
+    def _blocks(
+        self, sides: Sides, weight: Tensor, bias: Tensor | None, parts: Parts
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The block of the weight, and the bias, of each term."""
+        high, low = self.rows
+        rows_of = {"high": slice(0, high), "low": slice(high, high + low), "all": slice(None)}
+        columns_of = dict(zip(("high", "low"), split_by_parts(weight, parts, 1), strict=True))
+        biases = [bias[rows_of[r]] if bias is not None and c == "high" else None for r, c in sides]
+        return [(columns_of[c][rows_of[r]], b) for (r, c), b in zip(sides, biases, strict=True)]
 
     def _has_own_gradient(self, high: Tensor, low: Tensor, weight: Tensor) -> bool:
         wanted = any(x.requires_grad for x in (high, low, weight)) and high.shape[1] > 0 and self.rows[0] > 0
@@ -244,6 +285,57 @@ class _OwnGradient(torch.autograd.Function):
         return None, None, *(x if want else None for x, want in zip(found, ctx.needs_input_grad[2:], strict=True))
 
 
+class _Separate(torch.autograd.Function):
+    """Convolutions by blocks of one weight, which keep their inputs and the weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, paths: Paths, sides: Sides, parts: Parts, weight: Tensor, bias: Any, *inputs: Tensor) -> Any:
+        ctx.paths, ctx.sides, ctx.parts = paths, sides, parts
+        ctx.save_for_backward(weight, *inputs)
+        ctx.set_materialize_grads(False)
+        blocks = paths._blocks(sides, weight, bias, parts)
+        outputs = [paths.kernel.convolve(x, *block) for x, block in zip(inputs, blocks, strict=True)]
+        return tuple(torch.ops.aten._unsafe_view(y, y.shape) for y in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        paths, (weight, *inputs), wants = ctx.paths, ctx.saved_tensors, ctx.needs_input_grad[3:]
+        bias = weight.new_empty(0) if wants[1] else None  # not read: only that there is one
+        kind = weight.device.type
+        if torch.is_grad_enabled() or any(torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients if g is not None):
+            return None, None, None, *_differentiable(ctx, gradients)
+        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+            found: dict[tuple[str, str], Tensor] = {}
+            to_inputs, to_biases = [], dict.fromkeys(("high", "low"))
+            for gradient, x, (block, _), side, want in zip(
+                gradients, inputs, paths._blocks(ctx.sides, weight, None, ctx.parts), ctx.sides, wants[2:], strict=True
+            ):
+                if gradient is None:
+                    to_inputs.append(None)
+                    found[side] = torch.zeros_like(block)
+                    continue
+                biased = bias is not None and side[1] == "high"
+                to_x, to_block, to_bias = paths.kernel.backward(gradient, x, block, (want, wants[0], biased))
+                to_inputs.append(to_x if want else None)
+                if wants[0]:
+                    found[side] = to_block
+                if biased:
+                    to_biases[side[0]] = to_bias
+        to_weight = to_all = None
+        if wants[0]:
+            if ("all", "low") in found:
+                found["high", "low"], found["low", "low"] = found["all", "low"].split(paths.rows)
+            rows = []
+            for kind in ("high", "low"):
+                columns = [found[kind, column] for column in ("high", "low") if (kind, column) in found]
+                rows.append(columns[0] if len(columns) == 1 else join_by_parts(*columns, ctx.parts, 1))
+            to_weight = torch.cat(rows)
+        if wants[1]:
+            sizes = zip(to_biases.values(), paths.rows, strict=True)
+            to_all = torch.cat([weight.new_zeros(n) if x is None else x for x, n in sizes])
+        return None, None, None, to_weight, to_all, *to_inputs
+
+
 def _gradients(ctx: Any, grad_high: Tensor, grad_low: Tensor) -> tuple[Tensor, ...]:
     """For high, low, weight and bias; undefined where not wanted."""
     paths, parts, (high, low, weight) = ctx.paths, ctx.parts, ctx.saved_tensors
@@ -272,6 +364,22 @@ def _gradients(ctx: Any, grad_high: Tensor, grad_low: Tensor) -> tuple[Tensor, .
         shares, scale = resampling.pool_gradient(to_pooled, high, paths.pool)
         to_pooled = upsample(shares * scale, high.shape[2:])
     return to_pooled, to_low, to_rows, to_bias
+
+
+def _differentiable(ctx: Any, gradients: Sequence[Any]) -> list[Tensor | None]:
+    """Autograd's own gradients, for a derivative of them or for several at once (is_grads_batched)."""
+    weight, *inputs = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves = [x if torch.is_grad_enabled() and x.requires_grad else x.detach().requires_grad_() for x in (weight, *inputs)]
+        bias = weight.new_zeros(sum(ctx.paths.rows)).requires_grad_()
+        blocks = ctx.paths._blocks(ctx.sides, leaves[0], bias, ctx.parts)
+        outputs = [ctx.paths.kernel.convolve(x, *block) for x, block in zip(leaves[1:], blocks, strict=True)]
+    pairs = [(y, gradient) for y, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
+    outputs, given = zip(*pairs, strict=True)
+    wanted = [leaves[0], bias, *leaves[1:]]
+    create = torch.is_grad_enabled()
+    found = torch.autograd.grad(outputs, wanted, given, allow_unused=True, create_graph=create)
+    return [x if want else None for x, want in zip(found, ctx.needs_input_grad[3:], strict=True)]
 
 
 def _batched_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
