@@ -234,6 +234,7 @@ def count(group: Group, variant: Variant, size: Size, width: int | None) -> dict
     network, (clip, labels) = build(group, variant, size, width, "cpu"), random_clips(group, size, "cpu")
     macs = count_macs(network, (3, *size)) if group.mode == "train" else 0
     mode, counter = FakeTensorMode(allow_non_fake_inputs=True), CostCounter()
+    mode.only_counts = True  # type: ignore[attr-defined]  # octave layers do as they would without it
     for module in network.modules():
         for tensors in (module._parameters, module._buffers):
             found = {name: mode.from_tensor(tensor) for name, tensor in tensors.items() if tensor is not None}
