@@ -16,6 +16,9 @@ from torch import Tensor
 
 from octvideo.layers.resampling import lay_channels_last
 
+# Without these, a kernel would be compiled anew for sizes that are 1 or multiples of 16.
+_SIZES = ["positions", "high_blocks", "H", "W", "h", "w", "CH", "CL", "add_row", "low_row", "low_at"]
+_SIZES += ["tiles", "parts", "channels"]
 _ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "relu6": 3}
 
 
@@ -63,19 +66,19 @@ def _scales(mean, var, weight, bias, c, ok, eps, NORM: tl.constexpr, WEIGHT: tl.
     return m[None, :], r[None, :], w[None, :], b[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _finish_kernel(  # type: ignore[no-untyped-def]
     high, add, low, low_add, mean, var, weight, bias, eps, plus_high, plus_low, out_high, out_low, pooled,
-    positions, H, W, h, w, CH, CL, add_row, low_row, low_at,
+    positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at,
     UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr, NORM: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr, POOL: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, HIGH_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     CH, CL, add_row, low_row, low_at = CH * UNIT, CL * UNIT, add_row * UNIT, low_row * UNIT, low_at * UNIT
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     block = tl.program_id(1)
     valid = p < positions
-    if block < HIGH_BLOCKS:
+    if block < high_blocks:
         c = block * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = c < CH
         m, r, g, b = _scales(mean, var, weight, bias, c, ok_c, eps, NORM, WEIGHT, BIAS)
@@ -107,7 +110,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
             mask = valid[:, None] & ok_c[None, :]
             tl.store(pooled + _at(p, CH, c), total / count[:, None].to(tl.float32), mask)
     else:
-        c = (block - HIGH_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = (block - high_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
         ok_c = c < CL
         m, r, g, b = _scales(mean, var, weight, bias, CH + c, ok_c, eps, NORM, WEIGHT, BIAS)
         ok = valid[:, None] & ok_c[None, :]
@@ -121,12 +124,12 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_low + at, _activated(v, ACT), ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     high, add, low, low_add, counts, means, squares,
-    positions, H, W, h, w, CH, CL, add_row, low_row, low_at, tiles,
+    positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at, tiles,
     UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, HIGH_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The count, mean and sum of squared deviations of a part of the positions, shifted by its first value."""
     CH, CL, add_row, low_row, low_at = CH * UNIT, CL * UNIT, add_row * UNIT, low_row * UNIT, low_at * UNIT
@@ -136,8 +139,8 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     one = tl.zeros((BLOCK_C,), tl.float32)
     two = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
-    is_high = block < HIGH_BLOCKS
-    c = tl.where(is_high, block, block - HIGH_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_high = block < high_blocks
+    c = tl.where(is_high, block, block - high_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok_c = c < tl.where(is_high, CH, CL)
     row = (part * (CH + CL) + tl.where(is_high, 0, CH) + c).to(tl.int64)
     if is_high:
@@ -187,7 +190,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     tl.store(squares + row, tl.maximum(two - one * one / some, 0.0), ok_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _combine_kernel(  # type: ignore[no-untyped-def]
     counts, means, squares, mean, var, running_mean, running_var, momentum, parts, channels,
     RUNNING: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -220,23 +223,23 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
         tl.store(running_var + c, old_var + momentum * (unbiased - old_var), ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _reduce_kernel(  # type: ignore[no-untyped-def]
     grad_high, grad_low, grad_pooled, high, add, low, low_add, mean, var, weight, bias, eps, out_high, out_low,
     masked_high, masked_low, sums,
-    positions, H, W, h, w, CH, CL, add_row, low_row, low_at, tiles,
+    positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at, tiles,
     UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr, NORM: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr,
     GRAD_HIGH: tl.constexpr, GRAD_LOW: tl.constexpr, GRAD_POOLED: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, HIGH_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums over a part of the positions of the gradient behind the activation, and of it times the normalised value."""
     CH, CL, add_row, low_row, low_at = CH * UNIT, CL * UNIT, add_row * UNIT, low_row * UNIT, low_at * UNIT
     part = tl.program_id(0)
     block = tl.program_id(1)
     first = part * tiles * BLOCK_P
-    is_high = block < HIGH_BLOCKS
-    c = tl.where(is_high, block, block - HIGH_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_high = block < high_blocks
+    c = tl.where(is_high, block, block - high_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok_c = c < tl.where(is_high, CH, CL)
     channel = tl.where(is_high, 0, CH) + c
     m, r, g, b = _scales(mean, var, weight, bias, channel, ok_c, eps, NORM, WEIGHT, BIAS)
@@ -306,23 +309,23 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
     tl.store(sums + at + CH + CL, two, ok_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _apply_kernel(  # type: ignore[no-untyped-def]
     grad_high, grad_low, grad_pooled, high, add, low, low_add, mean, var, weight, bias, eps, sums,
-    to_high, to_add, to_low, positions, inverse_high, inverse_low,
-    H, W, h, w, CH, CL, add_row, low_row, low_at,
+    to_high, to_add, to_low, inverse_high, inverse_low,
+    positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at,
     UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr, NORM: tl.constexpr,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, OF_BATCH: tl.constexpr, ACT: tl.constexpr,
     GRAD_HIGH: tl.constexpr, GRAD_LOW: tl.constexpr, GRAD_POOLED: tl.constexpr, JOINED: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, HIGH_BLOCKS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the maps in front of the batch norm, from those behind the activation or, ACT 0, before it."""
     CH, CL, add_row, low_row, low_at = CH * UNIT, CL * UNIT, add_row * UNIT, low_row * UNIT, low_at * UNIT
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     block = tl.program_id(1)
     valid = p < positions
-    is_high = block < HIGH_BLOCKS
-    c = tl.where(is_high, block, block - HIGH_BLOCKS) * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_high = block < high_blocks
+    c = tl.where(is_high, block, block - high_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok_c = c < tl.where(is_high, CH, CL)
     channel = tl.where(is_high, 0, CH) + c
     m, r, g, b = _scales(mean, var, weight, bias, channel, ok_c, eps, NORM, WEIGHT, BIAS)
@@ -401,11 +404,12 @@ class _Launch:
         row = 0 if add is None else add.shape[1]
         low_row, low_at = (row, high.shape[1]) if self.joined else (low.shape[1], 0)
         self.maps = (self.high, self.add, self.low, self.low_add)
-        unit = math.gcd(*self.counts, 16)  # tells Triton how channels are aligned
-        self.sizes = (H, W, h, w, *(n // unit for n in (*self.counts, row, low_row, low_at)))
         wide = 64 if max(self.counts) <= 64 else 128
         block = min(wide, max(16, triton.next_power_of_2(max(self.counts))))
         highs, lows = (triton.cdiv(n, block) for n in self.counts)
+        unit = math.gcd(*self.counts, 16)  # tells Triton how channels are aligned
+        numbers = (n // unit for n in (*self.counts, row, low_row, low_at))
+        self.sizes = (self.positions, highs, H, W, h, w, *numbers)
         at_high = add is not None and add.shape[-2:] == high.shape[-2:] != low.shape[-2:]
         self.options = {
             "UNIT": unit,
@@ -415,7 +419,6 @@ class _Launch:
             "LOW_ADD": self.low_add is not None,
             "BLOCK_C": block,
             "BLOCK_P": max(1, per_program // block),
-            "HIGH_BLOCKS": highs,
         }
         self.columns = highs + lows
         self.rows = triton.cdiv(self.positions, self.options["BLOCK_P"])
@@ -444,7 +447,7 @@ def statistics(
     (parts, tiles), channels = launch.parts(), sum(launch.counts)
     partial = high.new_empty((3, parts, channels), dtype=torch.float32)
     grid = (parts, launch.columns)
-    _statistics_kernel[grid](*launch.maps, *partial, launch.positions, *launch.sizes, tiles, **launch.options)
+    _statistics_kernel[grid](*launch.maps, *partial, *launch.sizes, tiles, **launch.options)
     mean, var = high.new_empty((2, channels), dtype=torch.float32)
     running = running_mean is not None and running_var is not None
     grid = (triton.cdiv(channels, 32),)
@@ -478,7 +481,7 @@ def finish(
         pooled = lay_channels_last(high.new_empty((*high.shape[:2], *low.shape[2:])))
     outputs, how = (out_high, out_low, pooled), _affine(mean, weight, bias)
     _finish_kernel[launch.rows, launch.columns](
-        *launch.maps, mean, var, weight, bias, eps, *pluses, *outputs, launch.positions, *launch.sizes,
+        *launch.maps, mean, var, weight, bias, eps, *pluses, *outputs, *launch.sizes,
         PLUS=plus_high is not None, ACT=_ACTIVATIONS[activation], POOL=pool, **how, **launch.options,
     )  # fmt: skip
     return outputs
@@ -514,7 +517,7 @@ def finish_backward(
         given = {f"GRAD_{name}": x is not None for name, x in zip(("HIGH", "LOW", "POOLED"), grads, strict=True)}
         partial = high.new_empty((parts, 2, channels), dtype=torch.float32)
         _reduce_kernel[parts, launch.columns](
-            *grads, *launch.maps, *norm, out_high, out_low, *masked, partial, launch.positions, *launch.sizes, tiles,
+            *grads, *launch.maps, *norm, out_high, out_low, *masked, partial, *launch.sizes, tiles,
             PLUS=plus, ACT=act, **given, **how, **launch.options,
         )  # fmt: skip
         sums = partial.sum(0)
@@ -528,7 +531,7 @@ def finish_backward(
         given = {f"GRAD_{name}": x is not None for name, x in zip(("HIGH", "LOW", "POOLED"), grads, strict=True)}
         inverses = (channels_ / high.numel() for high, channels_ in zip((high, low), launch.counts, strict=True))
         _apply_kernel[launch.rows, launch.columns](
-            *grads, *launch.maps, *norm, sums, to_high, to_add, to_low, launch.positions, *inverses, *launch.sizes,
+            *grads, *launch.maps, *norm, sums, to_high, to_add, to_low, *inverses, *launch.sizes,
             OF_BATCH=of_batch and mean is not None, ACT=act, JOINED=launch.joined,
             **given, **how, **launch.options,
         )  # fmt: skip
