@@ -6,6 +6,7 @@ in Triton for GPUs. The maps are channels_last.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,7 +41,8 @@ def passes_fused(x: Tensor) -> bool:
     return (_mode == "on" or (x.is_cuda and _has_triton())) and runs_as_called()
 
 
-def _has_triton() -> bool:
+@cache
+def _has_triton() -> bool:  # on a GPU that it knows; asking takes longer than a kernel
     from torch.utils._triton import has_triton
 
     return has_triton()
@@ -255,3 +257,5 @@ for _name, _reference, _fake in (
     torch.library.register_fake(f"octvideo::{_name}", _fake, lib=_library)
 torch.library.register_autograd("octvideo::finish", _backward, setup_context=_setup, lib=_library)
 
+finish = torch.ops.octvideo.finish.default
+statistics = torch.ops.octvideo.statistics.default

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from octvideo.layers.finishing import finish, statistics
 from octvideo.layers.functions import spelled
 from octvideo.layers.octaves import Function, Octaves, apply
 from octvideo.layers.parts import Parts
@@ -91,7 +92,7 @@ class Pending(Octaves):
                 if left or pool:
                     norm = wait.norm
                     numbers = (norm.of_batch, wait.activation, pool)
-                    high, low, pooled = torch.ops.octvideo.finish(*wait.maps, *norm[:5], *plus, *numbers)
+                    high, low, pooled = finish(*wait.maps, *norm[:5], *plus, *numbers)
                     self._pooled = pooled if pool else None
             self._made = high, low
             if wait.plus is not None:
@@ -178,7 +179,7 @@ def _normalize(
         return NotImplemented
     if training and x._same_mode():
         with torch.no_grad():
-            running_mean, running_var = torch.ops.octvideo.statistics(*x._wait.maps, running_mean, running_var, momentum)
+            running_mean, running_var = statistics(*x._wait.maps, running_mean, running_var, momentum)
     return x._changed(False, norm=Norm(running_mean, running_var, weight, bias, eps, training))
 
 
