@@ -14,7 +14,7 @@ from octvideo.errors import UserError
 from octvideo.layers.octaves import Octaves, merged, record
 from octvideo.layers.parts import Parts, groups_alike, join_by_parts, split_by_parts
 from octvideo.layers.finishing import passes_fused
-from octvideo.layers.paths import Kernel, Paths, Term, swap_sides
+from octvideo.layers.paths import Kernel, Paths, swap_sides
 from octvideo.layers.pending import Pending
 from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_channels_last, upsample
 from octvideo.layers.tracing import OneNode
@@ -283,21 +283,12 @@ def _waiting(
     input: Tensor | Octaves, high: Tensor, low: Tensor, parts: Parts, weight: Tensor, bias: Tensor | None, plan: Plan
 ) -> Octaves:
     """The octave convolution as separate convolutions, whose sums wait."""
-    paths, pooled = plan.paths, None
-    high, low = lay_channels_last(high), lay_channels_last(low)
+    high, low, pooled = lay_channels_last(high), lay_channels_last(low), None
     if isinstance(input, Pending):
         *_, pooled = input.ready(pool=True)
-    if pooled is None:
-        pooled = average_pool(high, paths.factors)
-    terms: list[Term] = [Term(high, "high", "high"), Term(low, "all", "low"), Term(pooled, "low", "high")]
-    if max(paths.pool) > 1:  # the low map meets the pooled high one at its own size
-        again, low_in = average_pool(pooled, paths.factors), average_pool(low, paths.pool)
-        terms = [Term(pooled, "high", "high"), Term(low, "high", "low"), Term(again, "low", "high")]
-        terms += [Term(low_in, "low", "low")]
-    if low.shape[1] == 0:
-        terms = terms[0::2]
-    high, *others = paths.separately(terms, weight, bias, parts)
-    return Pending.of_maps(high, *(others if low.shape[1] else (None, *others)))
+    found = plan.paths.separately(plan.paths.terms(high, low, pooled), weight, bias, parts)
+    add = found.get(("all", "low"), found.get(("high", "low")))
+    return Pending.of_maps(found["high", "high"], add, found["low", "high"], found.get(("low", "low")))
 
 
 def _by_groups(
@@ -331,10 +322,16 @@ def _depthwise(
     if not plan.keeps_low and low.shape[1] == 0:
         return out_high
     low = average_pool(low, pool) if plan.keeps_low else low
-    out_low = kernel.convolve(low, weight_low, bias_low, low.shape[1], plan.paths.low_size(high))
+    out_low = kernel.convolve(low, weight_low, bias_low, low.shape[1], _low_size(high, plan))
     if plan.keeps_low:
         return Octaves(out_high, out_low, parts)
     return join_by_parts(out_high, upsample(out_low, out_high.shape[2:]), parts, 1)
+
+
+def _low_size(high: Tensor, plan: Plan) -> tuple[int, ...]:
+    """The size to which a transposed convolution must take low maps; () for others, which take them there."""
+    kernel = plan.paths.kernel
+    return halved(kernel.output_size(high), plan.paths.factors) if kernel.output_padding is not None else ()
 
 
 def _check_input(input: Any, plan: Plan) -> None:
