@@ -136,9 +136,9 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
     part = tl.program_id(0)
     block = tl.program_id(1)
     first = part * tiles * BLOCK_P
-    one = tl.zeros((BLOCK_C,), tl.float32)
-    two = tl.zeros((BLOCK_C,), tl.float32)
-    count = 0.0
+    one = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)  # summed over positions at the end: each time would be slow
+    two = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    number = tl.zeros((BLOCK_P,), tl.float32)
     is_high = block < high_blocks
     c = tl.where(is_high, block, block - high_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok_c = c < tl.where(is_high, CH, CL)
@@ -169,9 +169,9 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
                     elif ADD == 2:
                         v += tl.load(add + _at(q, add_row, c), ok, 0.0).to(tl.float32)
                     v = tl.where(ok, v - shift[None, :], 0.0)
-                    one += tl.sum(v, 0)
-                    two += tl.sum(v * v, 0)
-                    count += tl.sum(ok_p.to(tl.float32), 0)
+                    one += v
+                    two += v * v
+                    number += ok_p.to(tl.float32)
     else:
         shift = tl.load(low + first.to(tl.int64) * CL + c, ok_c & (first < positions), 0.0).to(tl.float32)
         for tile in range(tiles):
@@ -181,13 +181,14 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
             if LOW_ADD:
                 v += tl.load(low_add + _at(p, low_row, low_at + c), ok, 0.0).to(tl.float32)
             v = tl.where(ok, v - shift[None, :], 0.0)
-            one += tl.sum(v, 0)
-            two += tl.sum(v * v, 0)
-            count += tl.sum((p < positions).to(tl.float32), 0)
-    some = tl.maximum(count, 1.0)
+            one += v
+            two += v * v
+            number += (p < positions).to(tl.float32)
+    count = tl.sum(number, 0)
+    some, total, square = tl.maximum(count, 1.0), tl.sum(one, 0), tl.sum(two, 0)
     tl.store(counts + row, tl.zeros((BLOCK_C,), tl.float32) + count, ok_c)
-    tl.store(means + row, shift + one / some, ok_c)
-    tl.store(squares + row, tl.maximum(two - one * one / some, 0.0), ok_c)
+    tl.store(means + row, shift + total / some, ok_c)
+    tl.store(squares + row, tl.maximum(square - total * total / some, 0.0), ok_c)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -243,8 +244,8 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
     ok_c = c < tl.where(is_high, CH, CL)
     channel = tl.where(is_high, 0, CH) + c
     m, r, g, b = _scales(mean, var, weight, bias, channel, ok_c, eps, NORM, WEIGHT, BIAS)
-    one = tl.zeros((BLOCK_C,), tl.float32)
-    two = tl.zeros((BLOCK_C,), tl.float32)
+    one = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)  # summed over positions at the end: each time would be slow
+    two = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for tile in range(tiles):
         p = first + tile * BLOCK_P + tl.arange(0, BLOCK_P)
         valid = p < positions
@@ -282,8 +283,8 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
                     if PLUS:
                         tl.store(masked_high + at, d, ok)
                     d = tl.where(ok, d, 0.0)
-                    one += tl.sum(d, 0)
-                    two += tl.sum(d * v, 0)
+                    one += d
+                    two += d * v
         else:
             ok = valid[:, None] & ok_c[None, :]
             at = _at(p, CL, c)
@@ -302,11 +303,11 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
             if PLUS:
                 tl.store(masked_low + at, d, ok)
             d = tl.where(ok, d, 0.0)
-            one += tl.sum(d, 0)
-            two += tl.sum(d * v, 0)
+            one += d
+            two += d * v
     at = part.to(tl.int64) * 2 * (CH + CL) + channel
-    tl.store(sums + at, one, ok_c)
-    tl.store(sums + at + CH + CL, two, ok_c)
+    tl.store(sums + at, tl.sum(one, 0), ok_c)
+    tl.store(sums + at + CH + CL, tl.sum(two, 0), ok_c)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -425,7 +426,7 @@ class _Launch:
 
     def parts(self) -> tuple[int, int]:
         """How many programs share the positions of a reduction, and how many blocks of them each takes."""
-        tiles = triton.cdiv(self.rows, max(1, 2048 // self.columns))
+        tiles = triton.cdiv(self.rows, max(1, 1024 // self.columns))
         return triton.cdiv(self.rows, tiles), tiles
 
 
@@ -450,8 +451,8 @@ def statistics(
     _statistics_kernel[grid](*launch.maps, *partial, *launch.sizes, tiles, **launch.options)
     mean, var = high.new_empty((2, channels), dtype=torch.float32)
     running = running_mean is not None and running_var is not None
-    grid = (triton.cdiv(channels, 32),)
-    numbers = (momentum, parts, channels, running, 32, 32)
+    grid = (triton.cdiv(channels, 16),)
+    numbers = (momentum, parts, channels, running, 16, 128)
     _combine_kernel[grid](*partial, mean, var, running_mean, running_var, *numbers)
     return mean, var
 
