@@ -1,6 +1,7 @@
 """What a network costs: multiply-adds, bytes, kernels, parameters, seconds."""
 
 import copy
+import logging
 import os
 import platform
 import re
@@ -73,7 +74,9 @@ def count_cost(
         y = torch.empty(x.shape, dtype=kind)
         return lay_channels_last(y) if x.dim() in (4, 5) else y
 
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
     try:
+        logger.disabled = True  # it would log each error
         with _Fake(allow_non_fake_inputs=True):
             network = copy_with(model, place).train(train)
             clip = place(torch.empty(batch, *clip_size))
@@ -82,7 +85,33 @@ def count_cost(
     except (RuntimeError, ValueError) as error:
         size = " x ".join(map(str, clip_size[1:]))
         raise UserError(f"the network does not take clips of {size}: {error}") from error
+    finally:
+        logger.disabled = False
     return dict(counter.costs)
+
+
+def count_compiled_kernels(
+    model: nn.Module,
+    clip_size: Sequence[int] = (3, 8, 224, 224),
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    train: bool = False,
+) -> int:
+    """Kernels that torch.compile generates for this CPU; convolutions and matrix products are libraries', not counted.
+
+    As `count_cost`, but a copy of the model is compiled and run once, which takes a minute or several.
+    """
+    from torch._inductor import config, metrics  # a second
+
+    kind = torch.float32 if train else dtype
+    network = copy_with(model, lambda x: x.to(kind) if x.is_floating_point() else x.clone()).train(train)
+    torch._dynamo.reset()
+    metrics.reset()
+    compiled: Any = torch.compile(network.to(memory_format=torch.channels_last_3d))
+    with config.patch(force_disable_caches=True):  # which generate nothing
+        run(compiled, lay_channels_last(torch.rand(batch, *clip_size, dtype=kind)), dtype, train)
+    return metrics.generated_kernel_count
 
 
 def total(costs: Mapping[str, Cost]) -> Cost:
