@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from octvideo.commands.options import Parser, clip_size, fail, number, one_line_errors, positive, several, share
@@ -135,8 +135,8 @@ def rows_of(
 
 def show(rows: list[dict[str, Any]], machine: Machine, console: Console) -> None:
     """Prints the tables."""
-    table = Table("alpha", "GMACs", "M parameters", "GB", "kernels", f"ms on {machine.name}", "ratio")
-    extra = {"ms measured": "measured_seconds", "ratio ": "measured_ratio", "compiled kernels": "compiled_kernels"}
+    table = Table("alpha", "GMACs", "M params", "GB", "kernels", f"ms on {machine.name}", "ratio")
+    extra = {"ms here": "measured_seconds", "ratio ": "measured_ratio", "compiled": "compiled_kernels"}
     for title, key in extra.items():
         if rows[0][key] is not None:
             table.add_column(title)
@@ -150,13 +150,13 @@ def show(rows: list[dict[str, Any]], machine: Machine, console: Console) -> None
     console.print(table)
     if rows[0]["layers"] is None:
         return
-    titles = [f"{what} at {row['alpha']:g}" for row in rows for what in ("MB", "kernels", "us")]
-    table = Table("layer", *titles)
-    for name in rows[0]["layers"]:
-        cells = []
-        for layer in (row["layers"].get(name) for row in rows):
-            one = layer or {"bytes": 0, "kernels": 0, "predicted_seconds": 0}
-            cells += [f"{one['bytes'] / 1e6:.2f}", str(one["kernels"]), f"{1e6 * one['predicted_seconds']:.1f}"]
+    layers = list(dict.fromkeys(name for row in rows for name in row["layers"]))
+    table = Table(Column("layer", no_wrap=True, min_width=max(map(len, layers))))
+    for row in rows:
+        table.add_column(f"alpha {row['alpha']:g}: MB, kernels, us", justify="right")
+    for name in layers:
+        found = (row["layers"].get(name, {"bytes": 0, "kernels": 0, "predicted_seconds": 0}) for row in rows)
+        cells = [f"{x['bytes'] / 1e6:.2f}  {x['kernels']:3}  {1e6 * x['predicted_seconds']:7.1f}" for x in found]
         table.add_row(name or "(elsewhere)", *cells)
     console.print(table)
 

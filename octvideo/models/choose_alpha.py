@@ -66,16 +66,19 @@ def choose_alpha(
         except UserError:  # channels that cannot be split so
             return math.inf
 
+    def rank(chosen: tuple[float, ...]) -> tuple[float, float]:
+        return seconds(chosen), sum(chosen)
+
     best = (0.0,) * len(parts)
     vanilla = predict(best)
     for first, last in combinations_with_replacement(range(len(stages)), 2):
         shares = [max(alphas) if first <= i <= last else 0.0 for i, stage in enumerate(stages) for _ in stage]
-        best = min(best, tuple(shares), key=seconds)
+        best = min(best, tuple(shares), key=rank)
     before = None
     while best != before:
         before = best
         for i in range(len(parts)):
-            best = min(best, *((*best[:i], alpha, *best[i + 1 :]) for alpha in (0.0, *alphas)), key=seconds)
+            best = min(best, *((*best[:i], alpha, *best[i + 1 :]) for alpha in (0.0, *alphas)), key=rank)
     if budget is not None and seconds(best) > budget * vanilla:
         reached = f"the fastest alphas take {seconds(best) / vanilla:.3f} of the time at alpha 0"
         raise UserError(f"no choice meets a time budget of {budget:g} on {machine.name}: {reached}")
