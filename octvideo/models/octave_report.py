@@ -125,17 +125,18 @@ def merge_error(network: str, name: str, function: str, shape: str = "") -> str:
 
 
 def _slower(compared: Compared) -> str:
-    """Where the saved arithmetic cannot pay for bytes and kernels: ", slower on h100: 31 -> 44 us (1.42)"."""
-    before, after = compared.seconds() or (0.0, 0.0)
-    scale, unit = (1e3, "ms") if before >= 1e-3 else (1e6, "us")
-    change = f"{scale * before:.3g} -> {scale * after:.3g} {unit} ({after / before:.2f})" if after > before else ""
-    return f", slower on {MACHINE.name}: {change}" if change else ""
+    """Where the saved arithmetic cannot pay for bytes and kernels: ", slower on h100: 31.0 -> 44.0 us (1.42)"."""
+    before, after = (round(1e9 * seconds) for seconds in compared.seconds() or (0, 0))
+    return f", slower on {MACHINE.name}: {_change((before, after), _TIMES)}" if after > before else ""
 
 
-def _change(change: Change) -> str:
+_COUNTS = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
+_TIMES = ((1e9, " s"), (1e6, " ms"), (1e3, " us"))  # of nanoseconds
+
+
+def _change(change: Change, units: Sequence[tuple[float, str]] = _COUNTS) -> str:
     """Two numbers with one unit, and their ratio: "41.6 -> 25.4 G (0.61)"."""
     before, after = change
-    units = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
     scale, unit = next((unit for unit in units if before >= unit[0] / 10), (1, ""))
     digits = 0 if scale == 1 else 1 if before >= 10 * scale else 2
     ratio = f" ({after / before:.2f})" if before else ""
