@@ -68,6 +68,7 @@ SMALL = {
     "prepare_data.py": ["--workers=1"],
     "predict.py": ["--clips=1", "--crops=1"],
     "report.py": ["--rounds=1"],
+    "cost.py": ["--size=4x32x32", "--batch=1", "--rounds=1"],
     "export.py": ["--rounds=1"],
     "spectrum.py": ["--clips=1", "--size=32"],
     "speed.py": [
