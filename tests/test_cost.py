@@ -7,7 +7,16 @@ from torch import nn
 
 from octvideo import create_model, octavize
 from octvideo.errors import UserError
-from octvideo.models.cost import CostCounter, count_cost, count_macs, count_macs_of, run, time_interleaved, total
+from octvideo.models.cost import (
+    CostCounter,
+    count_compiled_kernels,
+    count_cost,
+    count_macs,
+    count_macs_of,
+    run,
+    time_interleaved,
+    total,
+)
 
 BF16 = torch.bfloat16
 POSITIONS = 5 * 2 * 4 * 4
@@ -86,6 +95,13 @@ def test_an_operator_of_ours_is_one_kernel():
         triple(x)
         negate_into(x, y)
     assert counter.costs[""].operations == [(0, 64), (0, 96)]
+
+
+def test_compiled_kernels_are_counted_and_the_model_is_left_alone(one_thread):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    state = {name: x.clone() for name, x in network.state_dict().items()}
+    assert 1 <= count_compiled_kernels(network, (3, 8, 8)) <= 3
+    assert all(torch.equal(x, state[name]) for name, x in network.state_dict().items())
 
 
 def test_attention_counts_its_products():

@@ -40,14 +40,15 @@ from torch import nn
 
 from octvideo.commands.options import Parser, clip_size, fail, number, one_line_errors, positive, several, share
 from octvideo.files import appearing
-from octvideo.layers.resampling import lay_channels_last
 from octvideo.models.checkpoint import load_trained
 from octvideo.models.choose_alpha import choose_alpha
 from octvideo.models.cost import (
     Cost,
+    copy_with,
     count_compiled_kernels,
     count_cost,
     count_parameters,
+    laid,
     run,
     time_interleaved,
     total,
@@ -89,15 +90,10 @@ def parse(words: list[str]) -> argparse.Namespace:
 def measure(networks: list[nn.Module], size: tuple[int, ...], options: argparse.Namespace) -> list[list[float]]:
     """Seconds of each network in each round, on the GPU if there is one."""
     device, dtype = "cuda" if torch.cuda.is_available() else "cpu", DTYPES[options.dtype]
-    kind = torch.float32 if options.train else dtype
-    clip = lay_channels_last(torch.rand(options.batch, *size, device=device, dtype=kind))
-    calls = []
-    for network in networks:
-        for module in network.to(device, kind).train(options.train).modules():
-            for name, x in module.named_parameters(recurse=False):
-                if x.dim() in (4, 5):
-                    getattr(module, name).data = lay_channels_last(x.data)
-        calls.append(partial(run, network, clip, dtype, options.train))
+    lay = partial(laid, dtype=torch.float32 if options.train else dtype)
+    clip = lay(torch.rand(options.batch, *size, device=device))
+    networks = [copy_with(network.to(device), lay).train(options.train) for network in networks]
+    calls = [partial(run, network, clip, dtype, options.train) for network in networks]
 
     def forget() -> None:
         for network in networks:

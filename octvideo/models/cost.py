@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -76,18 +77,13 @@ def _count(
     without_data: Any, model: nn.Module, clip_size: Sequence[int], batch: int, dtype: torch.dtype, train: bool
 ) -> dict[str, Cost]:
     """`count_cost` within a context whose new tensors have no data."""
-
-    def place(x: Tensor) -> Tensor:
-        kind = dtype if x.is_floating_point() and not train else x.dtype
-        y = torch.empty(x.shape, dtype=kind)
-        return lay_channels_last(y) if x.dim() in (4, 5) else y
-
+    lay = partial(laid, dtype=torch.float32 if train else dtype)
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     try:
         logger.disabled = True  # it would log each error
         with without_data:
-            network = copy_with(model, place).train(train)
-            clip = place(torch.empty(batch, *clip_size))
+            network = copy_with(model, lambda x: lay(torch.empty(x.shape, dtype=x.dtype))).train(train)
+            clip = lay(torch.empty(batch, *clip_size))
             with CostCounter.of(network) as counter:
                 run(network, clip, dtype, train)
     except (RuntimeError, ValueError) as error:
@@ -112,14 +108,13 @@ def count_compiled_kernels(
     """
     from torch._inductor import config, metrics  # a second
 
-    kind = torch.float32 if train else dtype
-    network = copy_with(model, lambda x: x.to(kind) if x.is_floating_point() else x.clone()).train(train)
+    lay = partial(laid, dtype=torch.float32 if train else dtype)
     torch._dynamo.reset()
     metrics.reset()
-    compiled: Any = torch.compile(network.to(memory_format=torch.channels_last_3d))
+    compiled: Any = torch.compile(copy_with(model, lay).train(train))
     with config.patch(force_disable_caches=True), warnings.catch_warnings():  # with caches nothing is generated
         warnings.simplefilter("ignore")
-        run(compiled, lay_channels_last(torch.rand(batch, *clip_size, dtype=kind)), dtype, train)
+        run(compiled, lay(torch.rand(batch, *clip_size)), dtype, train)
     return metrics.generated_kernel_count
 
 
@@ -135,6 +130,12 @@ def run(network: nn.Module, clip: Tensor, dtype: torch.dtype, train: bool) -> No
         outputs = tree_leaves(network(clip))
     if train:
         torch.stack([x.float().sum() for x in outputs if isinstance(x, Tensor) and x.requires_grad]).sum().backward()
+
+
+def laid(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in the channels_last memory format, floating-point numbers as `dtype`."""
+    x = x.to(dtype if x.is_floating_point() else x.dtype, copy=True)
+    return lay_channels_last(x) if x.dim() in (4, 5) else x
 
 
 def copy_with(model: nn.Module, place: Callable[[Tensor], Tensor]) -> nn.Module:
