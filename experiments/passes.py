@@ -67,7 +67,11 @@ def errors(case: Case, device: str, dtype: torch.dtype, kernels: Any = torch.ops
 
     running = [torch.randn(ch + cl, device=device), torch.rand(ch + cl, device=device) + 0.5]
     mean, var = running if case.norm != "none" else (None, None)
-    weight, bias = (torch.randn(ch + cl, device=device) + 1, torch.randn(ch + cl, device=device)) if mean is not None else (None, None)
+    weight, bias = (
+        (torch.randn(ch + cl, device=device) + 1, torch.randn(ch + cl, device=device))
+        if mean is not None
+        else (None, None)
+    )
     if of_batch:
         others = [x.double() for x in running]
         exact = finishing._statistics(*wide(maps), *others, 0.1)
@@ -78,7 +82,10 @@ def errors(case: Case, device: str, dtype: torch.dtype, kernels: Any = torch.ops
     outputs, exact_outputs = kernels.finish(*maps, *norm, *how), finishing._finish(*wide((*maps, *norm, *how)))
     found["outputs"] = max(distance(own, true) for own, true in zip(outputs, exact_outputs, strict=True))
     for given in ((True, True, True), (True, True, False), (False, False, True)):
-        grads = [x if give else None for x, give in zip((drawn(ch, extent), drawn(cl, half), drawn(ch, half)), given, strict=True)]
+        grads = [
+            x if give else None
+            for x, give in zip((drawn(ch, extent), drawn(cl, half), drawn(ch, half)), given, strict=True)
+        ]
         outs: Any = outputs[:2] if case.plus and case.activation != "none" else (None, None)
         rest = (*outs, case.plus, of_batch, case.activation)
         own = kernels.finish_backward(*grads, *maps, *norm, *rest)

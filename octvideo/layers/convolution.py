@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from octvideo.errors import UserError
+from octvideo.layers.finishing import passes_fused
 from octvideo.layers.octaves import Octaves, merged, record
 from octvideo.layers.parts import Parts, groups_alike, join_by_parts, split_by_parts
-from octvideo.layers.finishing import passes_fused
 from octvideo.layers.paths import Kernel, Paths, swap_sides
 from octvideo.layers.pending import Pending
 from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_channels_last, upsample

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octvideo.errors import UserError
-from octvideo.layers.resampling import average_pool, channels_last, lay_channels_last, runs_as_called, upsample
+from octvideo.layers.resampling import average_pool, lay_channels_last, runs_as_called, upsample
 
 Mode = Literal["auto", "on", "off"]
 ACTIVATIONS = ("none", "relu", "silu", "relu6")
-_mode: Mode = "auto"
+_mode: Mode = "off"
 
 
 def use_fused_passes(mode: Mode) -> Mode:
@@ -126,7 +126,10 @@ def _finished(
 
 
 def _factors(high: Tensor, low: Tensor) -> tuple[int, ...]:
-    return (*(1,) * (high.dim() - 4), *(1 if n == m else 2 for n, m in zip(high.shape[-2:], low.shape[-2:], strict=True)))
+    return (
+        *(1,) * (high.dim() - 4),
+        *(1 if n == m else 2 for n, m in zip(high.shape[-2:], low.shape[-2:], strict=True)),
+    )
 
 
 def _finish(
@@ -170,29 +173,32 @@ def _finish_backward(
     of_batch: bool,
     activation: str,
 ) -> list[Tensor]:
-    """Gradients of high, add, low (low_add's is the same), weight, bias and both pluses; empty where there are none."""
-    maps = [None if x is None else x.detach().requires_grad_() for x in (high, add, low, low_add)]
-    affine = [None if x is None else x.detach().requires_grad_() for x in (weight, bias)]
-    factors = _factors(high, low) if grad_pooled is not None else None
+    """Gradients of high, add, low (low_add's is the same), weight, bias and both pluses; empty where there are none.
+
+    By autograd, and with a graph of their own where gradients are recorded.
+    """
+    graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # The derivative of an activation behind a sum follows from its output: relu's and relu6's alone.
-        kind = activation if not plus else "none"
-        outputs = _finished(maps, (mean, var, *affine, eps), (None, None), of_batch, kind, None)[:2]
-        gradients = []
-        for y, grad, out in zip(outputs, (grad_high, grad_low), (out_high, out_low), strict=True):
-            total = torch.zeros_like(y) if grad is None else grad
-            if y is outputs[0] and grad_pooled is not None:
-                counts = average_pool(torch.ones_like(y[:1, :1]), factors, sums=True)
-                total = total + upsample(grad_pooled / counts, y.shape[2:])
-            if plus and activation != "none":
-                total = total * (((out > 0) & (out < 6)) if activation == "relu6" else out > 0)
-            gradients.append(lay_channels_last(total))
-        wanted = [x for x in (*maps[:3], *affine) if x is not None]
-        found = iter(torch.autograd.grad(outputs, wanted, gradients))
+        leaves = [
+            x if x is None or (graph and x.requires_grad) else x.detach().requires_grad_()
+            for x in (high, add, low, low_add, weight, bias)
+        ]
+        maps, affine = leaves[:4], leaves[4:]
+        pluses = [torch.zeros_like(x, requires_grad=True) if plus else None for x in (high, low)]
+        # The derivative of an activation behind a residual follows from its output: relu's and relu6's alone.
+        masked = plus and activation != "none"
+        norm, kind = (mean, var, *affine, eps), "none" if masked else activation
+        outputs = list(_finished(maps, norm, pluses, of_batch, kind, None)[:2])
+        if masked:
+            outs = ((out > 0) & (out < 6) if activation == "relu6" else out > 0 for out in (out_high, out_low))
+            outputs = [y * mask for y, mask in zip(outputs, outs, strict=True)]
+        outputs.append(average_pool(outputs[0], _factors(high, low)))
+    given = [(y, x) for y, x in zip(outputs, (grad_high, grad_low, grad_pooled), strict=True) if x is not None]
+    wanted = [x for x in (*maps[:3], *affine, *pluses) if x is not None]
+    numbers = {"allow_unused": True, "materialize_grads": True, "create_graph": graph}
+    found = iter(torch.autograd.grad([y for y, _ in given], wanted, [x for _, x in given], **numbers))
     empty = high.new_empty(0)
-    results = [empty if x is None else lay_channels_last(next(found)) for x in maps[:3]]
-    results += [empty if x is None else next(found) for x in affine]
-    return [*results, *(gradients if plus else (empty, empty))]
+    return [empty if x is None else next(found) for x in (*maps[:3], *affine, *pluses)]
 
 
 def _like(x: Tensor, shape: Any) -> Tensor:
@@ -229,8 +235,13 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad_high: Any, grad_low: Any, grad_pooled: Any) -> tuple[Any, ...]:
     eps, plus, of_batch, activation = ctx.numbers
     *saved, out_high, out_low = ctx.saved_tensors
-    grads = [x if x is None else lay_channels_last(x) for x in (grad_high, grad_low, grad_pooled)]
-    results = torch.ops.octvideo.finish_backward(*grads, *saved, eps, out_high, out_low, plus, of_batch, activation)
+    grads, rest = (grad_high, grad_low, grad_pooled), (eps, out_high, out_low, plus, of_batch, activation)
+    batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in grads)
+    if torch.is_grad_enabled() or batched:
+        results = _finish_backward(*grads, *saved, *rest)
+    else:
+        grads = tuple([x if x is None else lay_channels_last(x) for x in grads])
+        results = [lay_channels_last(x) if x.dim() > 3 else x for x in finish_backward(*grads, *saved, *rest)]
     high, add, low, weight, bias, plus_high, plus_low = (x if x.dim() > 1 or x.numel() else None for x in results)
     low_add = low if saved[3] is not None else None
     return high, add, low, low_add, None, None, weight, bias, None, plus_high, plus_low, None, None, None
@@ -258,4 +269,5 @@ for _name, _reference, _fake in (
 torch.library.register_autograd("octvideo::finish", _backward, setup_context=_setup, lib=_library)
 
 finish = torch.ops.octvideo.finish.default
+finish_backward = torch.ops.octvideo.finish_backward.default
 statistics = torch.ops.octvideo.statistics.default

@@ -7,7 +7,6 @@ with the window of high positions that it covers, of some channels: either high 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -218,7 +217,10 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     tl.store(mean + c, centre, ok)
     tl.store(var + c, square / number, ok)
     if RUNNING:
-        old, old_var = tl.load(running_mean + c, ok, 0.0).to(tl.float32), tl.load(running_var + c, ok, 0.0).to(tl.float32)
+        old, old_var = (
+            tl.load(running_mean + c, ok, 0.0).to(tl.float32),
+            tl.load(running_var + c, ok, 0.0).to(tl.float32),
+        )
         unbiased = square / tl.maximum(number - 1, 1.0)
         tl.store(running_mean + c, old + momentum * (centre - old), ok)
         tl.store(running_var + c, old_var + momentum * (unbiased - old_var), ok)
@@ -396,7 +398,9 @@ class _Launch:
     """What the kernels share: the maps, their sizes as arguments, and blocks of channels and positions."""
 
     def __init__(self, high: Tensor, add: Tensor | None, low: Tensor, low_add: Tensor | None, per_program: int) -> None:
-        self.high, self.add, self.low, low_add = (x if x is None else lay_channels_last(x) for x in (high, add, low, low_add))
+        self.high, self.add, self.low, low_add = (
+            x if x is None else lay_channels_last(x) for x in (high, add, low, low_add)
+        )
         (*_, H, W), (*_, h, w) = high.shape, low.shape  # noqa: N806
         self.counts = (high.shape[1], low.shape[1])
         self.positions = low.numel() // low.shape[1]
@@ -414,8 +418,8 @@ class _Launch:
         at_high = add is not None and add.shape[-2:] == high.shape[-2:] != low.shape[-2:]
         self.options = {
             "UNIT": unit,
-            "FH": 1 if H == h else 2,
-            "FW": 1 if W == w else 2,
+            "FH": 1 if h == H else 2,
+            "FW": 1 if w == W else 2,
             "ADD": 0 if add is None else 2 if at_high else 1,
             "LOW_ADD": self.low_add is not None,
             "BLOCK_C": block,

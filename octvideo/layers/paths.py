@@ -188,7 +188,10 @@ class Paths:
         terms: dict[Side, Tensor] = {}
         strided = max(self.pool) > 1
         if strided:
-            high, pooled = average_pool(high, self.pool) if pooled is None or self.pool != self.factors else pooled, None
+            high, pooled = (
+                average_pool(high, self.pool) if pooled is None or self.pool != self.factors else pooled,
+                None,
+            )
         if high.shape[1] and self.rows[0]:
             terms["high", "high"] = high
         if low.shape[1] and not strided:
@@ -229,7 +232,9 @@ class Paths:
             out_high, out_low = self.images.convolve(*frames, weight.squeeze(2), bias, parts, groups)
             return resampling.unfold_time(out_high, high), resampling.unfold_time(out_low, high)
         terms, last = self.terms(high, low), channels_last(high)
-        extent = self.kernel.output_size(terms["high", "high"] if ("high", "high") in terms else average_pool(high, self.pool))
+        extent = self.kernel.output_size(
+            terms["high", "high"] if ("high", "high") in terms else average_pool(high, self.pool)
+        )
         size = halved(extent, self.factors) if self.kernel.output_padding is not None else ()
         blocks = self.blocks(terms, weight, bias, parts, groups)
         found = {
@@ -323,7 +328,9 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients):
-            found = _batched(ctx.saved_tensors, sum(ctx.paths.rows), lambda *x: ctx.paths.convolve(*x, ctx.parts), gradients)
+            found = _batched(
+                ctx.saved_tensors, sum(ctx.paths.rows), lambda *x: ctx.paths.convolve(*x, ctx.parts), gradients
+            )
         else:
             with _without_autocast(gradients[0].device.type):
                 found = _gradients(ctx, *gradients)
@@ -372,7 +379,11 @@ class _Separate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        paths, (weight, *inputs), (wants_weight, wants_bias, *wanted) = ctx.paths, ctx.saved_tensors, ctx.needs_input_grad[3:]
+        paths, (weight, *inputs), (wants_weight, wants_bias, *wanted) = (
+            ctx.paths,
+            ctx.saved_tensors,
+            ctx.needs_input_grad[3:],
+        )
         given = [gradient for gradient in gradients if gradient is not None]
         if any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
 

@@ -70,7 +70,9 @@ class Pending(Octaves):
 
     @classmethod
     def _of(cls, wait: Wait) -> Pending:
-        self: Pending = tuple.__new__(cls, (None, None))  # what reads a tuple's items in C must not find half of the sum
+        self: Pending = tuple.__new__(
+            cls, (None, None)
+        )  # what reads a tuple's items in C must not find half of the sum
         self.parts, self.axis = ((wait.maps[0].shape[1], wait.maps[2].shape[1]),), 1
         self._readers: dict[int, Pending] = {}  # that wait with these maps as their residual
         self._set(wait)
@@ -204,7 +206,7 @@ def _add(x: Any, y: Any, in_place: bool = False) -> Any:
 
 
 _ACTIVATION: dict[Function, str] = {f: name for name in ("relu", "relu6", "silu") for f in spelled(name)}
-_ACTIVATION |= {f: "relu" for f in spelled("relu_")}
+_ACTIVATION |= dict.fromkeys(spelled("relu_"), "relu")
 _ADD = {*spelled("add add_"), operator.add, operator.iadd}
 _IN_PLACE = {*spelled("relu_ add_"), operator.iadd}
 
