@@ -195,7 +195,7 @@ def measure_accuracy(arguments: argparse.Namespace, save: Callable[[list[Row]], 
         trained = load_trained(ckpt)
         clips, labels = centre_clips(trained, arguments.list, arguments, sys.maxsize)
         calibration, _ = centre_clips(trained, arguments.calibration_list, arguments, arguments.calibration)
-        about = {"ckpt": str(ckpt), "name": trained.options["name"], "alpha": trained.options["alpha"]}
+        about = {"ckpt": str(ckpt)} | {key: trained.options[key] for key in ("name", "alpha", "downsample")}
         about |= {"videos": len(labels), "calibration_videos": len(calibration)}
 
         def eager(given: Clips, trained: Trained = trained) -> Tensor:
@@ -232,7 +232,7 @@ def scores(found: list[int], wanted: list[int], labels: list[int]) -> Row:
 
 
 TIMES = ("runtime", "dtype", "form", "alpha", "gmacs", "ms", "time_ratio", "mac_ratio", "least_ms", "least_ratio")
-ACCURACY = ("name", "alpha", "runtime", "dtype", "videos", "right", "top1", "as_pytorch")
+ACCURACY = ("name", "alpha", "downsample", "runtime", "dtype", "videos", "right", "top1", "as_pytorch")
 
 
 def show(rows: Sequence[Row], columns: Sequence[str]) -> None:
