@@ -7,6 +7,7 @@ with the window of high positions that it covers, of some channels: either high 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -22,13 +23,13 @@ _ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "relu6": 3}
 
 
 @triton.jit
-def _at(positions, row, channels):  # type: ignore[no-untyped-def]
+def _at(positions, row, channels):
     """Where channels of positions lie in a map of `row` channels."""
     return positions[:, None].to(tl.int64) * row + channels[None, :]
 
 
 @triton.jit
-def _activated(v, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activated(v, ACT: tl.constexpr):
     if ACT == 1:
         v = tl.where(v < 0, 0.0, v)  # keeps NaN
     elif ACT == 2:
@@ -39,7 +40,7 @@ def _activated(v, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _slope(v, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _slope(v, ACT: tl.constexpr):
     """The derivative at v; of relu and relu6 also in terms of their output."""
     if ACT == 1:
         return tl.where(v > 0, 1.0, 0.0)
@@ -51,7 +52,7 @@ def _slope(v, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scales(mean, var, weight, bias, c, ok, eps, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scales(mean, var, weight, bias, c, ok, eps, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
     """(centre, 1 / deviation, weight, bias) of channels."""
     m, r = tl.zeros_like(c).to(tl.float32), tl.zeros_like(c).to(tl.float32) + 1
     w, b = r, m
@@ -66,12 +67,12 @@ def _scales(mean, var, weight, bias, c, ok, eps, NORM: tl.constexpr, WEIGHT: tl.
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _finish_kernel(  # type: ignore[no-untyped-def]
+def _finish_kernel(
     high, add, low, low_add, mean, var, weight, bias, eps, plus_high, plus_low, out_high, out_low, pooled,
     positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at,
-    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr, NORM: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr, POOL: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr,
+    ACT: tl.constexpr, POOL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     CH, CL, add_row, low_row, low_at = CH * UNIT, CL * UNIT, add_row * UNIT, low_row * UNIT, low_at * UNIT
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -124,7 +125,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _statistics_kernel(  # type: ignore[no-untyped-def]
+def _statistics_kernel(
     high, add, low, low_add, counts, means, squares,
     positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at, tiles,
     UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr,
@@ -191,7 +192,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _combine_kernel(  # type: ignore[no-untyped-def]
+def _combine_kernel(
     counts, means, squares, mean, var, running_mean, running_var, momentum, parts, channels,
     RUNNING: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -227,12 +228,12 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _reduce_kernel(  # type: ignore[no-untyped-def]
+def _reduce_kernel(
     grad_high, grad_low, grad_pooled, high, add, low, low_add, mean, var, weight, bias, eps, out_high, out_low,
     masked_high, masked_low, sums,
     positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at, tiles,
-    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr, NORM: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr,
+    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr,
     GRAD_HIGH: tl.constexpr, GRAD_LOW: tl.constexpr, GRAD_POOLED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -313,12 +314,12 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _apply_kernel(  # type: ignore[no-untyped-def]
+def _apply_kernel(
     grad_high, grad_low, grad_pooled, high, add, low, low_add, mean, var, weight, bias, eps, sums,
     to_high, to_add, to_low, inverse_high, inverse_low,
     positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at,
-    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr, NORM: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, OF_BATCH: tl.constexpr, ACT: tl.constexpr,
+    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, OF_BATCH: tl.constexpr, ACT: tl.constexpr,
     GRAD_HIGH: tl.constexpr, GRAD_LOW: tl.constexpr, GRAD_POOLED: tl.constexpr, JOINED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -398,17 +399,16 @@ class _Launch:
     """What the kernels share: the maps, their sizes as arguments, and blocks of channels and positions."""
 
     def __init__(self, high: Tensor, add: Tensor | None, low: Tensor, low_add: Tensor | None, per_program: int) -> None:
-        self.high, self.add, self.low, low_add = (
-            x if x is None else lay_channels_last(x) for x in (high, add, low, low_add)
-        )
-        (*_, H, W), (*_, h, w) = high.shape, low.shape  # noqa: N806
+        laid: list[Any] = [x if x is None else lay_channels_last(x) for x in (high, add, low, low_add)]
+        self.high, self.add, self.low, low_add = laid
+        (*_, H, W), (*_, h, w) = high.shape, low.shape
         self.counts = (high.shape[1], low.shape[1])
         self.positions = low.numel() // low.shape[1]
         self.joined = add is not None and add.shape[1] > high.shape[1]  # what is added to the low map comes behind
         self.low_add = self.add if self.joined else low_add
         row = 0 if add is None else add.shape[1]
         low_row, low_at = (row, high.shape[1]) if self.joined else (low.shape[1], 0)
-        self.maps = (self.high, self.add, self.low, self.low_add)
+        self.maps: Any = (self.high, self.add, self.low, self.low_add)
         wide = 64 if max(self.counts) <= 64 else 128
         block = min(wide, max(16, triton.next_power_of_2(max(self.counts))))
         highs, lows = (triton.cdiv(n, block) for n in self.counts)
@@ -451,13 +451,11 @@ def statistics(
     launch = _Launch(high, add, low, low_add, 1024)
     (parts, tiles), channels = launch.parts(), sum(launch.counts)
     partial = high.new_empty((3, parts, channels), dtype=torch.float32)
-    grid = (parts, launch.columns)
-    _statistics_kernel[grid](*launch.maps, *partial, *launch.sizes, tiles, **launch.options)
+    _statistics_kernel[parts, launch.columns](*launch.maps, *partial, *launch.sizes, tiles, **launch.options)
     mean, var = high.new_empty((2, channels), dtype=torch.float32)
     running = running_mean is not None and running_var is not None
-    grid = (triton.cdiv(channels, 16),)
     numbers = (momentum, parts, channels, running, 16, 128)
-    _combine_kernel[grid](*partial, mean, var, running_mean, running_var, *numbers)
+    _combine_kernel[(triton.cdiv(channels, 16),)](*partial, mean, var, running_mean, running_var, *numbers)
     return mean, var
 
 
@@ -516,7 +514,7 @@ def finish_backward(
     (parts, tiles), channels = launch.parts(), sum(launch.counts)
     act, empty, how = _ACTIVATIONS[activation], high.new_empty(0), _affine(mean, weight, bias)
     grads = [None if x is None else lay_channels_last(x) for x in (grad_high, grad_low, grad_pooled)]
-    masked = [torch.empty_like(x) if plus else None for x in (launch.high, launch.low)]
+    masked: list[Any] = [torch.empty_like(x) if plus else None for x in (launch.high, launch.low)]
     norm, sums = (mean, var, weight, bias, eps), None
     if plus or mean is not None:
         given = {f"GRAD_{name}": x is not None for name, x in zip(("HIGH", "LOW", "POOLED"), grads, strict=True)}
@@ -531,7 +529,7 @@ def finish_backward(
     to_high, to_low = torch.empty_like(launch.high), torch.empty_like(launch.low)
     to_add = None if launch.add is None else torch.empty_like(launch.add)
     if plus and mean is None and add is None:
-        to_high, to_low = (x for x in masked if x is not None)
+        to_high, to_low = masked
     else:
         given = {f"GRAD_{name}": x is not None for name, x in zip(("HIGH", "LOW", "POOLED"), grads, strict=True)}
         inverses = (channels_ / high.numel() for high, channels_ in zip((high, low), launch.counts, strict=True))
