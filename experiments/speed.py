@@ -2,16 +2,20 @@
 
 python experiments/speed.py [--quick] [--models A,B] [--alphas 0,.25] [--batch N] [--size TxHxW] [--dtype fp32|bf16]
                             [--mode inference|train] [--compile] [--json FILE] [--plot FILE] [--layers]
+python experiments/speed.py --suite gpu [--minutes N] [--json FILE]   all about a GPU; more by --suite gpu --help
 
 Forms of a network, which run interleaved (A B C, A B C, ...) on the same clips:
-  octvideo   octvideo's, with its fast form (channels last) at every alpha, 0 included
-  shipped    pytorchvideo's network as its author ships it: alpha 0
-  textbook   octave layers as they are usually written: default memory layout, four nn.Conv3d, nn.AvgPool3d,
-             nn.Upsample, and a batch norm for each map: alphas above 0
+  octvideo       octvideo's, with its fast form (channels last) at every alpha, 0 included
+  shipped        pytorchvideo's network as its author ships it: alpha 0
+  channels_last  that, converted by .to(memory_format=torch.channels_last_3d)
+  textbook       octave layers as they are usually written: default memory layout, four nn.Conv3d, nn.AvgPool3d,
+                 nn.Upsample, and a batch norm for each map: alphas above 0
 
-Networks of the same model, batch, mode and dtype are a group. A group's ratios are relative to octvideo at alpha 0,
-which is always measured: time_ratio is the median over the rounds of the ratio within a round, so that a machine whose
-speed drifts does not affect it; time / MAC is time_ratio / mac_ratio, 1 if time falls as much as the arithmetic.
+Networks of the same model, batch, mode and dtype are a group. A group's ratios are relative to the fastest of its forms
+at alpha 0, of which octvideo's is always measured: time_ratio is the median over the rounds of the ratio within a
+round, so that a machine whose speed drifts does not affect it; time / MAC is time_ratio / mac_ratio, 1 if time falls as
+much as the arithmetic. A round of training has four steps in a row for each network, the first two of them dropped,
+because they pay for the memory that the network before gave back.
 Inference in bf16 has weights and clips in bfloat16; training has float32 weights under autocast. A training step is
 forward, cross entropy, backward, and dropping the gradients; no step of an optimiser.
 """
@@ -33,10 +37,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
+import gpu_suite
 import numpy as np
 import torch
 import torch.nn.functional as F
 from choices import one_of
+from forms import CLIP, CLIPS, DTYPES, Size, channels_last_form, octvideo_form, shipped_form, size_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from memory import count_saved_bytes, measure_peak_bytes
@@ -45,8 +51,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from textbook import NoTextbookError, Seen, each_map, textbook, watch
+from timing import time_blocks
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import octvideo
 from octvideo import MODELS, Octaves, OctConv3d, create_model
@@ -55,19 +61,7 @@ from octvideo.errors import UserError
 from octvideo.files import appearing
 from octvideo.models.cost import count_macs, count_macs_of, count_parameters, hardware, time_interleaved
 
-Size = tuple[int, int, int]
 Row = dict[str, Any]
-CLIP: Size = (8, 224, 224)  # published clips, as in the README's table of costs
-CLIPS: dict[str, Size] = {
-    "slowfast_r50": (32, 224, 224),
-    "r2plus1d_r50": (16, 224, 224),
-    "csn_r101": (32, 224, 224),
-    "x3d_xs": (4, 160, 160),
-    "x3d_s": (13, 160, 160),
-    "x3d_m": (16, 224, 224),
-    "x3d_l": (16, 312, 312),
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("inference", "train")
 QUICK = {"models": ("i3d_r50",), "alphas": (0.0, 0.25, 0.5), "size": (8, 112, 112), "rounds": 10}
 
@@ -101,6 +95,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--warmup", type=number, default=3, metavar="N", help="calls of each network before those")
     add("--json", type=Path, metavar="FILE", help="write the rows there, after every group")
     add("--plot", type=Path, metavar="FILE", help="write a PNG of time and MACs over alpha there")
+    add("--suite", choices=("gpu",), help="measure all about a GPU, with options of its own: --suite gpu --help")
     what = "time each octave layer by itself too (eager); list those furthest from theory"
     add("--layers", action="store_true", help=what)
     add("--layers-json", type=Path, metavar="FILE", help="write the rows of --layers there")
@@ -135,26 +130,6 @@ def check_writable(option: str, path: Path | None) -> None:
         fail(f"{option} {path}: {error.strerror}")
 
 
-def settle(network: nn.Module) -> nn.Module:
-    """Gives batch norms the scales of a trained network: branches that end in a zero would multiply zeros."""
-    for module in network.modules():
-        if isinstance(module, _BatchNorm):
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-    return network
-
-
-def octvideo_form(name: str, alpha: float, width: int | None, size: Size) -> nn.Module:
-    """Octvideo's network in its fast form, at alpha 0 too."""
-    return settle(create_model(name, alpha=alpha, width=width, channels_last=True))
-
-
-def shipped_form(name: str, alpha: float, width: int | None, size: Size) -> nn.Module:
-    """The network of pytorchvideo's builders."""
-    assert alpha == 0
-    return settle(create_model(name, alpha=0, width=width))
-
-
 def textbook_form(name: str, alpha: float, width: int | None, size: Size) -> nn.Module:
     """The shipped network with textbook octave layers."""
     with torch.device("meta"):
@@ -165,6 +140,7 @@ def textbook_form(name: str, alpha: float, width: int | None, size: Size) -> nn.
 FORMS: dict[str, Callable[[str, float, int | None, Size], nn.Module]] = {
     "octvideo": octvideo_form,
     "shipped": shipped_form,
+    "channels_last": channels_last_form,
     "textbook": textbook_form,
 }
 
@@ -181,7 +157,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Group:
-    """Networks that are measured interleaved; the first one, octvideo at alpha 0, is the reference of the others."""
+    """Networks that are measured interleaved; the first one is octvideo at alpha 0."""
 
     model: str
     size: Size
@@ -198,11 +174,6 @@ class Group:
         found = {key: getattr(self, key) for key in ("model", "batch", "mode", "dtype")}
         ratios = {"time_ratio": time_ratio, "mac_ratio": mac_ratio, "time_over_mac": time_ratio / mac_ratio}
         return found | {"alpha": alpha, "size": size_name(self.size)} | ratios
-
-
-def size_name(size: Sequence[int]) -> str:
-    """A size as the options give it: 8x224x224."""
-    return "x".join(map(str, size))
 
 
 def plan(options: argparse.Namespace, tell: Callable[[str], Any]) -> list[Group]:
@@ -234,7 +205,8 @@ def plan(options: argparse.Namespace, tell: Callable[[str], Any]) -> list[Group]
 def variants_of(model: str, size: Size, options: argparse.Namespace, tell: Callable[[str], Any]) -> Iterator[Variant]:
     """The forms and alphas of a network, and the cost of each."""
     above = [alpha for alpha in options.alphas if alpha]
-    alphas = {"octvideo": [0.0, *(above if "octvideo" in options.forms else ())], "shipped": [0.0], "textbook": above}
+    alphas = {"shipped": [0.0], "channels_last": [0.0], "textbook": above}
+    alphas["octvideo"] = [0.0, *(above if "octvideo" in options.forms else ())]
     for form in FORMS:
         for alpha in alphas[form] if form in ("octvideo", *options.forms) else ():
             try:
@@ -275,15 +247,21 @@ def measure(group: Group, options: argparse.Namespace, tick: Callable[[], Any]) 
     else:
         steps = [partial(infer, network, clip) for network in networks]
     with torch._inductor.config.patch(freezing=not train):
-        seconds = time_interleaved(
-            steps, rounds=options.rounds, warmup=options.warmup, device=options.device, after_each=tick
-        )
+        for step in steps * options.warmup:
+            step()
+            tick()
+        block, dropped = (4, 2) if train else (1, 0)
+        device, rounds = options.device, options.rounds
+        seconds = time_blocks(steps, device, rounds=rounds, steps=block, dropped=dropped, after_each=tick)
+    vanilla = [i for i, variant in enumerate(group.variants) if variant.alpha == 0]
+    fastest = min(vanilla, key=lambda i: statistics.median(seconds[i]))
     rows = []
     for i, (variant, network) in enumerate(zip(group.variants, networks, strict=True)):
         saved = count_saved_bytes(network, forwards[i]) if train else None
         own = clip.nbytes + sum(tensor.nbytes for tensor in itertools.chain(network.parameters(), network.buffers()))
         peak = measure_peak_bytes(steps[i]) + own if options.device == "cuda" else None
-        row = row_of(group, variant, options, seconds[i], seconds[0])
+        row = row_of(group, variant, options, seconds[i], seconds[fastest])
+        row["normalised_against"] = f"{group.variants[fastest].form}, alpha 0"
         rows.append(row | {"saved_bytes": saved, "peak_bytes": peak})
     return rows
 
@@ -349,7 +327,7 @@ def training_step(network: nn.Module, forward: Callable[[], Tensor]) -> Callable
 def row_of(
     group: Group, variant: Variant, options: argparse.Namespace, seconds: Sequence[float], vanilla: Sequence[float]
 ) -> Row:
-    """A network's row of the JSON file, from its seconds in each round and those of octvideo at alpha 0."""
+    """A network's row of the JSON file, from its seconds in each round and those of the fastest vanilla form."""
     least, low, median, high = np.quantile(seconds, (0, 0.25, 0.5, 0.75)).tolist()
     time_ratio = statistics.median(own / other for own, other in zip(seconds, vanilla, strict=True))
     return group.row(variant.alpha, time_ratio, variant.macs / group.variants[0].macs) | {
@@ -364,7 +342,6 @@ def row_of(
         "seconds_min": least,
         "rounds": options.rounds,
         "clips_per_second": group.batch / median,
-        "normalised_against": "octvideo, alpha 0",
         "device": options.device,
         "hardware": hardware(options.device),
         "threads": torch.get_num_threads(),
@@ -513,7 +490,7 @@ def print_table(rows: Sequence[Row], columns: dict[str, str], console: Console, 
 
 
 def is_vanilla(row: Row) -> bool:
-    """Whether a row is its group's first, the reference of the others."""
+    """Whether a row is its group's first."""
     return row.get("form") == "octvideo" and row["alpha"] == 0
 
 
@@ -524,7 +501,7 @@ def print_layers(title: str, rows: Sequence[Row], console: Console, most: int = 
 
 
 def plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draws time and MACs over alpha, relative to octvideo at alpha 0: a panel for each group."""
+    """Draws time and MACs over alpha, relative to the fastest vanilla form: a panel for each group."""
     starts = [i for i, row in enumerate(rows) if is_vanilla(row)]
     groups = [rows[start:end] for start, end in zip(starts, [*starts[1:], len(rows)], strict=True)]
     columns = min(3, len(groups))
@@ -546,7 +523,7 @@ def draw(panel: Axes, rows: Sequence[Row]) -> None:
     theory = sorted({(row["alpha"], row["mac_ratio"]) for row in rows})
     panel.plot(*zip(*theory, strict=True), "k--", label="MACs")
     panel.plot([row["alpha"] for row in ours], [row["time_ratio"] for row in ours], "o-C0", label="time, octvideo")
-    for form, style in (("textbook", "s-C1"), ("shipped", "xC2")):
+    for form, style in (("textbook", "s-C1"), ("shipped", "xC2"), ("channels_last", "+C3")):
         found = sorted((row for row in rows if row["form"] == form), key=lambda row: row["alpha"])
         if found:
             ratios = [row["time_ratio"] for row in found]
@@ -555,7 +532,7 @@ def draw(panel: Axes, rows: Sequence[Row]) -> None:
     how = f"{first['mode']}, {first['dtype']}{', compiled' if first['compiled'] else ''}"
     panel.set_title(f"{first['model']}, {first['size']}, batch {first['batch']}\n{how}", fontsize=10)
     panel.set_xlabel("alpha: share of low channels")
-    panel.set_ylabel("relative to alpha 0, fast form")
+    panel.set_ylabel("relative to the fastest vanilla form")
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
@@ -564,6 +541,9 @@ def draw(panel: Axes, rows: Sequence[Row]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the experiment."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if any(argument.split("=")[0] == "--suite" for argument in arguments):
+        gpu_suite.main(arguments)
+        return
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -5,9 +5,11 @@ import json
 import re
 import sys
 
+import gpu_suite
 import numpy as np
 import pytest
 import speed
+import timing
 import torch
 from conftest import ROOT, run_tool, settle
 from matplotlib import image
@@ -53,7 +55,7 @@ def rows(finished):
 
 def test_rows_have_the_keys_and_values_of_the_contract(rows):
     networks = [(row["mode"], row["form"], row["alpha"]) for row in rows]
-    forms = [("octvideo", 0), ("octvideo", 0.5), ("shipped", 0), ("textbook", 0.5)]
+    forms = [("octvideo", 0), ("octvideo", 0.5), ("shipped", 0), ("channels_last", 0), ("textbook", 0.5)]
     assert networks == [(mode, *form) for mode in ("inference", "train") for form in forms]
     for row in rows:
         assert row.keys() >= CONTRACT
@@ -67,11 +69,12 @@ def test_rows_have_the_keys_and_values_of_the_contract(rows):
         assert (row["saved_bytes"] is None) == (row["mode"] == "inference")
 
 
-def test_ratios_are_against_octvideo_at_alpha_0_of_the_same_group(rows):
-    for group in (rows[:4], rows[4:]):
-        vanilla = group[0]
+def test_ratios_are_against_the_fastest_vanilla_form_of_the_same_group(rows):
+    for group in (rows[:5], rows[5:]):
+        vanilla = min((row for row in group if row["alpha"] == 0), key=lambda row: row["seconds"])
         assert (vanilla["time_ratio"], vanilla["mac_ratio"]) == (1, 1)
         for row in group:
+            assert row["normalised_against"] == f"{vanilla['form']}, alpha 0"
             assert row["mac_ratio"] == row["macs"] / vanilla["macs"]
             assert row["time_over_mac"] == row["time_ratio"] / row["mac_ratio"]
             assert 0 < row["seconds_min"] <= row["seconds_low"] <= row["seconds"] <= row["seconds_high"]
@@ -79,9 +82,9 @@ def test_ratios_are_against_octvideo_at_alpha_0_of_the_same_group(rows):
 
 
 def test_octave_networks_save_fewer_bytes_for_backward(rows):
-    vanilla, octave, shipped, textbook = (row["saved_bytes"] for row in rows[4:])
+    vanilla, octave, shipped, channels_last, textbook = (row["saved_bytes"] for row in rows[5:])
     assert octave < vanilla
-    assert textbook < shipped
+    assert textbook < shipped == channels_last
 
 
 def test_output_names_hardware_versions_and_command_and_shows_no_bar_without_a_terminal(finished):
@@ -134,7 +137,7 @@ def test_layers_are_compared_with_their_vanilla_counterparts(finished):
         (["--batch=0"], ["a whole number from 1", "got '0'"]),
         (["--dtype=fp16"], ["no dtype 'fp16'; there are fp32, bf16"]),
         (["--mode=test"], ["no mode 'test'; there are inference, train"]),
-        (["--forms=mine"], ["no form 'mine'; there are octvideo, shipped, textbook"]),
+        (["--forms=mine"], ["no form 'mine'; there are octvideo, shipped, channels_last, textbook"]),
         (["--alhpas=0"], ["unrecognized arguments: --alhpas=0"]),
         (["--json=nowhere/rows.json"], ["--json nowhere/rows.json: No such file or directory"]),
         (["--plot=tests"], ["--plot tests: this is a folder"]),
@@ -290,14 +293,21 @@ def test_layers_without_a_textbook_form_are_refused(layer, alpha, parts, reason)
 
 def test_networks_without_a_textbook_form_are_measured_without_it(run_here, capsys):
     rows = run_here("--models=x3d_xs", "--alphas=.25")
-    assert [(row["form"], row["alpha"]) for row in rows] == [("octvideo", 0), ("octvideo", 0.25), ("shipped", 0)]
+    forms = [("octvideo", 0), ("octvideo", 0.25), ("shipped", 0), ("channels_last", 0)]
+    assert [(row["form"], row["alpha"]) for row in rows] == forms
     assert "x3d_xs: no textbook form at alpha 0.25: blocks.1.res_blocks.0.branch2.conv_b" in capsys.readouterr().err
 
 
 def test_bf16_is_measured_and_a_textbook_form_that_torch_lacks_is_named(run_here, capsys):
     rows = run_here("--alphas=.25", "--dtype=bf16", "--batch=2")
     has_textbook = speed.has_average_pool(torch.bfloat16, "cpu")
-    assert [row["form"] for row in rows] == ["octvideo", "octvideo", "shipped", *["textbook"] * has_textbook]
+    assert [row["form"] for row in rows] == [
+        "octvideo",
+        "octvideo",
+        "shipped",
+        "channels_last",
+        *["textbook"] * has_textbook,
+    ]
     assert ("no textbook form in bf16" in capsys.readouterr().err) != has_textbook
     assert {(row["dtype"], row["batch"]) for row in rows} == {("bf16", 2)}
 
@@ -307,11 +317,12 @@ def test_all_forms_start_from_the_same_weights():
     (group,) = speed.plan(options, pytest.fail)
     clip, _ = speed.random_clips(group, "cpu")
     with torch.inference_mode():
-        vanilla, octave, shipped, textbook = (
+        vanilla, octave, shipped, channels_last, textbook = (
             speed.prepare(group, variant, options)(clip) for variant in group.variants
         )
     assert vanilla.isfinite().all()
     torch.testing.assert_close(vanilla, shipped, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vanilla, channels_last, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(octave, textbook, atol=1e-4, rtol=1e-4)
     assert (octave - vanilla).abs().max() > 1e-3
 
@@ -339,7 +350,78 @@ def test_a_layers_input_has_the_layout_that_it_has_in_the_network():
 def test_fused_networks_are_octvideos_only(run_here):
     rows = run_here("--alphas=.25", "--fuse")
     assert [row["form"] for row in rows if row["fused"]] == ["octvideo", "octvideo"]
-    assert len(rows) == 4
+    assert len(rows) == 5
+
+
+def test_a_block_drops_its_first_calls(monkeypatch):
+    clock = iter([0, 9, 18, 19, 21, 24])  # five calls of 9, 9, 1, 2 and 3 seconds
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert timing.time_block(lambda: None, "cpu", 5, 2) == 2
+
+
+GROUPS = [
+    gpu_suite.Group("eager", "i3d_r50", 2, dtype="fp32", alphas=(0.5,)),
+    gpu_suite.Group("eager", "i3d_r50", 2, "train", "tf32", alphas=(0.5,), forms=("shipped",)),
+    gpu_suite.Group("graphs", "i3d_r50", 2, dtype="fp32", folded=True, alphas=(), forms=("octvideo",)),
+    gpu_suite.Group("graphs", "i3d_r50", 1, compiled="graph"),  # GPUs only
+]
+
+
+@pytest.fixture
+def run_suite(monkeypatch, capsys, tmp_path):
+    """Runs the suite for GPUs on the CPU; gives what it wrote, and what it printed."""
+
+    def run(*options):
+        monkeypatch.setattr(gpu_suite, "groups", lambda: iter(GROUPS))
+        small = ("--device=cpu", "--size=4x32x32", "--width=8", "--rounds=1", "--steps=3", "--warmup=1", "--workers=0")
+        speed.main(["--suite=gpu", *small, f"--json={tmp_path / 'suite.json'}", *options])
+        return json.loads((tmp_path / "suite.json").read_text()), capsys.readouterr().out
+
+    return run
+
+
+def test_the_suite_for_gpus_measures_its_groups_and_passes_failures_over(monkeypatch, run_suite):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no memory\nfor it")
+
+    monkeypatch.setitem(gpu_suite.FORMS, "channels_last", fail)
+    found, printed = run_suite()
+    assert found["failures"] == [
+        {"what": "i3d_r50 batch 2 inference fp32: channels_last 0", "error": "OutOfMemoryError: no memory"}
+    ]
+    assert found["left_out"] == []
+    names = [(row["mode"], row["form"], row["alpha"], row["passes"]) for row in found["rows"] if row["passes"] == "off"]
+    assert names == [
+        *[
+            ("inference", "octvideo", 0, "off"),
+            ("inference", "shipped", 0, "off"),
+            ("inference", "octvideo", 0.5, "off"),
+        ],
+        *[("train", "shipped", 0, "off"), ("train", "octvideo", 0.5, "off"), ("inference", "octvideo", 0, "off")],
+    ]
+    for row in found["rows"]:
+        group = [other for other in found["rows"] if other["group"] == row["group"]]
+        (reference,) = (other for other in group if other["is_reference"])
+        assert row["normalised_against"] == reference["form"]
+        assert reference["seconds"] == min(other["seconds"] for other in group if other["alpha"] == 0)
+        for key, ratio in (("macs", "mac_ratio"), ("bytes_moved", "byte_ratio"), ("kernels", "kernel_ratio")):
+            assert row[ratio] == row[key] / reference[key]
+    network = create_model("i3d_r50", alpha=0.5, width=8)
+    assert {row["macs"] for row in found["rows"] if row["alpha"] == 0.5} == {count_macs(network, (3, *SIZE))}
+    assert found["ceilings"].keys() == {"flops_per_second", "bytes_per_second", "seconds_per_launch"}
+    checks = {(row["network"], row["mode"], row["dtype"]) for row in found["checks"]}
+    assert len(checks) == len(found["checks"]) == 12
+    assert max(row["output_off"] for row in found["checks"] if row["dtype"] == "fp32") < 0.01
+    table = printed.split("i3d_r50 batch 2 train tf32")[-1]
+    assert re.search(r"^shipped 0 \* +[\d.]+ .* 1\.000 ", table, re.MULTILINE)
+
+
+def test_the_suite_for_gpus_ends_in_time(run_suite):
+    found, printed = run_suite("--minutes=.001", "--sections=eager,graphs")
+    assert found["rows"] == []
+    for group in GROUPS:  # or each form of the first ones
+        assert any(name.startswith(str(group)) for name in found["left_out"])
+    assert "left_out: i3d_r50 batch 1 inference bf16, compiled: graph" in printed
 
 
 class TinyNetwork(nn.Sequential):
