@@ -57,7 +57,9 @@ def run_kernels(call: Call) -> list[tuple[str, float]]:
     return [
         (event.name, event.time_range.elapsed_us() / 1e6)
         for event in profiler.events() or ()
-        if event.device_type == device and not event.name.startswith(("Memcpy", "Memset", "Context Sync"))
+        if event.device_type == device
+        and not getattr(event, "is_user_annotation", False)  # ranges, not kernels
+        and not event.name.startswith(("Memcpy", "Memset", "Context Sync"))
     ]
 
 
