@@ -38,13 +38,13 @@ import torch._inductor.metrics
 import torch.nn.functional as F
 from forms import CLIP, CLIPS, DTYPES, Size, channels_last_form, octvideo_form, settle, shipped_form, size_name
 from memory import measure_peak_bytes
-from pytorchvideo.models.resnet import ResBlock
 from timing import Call, measure_ceilings, most_expensive, run_kernels, time_blocks
 from torch import Tensor, nn
 
 import octvideo.layers
 from octvideo import create_model, fuse
 from octvideo.files import appearing
+from octvideo.models.compilation import compile_blocks
 from octvideo.models.cost import count_cost, count_macs, hardware, total
 from octvideo.models.zoo import residual_stages
 
@@ -199,9 +199,7 @@ def compiled(group: Group, network: nn.Module) -> nn.Module:
         whole: Any = torch.compile(network, dynamic=False, mode=mode)
         return whole  # type: ignore[no-any-return]
     if group.compiled == "blocks":
-        for module in network.modules():
-            if isinstance(module, ResBlock):
-                module.compile(dynamic=False)
+        compile_blocks(network)
     return network
 
 

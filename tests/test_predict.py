@@ -387,6 +387,14 @@ def test_names_of_no_encoding_come_through(run_here, videos, tmp_path):
     assert path in (tmp_path / "a.csv").read_bytes()
 
 
+def test_the_network_is_compiled_as_the_option_says(run_here, videos, monkeypatch):
+    asked = []
+    monkeypatch.setattr(predict, "compile_network", lambda network, how: asked.append(how))
+    for options in ([], ["--compile=blocks"], ["--compile=true"]):
+        assert run_here(videos / "clip10.mp4", *options)[0] == 0
+    assert asked == [None, "blocks", "true"]
+
+
 def test_other_alphas_and_top_classes(run_here, videos, tmp_path):
     for alpha in (0, 0.5):
         options = ["--alpha", alpha, "--top", 9, "--json", tmp_path / f"{alpha}.json"]

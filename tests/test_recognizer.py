@@ -327,6 +327,15 @@ def test_recomputed_blocks_and_compiled_networks_are_switched_on():
     assert recognizer.network._compiled_call_impl is not None
 
 
+def test_blocks_are_compiled_where_that_is_asked():
+    recognizer = small(compile="blocks")
+    recognizer._trainer = trainer_of()
+    recognizer.configure_model()
+    compiled = [name for name, part in recognizer.network.named_modules() if part._compiled_call_impl is not None]
+    assert len(compiled) == 16
+    assert all(".res_blocks." in name for name in compiled)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -59,6 +59,7 @@ from octvideo.evaluation.drawing import ANNOTATED, THUMBNAIL, annotate, clock, c
 from octvideo.evaluation.prediction import Prediction, Predictor
 from octvideo.files import appearing
 from octvideo.models.checkpoint import Trained, load_trained
+from octvideo.models.compilation import compile_network
 
 
 class Outcome(NamedTuple):
@@ -215,6 +216,7 @@ def predict(arguments: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: {str(error).splitlines()[0]}")
     trained = load_trained(arguments.ckpt, arguments.alpha)
+    compile_network(trained.network, arguments.compile)
     videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
     # Refuse results that would overwrite what is read.
     read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *(video for video, _ in videos))}
@@ -255,6 +257,8 @@ def main(words: list[str]) -> int:
     add = parser.add_argument
     add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=Path, help="what to predict")
     add_predictor(parser, clips=10, crops=3)
+    what = "compile the network with torch.compile: blocks, each kind of residual block once, or true, all of it"
+    add("--compile", choices=("blocks", "true"), help=what)
     add("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
     add("--root", type=Path, help="folder that paths in lists start from")
     add("--top", metavar="K", type=number, default=5, help="most likely classes to show; default: 5")

@@ -20,8 +20,9 @@ import json
 import math
 from argparse import SUPPRESS
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
@@ -34,6 +35,7 @@ from octvideo.data.module import VideoData
 from octvideo.errors import ListError, UserError
 from octvideo.evaluation.report import read_run
 from octvideo.files import appearing
+from octvideo.models.compilation import compile_network
 from octvideo.models.zoo import set_alpha
 from octvideo.training.precise_bn import estimate_statistics
 
@@ -77,6 +79,8 @@ class Testing(CommandLine):
         add("--ckpt_path", type=str | None, help=SUPPRESS)  # of training, as --print_config writes it
         add("--output", type=str | None, help="folder for predictions.json; default: RUN_FOLDER/test")
         add("--report", action="store_true", help="write report.html there too: curves, mistakes, cost")
+        what = "compile the network with torch.compile: blocks, each kind of residual block once, or true, all of it"
+        add("--compile", type=bool | Literal["blocks"], default=False, help=what)
         what = "alphas of res2 to res4 to test at, such as 0,.125,.25,.5; each takes the time of a test or, with "
         what += "re-estimated statistics, of two and of decoding the training clips for them"
         add("--alphas", type=str | None, help=what)
@@ -110,6 +114,7 @@ class Testing(CommandLine):
             (self.macs[alpha],) = self.count_macs([size])
         if not self.alphas:
             self.count_macs([size])
+        compile_network(self.model.network, self.config["compile"])
         if self.statistics_batches == 0:
             return
         train_list = self.datamodule.lists["train_list"]
@@ -172,6 +177,7 @@ def test_alphas(cli: Testing, folder: Path) -> None:
     table = Table("alpha", "GMACs", statistics, "clip top-1", "clip top-5", "video top-1", "video top-5")
     for alpha in cli.alphas:
         set_alpha(cli.model.network, alpha)
+        torch.compiler.reset()  # code for other alphas is of no more use, and torch.compile stops after a few
         for num_batches in dict.fromkeys((0, cli.statistics_batches)):
             cli.statistics.num_batches = num_batches
             results, kind = run_test(cli), "re-estimated" if num_batches else "checkpoint"

@@ -22,6 +22,7 @@ from octvideo.data.module import VideoData
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.layers.normalization import normalize
+from octvideo.models.compilation import compile_network
 from octvideo.models.recomputation import recompute as recompute_blocks
 from octvideo.models.scoring import score_clips, top_hits
 from octvideo.models.zoo import create_model
@@ -46,7 +47,8 @@ class Recognizer(LightningModule):
             of all processes; "sub", those of every `sub_batch` clips; "frozen", the running ones, which stay fixed.
         sub_batch: clips normalised together by "sub"; default: batch_size, which multigrid's batches exceed.
         recompute: activation checkpointing of residual blocks: less memory, about a third more time.
-        compile: compile the network with torch.compile; the first steps take minutes.
+        compile: compile the network with torch.compile: "blocks", each kind of residual block once, or true, all of it,
+            which is faster after some minutes; validation included.
         learning_rate: peak of the schedule, for `reference_batch` clips a step.
         reference_batch: clips a step, over all processes, that learning rates are for; null: do not scale them.
         batch_size: clips in a batch of each process (set by data.batch_size); null: learning rates are not scaled.
@@ -73,7 +75,7 @@ class Recognizer(LightningModule):
         normalization: Literal["batch", "sync", "sub", "frozen"] = "batch",
         sub_batch: int | None = None,
         recompute: bool = False,
-        compile: bool = False,
+        compile: bool | Literal["blocks"] = False,
         learning_rate: float = 0.1,
         reference_batch: int | None = 64,
         batch_size: int | None = None,
@@ -178,8 +180,8 @@ class Recognizer(LightningModule):
         self.results |= {"videos": sorted(videos, key=itemgetter("path")), "bad": sorted(bad, key=itemgetter("path"))}
 
     def configure_model(self) -> None:
-        if self.hparams["compile"] and self.trainer.training:
-            self.network.compile()
+        if self.trainer.training:
+            compile_network(self.network, self.hparams["compile"])
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.network, FSDPModule):
             assert self.device_mesh is not None
             for module in (*self.network.get_submodule("blocks").children(), self.network):
