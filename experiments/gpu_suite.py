@@ -40,13 +40,12 @@ from forms import CLIP, CLIPS, DTYPES, Size, channels_last_form, octvideo_form, 
 from memory import measure_peak_bytes
 from timing import Call, measure_ceilings, most_expensive, run_kernels, time_blocks
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import octvideo.layers
 from octvideo import create_model, fuse
 from octvideo.files import appearing
 from octvideo.models.compilation import compile_blocks
-from octvideo.models.cost import Cost, CostCounter, count_macs, hardware
+from octvideo.models.cost import count_cost, count_macs, hardware, total
 from octvideo.models.zoo import residual_stages
 
 FORMS = {"octvideo": octvideo_form, "shipped": shipped_form, "channels_last": channels_last_form}
@@ -81,6 +80,7 @@ class Group:
     dtype: str = "bf16"  # or fp32, or tf32
     compiled: str = ""  # or graph (a CUDA graph of the eager network), blocks, whole, cudagraphs
     folded: bool = False  # batch norm
+    passes: tuple[str, ...] = ("off", "on")
     alphas: tuple[float, ...] = (0.25, 0.5)
     forms: tuple[str, ...] = tuple(FORMS)
 
@@ -91,8 +91,7 @@ class Group:
     @property
     def variants(self) -> list[Variant]:
         """The vanilla forms first."""
-        passes = ("off", "on") if use_fused_passes else ("off",)
-        octave = [Variant("octvideo", alpha, mode) for alpha, mode in itertools.product(self.alphas, passes)]
+        octave = [Variant("octvideo", alpha, mode) for alpha, mode in itertools.product(self.alphas, self.passes)]
         return [*map(Variant, self.forms), *octave]
 
 
@@ -129,6 +128,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write all there, after every group")
     add("--sections", default=",".join(SECTIONS), metavar="A,B", help=f"in the order of {','.join(SECTIONS)}")
     add("--models", metavar="A,B", help="groups of these networks only")
+    add("--alphas", metavar="A,B", help="instead of each group's own")
+    passes = "octave networks with fused passes on, off, or both, one after the other"
+    add("--passes", choices=("on", "off", "both"), default="both", help=passes)
     add("--rounds", type=int, default=3, metavar="N", help="blocks of calls of each form")
     add("--steps", type=int, default=6, metavar="N", help="calls in a block, of which two are dropped")
     add("--warmup", type=int, default=3, metavar="N", help="calls of each form before those")
@@ -229,22 +231,12 @@ def random_clips(group: Group, size: Size, device: str) -> tuple[Tensor, Tensor]
 
 def count(group: Group, variant: Variant, size: Size, width: int | None) -> dict[str, int]:
     """Multiply-adds of one clip; bytes and kernels of the operations of one call, in eager mode, without data."""
-    network, (clip, labels) = build(group, variant, size, width, "cpu"), random_clips(group, size, "cpu")
-    macs = count_macs(network, (3, *size)) if group.mode == "train" else 0
-    mode, counter = FakeTensorMode(allow_non_fake_inputs=True), CostCounter()
-    for module in network.modules():
-        for tensors in (module._parameters, module._buffers):
-            found = {name: mode.from_tensor(tensor) for name, tensor in tensors.items() if tensor is not None}
-            tensors.update(cast(Any, found))
-    clip, labels = mode.from_tensor(clip), mode.from_tensor(labels)
-    with mode, counter, passes_of(variant.passes):
-        if group.mode == "train":
-            step_of(group, network, clip, labels, variant.passes)()
-        else:
-            with torch.no_grad():  # inference mode would hide what composite operations consist of
-                network(clip)
-    cost = sum(counter.costs.values(), Cost())
-    return {"macs": macs or cost.macs // group.batch, "bytes_moved": cost.bytes_moved, "kernels": cost.kernels}
+    network, train = build(group, variant, size, width, "cpu"), group.mode == "train"
+    macs = count_macs(network.float(), (3, *size))
+    with passes_of(variant.passes):
+        dtype = DTYPES["bf16" if group.dtype == "bf16" else "fp32"]
+        cost = total(count_cost(network, (3, *size), batch=group.batch, dtype=dtype, train=train))
+    return {"macs": macs, "bytes_moved": cost.bytes_moved, "kernels": cost.kernels}
 
 
 @dataclass
@@ -285,6 +277,11 @@ class Suite:
         self.groups = [group for group in groups() if group.section in wanted]
         if options.models:
             self.groups = [group for group in self.groups if group.model in options.models.split(",")]
+        if options.alphas:
+            alphas = tuple(map(float, options.alphas.split(",")))
+            self.groups = [dataclasses.replace(group, alphas=alphas) for group in self.groups]
+        if options.passes != "both":
+            self.groups = [dataclasses.replace(group, passes=(options.passes,)) for group in self.groups]
         self.counted: dict[Any, Callable[[], dict[str, int] | None]] = {}
         for group in self.groups if self.pool else ():
             for variant in group.variants:
@@ -307,7 +304,7 @@ class Suite:
 
     def counter(self, group: Group, variant: Variant) -> Callable[[], dict[str, int] | None]:
         """A function that returns what `count` found, or None as long as it is at work."""
-        plain = dataclasses.replace(group, section="", compiled="", folded=False, alphas=(), forms=())
+        plain = dataclasses.replace(group, section="", compiled="", folded=False, alphas=(), forms=(), passes=())
         key, arguments = (plain, variant), (plain, variant, self.size(group), self.options.width)
         if key not in self.counted:
             if self.pool is None:

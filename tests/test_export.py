@@ -8,7 +8,6 @@ import re
 import stat
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -25,9 +24,11 @@ from octvideo.data.lists import VideoList
 from octvideo.data.motions import write_video
 from octvideo.data.sampling import Sampling
 from octvideo.models.checkpoint import load_trained
+from octvideo.models.zoo import slow_frames
 from octvideo.training.recognizer import Recognizer
 
 WITHOUT_TORCH, WITH_TORCH = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+SHAPES = [(1,), (3,), (1, 5, 37, 51), (2, 9, 75, 34)]
 LABELS = ["using segway", "yoga", "jump", "sit", "zumba", "tai chi", "naïve"]
 PREPROCESSING = {
     "clip_frames": 4,
@@ -35,9 +36,9 @@ PREPROCESSING = {
     "sampling": "slowfast",
     "target_fps": 15,
     "short_videos": None,
-    "test_crop_size": 32,
+    "test_crop_size": 36,
 }
-OF_TRAINING = {"crop_size": 28, "short_side": (32, 40), "mirror": True}
+OF_TRAINING = {"crop_size": 28, "short_side": (36, 40), "mirror": True}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,8 +103,8 @@ def program(pt2_file):
     return torch.export.load(pt2_file, extra_files=extra).module(), json.loads(extra["octvideo.json"])
 
 
-def random_clips(batch):
-    return torch.randint(256, (batch, 3, 4, 32, 32), dtype=torch.uint8)
+def random_clips(batch, *size):
+    return torch.randint(256, (batch, 3, *(size or (4, 36, 36))), dtype=torch.uint8)
 
 
 def logits_of(trained, clips):
@@ -111,9 +112,9 @@ def logits_of(trained, clips):
         return trained.network(trained.normalize(clips))
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_an_onnx_file_gives_the_logits_of_the_checkpoint_for_any_batch(onnx_file, checkpoint, batch):
-    clips = random_clips(batch)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_onnx_file_gives_the_logits_of_the_checkpoint_for_any_size(onnx_file, checkpoint, shape):
+    clips = random_clips(*shape)
     (logits,) = onnxruntime.InferenceSession(onnx_file).run(["logits"], {"clips": clips.numpy()})
     wanted = logits_of(load_trained(checkpoint), clips)
     torch.testing.assert_close(torch.from_numpy(logits), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
@@ -125,7 +126,7 @@ def test_an_onnx_file_is_alone_and_of_an_old_opset_and_names_its_sizes(onnx_file
     assert {opset.domain: opset.version for opset in model.opset_import} == {"": 18}
     (given,), (output,) = model.graph.input, model.graph.output
     sizes = [[cell.dim_param or cell.dim_value for cell in x.type.tensor_type.shape.dim] for x in (given, output)]
-    assert sizes == [["batch", 3, 4, 32, 32], ["batch", len(LABELS)]]
+    assert sizes == [["batch", 3, "frames", "height", "width"], ["batch", len(LABELS)]]
     assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
 
 
@@ -146,19 +147,19 @@ def test_no_folder_of_this_machine_is_in_a_file(onnx_file, pt2_file):
 
 def test_a_program_gives_the_logits_of_the_checkpoint_at_another_alpha(program, checkpoint):
     network, _ = program
-    for batch in (1, 3):
-        clips = random_clips(batch)
+    for shape in SHAPES:
+        clips = random_clips(*shape)
         torch.testing.assert_close(network(clips), logits_of(load_trained(checkpoint, alpha=0.5), clips))
     assert any("running_mean" in name for name in network.state_dict())
 
 
 def test_an_untrained_network_of_a_fixed_batch_gives_probabilities(run_here, tmp_path, capsys):
     path = tmp_path / "new folder" / "network.pt2"
-    options = ("--name=i3d_r50", "--alpha=.25", "--clip=4x32x40", "--num_classes=5", "--batch=3", "--softmax")
+    options = ("--name=i3d_r50", "--alpha=.25", "--clip=4x36x40", "--num_classes=5", "--batch=3", "--softmax")
     assert run_here(*options, "--output", path) == 0
     extra = {"octvideo.json": ""}
     network = torch.export.load(path, extra_files=extra).module()
-    clips = torch.randint(256, (3, 3, 4, 32, 40), dtype=torch.uint8)
+    clips = torch.randint(256, (3, 3, 4, 36, 40), dtype=torch.uint8)
     probabilities = network(clips)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(3))
     assert probabilities.std(1).min() > 0.01  # the network is not silent
@@ -167,9 +168,44 @@ def test_an_untrained_network_of_a_fixed_batch_gives_probabilities(run_here, tmp
     about = json.loads(extra["octvideo.json"])
     assert (about["name"], about["output"], about["labels"][4]) == ("i3d_r50", "probabilities", "class 4")
     printed = capsys.readouterr().out
-    assert "clips (3, 3, 4, 32, 40)" in printed
+    assert "clips (3, 3, 4, 36, 40)" in printed
+    assert "free sizes: frames from 4, height from 33, width from 33\n" in printed
     assert re.search(r"│ PyTorch +│ [\d.]+ +│ 1.00 +│\n│ torch.export +│ [\d.]+ +│ [\d.]+ +│", printed)
     assert re.search(r"network.pt2: \d+\.\d MB; probabilities differ by \S+ of the largest\n", printed)
+
+
+class Mean(torch.nn.Module):
+    def forward(self, clips):
+        return clips.float().mean((1, 2, 3, 4))
+
+
+class Slow(torch.nn.Module):
+    def forward(self, clips):
+        return slow_frames(clips.float(), 4)
+
+
+def test_frames_of_slowfast_are_free_in_multiples():
+    program = export.trace(Slow(), random_clips(2, 8, 4, 4), export.AXES, step=4)
+    run = program.module()
+    clips = random_clips(1, 12, 3, 5)
+    assert torch.equal(run(clips), Slow()(clips))
+    assert export.takes(run, random_clips(1, 16, 4, 4))
+    assert not export.takes(run, random_clips(1, 10, 4, 4))
+
+
+def test_a_size_that_a_network_fixes_is_named(run_here, tmp_path, capsys):
+    path = tmp_path / "network.pt2"
+    assert run_here("--name=i3d_r50", "--clip=4x32x32", "--free=frames,height", "--output", path) == 2
+    assert capsys.readouterr().err == "export.py: error: i3d_r50 fixes height\n"
+    assert not path.exists()
+
+
+def test_a_plain_export_has_no_folded_operations(run_here, checkpoint, tmp_path):
+    path = tmp_path / "network.pt2"
+    assert run_here("--ckpt", checkpoint, "--output", path, "--plain", "--free=none") == 0
+    called = {str(node.target) for node in torch.export.load(path).graph.nodes}
+    assert {"aten.conv3d.default", "aten.avg_pool3d.default", "aten.upsample_nearest3d.vec"} <= called
+    assert not {"aten.conv2d.default", "aten.avg_pool2d.default", "aten.unflatten.int"} & called
 
 
 def wrong_for_white_clips(logits, clips):
@@ -194,8 +230,8 @@ def test_a_file_that_gives_something_else_is_not_written(run_here, checkpoint, t
 
     wrong = ("another runtime", (), write)
     monkeypatch.setitem(export.FORMATS, ".pt2", wrong)
-    nothing = SimpleNamespace(graph=SimpleNamespace(nodes=[]))
-    monkeypatch.setattr(torch.export, "export", lambda *args, **options: nothing)  # which takes seconds
+    real = torch.export.export  # takes seconds for a network
+    monkeypatch.setattr(torch.export, "export", lambda module, *args, **options: real(Mean(), *args, **options))
     path = tmp_path / "network.pt2"
     path.write_text("the former one")
     assert run_here("--ckpt", checkpoint, "--output", path) == 1
@@ -226,6 +262,7 @@ I3D = ("--name=i3d_r50", "--clip=4x32x32")
         ((*I3D, "--alpha=2"), "alpha must lie in [0, 1], got 2.0"),
         ((*I3D, "--clip=4x32"), "argument --clip: must be TxHxW, such as 8x224x224, got '4x32'"),
         ((*I3D, "--clip=0x32x32"), "argument --clip: must be TxHxW, such as 8x224x224, got '0x32x32'"),
+        ((*I3D, "--free=depth"), "argument --free: must be of batch, frames, height, width, or none, got 'depth'"),
         ((*I3D, "--batch=0"), "argument --batch: must be a whole number from 1, got '0'"),
         ((*I3D, "--clip=1x32x32"), "i3d_r50 does not take clips of 1x32x32: "),
         ((*I3D, "--output=network.tflite"), "--output must be a file that ends in .onnx or .pt2, got network.tflite"),
@@ -261,7 +298,7 @@ def test_the_documented_code_predicts_a_video_without_torch_as_octvideo_does(onn
 
     trained = load_trained(checkpoint)
     decoding = Decoding(VideoList([str(tmp_path / "video.mp4")], np.zeros(1, np.int64)), Sampling(4, 3, "slowfast", 15))
-    views = TestViews(decoding, crop_size=32, short_side=32, num_clips=1, num_crops=1)
+    views = TestViews(decoding, crop_size=36, short_side=36, num_clips=1, num_crops=1)
     scores, order = logits_of(trained, views[Draw(0, 0, 0)].clips).softmax(1)[0].sort(descending=True)
     rows = [line.split(" ", 1) for line in finished.stdout.splitlines()]
     assert [label for _, label in rows] == [LABELS[number] for number in order[:5]]
@@ -288,7 +325,7 @@ def test_a_link_stays_and_a_full_device_is_one_line(run_here, checkpoint, tmp_pa
     assert os.readlink(tmp_path / "link.pt2") == "target"
     assert (tmp_path / "target").stat().st_mode & 0o777 == 0o604
     with (tmp_path / "target").open("rb") as file:
-        assert torch.export.load(file).module()(torch.zeros(1, 3, 4, 32, 32, dtype=torch.uint8)).shape == (
+        assert torch.export.load(file).module()(torch.zeros(1, 3, 4, 36, 36, dtype=torch.uint8)).shape == (
             1,
             len(LABELS),
         )

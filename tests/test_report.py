@@ -263,7 +263,7 @@ def test_a_whole_run_has_every_part(folder, checkpoint):
     assert (run.card.epoch, run.card.step) == (5, 1234)
     network = load_trained(checkpoint).network
     assert run.card.parameters == count_parameters(network)
-    assert run.card.macs == count_macs(network, (3, 4, 32, 32))
+    assert run.card.cost.macs == count_macs(network, (3, 4, 32, 32))
     html = page(run)
     for part in ("Network", "Training", "Confusions", "Classes", "Mistakes", "Bad videos", "Comparison"):
         assert f">{part}</" in html
@@ -359,7 +359,7 @@ def test_several_runs_are_compared_at_each_alpha(folder, tmp_path):
     assert points[0].top1 == bootstrap(np.array([1.0] * 6 + [0.0] * 2))
     assert points[0].seconds == run.card.seconds["0"]
     (single,) = report.points_of(other)
-    assert (single.name, single.alpha, single.gmacs) == ("other", "0.25", run.card.macs / 1e9)
+    assert (single.name, single.alpha, single.gmacs) == ("other", "0.25", run.card.cost.macs / 1e9)
     charts = report.comparison_charts([run, other], [*points, single])
     assert [chart.title for chart in charts] == [
         *("Accuracy over arithmetic", "Accuracy over time", "Validation over training")

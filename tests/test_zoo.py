@@ -249,6 +249,10 @@ def test_head_pool_takes_any_size():
     x = torch.randn(2, 4, 3, 5, 6)
     torch.testing.assert_close(pool(x), x.mean((2, 3, 4), keepdim=True))
     assert pool(torch.randn(2, 4, 3, 8, 9)).shape == (2, 4, 1, 2, 3)
+    for size in (1, 6, 7, 8, 20):  # as exported
+        x = torch.randn(2, 4, 1, size, 3)
+        windows = torch.nn.functional.avg_pool3d(x, (1, min(size, 7), 1), 1)
+        torch.testing.assert_close(pool._mean_of_windows(x, 3), windows.mean(3, keepdim=True))
     octaves = Octaves(torch.randn(2, 4, 3, 9, 9), torch.randn(2, 4, 3, 5, 5))
     torch.testing.assert_close(pool(octaves)[:, 4:], octaves.low.mean((2, 3, 4), keepdim=True))
 

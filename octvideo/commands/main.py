@@ -12,6 +12,7 @@ COMMANDS = {
     "test": "test a checkpoint on many views of each video",
     "predict": "predict the classes of videos, folders and lists",
     "report": "write one HTML page about one or several runs",
+    "cost": "multiply-adds, bytes, kernels and time at several alphas",
     "export": "write a network as ONNX or torch.export, checked against PyTorch",
     "demo": "serve a page that shows predictions and feature maps of your videos",
     "sweep": "train one recipe at several alphas and seeds, and compare",

@@ -70,6 +70,14 @@ def positive(text: str, otherwise: str = "") -> float:
     raise argparse.ArgumentTypeError(f"must be a positive number{otherwise}, got {text!r}")
 
 
+def share(text: str) -> float:
+    """The type of an option for an alpha."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"must be numbers in [0, 1] with commas between them, got {text!r}")
+
+
 def time_limit(text: str) -> float | None:
     """The type of a time limit, or null for none."""
     return None if text == "null" else positive(text, " or null")

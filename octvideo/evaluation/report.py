@@ -24,7 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from octvideo.errors import UserError
 from octvideo.evaluation.charts import Chart, Series, draw_heat_map, to_svg
 from octvideo.models.checkpoint import Trained, load_trained
-from octvideo.models.cost import count_macs, count_parameters, time_interleaved
+from octvideo.models.cost import Cost, count_cost, count_parameters, time_interleaved, total
+from octvideo.models.octave_report import MACHINE
 from octvideo.models.weights import read_checkpoint
 from octvideo.models.zoo import Alpha, set_alpha
 
@@ -114,7 +115,7 @@ class Card:
     step: int
     lightning: str  # the version that wrote it
     parameters: int
-    macs: int  # of one clip
+    cost: Cost  # of one clip in float32
     seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of one clip in each round, by `say_alpha`
 
 
@@ -203,8 +204,8 @@ def _read_alphas(path: Path) -> list[dict[str, Any]]:
 def _read_card(path: Path) -> Card:
     trained, saved = load_trained(path), read_checkpoint(path, mmap=True)
     written = saved["epoch"] + 1, saved["global_step"], saved["pytorch-lightning_version"]
-    macs = count_macs(trained.network, trained.preprocessing.clip_size)
-    return Card(path, trained, *written, count_parameters(trained.network), macs)
+    cost = total(count_cost(trained.network, trained.preprocessing.clip_size))
+    return Card(path, trained, *written, count_parameters(trained.network), cost)
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
@@ -297,7 +298,7 @@ def points_of(run: Run) -> list[Point]:
         points.append(Point(name, alpha, videos, top1, top5, row["gmacs"], seconds.get(alpha, ())))
     same = (f"{run.name}, checkpoint statistics", own) in (point[:2] for point in points)
     if run.predictions is not None and (found := run.predictions.accuracies()) and not same:
-        gmacs, videos = run.card.macs / 1e9 if run.card else None, len(run.predictions.paths)
+        gmacs, videos = run.card.cost.macs / 1e9 if run.card else None, len(run.predictions.paths)
         points.append(Point(run.name, own, videos, found["top1"], found["top5"], gmacs, seconds.get(own, ())))
     return points
 
@@ -364,13 +365,14 @@ def render(runs: Sequence[Run], thumbnail: Callable[[str], bytes | str], *, made
     undefined = jinja2.StrictUndefined
     environment = jinja2.Environment(autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"alpha": say_alpha, "milliseconds": say_milliseconds}
+    environment.filters["predicted"] = lambda cost: f"{1000 * MACHINE.seconds(cost, torch.float32):.2f}"
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["sha256"] = lambda text: hashlib.sha256(text.encode()).digest()
     points = [point for run in runs for point in points_of(run)]
     compared = len(runs) > 1 or any(run.alphas for run in runs)
     tests = {tuple(sorted(run.predictions.paths)) for run in runs if run.predictions is not None}
     html = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8")).render(
-        **{"made": made, "machine": machine, "compared": compared, "points": points},
+        **{"made": made, "machine": machine, "compared": compared, "points": points, "predicted_on": MACHINE.name},
         sections=[_section(run, thumbnail) for run in runs],
         charts=comparison_charts(runs, points) if compared else [],
         same_videos=len(tests) <= 1 and len({point.videos for point in points}) <= 1,

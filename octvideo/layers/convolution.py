@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from octvideo.errors import UserError
+from octvideo.layers.finishing import passes_fused
 from octvideo.layers.octaves import Octaves, merged, record
 from octvideo.layers.parts import Parts, groups_alike, join_by_parts, split_by_parts
 from octvideo.layers.paths import Kernel, Paths, swap_sides
+from octvideo.layers.pending import Pending
 from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_channels_last, upsample
 from octvideo.layers.tracing import OneNode
 
@@ -258,12 +260,35 @@ def convolve(input: Tensor | Octaves, weight: Tensor, bias: Tensor | None, plan:
         output: Tensor | Octaves = plan.kernel.convolve(lay_channels_last(input), weight, bias, plan.groups)
     else:
         high, low, parts = _maps(input, plan)
+        if _waits(high, plan):
+            return _waiting(input, high, low, parts, weight, bias, plan)
         output = (_depthwise if plan.depthwise else _by_groups)(high, low, parts, weight, bias, plan)
     if len(plan.weight_shape) > 3:
         return output
     if isinstance(output, Octaves):
         return Octaves(output.high.squeeze(2), output.low.squeeze(2), output.parts)
     return output.squeeze(2)
+
+
+def _waits(high: Tensor, plan: Plan) -> bool:
+    """Whether the output is left to a fused pass: octaves of one piece, halved in height and width."""
+    paths, frames = plan.paths, max(plan.paths.factors[:-2], default=1)
+    spatial = len(plan.weight_shape) > 3 and paths.kernel.output_padding is None and frames == 1
+    pools = max(paths.pool) == 1 or paths.pool == paths.factors
+    channels = plan.keeps_low and paths.rows[0] > 0 < high.shape[1]
+    return channels and spatial and pools and plan.groups == 1 and passes_fused(high)
+
+
+def _waiting(
+    input: Tensor | Octaves, high: Tensor, low: Tensor, parts: Parts, weight: Tensor, bias: Tensor | None, plan: Plan
+) -> Octaves:
+    """The octave convolution as separate convolutions, whose sums wait."""
+    high, low, pooled = lay_channels_last(high), lay_channels_last(low), None
+    if isinstance(input, Pending):
+        *_, pooled = input.ready(pool=True)
+    found = plan.paths.separately(plan.paths.terms(high, low, pooled), weight, bias, parts)
+    add = found.get(("all", "low"), found.get(("high", "low")))
+    return Pending.of_maps(found["high", "high"], add, found["low", "high"], found.get(("low", "low")))
 
 
 def _by_groups(
@@ -297,10 +322,16 @@ def _depthwise(
     if not plan.keeps_low and low.shape[1] == 0:
         return out_high
     low = average_pool(low, pool) if plan.keeps_low else low
-    out_low = kernel.convolve(low, weight_low, bias_low, low.shape[1], plan.paths.low_size(high))
+    out_low = kernel.convolve(low, weight_low, bias_low, low.shape[1], _low_size(high, plan))
     if plan.keeps_low:
         return Octaves(out_high, out_low, parts)
     return join_by_parts(out_high, upsample(out_low, out_high.shape[2:]), parts, 1)
+
+
+def _low_size(high: Tensor, plan: Plan) -> tuple[int, ...]:
+    """The size to which a transposed convolution must take low maps; () for others, which take them there."""
+    kernel = plan.paths.kernel
+    return halved(kernel.output_size(high), plan.paths.factors) if kernel.output_padding is not None else ()
 
 
 def _check_input(input: Any, plan: Plan) -> None:
@@ -320,7 +351,8 @@ def _maps(input: Tensor | Octaves, plan: Plan) -> tuple[Tensor, Tensor, Parts]:
             return input, input[:, :0], ((plan.channels[0], 0),)
         high, low = input.split(plan.split_in, 1)
         return high, average_pool(low, plan.paths.factors), (plan.split_in,)
-    high, low, parts = input.high, input.low, input.parts
+    high, low = input.ready(plan.keeps_low or max(plan.paths.pool) > 1)[:2] if isinstance(input, Pending) else input
+    parts = input.parts
     wanted, size, got = halved(high.shape[2:], plan.paths.factors), tuple(high.shape[2:]), tuple(low.shape[2:])
     if got != wanted:
         beside = f"a low map of size {wanted} beside a high map of {size}, got {got}"

@@ -112,15 +112,21 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
     @property
     def shape(self) -> torch.Size:
         """All channels, at the high map's size."""
-        size = list(self.high.shape)
-        size[self.axis] += self.low.shape[self.axis]
+        high, low = self.maps_like()
+        size = list(high.shape)
+        size[self.axis] += low.shape[self.axis]
         return torch.Size(size)
+
+    def maps_like(self) -> Sequence[Tensor]:
+        """Two Tensors of the maps' shapes, types and devices: the maps themselves, unless they are yet to be made."""
+        return self
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        return self.high.dim()
+        high, _ = self.maps_like()
+        return high.dim()
 
     ndim = property(dim)
     data = property(lambda self: self.detach())
@@ -129,11 +135,13 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.high.dtype
+        high, _ = self.maps_like()
+        return high.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.high.device
+        high, _ = self.maps_like()
+        return high.device
 
     @property
     def requires_grad(self) -> bool:
@@ -142,12 +150,13 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
     @property
     def factors(self) -> tuple[int, ...]:
         """By what each dimension after the channels is divided in the low map: 1 or 2."""
-        return factors_between(self.high.shape[self.axis + 1 :], self.low.shape[self.axis + 1 :])
+        high, low = self.maps_like()
+        return factors_between(high.shape[self.axis + 1 :], low.shape[self.axis + 1 :])
 
     @property
     def ratios(self) -> tuple[int, ...]:
         """By what every dimension is divided in the low map: 1 or 2; 1 for the channels."""
-        pairs = enumerate(zip(self.high.shape, self.low.shape, strict=True))
+        pairs = enumerate(zip(*(x.shape for x in self.maps_like()), strict=True))
         return tuple([1 if high == low or dim == self.axis else 2 for dim, (high, low) in pairs])
 
     def merge(self) -> Tensor:

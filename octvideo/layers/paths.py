@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,7 +74,7 @@ class Kernel:
         if self.thin is not None:
             x = x[self._kept()]
             return self.thin.convolve(lay_channels_last(x) if last else x, weight, bias, groups)
-        if last and self.flat is not None:  # on a CPU never slower in I3D and SlowFast, up to 5 times faster for a clip
+        if last and self.flat is not None and not x.is_cuda:  # on a CPU up to 5 times faster for a clip, never slower
             return self._unfold(self.flat.convolve(self._fold(x), weight.squeeze(self.flat_axis), bias, groups), x)
         if self.output_padding is not None:
             y = self._transposed(x, weight, bias, groups, size)
@@ -110,7 +111,7 @@ class Kernel:
                 to_x = torch.zeros_like(x)
                 to_x[self._kept()] = to_kept
             return to_x if wanted[0] else to_kept, *others
-        if self.flat is not None and channels_last(gradient):
+        if self.flat is not None and channels_last(gradient) and not x.is_cuda:
             images = (self._fold(gradient), self._fold(x), weight.squeeze(self.flat_axis))
             to_x, to_weight, to_bias = self.flat.backward(*images, wanted)
             to_x = self._unfold(to_x, x) if wanted[0] else to_x
@@ -142,6 +143,10 @@ class Kernel:
         return resampling.unfold_time(images, x) if self.flat_axis == 2 else images.unflatten(3, x.shape[3:])
 
 
+# A block of a weight: of which output channels (high, low, all), and of which input channels (high, low).
+Side = tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Paths:
     """The four paths (Section 3.2 of Chen et al., ICCV 2019) of one group of a convolution or of several alike."""
@@ -166,14 +171,8 @@ class Paths:
         high, low = lay_channels_last(high), lay_channels_last(low)
         if not (torch.is_grad_enabled() and groups == 1 and self._has_own_gradient(high, low, weight)):
             return self.convolve(high, low, weight, bias, parts, groups)
-        kind, inputs = high.device.type, [high, low, weight, bias]
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            outputs: tuple[Tensor, ...] = _OwnGradient.apply(self, parts, *inputs)
-            return outputs
-        dtype = torch.get_autocast_dtype(kind)  # cast here, so that the gradient of the casts is autograd's
-        inputs = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in inputs]
-        with torch.autocast(kind, enabled=False):
-            outputs = _OwnGradient.apply(self, parts, *inputs)
+        with _autocast((high, low, weight, bias)) as inputs:
+            outputs: tuple[Tensor, ...] = _Summed.apply(self, parts, *inputs)
         return outputs
 
     def _has_own_gradient(self, high: Tensor, low: Tensor, weight: Tensor) -> bool:
@@ -181,50 +180,141 @@ class Paths:
         plain = self.kernel.padding_mode == "zeros" and self.kernel.output_padding is None
         return wanted and plain and resampling.runs_as_called()
 
+    def terms(self, high: Tensor, low: Tensor, pooled: Tensor | None = None) -> dict[Side, Tensor]:
+        """What each convolution that the paths consist of reads; `pooled`: high over each low position, if known.
+
+        The low map is convolved once for both outputs, unless a stride leaves it at two sizes.
+        """
+        terms: dict[Side, Tensor] = {}
+        strided = max(self.pool) > 1
+        if strided:
+            high, pooled = (
+                average_pool(high, self.pool) if pooled is None or self.pool != self.factors else pooled,
+                None,
+            )
+        if high.shape[1] and self.rows[0]:
+            terms["high", "high"] = high
+        if low.shape[1] and not strided:
+            terms["all", "low"] = low
+        elif low.shape[1]:  # it has the size of the pooled high map
+            if self.rows[0]:
+                terms["high", "low"] = low
+            if self.rows[1]:
+                terms["low", "low"] = average_pool(low, self.pool)
+        if high.shape[1] and self.rows[1]:
+            terms["low", "high"] = average_pool(high, self.factors) if pooled is None else pooled
+        return terms
+
+    def blocks(
+        self, sides: Iterable[Side], weight: Tensor, bias: Tensor | None, parts: Parts, groups: int = 1
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """The block of the weight, and the bias if it is added there, of each term."""
+        all_parts, sides = (self.rows,) * groups, list(sides)
+        columns = dict(zip(("high", "low"), split_by_parts(weight, parts, 1), strict=True))
+        biases: dict[str, Tensor | None] = dict.fromkeys(("all", "high", "low"))
+        if bias is not None:
+            biases = dict(zip(("all", "high", "low"), (bias, *split_by_parts(bias, all_parts, 0)), strict=True))
+        biased = "high" if any(column == "high" for _, column in sides) else "low"
+        found = []
+        for row, column in sides:
+            block = columns[column]
+            if row != "all":
+                block = split_by_parts(block, all_parts, 0)[row == "low"]
+            found.append((block, biases[row] if column == biased else None))
+        return found
+
     def convolve(
         self, high: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, groups: int = 1
     ) -> tuple[Tensor, ...]:
         """As the call, for channels_last maps; the gradient is autograd's."""
-        if self.images is not None and channels_last(high):
+        if self.images is not None and channels_last(high) and not high.is_cuda:
             frames = (resampling.fold_time(high), resampling.fold_time(low))
             out_high, out_low = self.images.convolve(*frames, weight.squeeze(2), bias, parts, groups)
             return resampling.unfold_time(out_high, high), resampling.unfold_time(out_low, high)
-        rows_high, rows_low = split_by_parts(weight, (self.rows,) * groups, 0)
-        bias_high, bias_low = (None, None) if bias is None else split_by_parts(bias, (self.rows,) * groups, 0)
-        high_to_high, low_to_high = split_by_parts(rows_high, parts, 1)
-        # A low map that is not pooled has the size of the strided high map: no upsampling in low_to_high then.
-        high = average_pool(high, self.pool)
-        low_size = self.low_size(high)
-        if high.shape[1] == 0 and self.rows[0]:
-            out_high = self.kernel.convolve(low, low_to_high, bias_high, groups, low_size)
-            out_high = upsample(out_high, self.kernel.output_size(high))
-        else:
-            out_high = self.kernel.convolve(high, high_to_high, bias_high, groups)
-            if low.shape[1] and self.rows[0]:
-                out_high = add_upsampled(out_high, self.kernel.convolve(low, low_to_high, None, groups, low_size))
-        if not self.rows[1]:
-            return out_high, out_high[:, :0]
-        # One convolution over all channels at low resolution is both paths at once.
-        both = self.all_at_low(high, low, parts * groups)
-        return out_high, self.kernel.convolve(both, rows_low, bias_low, groups, low_size)
+        terms, last = self.terms(high, low), channels_last(high)
+        extent = self.kernel.output_size(
+            terms["high", "high"] if ("high", "high") in terms else average_pool(high, self.pool)
+        )
+        size = halved(extent, self.factors) if self.kernel.output_padding is not None else ()
+        blocks = self.blocks(terms, weight, bias, parts, groups)
+        found = {
+            side: self.kernel.convolve(x, *block, groups, size if side[1] == "low" or side[0] == "low" else ())
+            for (side, x), block in zip(terms.items(), blocks, strict=True)
+        }
+        if (both := found.pop(("all", "low"), None)) is not None:
+            found["high", "low"], found["low", "low"] = split_by_parts(both, (self.rows,) * groups, 1)
+        out_high, out_low = found.get(("high", "high")), found.get(("low", "high"))
+        if self.rows[0] and ("high", "low") in found:
+            to_high = found["high", "low"]
+            out_high = upsample(to_high, extent) if out_high is None else add_upsampled(out_high, to_high)
+        if self.rows[1] and ("low", "low") in found:
+            to_low = found["low", "low"]
+            out_low = to_low if out_low is None else add_upsampled(out_low, to_low)
+        out_high = high.new_zeros((len(high), 0, *extent)) if out_high is None else out_high
+        out_low = out_high[:, :0] if out_low is None else out_low
+        return (lay_channels_last(out_high), lay_channels_last(out_low)) if last else (out_high, out_low)
 
-    def low_size(self, high: Tensor) -> tuple[int, ...]:
-        """The size to which a transposed convolution must take low maps; () for others, which take them there."""
-        return halved(self.kernel.output_size(high), self.factors) if self.kernel.output_padding is not None else ()
+    def separately(
+        self, terms: dict[Side, Tensor], weight: Tensor, bias: Tensor | None, parts: Parts
+    ) -> dict[Side, Tensor]:
+        """The convolution of each term, channels_last, to be summed later."""
+        with _autocast((weight, bias, *terms.values())) as tensors:
+            weight, bias, *inputs = tensors
+            grad = torch.is_grad_enabled() and any(x.requires_grad for x in (weight, *inputs))
+            if grad and self.kernel.padding_mode == "zeros":
+                outputs: Sequence[Tensor] = _Separate.apply(self, tuple(terms), parts, weight, bias, *inputs)
+            else:
+                blocks = self.blocks(terms, weight, bias, parts)
+                outputs = [self.kernel.convolve(x, *block) for x, block in zip(inputs, blocks, strict=True)]
+        return dict(zip(terms, outputs, strict=True))
 
-    def all_at_low(self, high: Tensor, low: Tensor, parts: Parts) -> Tensor:
-        """All input channels at the low output's resolution, in the vanilla order; `high` is pooled for the stride."""
-        if low.shape[1] == 0:
-            return average_pool(high, self.factors)
-        if high.shape[1] == 0:
-            return average_pool(low, self.pool)
-        # Joined in the order of memory: torch.cat gives the maps of one clip another layout.
-        last = high.dim() - 1  # not -1, which the ONNX exporter for TorchScript misreads
-        high, low = average_pool(high, self.factors).movedim(1, last), average_pool(low, self.pool).movedim(1, last)
-        return join_by_parts(high, low, parts, last).movedim(last, 1)
+    def backward(
+        self, terms: dict[Side, Tensor], gradients: Sequence[Tensor | None], weight: Tensor, parts: Parts, wants: Any
+    ) -> tuple[dict[Side, Any], Any, Any]:
+        """Gradients of the terms, the weight and the bias, from those of the convolutions (one group)."""
+        blocks: dict[Side, Tensor] = {}
+        to_terms, biases = {}, [weight.new_zeros(rows) for rows in self.rows] if wants[2] else []
+        for (side, x), gradient, (block, _) in zip(
+            terms.items(), gradients, self.blocks(terms, weight, None, parts), strict=True
+        ):
+            if gradient is None:
+                to_terms[side], blocks[side] = None, torch.zeros_like(block)
+                continue
+            biased = wants[2] and side[1] == "high"
+            to_x, blocks[side], to_bias = self.kernel.backward(gradient, x, block, (*wants[:2], biased))
+            to_terms[side] = to_x if wants[0] else None
+            if biased:
+                biases[side[0] == "low"] = to_bias
+        to_weight = None
+        if wants[1]:
+            if ("all", "low") in blocks:
+                blocks["high", "low"], blocks["low", "low"] = blocks["all", "low"].split(self.rows)
+            rows = []
+            for row, count in zip(("high", "low"), self.rows, strict=True):
+                columns = [blocks[row, column] for column in ("high", "low") if count and (row, column) in blocks]
+                rows += [columns[0] if len(columns) == 1 else join_by_parts(*columns, parts, 1)] if columns else []
+            to_weight = torch.cat(rows)
+        return to_terms, to_weight, torch.cat(biases) if wants[2] else None
 
 
-class _OwnGradient(torch.autograd.Function):
+@contextmanager
+def _autocast(tensors: Sequence[Tensor | None]) -> Iterator[list[Any]]:
+    """Tensors in autocast's type, if it is on, and a block without it: so the gradient of the casts is autograd's."""
+    kind = next(x.device.type for x in tensors if x is not None)
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        yield list(tensors)
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    cast = [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+    with torch.autocast(kind, enabled=False):
+        yield cast
+
+
+def _without_autocast(kind: str) -> torch.autocast:
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
+
+
+class _Summed(torch.autograd.Function):
     """The paths of one group, which keep only their two input maps: 8 to 13 % faster in training I3D on a CPU."""
 
     @staticmethod
@@ -237,47 +327,87 @@ class _OwnGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        batched = any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients)
-        kind = gradients[0].device.type
-        with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
-            found = (_batched_gradients if batched else _gradients)(ctx, *gradients)
+        if any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients):
+            found = _batched(
+                ctx.saved_tensors, sum(ctx.paths.rows), lambda *x: ctx.paths.convolve(*x, ctx.parts), gradients
+            )
+        else:
+            with _without_autocast(gradients[0].device.type):
+                found = _gradients(ctx, *gradients)
         return None, None, *(x if want else None for x, want in zip(found, ctx.needs_input_grad[2:], strict=True))
 
 
-def _gradients(ctx: Any, grad_high: Tensor, grad_low: Tensor) -> tuple[Tensor, ...]:
+def _gradients(ctx: Any, grad_high: Tensor, grad_low: Tensor) -> tuple[Any, ...]:
     """For high, low, weight and bias; undefined where not wanted."""
-    paths, parts, (high, low, weight) = ctx.paths, ctx.parts, ctx.saved_tensors
-    kernel, wants = paths.kernel, (any(ctx.needs_input_grad[2:4]), *ctx.needs_input_grad[4:])  # maps, weight, bias
-    rows_high, rows_low = weight.split(paths.rows)
-    high_to_high, low_to_high = split_by_parts(rows_high, parts, 1)
-    pooled = average_pool(high, paths.pool)
-    to_pooled, to_rows, to_bias = kernel.backward(grad_high, pooled, high_to_high, wants)
-    to_low = torch.zeros_like(low)
+    paths, (high, low, weight) = ctx.paths, ctx.saved_tensors
+    wants = (any(ctx.needs_input_grad[2:4]), *ctx.needs_input_grad[4:])  # maps, weight, bias
+    terms = paths.terms(high, low)
+    pooled, gradients = terms["high", "high"], {("high", "high"): grad_high, ("low", "low"): grad_low}
+    gradients["low", "high"] = grad_low
     if low.shape[1]:
-        upsampled = resampling.factors_between(grad_high.shape[2:], kernel.output_size(low))
-        from_low = average_pool(lay_channels_last(grad_high), upsampled, sums=True)
-        to_low, to_low_to_high, _ = kernel.backward(from_low, low, low_to_high, (*wants[:2], False))
-        to_rows = join_by_parts(to_rows, to_low_to_high, parts, 1) if wants[1] else to_rows
-    if paths.rows[1]:
-        both = paths.all_at_low(pooled, low, parts)
-        to_both, to_rows_low, to_bias_low = kernel.backward(grad_low, both, rows_low, wants)
-        if wants[0]:
-            to_both_high, to_both_low = split_by_parts(to_both, parts, 1)
-            to_pooled = add_upsampled(to_pooled, *resampling.pool_gradient(to_both_high, pooled, paths.factors))
-            if low.shape[1]:
-                to_low = add_upsampled(to_low, *resampling.pool_gradient(to_both_low, low, paths.pool))
-        to_rows = torch.cat((to_rows, to_rows_low)) if wants[1] else to_rows
-        to_bias = torch.cat((to_bias, to_bias_low)) if wants[2] else to_bias
-    if wants[0] and max(paths.pool) > 1:
-        shares, scale = resampling.pool_gradient(to_pooled, high, paths.pool)
-        to_pooled = upsample(shares * scale, high.shape[2:])
-    return to_pooled, to_low, to_rows, to_bias
+        upsampled = resampling.factors_between(grad_high.shape[2:], paths.kernel.output_size(low))
+        gradients["high", "low"] = average_pool(lay_channels_last(grad_high), upsampled, sums=True)
+    if ("all", "low") in terms:
+        # Joined in the order of memory: torch.cat gives the maps of one clip another layout.
+        both = (gradients["high", "low"].movedim(1, -1), grad_low.movedim(1, -1))
+        gradients["all", "low"] = torch.cat(both, -1).movedim(-1, 1) if paths.rows[1] else gradients["high", "low"]
+    found, to_weight, to_bias = paths.backward(terms, [gradients[side] for side in terms], weight, ctx.parts, wants)
+    if not wants[0]:
+        return None, None, to_weight, to_bias
+    to_high, to_low = found["high", "high"], found.get(("all", "low"), found.get(("high", "low")))
+    if (to_pooled := found.get(("low", "high"))) is not None:
+        to_high = add_upsampled(to_high, *resampling.pool_gradient(to_pooled, pooled, paths.factors))
+    if (of_pooled := found.get(("low", "low"))) is not None:
+        to_low = add_upsampled(to_low, *resampling.pool_gradient(of_pooled, low, paths.pool))
+    if max(paths.pool) > 1:
+        shares, scale = resampling.pool_gradient(to_high, high, paths.pool)
+        to_high = upsample(shares * scale, high.shape[2:])
+    return to_high, torch.zeros_like(low) if to_low is None else to_low, to_weight, to_bias
 
 
-def _batched_gradients(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-    """Autograd's gradients for several output gradients at once (is_grads_batched), which few operations know."""
-    bias = ctx.saved_tensors[2].new_zeros(sum(ctx.paths.rows))
+class _Separate(torch.autograd.Function):
+    """Convolutions by blocks of one weight, which keep their inputs and the weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, paths: Paths, sides: Any, parts: Parts, weight: Tensor, bias: Any, *inputs: Tensor) -> Any:
+        ctx.paths, ctx.sides, ctx.parts = paths, sides, parts
+        ctx.save_for_backward(weight, *inputs)
+        ctx.set_materialize_grads(False)
+        blocks = paths.blocks(sides, weight, bias, parts)
+        outputs = [paths.kernel.convolve(x, *block) for x, block in zip(inputs, blocks, strict=True)]
+        return tuple(torch.ops.aten._unsafe_view(y, y.shape) for y in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        paths, (weight, *inputs), (wants_weight, wants_bias, *wanted) = (
+            ctx.paths,
+            ctx.saved_tensors,
+            ctx.needs_input_grad[3:],
+        )
+        given = [gradient for gradient in gradients if gradient is not None]
+        if any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
+
+            def outputs(weight: Tensor, *rest: Tensor) -> list[Tensor]:
+                *xs, bias = rest
+                blocks = paths.blocks(ctx.sides, weight, bias, ctx.parts)
+                ys = [paths.kernel.convolve(x, *block) for x, block in zip(xs, blocks, strict=True)]
+                return [y for y, gradient in zip(ys, gradients, strict=True) if gradient is not None]
+
+            to_weight, *to_inputs, to_bias = _batched((weight, *inputs), sum(paths.rows), outputs, given)
+            return None, None, None, to_weight, to_bias, *to_inputs
+        with _without_autocast(weight.device.type):
+            terms, wants = dict(zip(ctx.sides, inputs, strict=True)), (any(wanted), wants_weight, wants_bias)
+            found, to_weight, to_bias = paths.backward(terms, gradients, weight, ctx.parts, wants)
+        to_inputs = [x if want else None for x, want in zip(found.values(), wanted, strict=True)]
+        return None, None, None, to_weight, to_bias, *to_inputs
+
+
+def _batched(tensors: Sequence[Tensor], rows: int, function: Any, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Autograd's gradients for several output gradients at once (is_grads_batched), which few operations know.
+
+    Of a function of the tensors and a bias.
+    """
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (*ctx.saved_tensors, bias)]
-        outputs = ctx.paths.convolve(*inputs, ctx.parts)
+        inputs = [x.detach().requires_grad_() for x in (*tensors, tensors[0].new_zeros(rows))]
+        outputs = function(*inputs)
     return torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)

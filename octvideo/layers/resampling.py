@@ -1,7 +1,8 @@
 """Average pooling, nearest upsampling and padding of maps, fast in the channels_last memory format."""
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -12,18 +13,31 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from octvideo.errors import UserError
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_plain = False
+
+
+@contextlib.contextmanager
+def plain_operations() -> Iterator[None]:
+    """Within, nothing is laid channels_last or folded into 2-D: for runtimes that choose their own layouts."""
+    global _plain
+    _plain = True
+    try:
+        yield
+    finally:
+        _plain = False
 
 
 def channels_last(x: Tensor) -> bool:
     """Whether clips (or images) lie in memory as (B, T, H, W, C); always False under torch.func transforms."""
-    if x.dim() not in _LAST or torch._C._are_functorch_transforms_active():  # these do not tell the memory format
+    # Transforms do not tell the memory format.
+    if _plain or x.dim() not in _LAST or torch._C._are_functorch_transforms_active():
         return False
     return x.is_contiguous(memory_format=_LAST[x.dim()])
 
 
 def lay_channels_last(x: Tensor) -> Tensor:
     """Gives clips or images the channels_last memory format, in which a clip is a batch of images without a copy."""
-    return x if torch._C._are_functorch_transforms_active() else x.contiguous(memory_format=_LAST[x.dim()])
+    return x if _plain or torch._C._are_functorch_transforms_active() else x.contiguous(memory_format=_LAST[x.dim()])
 
 
 def keep_layout(y: Tensor, x: Tensor) -> Tensor:
@@ -79,6 +93,8 @@ def average_pool(x: Tensor, factors: Sequence[int], *, sums: bool = False) -> Te
                 x = torch.unflatten(lines, 0, x.movedim(dim, -1).shape[:-1]).squeeze(-2).movedim(-1, dim)
         return x
     pool = partial(F.avg_pool2d, ceil_mode=True, count_include_pad=False, divisor_override=1 if sums else None)
+    if _plain and len(factors) == 3:
+        return F.avg_pool3d(x, tuple(factors), None, 0, True, False, 1 if sums else None)
     window = tuple(factors[-2:])
     if len(factors) == 2:
         return pool(x, window)
@@ -111,19 +127,17 @@ def upsample(x: Tensor, size: Sequence[int]) -> Tensor:
         return x
     if x.shape[1] == 0:  # torch refuses a map without channels
         return x.new_zeros((*x.shape[:2], *size))
-    if len(size) == 3 and x.shape[2] == size[0]:
+    if len(size) == 3 and x.shape[2] == size[0] and not _plain:
         return _frame_by_frame(partial(upsample, size=size[1:]), x)
     factors = factors_between(size, x.shape[2:])
     if halved(size, factors) != tuple(x.shape[2:]):
         raise UserError(f"a map of size {tuple(x.shape[2:])} is not half of {tuple(size)}, rounded up")
     if len(size) > 3:  # of which torch knows no interpolation
         for dim, factor in enumerate(factors, 2):
-            x = x.repeat_interleave(factor, dim) if factor > 1 else x
-    else:
-        x = F.interpolate(x, scale_factor=[float(factor) for factor in factors], mode="nearest")
-    for dim, n in enumerate(size, 2):
-        x = x.narrow(dim, 0, n)
-    return x
+            x = (x.repeat_interleave(factor, dim) if factor > 1 else x).narrow(dim, 0, size[dim - 2])
+        return x
+    # At position i of n, floor(i * ceil(n / 2) / n) is i // 2; without a crop, which torch.export would guard against.
+    return F.interpolate(x, size=tuple(size), mode="nearest")
 
 
 def add_upsampled(high: Tensor, low: Tensor, scale: float = 1) -> Tensor:

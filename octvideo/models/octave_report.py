@@ -5,15 +5,47 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from octvideo.layers.merging import CURE
+from octvideo.models.cost import Cost
+from octvideo.models.roofline import MACHINES, Machine
 
 Change = tuple[int, int]  # before -> after
+MACHINE = MACHINES["h100"]  # for which reports predict time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """What vanilla and octave cost on the sample, if octavize was given one: `costs`, in eval mode."""
+
+    costs: tuple[Cost, Cost] | None = None
+    dtype: torch.dtype = torch.float32  # of the sample's arithmetic
+
+    @property
+    def macs(self) -> Change | None:
+        """Multiply-adds."""
+        return self.costs and (self.costs[0].macs, self.costs[1].macs)
+
+    @property
+    def bytes_moved(self) -> Change | None:
+        """Bytes read and written."""
+        return self.costs and (self.costs[0].bytes_moved, self.costs[1].bytes_moved)
+
+    @property
+    def kernels(self) -> Change | None:
+        """Operations that are no views."""
+        return self.costs and (self.costs[0].kernels, self.costs[1].kernels)
+
+    def seconds(self, machine: Machine = MACHINE) -> tuple[float, float] | None:
+        """Predicted seconds on a machine, in float32 where it knows no other; see `octvideo.models.roofline`."""
+        dtype = self.dtype if self.dtype in machine.flops else torch.float32
+        return self.costs and (machine.seconds(self.costs[0], dtype), machine.seconds(self.costs[1], dtype))
 
 
 @dataclass(frozen=True)
-class Assignment:
+class Assignment(Compared):
     """What became of one convolution: `low` of its output `channels` are low, or the `reason` why it stayed vanilla."""
 
     name: str
@@ -21,16 +53,13 @@ class Assignment:
     alpha: float
     low: int
     reason: str = ""
-    macs: Change | None = None  # of the sample, as bytes_moved
-    bytes_moved: Change | None = None
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Compared):
     """The alpha of every convolution of a network, and why some stayed vanilla; `print` it.
 
-    `macs`, `bytes_moved` and `kernels` are those of a forward pass in eval mode, vanilla and octave, if octavize was
-    given a sample. `merges` counts by (module name, function) how often a function without a meaning on two maps acted
+    `merges` counts by (module name, function) how often a function without a meaning on two maps acted
     on the merged tensor: with the sample, and in every forward pass since that was not compiled.
     """
 
@@ -39,9 +68,6 @@ class Report:
     replaced: tuple[str, ...] = ()  # names of pytorchvideo's Swish modules, which became nn.SiLU
     parameters: int = 0
     strict: bool = False
-    macs: Change | None = None
-    bytes_moved: Change | None = None
-    kernels: Change | None = None
     elsewhere: Counter[str] = field(default_factory=Counter)  # vanilla MACs outside convolutions, by class of module
     notes: tuple[str, ...] = ()  # what could not be known
     merges: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -66,7 +92,7 @@ class Report:
         for part in self.assignments:
             what = part.reason or f"alpha {part.alpha:g}: {part.channels - part.low} high + {part.low} low channels"
             if part.macs and part.bytes_moved and not part.reason:
-                what += f"; MACs {_change(part.macs)}, bytes {_change(part.bytes_moved)}"
+                what += f"; MACs {_change(part.macs)}, bytes {_change(part.bytes_moved)}{_slower(part)}"
             lines.append(f"  {part.name:{width}}  {what}")
         lines += [f"  {name:{width}}  replaced by nn.SiLU, the same function" for name in self.replaced]
         for (name, function), times in self.merges.items():
@@ -77,7 +103,7 @@ class Report:
         """One line: what is gained, or what ate it, or what is not known."""
         if not self.macs or not self.bytes_moved:
             return "pass sample= (a clip, or the forward's arguments) to know multiply-adds, bytes and merges"
-        costs = f"MACs {_change(self.macs)}, bytes {_change(self.bytes_moved)}"
+        costs = f"MACs {_change(self.macs)}, bytes {_change(self.bytes_moved)}{_slower(self)}"
         merges = f"{len(self.merges)} merge{'s' * (len(self.merges) != 1)}"
         parameters = f"{self.parameters / 1e6:.1f} M" if self.parameters >= 1e5 else str(self.parameters)
         gained = f"{costs}, parameters {parameters}, {merges}"
@@ -98,10 +124,19 @@ def merge_error(network: str, name: str, function: str, shape: str = "") -> str:
     return f"{function} of {name or network} would merge octave features{shape}, and strict=True allows none: {CURE}"
 
 
-def _change(change: Change) -> str:
+def _slower(compared: Compared) -> str:
+    """Where the saved arithmetic cannot pay for bytes and kernels: ", slower on h100: 31.0 -> 44.0 us (1.42)"."""
+    before, after = (round(1e9 * seconds) for seconds in compared.seconds() or (0, 0))
+    return f", slower on {MACHINE.name}: {_change((before, after), _TIMES)}" if after > before else ""
+
+
+_COUNTS = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
+_TIMES = ((1e9, " s"), (1e6, " ms"), (1e3, " us"))  # of nanoseconds
+
+
+def _change(change: Change, units: Sequence[tuple[float, str]] = _COUNTS) -> str:
     """Two numbers with one unit, and their ratio: "41.6 -> 25.4 G (0.61)"."""
     before, after = change
-    units = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
     scale, unit = next((unit for unit in units if before >= unit[0] / 10), (1, ""))
     digits = 0 if scale == 1 else 1 if before >= 10 * scale else 2
     ratio = f" ({after / before:.2f})" if before else ""

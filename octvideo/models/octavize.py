@@ -17,7 +17,7 @@ from octvideo.errors import UserError
 from octvideo.layers.calls import OctaveForward, octave_class, restore
 from octvideo.layers.convolution import Octave, OctaveOptions, misalignment, sizes
 from octvideo.layers.swapping import original_class, swap_class
-from octvideo.models.cost import Cost, count_parameters
+from octvideo.models.cost import count_parameters, total
 from octvideo.models.octave_report import Assignment, Report, merge_error
 from octvideo.models.outputs import merge_outputs, return_octaves
 from octvideo.models.trace import Stage
@@ -73,7 +73,8 @@ def octavize(
             weights, which pooling in place of strides changes most.
         sample: a clip (B, C, T, H, W), or a tuple or dict of the forward's arguments, with which the network is tried,
             without computing (unless its code reads values): convolutions over anything but space, and those whose low
-            map would only be merged, stay vanilla; the report has multiply-adds, bytes, kernels and merges.
+            map would only be merged, stay vanilla; the report has multiply-adds, bytes, kernels, predicted time and
+            merges.
         strict: raise TypeError, instead of merging with a warning, where a function has no meaning on two maps: here
             if there is a sample, else in forward.
 
@@ -138,25 +139,20 @@ def _rehearsed(model: nn.Module, plan: _Plan, sample: Any, report: Report) -> tu
     after = stage.run()  # as inference runs, which records no graph
     if report.strict and after.merges:
         raise TypeError(merge_error(report.network, *next(iter(after.merges))))
+    dtype = next(x.dtype for x in model.parameters() if x.is_floating_point())
     lines = [
-        replace(
-            planned.line,
-            macs=(before.costs[name].macs, after.costs[name].macs),
-            bytes_moved=(before.costs[name].bytes_moved, after.costs[name].bytes_moved),
-        )
+        replace(planned.line, costs=(before.costs[name], after.costs[name]), dtype=dtype)
         for name, planned in plan.items()
     ]
     elsewhere: Counter[str] = Counter()
     for name, part in stage.network.named_modules():
         if name not in plan:
             elsewhere[type(part).__name__] += before.costs[name].macs
-    vanilla, octave = (sum(trace.costs.values(), Cost()) for trace in (before, after))
     return plan, replace(
         report,
         assignments=tuple(lines),
-        macs=(vanilla.macs, octave.macs),
-        bytes_moved=(vanilla.bytes_moved, octave.bytes_moved),
-        kernels=(vanilla.kernels, octave.kernels),
+        costs=(total(before.costs), total(after.costs)),
+        dtype=dtype,
         elsewhere=elsewhere,
         notes=(note,) if note else (),
         merges=after.merges,

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from octvideo.errors import UserError
 from octvideo.layers.octaves import Octaves
+from octvideo.layers.pending import Pending
 from octvideo.layers.swapping import swap_class
 from octvideo.models.zoo import NonLocalResBlock
 
@@ -20,13 +21,22 @@ class _Recomputed(nn.Module):
 
     def forward(self, x: Tensor | Octaves) -> Any:  # Tensor or Octaves
         block: Any = super().forward
+        if isinstance(x, Pending):
+            x.ready(pool=True)  # outside of what is computed again
+
+        def made(x: Any) -> Any:
+            output = block(x)
+            if isinstance(output, Pending):
+                output.ready(pool=True)
+            return output
+
         if not (self.training and torch.is_grad_enabled()):
             return block(x)
         if torch.compiler.is_compiling():  # updates statistics once however often it computes, and has no contexts
             if isinstance(x, Octaves):  # an input of compiled code would be merged
                 return checkpoint(lambda high, low: block(x.of(high, low)), x.high, x.low, use_reentrant=False)
             return checkpoint(block, x, use_reentrant=False)
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _spare_buffers(self)))
+        return checkpoint(made, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _spare_buffers(self)))
 
 
 class RecomputedResBlock(_Recomputed, ResBlock):  # type: ignore[misc]

@@ -1,6 +1,5 @@
 """Runs a network on a sample without computing anything, and notes what it costs, where it merges and what is space."""
 
-import copy
 import linecache
 import traceback
 from collections import Counter, defaultdict
@@ -8,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from octvideo.errors import UserError
 from octvideo.layers import merging
 from octvideo.layers.convolution import Octave
 from octvideo.layers.octaves import Octaves
-from octvideo.models.cost import Cost, CostCounter
+from octvideo.models.cost import Cost, CostCounter, copy_with
 from octvideo.models.outputs import octaves_in
 
 Edge = tuple[Any, int]  # of autograd's graph: a node and the index of its output
@@ -72,11 +70,10 @@ class Stage:
         return x.to("meta") if self._tensors == "meta" else x.clone()
 
     def _copy(self, model: nn.Module) -> nn.Module:
-        placed: dict[int, Tensor] = {}
-        for x in chain(model.parameters(), model.buffers()) if self._tensors != "real" else ():
-            y = self._place(x.detach())
-            placed[id(x)] = nn.Parameter(y, y.is_floating_point()) if isinstance(x, nn.Parameter) else y
-        return copy.deepcopy(model, placed).eval()
+        network = copy_with(model, self._place)
+        for x in network.parameters():
+            x.requires_grad_(x.is_floating_point())
+        return network.eval()
 
     def run(
         self, network: nn.Module | None = None, enlarge: Callable[[Tensor], Tensor] = Tensor.clone, graph: bool = False
@@ -90,11 +87,8 @@ class Stage:
         sizes: dict[str, list[tuple[int, ...]]] = defaultdict(list)
         made: Makers = {}
         read: list[tuple[str, Edge]] = []  # low maps, by what merges them, or by "" for octave convolutions
-        layers: list[str] = []
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            layers.append(counter.layer)
-            counter.layer = names[module]
             x = next(iter((*args, *kwargs.values())), None)
             if isinstance(module, nn.Linear) and isinstance(x, Octaves):
                 read.append(("", _edge(x.low)))
@@ -104,7 +98,6 @@ class Stage:
                     read.append(("" if _gains(module) else f"{names[module]}.forward", _edge(x.low)))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            counter.layer = layers.pop()
             if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
                 maker = names[module] if isinstance(module, nn.modules.conv._ConvNd) else ""
                 octave = isinstance(output, Octaves)
@@ -121,7 +114,7 @@ class Stage:
                 stack.callback(module.register_forward_hook(leave).remove)
             stack.enter_context(torch.set_grad_enabled(graph and self._tensors != "real"))
             merges = stack.enter_context(merging.collected())
-            counter = stack.enter_context(CostCounter())
+            counter = stack.enter_context(CostCounter.of(network))
             output = network(**arguments) if isinstance(arguments, Mapping) else network(*arguments)
             returned = octaves_in(output)
             for x in returned:

@@ -21,7 +21,7 @@ with warnings.catch_warnings():  # fvcore, below pytorchvideo, still calls torch
     from pytorchvideo.models.r2plus1d import create_r2plus1d
     from pytorchvideo.models.resnet import ResBlock, ResStage, create_resnet
     from pytorchvideo.models.slowfast import PoolConcatPathway, create_slowfast
-    from pytorchvideo.models.x3d import create_x3d
+    from pytorchvideo.models.x3d import ProjectedPool, create_x3d
 from octvideo.layers.octaves import Octaves
 from octvideo.layers.swapping import swap_class
 from octvideo.layers.tracing import OneNode
@@ -35,21 +35,35 @@ class HeadPool(OneNode, nn.AvgPool3d):
     """A published head's average pooling, of any size of map: all frames, and a window or the smaller map it meets.
 
     (B, C, T, H, W) becomes (B, C, 1, max(1, H - window + 1), max(1, W - window + 1)), which the head averages. Octaves
-    become (B, C, 1, 1, 1).
+    become (B, C, 1, 1, 1), and so do exported maps whose head is `linear`.
     """
 
-    def __init__(self, window: int = 7) -> None:
+    def __init__(self, window: int = 7, linear: bool = False) -> None:
         super().__init__(window, stride=1)
-        self.window = window
+        self.window, self.linear = window, linear
 
     def forward(self, input: Tensor | Octaves) -> Tensor:
         if isinstance(input, Proxy):
             return self._node(input)
         frames, *extent = input.shape[2:]
-        window = extent if isinstance(input, Octaves) else [min(self.window, size) for size in extent]
         # In 32 bits at least: torch's avg_pool3d has no 16 bits on CPUs.
         precise: Any = input if input.dtype in (torch.float32, torch.float64) else input.float()
+        if isinstance(input, Octaves):
+            return F.adaptive_avg_pool3d(precise, 1).to(input.dtype)
+        if torch.compiler.is_exporting():  # it fixes the windows of pools
+            precise, frames = precise.mean(2, keepdim=True), 1
+            if self.linear:
+                return self._mean_of_windows(self._mean_of_windows(precise, 3), 4).to(input.dtype)
+        window = [min(self.window, size) for size in extent]
         return F.avg_pool3d(precise, (frames, *window), 1).to(input.dtype)
+
+    def _mean_of_windows(self, x: Tensor, dim: int) -> Tensor:
+        """The mean over all windows of a dimension, which is all that a linear head makes of them."""
+        position = torch.arange(x.shape[dim], device=x.device)
+        windows = torch.minimum(position, position.flip(0)) + 1  # that hold a position, unless all windows are fewer
+        windows = torch.minimum(windows, (position[-1:] + 2 - self.window).clamp(1, self.window))
+        weights = (windows / windows.sum()).to(x.dtype)
+        return (x * weights.view(-1, *(1,) * (4 - dim))).sum(dim, keepdim=True)
 
 
 class NonLocalBlock(OneNode):
@@ -107,7 +121,8 @@ def slow_frames(x: Tensor, frame_ratio: int) -> Tensor:
     frames = x.shape[2]
     if frames % frame_ratio:
         raise UserError(f"SlowFast takes clips of a multiple of {frame_ratio} frames, got {frames}")
-    return x.index_select(2, torch.linspace(0, frames - 1, frames // frame_ratio, device=x.device).long())
+    slow = frames // frame_ratio
+    return x.index_select(2, torch.arange(slow, device=x.device) * (frames - 1) // max(slow - 1, 1))
 
 
 class SlowFast(Net):
@@ -256,7 +271,7 @@ def create_model(
         for child_name, child in module.named_children():
             if type(child) is nn.AvgPool3d:
                 window: Any = child.kernel_size
-                setattr(module, child_name, HeadPool(int(window[-1])))
+                setattr(module, child_name, HeadPool(int(window[-1]), linear=not isinstance(module, ProjectedPool)))
     if weights is not None:
         load_weights(network, weights)
     # Kept for set_alpha: a convolution at alpha 0 may be vanilla, and then knows no octave option.

@@ -1,0 +1,113 @@
+"""Predicted time on a described machine: each kernel takes the longer of its arithmetic and its memory traffic."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from octvideo.errors import UserError
+from octvideo.models.cost import Cost
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine reaches in practice, not what its datasheet promises.
+
+    `flops` are floating-point operations a second by dtype, two for a multiply-add; `bandwidth` is bytes a second, and
+    `launch` the seconds that every kernel takes besides.
+    """
+
+    name: str
+    flops: Mapping[torch.dtype, float]
+    bandwidth: float
+    launch: float
+
+    def seconds(self, cost: Cost, dtype: torch.dtype) -> float:
+        """Predicted seconds of what was counted; UserError for a dtype that the machine has no arithmetic for.
+
+        Kernels run one after the other and every byte comes from memory: caches, overlap and fusion are left out.
+        """
+        if dtype not in self.flops:
+            names = ", ".join(name for name, known in DTYPES.items() if known in self.flops)
+            raise UserError(f"machine {self.name} has no {dtype}: choose {names}")
+        peak = self.flops[dtype]
+        return sum(max(2 * macs / peak, moved / self.bandwidth) + self.launch for macs, moved in cost.operations)
+
+
+def _described(name: str, fp32: float, half: Mapping[str, float], bandwidth: float, launch: float) -> Machine:
+    return Machine(name, {DTYPES[key]: value for key, value in {"fp32": fp32, **half}.items()}, bandwidth, launch)
+
+
+# Datasheets' dense peaks, of which large convolutions reach about 0.6 and streaming kernels 0.85; 4 us is the time
+# between two kernels that a CPU launches in eager mode. fp32 is TF32, PyTorch's default for convolutions on these.
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        # NVIDIA H100 SXM: 989 TFLOP/s in 16 bits, 494 in TF32, 3.35 TB/s.
+        _described("h100", 300e12, {"bf16": 600e12, "fp16": 600e12}, 2.8e12, 4e-6),
+        # NVIDIA A100 SXM 80 GB: 312 TFLOP/s in 16 bits, 156 in TF32, 2.04 TB/s.
+        _described("a100", 95e12, {"bf16": 190e12, "fp16": 190e12}, 1.7e12, 4e-6),
+        # NVIDIA T4: 65 TFLOP/s in fp16, 8.1 in fp32 (it has neither TF32 nor bf16), 320 GB/s; 70 W do not let it reach
+        # more than about half of its arithmetic for long.
+        _described("t4", 4e12, {"fp16": 30e12}, 0.27e12, 5e-6),
+        # 8 cores at 3 GHz with two AVX2 multiply-adds of 8 numbers a cycle, 768 GFLOP/s, and two channels of DDR4-3200,
+        # 51 GB/s, of which 0.7 is usual. PyTorch's operations take about 10 us of such a CPU besides.
+        _described("laptop-cpu", 0.46e12, {}, 36e9, 10e-6),
+    )
+}
+
+
+def machine_of(text: str, dtype: torch.dtype = torch.float32) -> Machine:
+    """A machine by name (`MACHINES`), by "FLOPS,BANDWIDTH,LAUNCH" in FLOP/s, bytes/s and seconds, or "here": measured.
+
+    Raises UserError for anything else.
+    """
+    if text in MACHINES:
+        return MACHINES[text]
+    if text == "here":
+        return measure_machine(dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        flops, bandwidth, launch = (float(part) for part in text.split(","))
+        if min(flops, bandwidth) > 0 and launch >= 0:
+            return Machine(text, dict.fromkeys(DTYPES.values(), flops), bandwidth, launch)
+    except ValueError:
+        pass
+    names = ", ".join(MACHINES)
+    raise UserError(
+        f"machine must be {names}, here, or FLOPS,BANDWIDTH,LAUNCH such as 600e12,2.8e12,4e-6, got {text!r}"
+    )
+
+
+def measure_machine(dtype: torch.dtype, device: str = "cpu") -> Machine:
+    """This machine: the fastest of a few matrix products, copies of 256 MB, and layers of almost no work."""
+    a, one = (torch.ones(shape, dtype=dtype, device=device) for shape in ((2048, 2048), (1, 8, 1, 4, 4)))
+    big = torch.ones(2**28 // a.element_size(), dtype=dtype, device=device)
+    copied = torch.empty_like(big)
+    layers = nn.Sequential(nn.Conv3d(8, 8, 1, bias=False), nn.BatchNorm3d(8), nn.ReLU()).to(device, dtype).eval()
+
+    def launch() -> None:
+        for _ in range(100):
+            layers(one)
+
+    with torch.no_grad():
+        product, copy, launches = (
+            _fastest(call, device) for call in (lambda: a @ a, lambda: copied.copy_(big), launch)
+        )
+    return Machine("here", {dtype: 2 * 2048**3 / product}, 2 * big.nbytes / copy, launches / 300)
+
+
+def _fastest(call: Callable[[], Any], device: str) -> float:
+    wait: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds = []
+    for _ in range(5):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
