@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pytorchvideo.models.resnet import ResBlock
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from octvideo.errors import UserError
 
@@ -66,9 +66,9 @@ class _Kind:
         self.compiled: dict[tuple[bool, bool], Any] = {}
 
     def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # What waits for a fused pass is made before: compiled code has passes of its own.
-        args, kwargs = tree_map(lambda x: x, (args, kwargs))
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        leaves, form = tree_flatten((args, kwargs))
+        args, kwargs = tree_unflatten(leaves, form)  # octaves that waited to be made are plain ones now
+        inputs = [x for x in leaves if isinstance(x, Tensor)]
         shapes = [x.shape for x in inputs]
         mode = block.training, self.first.setdefault(block.training, shapes) != shapes
         if mode not in self.compiled:
