@@ -29,6 +29,36 @@ def _at(positions, row, channels):
 
 
 @triton.jit
+def _read(x, at, ok):
+    return tl.load(x + at, ok, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _above(add, p, c, ok, add_row, ADD: tl.constexpr):
+    """What is added to a whole window of high positions."""
+    v = tl.zeros(ok.shape, tl.float32)
+    if ADD == 1:
+        v = _read(add, _at(p, add_row, c), ok)
+    return v
+
+
+@triton.jit
+def _high_sum(high, add, above, q, c, ok, CH, add_row, ADD: tl.constexpr):
+    v = _read(high, _at(q, CH, c), ok) + above
+    if ADD == 2:
+        v += _read(add, _at(q, add_row, c), ok)
+    return v
+
+
+@triton.jit
+def _low_sum(low, low_add, p, c, ok, CL, low_row, low_at, LOW_ADD: tl.constexpr):
+    v = _read(low, _at(p, CL, c), ok)
+    if LOW_ADD:
+        v += _read(low_add, _at(p, low_row, low_at + c), ok)
+    return v
+
+
+@triton.jit
 def _activated(v, ACT: tl.constexpr):
     if ACT == 1:
         v = tl.where(v < 0, 0.0, v)  # keeps NaN
@@ -86,22 +116,17 @@ def _finish_kernel(
         i = (p // w) % h
         n = p // w // h
         total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        if ADD == 1:
-            above = tl.load(add + _at(p, add_row, c), valid[:, None] & ok_c[None, :], 0.0).to(tl.float32)
+        above = _above(add, p, c, valid[:, None] & ok_c[None, :], add_row, ADD)
         for dy in tl.static_range(FH):
             for dx in tl.static_range(FW):
                 y, x = i * FH + dy, j * FW + dx
                 q = (n * H + y) * W + x
                 ok = (valid & (y < H) & (x < W))[:, None] & ok_c[None, :]
                 at = _at(q, CH, c)
-                v = tl.load(high + at, ok, 0.0).to(tl.float32)
-                if ADD == 1:
-                    v += above
-                elif ADD == 2:
-                    v += tl.load(add + _at(q, add_row, c), ok, 0.0).to(tl.float32)
+                v = _high_sum(high, add, above, q, c, ok, CH, add_row, ADD)
                 v = (v - m) * (r * g) + b
                 if PLUS:
-                    v += tl.load(plus_high + at, ok, 0.0).to(tl.float32)
+                    v += _read(plus_high, at, ok)
                 rounded = _activated(v, ACT).to(out_high.dtype.element_ty)
                 tl.store(out_high + at, rounded, ok)
                 total += tl.where(ok, rounded.to(tl.float32), 0.0)
@@ -115,12 +140,10 @@ def _finish_kernel(
         m, r, g, b = _scales(mean, var, weight, bias, CH + c, ok_c, eps, NORM, WEIGHT, BIAS)
         ok = valid[:, None] & ok_c[None, :]
         at = _at(p, CL, c)
-        v = tl.load(low + at, ok, 0.0).to(tl.float32)
-        if LOW_ADD:
-            v += tl.load(low_add + _at(p, low_row, low_at + c), ok, 0.0).to(tl.float32)
+        v = _low_sum(low, low_add, p, c, ok, CL, low_row, low_at, LOW_ADD)
         v = (v - m) * (r * g) + b
         if PLUS:
-            v += tl.load(plus_low + at, ok, 0.0).to(tl.float32)
+            v += _read(plus_low, at, ok)
         tl.store(out_low + at, _activated(v, ACT), ok)
 
 
@@ -154,20 +177,14 @@ def _statistics_kernel(
             j = p % w
             i = (p // w) % h
             n = p // w // h
-            if ADD == 1:
-                mask = valid[:, None] & ok_c[None, :]
-                above = tl.load(add + _at(p, add_row, c), mask, 0.0).to(tl.float32)
+            above = _above(add, p, c, valid[:, None] & ok_c[None, :], add_row, ADD)
             for dy in tl.static_range(FH):
                 for dx in tl.static_range(FW):
                     y, x = i * FH + dy, j * FW + dx
                     q = (n * H + y) * W + x
                     ok_p = valid & (y < H) & (x < W)
                     ok = ok_p[:, None] & ok_c[None, :]
-                    v = tl.load(high + _at(q, CH, c), ok, 0.0).to(tl.float32)
-                    if ADD == 1:
-                        v += above
-                    elif ADD == 2:
-                        v += tl.load(add + _at(q, add_row, c), ok, 0.0).to(tl.float32)
+                    v = _high_sum(high, add, above, q, c, ok, CH, add_row, ADD)
                     v = tl.where(ok, v - shift[None, :], 0.0)
                     one += v
                     two += v * v
@@ -177,9 +194,7 @@ def _statistics_kernel(
         for tile in range(tiles):
             p = first + tile * BLOCK_P + tl.arange(0, BLOCK_P)
             ok = (p < positions)[:, None] & ok_c[None, :]
-            v = tl.load(low + _at(p, CL, c), ok, 0.0).to(tl.float32)
-            if LOW_ADD:
-                v += tl.load(low_add + _at(p, low_row, low_at + c), ok, 0.0).to(tl.float32)
+            v = _low_sum(low, low_add, p, c, ok, CL, low_row, low_at, LOW_ADD)
             v = tl.where(ok, v - shift[None, :], 0.0)
             one += v
             two += v * v
@@ -260,9 +275,8 @@ def _reduce_kernel(
             base = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             if GRAD_POOLED:
                 count = tl.minimum(H - i * FH, FH) * tl.minimum(W - j * FW, FW)
-                base += tl.load(grad_pooled + _at(p, CH, c), mask, 0.0).to(tl.float32) / count[:, None]
-            if ADD == 1:
-                above = tl.load(add + _at(p, add_row, c), mask, 0.0).to(tl.float32)
+                base += _read(grad_pooled, _at(p, CH, c), mask) / count[:, None]
+            above = _above(add, p, c, mask, add_row, ADD)
             for dy in tl.static_range(FH):
                 for dx in tl.static_range(FW):
                     y, x = i * FH + dy, j * FW + dx
@@ -271,16 +285,12 @@ def _reduce_kernel(
                     at = _at(q, CH, c)
                     d = base
                     if GRAD_HIGH:
-                        d += tl.load(grad_high + at, ok, 0.0).to(tl.float32)
-                    v = tl.load(high + at, ok, 0.0).to(tl.float32)
-                    if ADD == 1:
-                        v += above
-                    elif ADD == 2:
-                        v += tl.load(add + _at(q, add_row, c), ok, 0.0).to(tl.float32)
+                        d += _read(grad_high, at, ok)
+                    v = _high_sum(high, add, above, q, c, ok, CH, add_row, ADD)
                     v = (v - m) * r
                     if ACT > 0:
                         if PLUS:
-                            d *= _slope(tl.load(out_high + at, ok, 0.0).to(tl.float32), ACT)
+                            d *= _slope(_read(out_high, at, ok), ACT)
                         else:
                             d *= _slope(v * g + b, ACT)
                     if PLUS:
@@ -293,14 +303,12 @@ def _reduce_kernel(
             at = _at(p, CL, c)
             d = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             if GRAD_LOW:
-                d += tl.load(grad_low + at, ok, 0.0).to(tl.float32)
-            v = tl.load(low + at, ok, 0.0).to(tl.float32)
-            if LOW_ADD:
-                v += tl.load(low_add + _at(p, low_row, low_at + c), ok, 0.0).to(tl.float32)
+                d += _read(grad_low, at, ok)
+            v = _low_sum(low, low_add, p, c, ok, CL, low_row, low_at, LOW_ADD)
             v = (v - m) * r
             if ACT > 0:
                 if PLUS:
-                    d *= _slope(tl.load(out_low + at, ok, 0.0).to(tl.float32), ACT)
+                    d *= _slope(_read(out_low, at, ok), ACT)
                 else:
                     d *= _slope(v * g + b, ACT)
             if PLUS:
@@ -348,9 +356,8 @@ def _apply_kernel(
         total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         if GRAD_POOLED:
             count = tl.minimum(H - i * FH, FH) * tl.minimum(W - j * FW, FW)
-            base += tl.load(grad_pooled + _at(p, CH, c), mask, 0.0).to(tl.float32) / count[:, None]
-        if ADD == 1:
-            above = tl.load(add + _at(p, add_row, c), mask, 0.0).to(tl.float32)
+            base += _read(grad_pooled, _at(p, CH, c), mask) / count[:, None]
+        above = _above(add, p, c, mask, add_row, ADD)
         for dy in tl.static_range(FH):
             for dx in tl.static_range(FW):
                 y, x = i * FH + dy, j * FW + dx
@@ -359,13 +366,9 @@ def _apply_kernel(
                 at = _at(q, CH, c)
                 d = base
                 if GRAD_HIGH:
-                    d += tl.load(grad_high + at, ok, 0.0).to(tl.float32)
+                    d += _read(grad_high, at, ok)
                 if NORM or ACT > 0:
-                    v = tl.load(high + at, ok, 0.0).to(tl.float32)
-                    if ADD == 1:
-                        v += above
-                    elif ADD == 2:
-                        v += tl.load(add + _at(q, add_row, c), ok, 0.0).to(tl.float32)
+                    v = _high_sum(high, add, above, q, c, ok, CH, add_row, ADD)
                     v = (v - m) * r
                     if ACT > 0:
                         d *= _slope(v * g + b, ACT)
@@ -381,11 +384,9 @@ def _apply_kernel(
         at = _at(p, CL, c)
         d = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         if GRAD_LOW:
-            d += tl.load(grad_low + at, mask, 0.0).to(tl.float32)
+            d += _read(grad_low, at, mask)
         if NORM or ACT > 0:
-            v = tl.load(low + at, mask, 0.0).to(tl.float32)
-            if LOW_ADD:
-                v += tl.load(low_add + _at(p, low_row, low_at + c), mask, 0.0).to(tl.float32)
+            v = _low_sum(low, low_add, p, c, mask, CL, low_row, low_at, LOW_ADD)
             v = (v - m) * r
             if ACT > 0:
                 d *= _slope(v * g + b, ACT)
@@ -438,16 +439,9 @@ def _affine(mean: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> 
     return {"NORM": mean is not None, "WEIGHT": weight is not None, "BIAS": bias is not None}
 
 
-def statistics(
-    high: Tensor,
-    add: Tensor | None,
-    low: Tensor,
-    low_add: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-) -> tuple[Tensor, Tensor]:
+def statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
     """As `finishing._statistics`."""
+    high, add, low, low_add, running_mean, running_var, momentum = arguments
     launch = _Launch(high, add, low, low_add, 1024)
     (parts, tiles), channels = launch.parts(), sum(launch.counts)
     partial = high.new_empty((3, parts, channels), dtype=torch.float32)
@@ -459,23 +453,12 @@ def statistics(
     return mean, var
 
 
-def finish(
-    high: Tensor,
-    add: Tensor | None,
-    low: Tensor,
-    low_add: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    plus_high: Tensor | None,
-    plus_low: Tensor | None,
-    of_batch: bool,
-    activation: str,
-    pool: bool,
-) -> tuple[Tensor, ...]:
+def finish(*arguments: Any) -> tuple[Tensor, ...]:
     """As `finishing._finish`."""
+    (
+        high, add, low, low_add, mean, var, weight,
+        bias, eps, plus_high, plus_low, of_batch, activation, pool,
+    ) = arguments  # fmt: skip
     launch = _Launch(high, add, low, low_add, 1024)
     pluses = [None if x is None else lay_channels_last(x) for x in (plus_high, plus_low)]
     out_high, out_low = torch.empty_like(launch.high), torch.empty_like(launch.low)
@@ -490,26 +473,12 @@ def finish(
     return outputs
 
 
-def finish_backward(
-    grad_high: Tensor | None,
-    grad_low: Tensor | None,
-    grad_pooled: Tensor | None,
-    high: Tensor,
-    add: Tensor | None,
-    low: Tensor,
-    low_add: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_high: Tensor | None,
-    out_low: Tensor | None,
-    plus: bool,
-    of_batch: bool,
-    activation: str,
-) -> list[Tensor]:
+def finish_backward(*arguments: Any) -> list[Tensor]:
     """As `finishing._finish_backward`."""
+    (
+        grad_high, grad_low, grad_pooled, high, add, low, low_add, mean,
+        var, weight, bias, eps, out_high, out_low, plus, of_batch, activation,
+    ) = arguments  # fmt: skip
     launch = _Launch(high, add, low, low_add, 1024)
     (parts, tiles), channels = launch.parts(), sum(launch.counts)
     act, empty, how = _ACTIVATIONS[activation], high.new_empty(0), _affine(mean, weight, bias)
