@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, settle
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,7 @@ from octvideo.layers.pending import Pending
 from octvideo.layers.resampling import lay_channels_last
 from octvideo.models.cost import count_cost, total
 from octvideo.models.recomputation import recompute
+from octvideo.training.recognizer import Recognizer
 
 
 class Operations(TorchDispatchMode):
@@ -190,6 +192,15 @@ def test_fused_passes_move_fewer_bytes_in_fewer_kernels():
         assert own.bytes_moved < bytes_at_most * vanilla.bytes_moved
         assert own.kernels < kernels_at_most * vanilla.kernels
         assert costs[0.25, "off", train].bytes_moved > 1.1 * vanilla.bytes_moved
+
+
+def test_a_recipe_switches_them_on_for_gpus():
+    use_fused_passes("off")
+    recognizer = Recognizer("i3d_r50", width=8, fused_passes=True)
+    recognizer.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    recognizer.configure_model()
+    assert use_fused_passes("off") == "auto"
+    assert not isinstance(layer()(torch.randn(1, 8, 1, 4, 4).double()), Pending)
 
 
 def test_unknown_modes_are_refused():
