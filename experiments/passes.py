@@ -74,7 +74,7 @@ def errors(case: Case, device: str, dtype: torch.dtype, kernels: Any = torch.ops
     )
     if of_batch:
         others = [x.double() for x in running]
-        exact = finishing._statistics(*wide(maps), *others, 0.1)
+        exact = finishing._statistics(*wide((*maps, *others, 0.1)))
         mean, var = kernels.statistics(*maps, *running, 0.1)
         pairs = zip((mean, var, *running), (*exact, *others), strict=True)
         found["statistics"] = max(distance(own, true) for own, true in pairs)

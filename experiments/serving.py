@@ -33,11 +33,12 @@ from typing import Any
 import numpy as np
 import torch
 from choices import one_of
+from forms import settle
 from numpy.typing import NDArray
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from speed import check_writable, settle, share
+from speed import check_writable, share
 from torch import Tensor
 
 import octvideo

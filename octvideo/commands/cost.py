@@ -1,7 +1,7 @@
 """Shows what a network costs at several alphas: multiply-adds, bytes, kernels, and predicted or measured time.
 
 octvideo cost --model i3d_r50 [--alpha 0,.25,.5] [--size 8x224x224] [--batch 8] [--dtype bf16] [--train]
-              [--machine h100] [--measure] [--compiled] [--layers] [--json FILE]
+              [--machine h100] [--fused] [--measure] [--compiled] [--layers] [--json FILE]
 octvideo cost --ckpt runs/oct_i3d/checkpoints/best.ckpt
 octvideo cost --model i3d_r50 --auto [--budget .8] > alpha.yaml
 
@@ -40,6 +40,7 @@ from torch import nn
 
 from octvideo.commands.options import Parser, clip_size, fail, number, one_line_errors, positive, several, share
 from octvideo.files import appearing
+from octvideo.layers import use_fused_passes
 from octvideo.models.checkpoint import load_trained
 from octvideo.models.choose_alpha import choose_alpha
 from octvideo.models.cost import (
@@ -69,6 +70,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="bf16", help="of weights and clips, with --train of autocast; default: bf16")
     add("--train", action="store_true", help="a training step in place of inference")
     add("--machine", default="h100", help=f"{', '.join(MACHINES)}, here, or FLOPS,BANDWIDTH,LAUNCH; default: h100")
+    add("--fused", action="store_true", help="octave layers with octvideo.layers.use_fused_passes('on')")
     add("--measure", action="store_true", help="time the networks on this machine too")
     add("--rounds", type=number, default=10, metavar="N", help="of --measure; default: %(default)s")
     add("--compiled", action="store_true", help="count the kernels of the compiled networks too")
@@ -161,6 +163,7 @@ def main(words: list[str]) -> None:
     """Runs the command."""
     options = parse(words)
     with one_line_errors():
+        use_fused_passes("on" if options.fused else "off")
         machine, dtype = machine_of(options.machine, DTYPES[options.dtype]), DTYPES[options.dtype]
         machine.seconds(Cost(), dtype)  # whether it has the dtype
         trained = load_trained(options.ckpt) if options.ckpt else None

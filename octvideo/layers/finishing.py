@@ -7,7 +7,7 @@ in Triton for GPUs. The maps are channels_last.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,9 @@ def _statistics(
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
     """Means and variances (C,) of the batch, in 32 bits at least, which move the running ones as F.batch_norm does."""
-    variances, means, factors = [], [], []
+    variances: list[Tensor] = []
+    means: list[Tensor] = []
+    factors: list[Tensor] = []
     for x in _sums(high, add, low, low_add):
         wide = x if x.dtype == torch.float64 else x.float()
         variance, mean = torch.var_mean(wide.transpose(0, 1).flatten(1), 1, correction=0)
@@ -116,10 +118,10 @@ def _finished(
     for x, plus in zip(_sums(*maps), pluses, strict=True):
         rows, y = slice(at, at := at + x.shape[1]), x
         if mean is not None:
-            mine = [None if part is None else part[rows] for part in (mean, var, weight, bias)]
+            mine: Any = [None if part is None else part[rows] for part in (mean, var, weight, bias)]
             if of_batch:
                 mine[:2] = [None, None]
-            y = F.batch_norm(x, *mine, of_batch, 0.0, eps)  # type: ignore[arg-type]
+            y = F.batch_norm(x, mine[0], mine[1], mine[2], mine[3], of_batch, 0.0, eps)
         outputs.append(lay_channels_last(_activate(y if plus is None else y + plus, activation)))
     pooled = average_pool(outputs[0], factors) if factors else outputs[0].new_empty(0)
     return (*outputs, pooled)
@@ -190,7 +192,8 @@ def _finish_backward(
         norm, kind = (mean, var, *affine, eps), "none" if masked else activation
         outputs = list(_finished(maps, norm, pluses, of_batch, kind, None)[:2])
         if masked:
-            outs = ((out > 0) & (out < 6) if activation == "relu6" else out > 0 for out in (out_high, out_low))
+            saved: Any = (out_high, out_low)
+            outs = ((out > 0) & (out < 6) if activation == "relu6" else out > 0 for out in saved)
             outputs = [y * mask for y, mask in zip(outputs, outs, strict=True)]
         outputs.append(average_pool(outputs[0], _factors(high, low)))
     given = [(y, x) for y, x in zip(outputs, (grad_high, grad_low, grad_pooled), strict=True) if x is not None]
@@ -225,7 +228,7 @@ def _fake_backward(grad_high: Any, grad_low: Any, grad_pooled: Any, *rest: Any) 
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    *maps, mean, var, weight, bias, eps, plus_high, plus_low, of_batch, activation, _ = inputs
+    *maps, mean, var, weight, bias, eps, plus_high, _, of_batch, activation, _ = inputs
     ctx.numbers = (eps, plus_high is not None, of_batch, activation)
     outs = output[:2] if plus_high is not None and activation != "none" else (None, None)
     ctx.save_for_backward(*maps, mean, var, weight, bias, *outs)
@@ -235,10 +238,11 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad_high: Any, grad_low: Any, grad_pooled: Any) -> tuple[Any, ...]:
     eps, plus, of_batch, activation = ctx.numbers
     *saved, out_high, out_low = ctx.saved_tensors
-    grads, rest = (grad_high, grad_low, grad_pooled), (eps, out_high, out_low, plus, of_batch, activation)
+    grads: Any = (grad_high, grad_low, grad_pooled)
+    rest: Any = (eps, out_high, out_low, plus, of_batch, activation)
     batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in grads)
     if torch.is_grad_enabled() or batched:
-        results = _finish_backward(*grads, *saved, *rest)
+        results = _finish_backward(*grads, *cast(Any, saved), *rest)
     else:
         grads = tuple([x if x is None else lay_channels_last(x) for x in grads])
         results = [lay_channels_last(x) if x.dim() > 3 else x for x in finish_backward(*grads, *saved, *rest)]

@@ -7,6 +7,7 @@ with the window of high positions that it covers, of some channels: either high 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -22,13 +23,43 @@ _ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "relu6": 3}
 
 
 @triton.jit
-def _at(positions, row, channels):  # type: ignore[no-untyped-def]
+def _at(positions, row, channels):
     """Where channels of positions lie in a map of `row` channels."""
     return positions[:, None].to(tl.int64) * row + channels[None, :]
 
 
 @triton.jit
-def _activated(v, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _read(x, at, ok):
+    return tl.load(x + at, ok, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _above(add, p, c, ok, add_row, ADD: tl.constexpr):
+    """What is added to a whole window of high positions."""
+    v = tl.zeros(ok.shape, tl.float32)
+    if ADD == 1:
+        v = _read(add, _at(p, add_row, c), ok)
+    return v
+
+
+@triton.jit
+def _high_sum(high, add, above, q, c, ok, CH, add_row, ADD: tl.constexpr):
+    v = _read(high, _at(q, CH, c), ok) + above
+    if ADD == 2:
+        v += _read(add, _at(q, add_row, c), ok)
+    return v
+
+
+@triton.jit
+def _low_sum(low, low_add, p, c, ok, CL, low_row, low_at, LOW_ADD: tl.constexpr):
+    v = _read(low, _at(p, CL, c), ok)
+    if LOW_ADD:
+        v += _read(low_add, _at(p, low_row, low_at + c), ok)
+    return v
+
+
+@triton.jit
+def _activated(v, ACT: tl.constexpr):
     if ACT == 1:
         v = tl.where(v < 0, 0.0, v)  # keeps NaN
     elif ACT == 2:
@@ -39,7 +70,7 @@ def _activated(v, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _slope(v, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _slope(v, ACT: tl.constexpr):
     """The derivative at v; of relu and relu6 also in terms of their output."""
     if ACT == 1:
         return tl.where(v > 0, 1.0, 0.0)
@@ -51,7 +82,7 @@ def _slope(v, ACT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scales(mean, var, weight, bias, c, ok, eps, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scales(mean, var, weight, bias, c, ok, eps, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
     """(centre, 1 / deviation, weight, bias) of channels."""
     m, r = tl.zeros_like(c).to(tl.float32), tl.zeros_like(c).to(tl.float32) + 1
     w, b = r, m
@@ -66,12 +97,12 @@ def _scales(mean, var, weight, bias, c, ok, eps, NORM: tl.constexpr, WEIGHT: tl.
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _finish_kernel(  # type: ignore[no-untyped-def]
+def _finish_kernel(
     high, add, low, low_add, mean, var, weight, bias, eps, plus_high, plus_low, out_high, out_low, pooled,
     positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at,
-    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr, NORM: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr, POOL: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr,
+    ACT: tl.constexpr, POOL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     CH, CL, add_row, low_row, low_at = CH * UNIT, CL * UNIT, add_row * UNIT, low_row * UNIT, low_at * UNIT
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -85,22 +116,17 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         i = (p // w) % h
         n = p // w // h
         total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        if ADD == 1:
-            above = tl.load(add + _at(p, add_row, c), valid[:, None] & ok_c[None, :], 0.0).to(tl.float32)
+        above = _above(add, p, c, valid[:, None] & ok_c[None, :], add_row, ADD)
         for dy in tl.static_range(FH):
             for dx in tl.static_range(FW):
                 y, x = i * FH + dy, j * FW + dx
                 q = (n * H + y) * W + x
                 ok = (valid & (y < H) & (x < W))[:, None] & ok_c[None, :]
                 at = _at(q, CH, c)
-                v = tl.load(high + at, ok, 0.0).to(tl.float32)
-                if ADD == 1:
-                    v += above
-                elif ADD == 2:
-                    v += tl.load(add + _at(q, add_row, c), ok, 0.0).to(tl.float32)
+                v = _high_sum(high, add, above, q, c, ok, CH, add_row, ADD)
                 v = (v - m) * (r * g) + b
                 if PLUS:
-                    v += tl.load(plus_high + at, ok, 0.0).to(tl.float32)
+                    v += _read(plus_high, at, ok)
                 rounded = _activated(v, ACT).to(out_high.dtype.element_ty)
                 tl.store(out_high + at, rounded, ok)
                 total += tl.where(ok, rounded.to(tl.float32), 0.0)
@@ -114,17 +140,15 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         m, r, g, b = _scales(mean, var, weight, bias, CH + c, ok_c, eps, NORM, WEIGHT, BIAS)
         ok = valid[:, None] & ok_c[None, :]
         at = _at(p, CL, c)
-        v = tl.load(low + at, ok, 0.0).to(tl.float32)
-        if LOW_ADD:
-            v += tl.load(low_add + _at(p, low_row, low_at + c), ok, 0.0).to(tl.float32)
+        v = _low_sum(low, low_add, p, c, ok, CL, low_row, low_at, LOW_ADD)
         v = (v - m) * (r * g) + b
         if PLUS:
-            v += tl.load(plus_low + at, ok, 0.0).to(tl.float32)
+            v += _read(plus_low, at, ok)
         tl.store(out_low + at, _activated(v, ACT), ok)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _statistics_kernel(  # type: ignore[no-untyped-def]
+def _statistics_kernel(
     high, add, low, low_add, counts, means, squares,
     positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at, tiles,
     UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr,
@@ -153,20 +177,14 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
             j = p % w
             i = (p // w) % h
             n = p // w // h
-            if ADD == 1:
-                mask = valid[:, None] & ok_c[None, :]
-                above = tl.load(add + _at(p, add_row, c), mask, 0.0).to(tl.float32)
+            above = _above(add, p, c, valid[:, None] & ok_c[None, :], add_row, ADD)
             for dy in tl.static_range(FH):
                 for dx in tl.static_range(FW):
                     y, x = i * FH + dy, j * FW + dx
                     q = (n * H + y) * W + x
                     ok_p = valid & (y < H) & (x < W)
                     ok = ok_p[:, None] & ok_c[None, :]
-                    v = tl.load(high + _at(q, CH, c), ok, 0.0).to(tl.float32)
-                    if ADD == 1:
-                        v += above
-                    elif ADD == 2:
-                        v += tl.load(add + _at(q, add_row, c), ok, 0.0).to(tl.float32)
+                    v = _high_sum(high, add, above, q, c, ok, CH, add_row, ADD)
                     v = tl.where(ok, v - shift[None, :], 0.0)
                     one += v
                     two += v * v
@@ -176,9 +194,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
         for tile in range(tiles):
             p = first + tile * BLOCK_P + tl.arange(0, BLOCK_P)
             ok = (p < positions)[:, None] & ok_c[None, :]
-            v = tl.load(low + _at(p, CL, c), ok, 0.0).to(tl.float32)
-            if LOW_ADD:
-                v += tl.load(low_add + _at(p, low_row, low_at + c), ok, 0.0).to(tl.float32)
+            v = _low_sum(low, low_add, p, c, ok, CL, low_row, low_at, LOW_ADD)
             v = tl.where(ok, v - shift[None, :], 0.0)
             one += v
             two += v * v
@@ -191,7 +207,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _combine_kernel(  # type: ignore[no-untyped-def]
+def _combine_kernel(
     counts, means, squares, mean, var, running_mean, running_var, momentum, parts, channels,
     RUNNING: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -227,12 +243,12 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _reduce_kernel(  # type: ignore[no-untyped-def]
+def _reduce_kernel(
     grad_high, grad_low, grad_pooled, high, add, low, low_add, mean, var, weight, bias, eps, out_high, out_low,
     masked_high, masked_low, sums,
     positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at, tiles,
-    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr, NORM: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr,
+    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, ACT: tl.constexpr,
     GRAD_HIGH: tl.constexpr, GRAD_LOW: tl.constexpr, GRAD_POOLED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -259,9 +275,8 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
             base = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             if GRAD_POOLED:
                 count = tl.minimum(H - i * FH, FH) * tl.minimum(W - j * FW, FW)
-                base += tl.load(grad_pooled + _at(p, CH, c), mask, 0.0).to(tl.float32) / count[:, None]
-            if ADD == 1:
-                above = tl.load(add + _at(p, add_row, c), mask, 0.0).to(tl.float32)
+                base += _read(grad_pooled, _at(p, CH, c), mask) / count[:, None]
+            above = _above(add, p, c, mask, add_row, ADD)
             for dy in tl.static_range(FH):
                 for dx in tl.static_range(FW):
                     y, x = i * FH + dy, j * FW + dx
@@ -270,16 +285,12 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
                     at = _at(q, CH, c)
                     d = base
                     if GRAD_HIGH:
-                        d += tl.load(grad_high + at, ok, 0.0).to(tl.float32)
-                    v = tl.load(high + at, ok, 0.0).to(tl.float32)
-                    if ADD == 1:
-                        v += above
-                    elif ADD == 2:
-                        v += tl.load(add + _at(q, add_row, c), ok, 0.0).to(tl.float32)
+                        d += _read(grad_high, at, ok)
+                    v = _high_sum(high, add, above, q, c, ok, CH, add_row, ADD)
                     v = (v - m) * r
                     if ACT > 0:
                         if PLUS:
-                            d *= _slope(tl.load(out_high + at, ok, 0.0).to(tl.float32), ACT)
+                            d *= _slope(_read(out_high, at, ok), ACT)
                         else:
                             d *= _slope(v * g + b, ACT)
                     if PLUS:
@@ -292,14 +303,12 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
             at = _at(p, CL, c)
             d = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             if GRAD_LOW:
-                d += tl.load(grad_low + at, ok, 0.0).to(tl.float32)
-            v = tl.load(low + at, ok, 0.0).to(tl.float32)
-            if LOW_ADD:
-                v += tl.load(low_add + _at(p, low_row, low_at + c), ok, 0.0).to(tl.float32)
+                d += _read(grad_low, at, ok)
+            v = _low_sum(low, low_add, p, c, ok, CL, low_row, low_at, LOW_ADD)
             v = (v - m) * r
             if ACT > 0:
                 if PLUS:
-                    d *= _slope(tl.load(out_low + at, ok, 0.0).to(tl.float32), ACT)
+                    d *= _slope(_read(out_low, at, ok), ACT)
                 else:
                     d *= _slope(v * g + b, ACT)
             if PLUS:
@@ -313,12 +322,12 @@ def _reduce_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _apply_kernel(  # type: ignore[no-untyped-def]
+def _apply_kernel(
     grad_high, grad_low, grad_pooled, high, add, low, low_add, mean, var, weight, bias, eps, sums,
     to_high, to_add, to_low, inverse_high, inverse_low,
     positions, high_blocks, H, W, h, w, CH, CL, add_row, low_row, low_at,
-    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr, NORM: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, OF_BATCH: tl.constexpr, ACT: tl.constexpr,
+    UNIT: tl.constexpr, FH: tl.constexpr, FW: tl.constexpr, ADD: tl.constexpr, LOW_ADD: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, OF_BATCH: tl.constexpr, ACT: tl.constexpr,
     GRAD_HIGH: tl.constexpr, GRAD_LOW: tl.constexpr, GRAD_POOLED: tl.constexpr, JOINED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -347,9 +356,8 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
         total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         if GRAD_POOLED:
             count = tl.minimum(H - i * FH, FH) * tl.minimum(W - j * FW, FW)
-            base += tl.load(grad_pooled + _at(p, CH, c), mask, 0.0).to(tl.float32) / count[:, None]
-        if ADD == 1:
-            above = tl.load(add + _at(p, add_row, c), mask, 0.0).to(tl.float32)
+            base += _read(grad_pooled, _at(p, CH, c), mask) / count[:, None]
+        above = _above(add, p, c, mask, add_row, ADD)
         for dy in tl.static_range(FH):
             for dx in tl.static_range(FW):
                 y, x = i * FH + dy, j * FW + dx
@@ -358,13 +366,9 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
                 at = _at(q, CH, c)
                 d = base
                 if GRAD_HIGH:
-                    d += tl.load(grad_high + at, ok, 0.0).to(tl.float32)
+                    d += _read(grad_high, at, ok)
                 if NORM or ACT > 0:
-                    v = tl.load(high + at, ok, 0.0).to(tl.float32)
-                    if ADD == 1:
-                        v += above
-                    elif ADD == 2:
-                        v += tl.load(add + _at(q, add_row, c), ok, 0.0).to(tl.float32)
+                    v = _high_sum(high, add, above, q, c, ok, CH, add_row, ADD)
                     v = (v - m) * r
                     if ACT > 0:
                         d *= _slope(v * g + b, ACT)
@@ -380,11 +384,9 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
         at = _at(p, CL, c)
         d = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         if GRAD_LOW:
-            d += tl.load(grad_low + at, mask, 0.0).to(tl.float32)
+            d += _read(grad_low, at, mask)
         if NORM or ACT > 0:
-            v = tl.load(low + at, mask, 0.0).to(tl.float32)
-            if LOW_ADD:
-                v += tl.load(low_add + _at(p, low_row, low_at + c), mask, 0.0).to(tl.float32)
+            v = _low_sum(low, low_add, p, c, mask, CL, low_row, low_at, LOW_ADD)
             v = (v - m) * r
             if ACT > 0:
                 d *= _slope(v * g + b, ACT)
@@ -398,17 +400,16 @@ class _Launch:
     """What the kernels share: the maps, their sizes as arguments, and blocks of channels and positions."""
 
     def __init__(self, high: Tensor, add: Tensor | None, low: Tensor, low_add: Tensor | None, per_program: int) -> None:
-        self.high, self.add, self.low, low_add = (
-            x if x is None else lay_channels_last(x) for x in (high, add, low, low_add)
-        )
-        (*_, H, W), (*_, h, w) = high.shape, low.shape  # noqa: N806
+        laid: list[Any] = [x if x is None else lay_channels_last(x) for x in (high, add, low, low_add)]
+        self.high, self.add, self.low, low_add = laid
+        (*_, H, W), (*_, h, w) = high.shape, low.shape
         self.counts = (high.shape[1], low.shape[1])
         self.positions = low.numel() // low.shape[1]
         self.joined = add is not None and add.shape[1] > high.shape[1]  # what is added to the low map comes behind
         self.low_add = self.add if self.joined else low_add
         row = 0 if add is None else add.shape[1]
         low_row, low_at = (row, high.shape[1]) if self.joined else (low.shape[1], 0)
-        self.maps = (self.high, self.add, self.low, self.low_add)
+        self.maps: Any = (self.high, self.add, self.low, self.low_add)
         wide = 64 if max(self.counts) <= 64 else 128
         block = min(wide, max(16, triton.next_power_of_2(max(self.counts))))
         highs, lows = (triton.cdiv(n, block) for n in self.counts)
@@ -438,46 +439,26 @@ def _affine(mean: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> 
     return {"NORM": mean is not None, "WEIGHT": weight is not None, "BIAS": bias is not None}
 
 
-def statistics(
-    high: Tensor,
-    add: Tensor | None,
-    low: Tensor,
-    low_add: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-) -> tuple[Tensor, Tensor]:
+def statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
     """As `finishing._statistics`."""
+    high, add, low, low_add, running_mean, running_var, momentum = arguments
     launch = _Launch(high, add, low, low_add, 1024)
     (parts, tiles), channels = launch.parts(), sum(launch.counts)
     partial = high.new_empty((3, parts, channels), dtype=torch.float32)
-    grid = (parts, launch.columns)
-    _statistics_kernel[grid](*launch.maps, *partial, *launch.sizes, tiles, **launch.options)
+    _statistics_kernel[parts, launch.columns](*launch.maps, *partial, *launch.sizes, tiles, **launch.options)
     mean, var = high.new_empty((2, channels), dtype=torch.float32)
     running = running_mean is not None and running_var is not None
-    grid = (triton.cdiv(channels, 16),)
     numbers = (momentum, parts, channels, running, 16, 128)
-    _combine_kernel[grid](*partial, mean, var, running_mean, running_var, *numbers)
+    _combine_kernel[(triton.cdiv(channels, 16),)](*partial, mean, var, running_mean, running_var, *numbers)
     return mean, var
 
 
-def finish(
-    high: Tensor,
-    add: Tensor | None,
-    low: Tensor,
-    low_add: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    plus_high: Tensor | None,
-    plus_low: Tensor | None,
-    of_batch: bool,
-    activation: str,
-    pool: bool,
-) -> tuple[Tensor, ...]:
+def finish(*arguments: Any) -> tuple[Tensor, ...]:
     """As `finishing._finish`."""
+    (
+        high, add, low, low_add, mean, var, weight,
+        bias, eps, plus_high, plus_low, of_batch, activation, pool,
+    ) = arguments  # fmt: skip
     launch = _Launch(high, add, low, low_add, 1024)
     pluses = [None if x is None else lay_channels_last(x) for x in (plus_high, plus_low)]
     out_high, out_low = torch.empty_like(launch.high), torch.empty_like(launch.low)
@@ -492,31 +473,17 @@ def finish(
     return outputs
 
 
-def finish_backward(
-    grad_high: Tensor | None,
-    grad_low: Tensor | None,
-    grad_pooled: Tensor | None,
-    high: Tensor,
-    add: Tensor | None,
-    low: Tensor,
-    low_add: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_high: Tensor | None,
-    out_low: Tensor | None,
-    plus: bool,
-    of_batch: bool,
-    activation: str,
-) -> list[Tensor]:
+def finish_backward(*arguments: Any) -> list[Tensor]:
     """As `finishing._finish_backward`."""
+    (
+        grad_high, grad_low, grad_pooled, high, add, low, low_add, mean,
+        var, weight, bias, eps, out_high, out_low, plus, of_batch, activation,
+    ) = arguments  # fmt: skip
     launch = _Launch(high, add, low, low_add, 1024)
     (parts, tiles), channels = launch.parts(), sum(launch.counts)
     act, empty, how = _ACTIVATIONS[activation], high.new_empty(0), _affine(mean, weight, bias)
     grads = [None if x is None else lay_channels_last(x) for x in (grad_high, grad_low, grad_pooled)]
-    masked = [torch.empty_like(x) if plus else None for x in (launch.high, launch.low)]
+    masked: list[Any] = [torch.empty_like(x) if plus else None for x in (launch.high, launch.low)]
     norm, sums = (mean, var, weight, bias, eps), None
     if plus or mean is not None:
         given = {f"GRAD_{name}": x is not None for name, x in zip(("HIGH", "LOW", "POOLED"), grads, strict=True)}
@@ -531,7 +498,7 @@ def finish_backward(
     to_high, to_low = torch.empty_like(launch.high), torch.empty_like(launch.low)
     to_add = None if launch.add is None else torch.empty_like(launch.add)
     if plus and mean is None and add is None:
-        to_high, to_low = (x for x in masked if x is not None)
+        to_high, to_low = masked
     else:
         given = {f"GRAD_{name}": x is not None for name, x in zip(("HIGH", "LOW", "POOLED"), grads, strict=True)}
         inverses = (channels_ / high.numel() for high, channels_ in zip((high, low), launch.counts, strict=True))

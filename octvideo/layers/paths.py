@@ -229,8 +229,8 @@ class Paths:
         """As the call, for channels_last maps; the gradient is autograd's."""
         if self.images is not None and channels_last(high) and not high.is_cuda:
             frames = (resampling.fold_time(high), resampling.fold_time(low))
-            out_high, out_low = self.images.convolve(*frames, weight.squeeze(2), bias, parts, groups)
-            return resampling.unfold_time(out_high, high), resampling.unfold_time(out_low, high)
+            images = self.images.convolve(*frames, weight.squeeze(2), bias, parts, groups)
+            return tuple(resampling.unfold_time(y, high) for y in images)
         terms, last = self.terms(high, low), channels_last(high)
         extent = self.kernel.output_size(
             terms["high", "high"] if ("high", "high") in terms else average_pool(high, self.pool)
@@ -243,7 +243,8 @@ class Paths:
         }
         if (both := found.pop(("all", "low"), None)) is not None:
             found["high", "low"], found["low", "low"] = split_by_parts(both, (self.rows,) * groups, 1)
-        out_high, out_low = found.get(("high", "high")), found.get(("low", "high"))
+        out_high: Any = found.get(("high", "high"))
+        out_low: Any = found.get(("low", "high"))
         if self.rows[0] and ("high", "low") in found:
             to_high = found["high", "low"]
             out_high = upsample(to_high, extent) if out_high is None else add_upsampled(out_high, to_high)
@@ -273,7 +274,8 @@ class Paths:
     ) -> tuple[dict[Side, Any], Any, Any]:
         """Gradients of the terms, the weight and the bias, from those of the convolutions (one group)."""
         blocks: dict[Side, Tensor] = {}
-        to_terms, biases = {}, [weight.new_zeros(rows) for rows in self.rows] if wants[2] else []
+        to_terms: dict[Side, Any] = {}
+        biases = [weight.new_zeros(rows) for rows in self.rows] if wants[2] else []
         for (side, x), gradient, (block, _) in zip(
             terms.items(), gradients, self.blocks(terms, weight, None, parts), strict=True
         ):
@@ -292,7 +294,7 @@ class Paths:
             rows = []
             for row, count in zip(("high", "low"), self.rows, strict=True):
                 columns = [blocks[row, column] for column in ("high", "low") if count and (row, column) in blocks]
-                rows += [columns[0] if len(columns) == 1 else join_by_parts(*columns, parts, 1)] if columns else []
+                rows += columns if len(columns) < 2 else [join_by_parts(columns[0], columns[1], parts, 1)]
             to_weight = torch.cat(rows)
         return to_terms, to_weight, torch.cat(biases) if wants[2] else None
 

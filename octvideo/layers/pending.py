@@ -57,6 +57,7 @@ class Pending(Octaves):
     _made: tuple[Tensor, Tensor]
     _pooled: Tensor | None = None
     _seen = False
+    _readers: dict[int, Pending]  # that wait with these maps as their residual
 
     def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None, axis: int = 1) -> Octaves:  # type: ignore[misc]
         """Plain Octaves, for tools that rebuild x as type(x)(*x)."""
@@ -74,7 +75,7 @@ class Pending(Octaves):
             cls, (None, None)
         )  # what reads a tuple's items in C must not find half of the sum
         self.parts, self.axis = ((wait.maps[0].shape[1], wait.maps[2].shape[1]),), 1
-        self._readers: dict[int, Pending] = {}  # that wait with these maps as their residual
+        self._readers = {}
         self._set(wait)
         return self
 
@@ -114,8 +115,8 @@ class Pending(Octaves):
         self._seen, self._pooled = True, None
         return high, low
 
-    high = property(lambda self: self._show()[0])  # type: ignore[assignment]
-    low = property(lambda self: self._show()[1])  # type: ignore[assignment]
+    high = property(lambda self: self._show()[0])
+    low = property(lambda self: self._show()[1])
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._show())
@@ -138,7 +139,7 @@ class Pending(Octaves):
         elif func in _ACTIVATION:
             result = _activate(_ACTIVATION[func], func in _IN_PLACE, *args, **kwargs)
         elif func in _ADD and len(args) == 2 and not kwargs:
-            result = _add(*args, in_place=func in _IN_PLACE)
+            result = _add(args[0], args[1], func in _IN_PLACE)
         else:
             result = NotImplemented
         return apply(func, *args, **kwargs) if result is NotImplemented else result

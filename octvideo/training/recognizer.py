@@ -21,6 +21,7 @@ from octvideo.data.loading import Batch
 from octvideo.data.module import VideoData
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
+from octvideo.layers.finishing import use_fused_passes
 from octvideo.layers.normalization import normalize
 from octvideo.models.compilation import compile_network
 from octvideo.models.recomputation import recompute as recompute_blocks
@@ -49,6 +50,8 @@ class Recognizer(LightningModule):
         recompute: activation checkpointing of residual blocks: less memory, about a third more time.
         compile: compile the network with torch.compile: "blocks", each kind of residual block once, or true, all of it,
             which is faster after some minutes; validation included.
+        fused_passes: on CUDA devices, leave the sums, batch norm and activation behind an octave layer to one pass in
+            Triton, which eager training and testing profit from; see `octvideo.layers.use_fused_passes`.
         learning_rate: peak of the schedule, for `reference_batch` clips a step.
         reference_batch: clips a step, over all processes, that learning rates are for; null: do not scale them.
         batch_size: clips in a batch of each process (set by data.batch_size); null: learning rates are not scaled.
@@ -76,6 +79,7 @@ class Recognizer(LightningModule):
         sub_batch: int | None = None,
         recompute: bool = False,
         compile: bool | Literal["blocks"] = False,
+        fused_passes: bool = False,
         learning_rate: float = 0.1,
         reference_batch: int | None = 64,
         batch_size: int | None = None,
@@ -180,6 +184,8 @@ class Recognizer(LightningModule):
         self.results |= {"videos": sorted(videos, key=itemgetter("path")), "bad": sorted(bad, key=itemgetter("path"))}
 
     def configure_model(self) -> None:
+        if self.hparams["fused_passes"]:
+            use_fused_passes("auto")
         if self.trainer.training:
             compile_network(self.network, self.hparams["compile"])
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.network, FSDPModule):
