@@ -337,11 +337,11 @@ class Suite:
         """Measures everything, or as much as the time allows."""
         limit = self.options.minutes * 60
         reserve = min(20.0, limit / 6)  # to measure what is ready, and to write
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGALRM, time_up)
-            signal.setitimer(signal.ITIMER_REAL, limit - reserve)
         left = list(self.groups)
         try:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGALRM, time_up)
+                signal.setitimer(signal.ITIMER_REAL, limit - reserve)
             self.measure_ceilings()
             if "check" in self.options.sections.split(","):
                 self.check()

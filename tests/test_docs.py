@@ -430,7 +430,17 @@ def test_the_api_reference_has_every_module_and_every_public_name(pages):
         kind = getattr(octvideo, name)
         home = "octvideo.models.zoo" if kind is MODELS else kind.__module__
         assert {f"octvideo.{name}", f"{home}.{name}"} & ids, name
-    internal = {"files", "layers.octaves", "layers.paths", "layers.parts", "layers.swapping", "layers.convolution"}
+    internal = {
+        "files",
+        "layers.finishing",
+        "layers.kernels",
+        "layers.pending",
+        "layers.octaves",
+        "layers.paths",
+        "layers.parts",
+        "layers.swapping",
+        "layers.convolution",
+    }
     internal |= {
         "layers.merging",
         "models.octave_report",

