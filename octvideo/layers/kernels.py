@@ -457,7 +457,7 @@ def finish(*arguments: Any) -> tuple[Tensor, ...]:
     """As `finishing._finish`."""
     (
         high, add, low, low_add, mean, var, weight,
-        bias, eps, plus_high, plus_low, of_batch, activation, pool,
+        bias, eps, plus_high, plus_low, _, activation, pool,
     ) = arguments  # fmt: skip
     launch = _Launch(high, add, low, low_add, 1024)
     pluses = [None if x is None else lay_channels_last(x) for x in (plus_high, plus_low)]
