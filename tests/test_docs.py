@@ -35,6 +35,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import conftest
+import gpu_suite
 import pytest
 import torch
 import torchvision
@@ -176,8 +177,8 @@ class Reader:
     def tool(self, script, options, *, small=True, **environment):
         name = Path(script).name
         assert (ROOT / (script if "/" in script else f"tools/{script}")).is_file()
-        if name == "speed.py" and "--compile" in options:
-            speed.parse(options)
+        if name == "speed.py" and {"--compile", "--suite"} & set(options):
+            (gpu_suite if "--suite" in options else speed).parse(options)
             return None
         if name in ("real_weights.py", "serving.py"):
             {"real_weights.py": real_weights, "serving.py": serving}[name].parse(options)
