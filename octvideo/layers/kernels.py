@@ -233,10 +233,7 @@ def _combine_kernel(
     tl.store(mean + c, centre, ok)
     tl.store(var + c, square / number, ok)
     if RUNNING:
-        old, old_var = (
-            tl.load(running_mean + c, ok, 0.0).to(tl.float32),
-            tl.load(running_var + c, ok, 0.0).to(tl.float32),
-        )
+        old, old_var = _read(running_mean, c, ok), _read(running_var, c, ok)
         unbiased = square / tl.maximum(number - 1, 1.0)
         tl.store(running_mean + c, old + momentum * (centre - old), ok)
         tl.store(running_var + c, old_var + momentum * (unbiased - old_var), ok)

@@ -71,9 +71,8 @@ class Pending(Octaves):
 
     @classmethod
     def _of(cls, wait: Wait) -> Pending:
-        self: Pending = tuple.__new__(
-            cls, (None, None)
-        )  # what reads a tuple's items in C must not find half of the sum
+        # What reads a tuple's items in C must not find half of the sum.
+        self: Pending = tuple.__new__(cls, (None, None))
         self.parts, self.axis = ((wait.maps[0].shape[1], wait.maps[2].shape[1]),), 1
         self._readers = {}
         self._set(wait)

@@ -21,6 +21,12 @@ class _Recomputed(nn.Module):
 
     def forward(self, x: Tensor | Octaves) -> Any:  # Tensor or Octaves
         block: Any = super().forward
+        if not (self.training and torch.is_grad_enabled()):
+            return block(x)
+        if torch.compiler.is_compiling():  # updates statistics once however often it computes, and has no contexts
+            if isinstance(x, Octaves):  # an input of compiled code would be merged
+                return checkpoint(lambda high, low: block(x.of(high, low)), x.high, x.low, use_reentrant=False)
+            return checkpoint(block, x, use_reentrant=False)
         if isinstance(x, Pending):
             x.ready(pool=True)  # outside of what is computed again
 
@@ -30,12 +36,6 @@ class _Recomputed(nn.Module):
                 output.ready(pool=True)
             return output
 
-        if not (self.training and torch.is_grad_enabled()):
-            return block(x)
-        if torch.compiler.is_compiling():  # updates statistics once however often it computes, and has no contexts
-            if isinstance(x, Octaves):  # an input of compiled code would be merged
-                return checkpoint(lambda high, low: block(x.of(high, low)), x.high, x.low, use_reentrant=False)
-            return checkpoint(block, x, use_reentrant=False)
         return checkpoint(made, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _spare_buffers(self)))
 
 
