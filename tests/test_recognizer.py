@@ -53,8 +53,9 @@ def test_checkpoints_record_every_option_with_the_names_of_version_0_1():
         },
         "seed": 0,
     }
+    later = {"fused_passes": False}  # options that version 0.1 did not have
     given = {"name": "c2d_r50", "alpha": 0.25, "num_classes": 4, "width": 8}
-    assert small(mean=0.4).hparams == given | network | training
+    assert small(mean=0.4).hparams == given | network | training | later
     with pytest.raises(TypeError, match="alhpa"):
         small(alhpa=0.1)
 
