@@ -7,6 +7,7 @@ import sys
 
 import gpu_suite
 import numpy as np
+import operations
 import pytest
 import speed
 import timing
@@ -442,3 +443,13 @@ def test_compiled_networks_are_measured(monkeypatch, run_here):
         *[("train", True, False)] * 3,
     ]
     assert all(row["saved_bytes"] > 0 for row in rows[3:])
+
+
+def test_the_parts_of_a_forward_pass_are_timed(capsys):
+    operations.main(["--model=x3d_xs", "--alphas=.25", "--rounds=1"])
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    vanilla, octave = ([float(cell) for cell in row] for row in rows)
+    assert (vanilla[0], vanilla[1], *vanilla[-2:]) == (0, 1, 1, 1)
+    assert octave[0] == 0.25 and 0.7 < octave[1] < 0.9
+    for row in (vanilla, octave):
+        assert all(cell > 0 for cell in row[2:7]) and sum(row[2:8]) == pytest.approx(row[8], rel=0.05)
