@@ -47,8 +47,8 @@ class Times(TorchDispatchMode):
         return output
 
 
-def measure(networks: dict[float, torch.nn.Module], clips: torch.Tensor, rounds: int) -> dict[float, Counter[str]]:
-    """Seconds of each kind of operation, by alpha."""
+def measure(networks: dict[float, torch.nn.Module], clips: torch.Tensor, rounds: int) -> dict[float, Any]:
+    """A Counter of the seconds of each kind of operation, by alpha."""
     least: dict[float, list[float]] = {}
     names: dict[float, list[str]] = {}
     with torch.inference_mode():
@@ -58,15 +58,16 @@ def measure(networks: dict[float, torch.nn.Module], clips: torch.Tensor, rounds:
                     network(clips)
                 names[alpha], seconds = map(list, zip(*times.found, strict=True))
                 least[alpha] = list(map(min, seconds, least.get(alpha, seconds)))
-    found: dict[float, Counter[str]] = {alpha: Counter() for alpha in networks}
+    found: dict[float, Any] = {alpha: Counter() for alpha in networks}
     for alpha, operations in names.items():
-        for name, seconds in zip(operations, least[alpha], strict=True):
+        for name, least_seconds in zip(operations, least[alpha], strict=True):
             kind = next((kind for part, kind in KINDS.items() if part in name), "other")
-            found[alpha][kind] += seconds
+            found[alpha][kind] += least_seconds
     return found
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Prints a table."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", type=one_of(MODELS, "model"), default="i3d_r50")
