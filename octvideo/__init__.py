@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from octvideo.models.choose_low import choose_low
     from octvideo.models.fuse import fuse
     from octvideo.models.octavize import octavize
+    from octvideo.models.own_network import build_network
     from octvideo.models.zoo import MODELS, create_model
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "OctConvTranspose2d",
     "OctConvTranspose3d",
     "Octaves",
+    "build_network",
     "choose_low",
     "create_model",
     "fuse",
@@ -35,6 +37,7 @@ __all__ = [
 
 _HOMES = (
     *("layers.convolution", "models.octavize", "models.choose_low", "models.fuse", "models.zoo"),
+    "models.own_network",
     "evaluation.prediction",
 )
 

@@ -50,7 +50,7 @@ def test_an_epochs_line_has_validation_figures_only_if_it_was_validated(capsys):
 
 def test_an_epochs_line_fits_120_columns_with_every_figure_in_it(capsys):
     values = {"loss": 0.123456, "top1": 1.0, "top5": 1.0, "learning_rate": 1.23456e-5, "clips_per_second": 1234.56}
-    names = [name for group in FIGURES for name in group]
+    names = [name for group in FIGURES for name in group if name != "val/map"]  # of another task
     trainer = SimpleNamespace(
         callback_metrics={name: torch.tensor(values[name.rpartition("/")[2]]) for name in names},
         is_global_zero=True,

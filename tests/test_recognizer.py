@@ -53,7 +53,9 @@ def test_checkpoints_record_every_option_with_the_names_of_version_0_1():
         },
         "seed": 0,
     }
-    later = {"fused_passes": False}  # options that version 0.1 did not have
+    later = {"fused_passes": False, "task": "single", "class_weights": None}  # that version 0.1 did not have
+    later |= {"network": None, "classes_argument": "num_classes", "skip": None, "output": None, "auxiliary": None}
+    later |= {"teacher": None, "teacher_weight": 0.5, "temperature": 2.0, "layer_decay": 1.0, "no_decay": None}
     given = {"name": "c2d_r50", "alpha": 0.25, "num_classes": 4, "width": 8}
     assert small(mean=0.4).hparams == given | network | training | later
     with pytest.raises(TypeError, match="alhpa"):
@@ -367,7 +369,7 @@ def test_mixed_labels_give_the_shared_cross_entropy_and_count_the_larger_share()
     recognizer.log = lambda name, value, **options: None
     logits = torch.tensor([[2.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 3, 0], [0, 0, 1, 0]])
     recognizer.network = nn.Sequential(nn.Flatten(), nn.Identity())
-    recognizer.forward = lambda clips: logits
+    recognizer.outputs = lambda clips: logits
     clips = torch.zeros(2, 2, 3, 1, 1, 1, dtype=torch.uint8)  # two views of two videos
     shares = torch.tensor([[0.7, 0.3, 0, 0], [0, 0, 0.4, 0.6]])
     batch = Batch(clips, shares, ["a", "b"], [], [(0, 0), (0, 1)])
@@ -385,7 +387,7 @@ def test_smoothed_labels_give_the_smoothed_cross_entropy():
     recognizer = small(label_smoothing=0.2).train()
     recognizer.log = lambda name, value, **options: None
     logits = torch.tensor([[2.0, 0, 0, 0], [0, 1, 0, 0]])
-    recognizer.forward = lambda clips: logits
+    recognizer.outputs = lambda clips: logits
     clips = torch.zeros(2, 1, 3, 1, 1, 1, dtype=torch.uint8)
     loss = recognizer.training_step(Batch(clips, torch.tensor([0, 3]), ["a", "b"], [], [(0, 0), (0, 1)]), 0)
     shares = torch.tensor([[0.85, 0.05, 0.05, 0.05], [0.05, 0.05, 0.05, 0.85]])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -28,6 +28,7 @@ from octvideo.errors import UserError
 from octvideo.files import appearing
 from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.cost import count_macs
+from octvideo.models.own_network import build_recorded, find_network
 from octvideo.training.callbacks import BadVideos, naming_killed_loaders
 from octvideo.training.console import ProgressBar
 from octvideo.training.recognizer import Recognizer
@@ -119,7 +120,8 @@ class CommandLine(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("model.num_classes", "data.num_classes")
+        for option in ("num_classes", "task"):
+            parser.link_arguments(f"model.{option}", f"data.{option}")
         parser.link_arguments("data.batch_size", "model.batch_size")
         for part in ("data", "model"):
             parser.link_arguments("seed_everything", f"{part}.seed", compute_fn=int)
@@ -139,11 +141,17 @@ class CommandLine(LightningCLI):
             raise UserError(f"{option} {what}") from error
         options, given = self.config["model"], {word.split("=")[0] for word in self.words}
         kept = checkpoint.options | {key: getattr(checkpoint.preprocessing, key) for key in ("mean", "std")}
+        if kept["network"] is not None:
+            find_network(kept["network"]["class_path"])  # whatever a checkpoint names, nothing else is called
+            if kept["network"]["init_args"] is None:
+                build_recorded(kept["network"])
         for key, value in kept.items():
-            if f"--model.{key}" not in given and options[key] != value:
-                print(f"model.{key} {value} taken from the checkpoint (config says {options[key]})")
+            have = options[key].as_dict() if isinstance(options[key], Namespace) else options[key]
+            if f"--model.{key}" not in given and (have or None) != (value or None):
+                print(f"model.{key} {value} taken from the checkpoint (config says {have})")
                 options[key] = value
-        self.config["data"]["num_classes"] = options["num_classes"]
+        for key in ("num_classes", "task"):
+            self.config["data"][key] = options[key]
         options["weights"] = None
 
     def take_processes_of_launcher(self) -> None:
@@ -167,7 +175,10 @@ class CommandLine(LightningCLI):
         counts = {"data.clip_frames": data["clip_frames"]}
         if data["multigrid"] is not None:
             counts["data.multigrid.frames_multiple"] = data["multigrid"]["frames_multiple"]
-        for name, count in counts.items() if model["name"].startswith("slowfast") else ():
+        own = model["network"]
+        if own is not None and model["classes_argument"] in (own.get("init_args") or ()):
+            own["init_args"][model["classes_argument"]] = model["num_classes"]
+        for name, count in counts.items() if own is None and model["name"].startswith("slowfast") else ():
             if count % max(1, ratio := model["frame_ratio"]):
                 raise UserError(f"{name} must be a multiple of model.frame_ratio {ratio} for SlowFast, got {count}")
         super().instantiate_classes()
@@ -178,7 +189,9 @@ class CommandLine(LightningCLI):
             return [count_macs(self.model.network, (3, frames, side, side)) for frames, side in sizes]
         except UserError as error:
             cure = "raise data.clip_frames, data.crop_size or data.test_crop_size"
-            raise UserError(f"model.name {self.config['model']['name']}: {error}; {cure}") from error
+            own = self.config["model"]["network"]
+            what = f"name {self.config['model']['name']}" if own is None else f"network {own['class_path']}"
+            raise UserError(f"model.{what}: {error}; {cure}") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         wanted, given = (self.config_init["trainer"][key] for key in ("enable_progress_bar", "callbacks"))

@@ -168,7 +168,7 @@ def main(words: list[str]) -> None:
         machine.seconds(Cost(), dtype)  # whether it has the dtype
         trained = load_trained(options.ckpt) if options.ckpt else None
         size = (3, *options.size) if options.size else trained.preprocessing.clip_size if trained else (3, 8, 224, 224)
-        name = trained.options["name"] if trained else options.model
+        name = trained.name if trained else options.model
         frames = "x".join(map(str, size[1:]))
         mode = "training" if options.train else "inference"
         setting = f"{name}, {options.batch} x {frames}, {options.dtype}, {mode}, {machine.name}"

@@ -165,7 +165,7 @@ def build(sight: Sight, worker: Executor, *, name: str, max_megabytes: float) ->
     with gr.Blocks(title=f"octvideo: {name}", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         seen = gr.State(time_to_live=KEPT_SECONDS)
         gr.Markdown(
-            f"# {trained.options['name']} on your videos\n{name}: alpha {say_alpha(trained.options['alpha'])}, "
+            f"# {trained.name} on your videos\n{name}: alpha {say_alpha(trained.options['alpha'])}, "
             f"{len(trained.labels)} classes, clips of {sizes} (frames, height, width)"
         )
         upload = gr.File(label=f"Drop a video, up to {max_megabytes:g} MB and {sight.max_seconds:g} s", height=140)

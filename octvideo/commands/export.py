@@ -49,6 +49,7 @@ from octvideo.layers.resampling import plain_operations
 from octvideo.models.checkpoint import Trained, load_trained
 from octvideo.models.cost import time_interleaved
 from octvideo.models.fuse import fuse
+from octvideo.models.scoring import probabilities
 from octvideo.models.zoo import create_model
 
 AXES = {"batch": 0, "frames": 2, "height": 3, "width": 4}  # of clips; sizes that may be free
@@ -64,13 +65,14 @@ def size_name(text: str) -> str:
 class Classifier(nn.Module):
     """The exported module, from uint8 clips (B, 3, T, H, W) to float32 logits or probabilities (B, num_classes)."""
 
-    def __init__(self, trained: Trained, softmax: bool) -> None:
+    def __init__(self, trained: Trained, probabilities: bool) -> None:
         super().__init__()
-        self.network, self.normalize, self.softmax = trained.network, trained.normalize, softmax
+        self.network, self.normalize = trained.network, trained.normalize
+        self.task = trained.task if probabilities else None
 
     def forward(self, clips: Tensor) -> Tensor:  # its argument's name becomes the name of the file's input
         logits: Tensor = self.network(self.normalize(clips))
-        return logits.softmax(1) if self.softmax else logits
+        return logits if self.task is None else probabilities(logits, self.task)
 
 
 def onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -169,7 +171,7 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
     try:
         wanted = [eager(clip) for clip in clips]
     except RuntimeError as error:
-        fail(f"{trained.options['name']} does not take clips of {'x'.join(map(str, size[1:]))}: {error}")
+        fail(f"{trained.name} does not take clips of {'x'.join(map(str, size[1:]))}: {error}")
     if arguments.fuse:
         trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
     traced = partial(trace, Classifier(trained, arguments.softmax), clips[-1], step=step, plain=arguments.plain)
@@ -178,7 +180,7 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
     others = [random(size=grown(shape, (name,), step, 2)) for name in free]
     allowed = [name for name, clip in zip(free, others, strict=True) if accepts(clip)]
     if allowed != free:
-        fixed = f"{trained.options['name']} fixes {', '.join(name for name in free if name not in allowed)}"
+        fixed = f"{trained.name} fixes {', '.join(name for name in free if name not in allowed)}"
         if arguments.free:
             fail(fixed)
         print(f"{fixed} in an export at {'x'.join(map(str, size[1:]))}")
@@ -224,7 +226,7 @@ def main(words: list[str]) -> int:
     add("--batch", type=number, metavar="N", help="fixed batch size; default: any")
     names = f"sizes to leave free, of {','.join(AXES)}, or none; default: all that the network allows"
     add("--free", type=several(size_name), metavar="A,B", help=names)
-    add("--softmax", action="store_true", help="output probabilities instead of logits")
+    add("--softmax", action="store_true", help="output probabilities instead of logits (by sigmoid for task multi)")
     fold = "fold batch norms into the convolutions before them: faster, and equal up to rounding; default: yes"
     add("--fuse", action=argparse.BooleanOptionalAction, default=True, help=fold)
     what = "export operations on (B, C, T, H, W) alone, which OpenVINO runs faster, and onnxruntime and PyTorch slower"

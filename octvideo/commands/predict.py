@@ -102,7 +102,9 @@ def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[tuple
         video, label = line.strip(), None
         if not video or (line_number == 1 and re.split(r"[\s,]", video.lower())[0] in HEADERS):
             continue
-        if parts := re.fullmatch(r"(.*[^\s,])[\s,]+(-?\d+)", video):
+        if several := re.fullmatch(r"(.*\S)\s+(-|[\d.:]+(,[\d.:]+)+)", video):  # classes or shares: no single truth
+            video = several[1]
+        elif parts := re.fullmatch(r"(.*[^\s,])[\s,]+(-?\d+)", video):
             video, label = parts[1], int(parts[2])
             if not 0 <= label < num_classes:
                 raise ListError(f"{path}:{line_number}: class number must be 0 to {num_classes - 1}, got {label}")
@@ -178,7 +180,7 @@ def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.N
             video["truth"] = {"label": trained.labels[truth], "class": truth}
         videos.append(video | dict(files))
     accuracy = accuracies(outcomes)
-    found = {"checkpoint": str(arguments.ckpt), "network": trained.options["name"], "alpha": trained.options["alpha"]}
+    found = {"checkpoint": str(arguments.ckpt), "network": trained.name, "alpha": trained.options["alpha"]}
     found |= {"labels": trained.labels, **({} if accuracy is None else {"accuracy": accuracy}), "videos": videos}
     return found | {"bad": [{"path": one.path, "reason": one.reason} for one in outcomes if one.prediction is None]}
 

@@ -54,9 +54,9 @@ from rich.table import Column, Table
 
 from octvideo.commands.options import Parser, config_file, fail, number, one_line_errors, several
 from octvideo.files import appearing
-from octvideo.models.checkpoint import load_trained
+from octvideo.models.checkpoint import load_trained, restore
 from octvideo.models.cost import count_macs, time_interleaved
-from octvideo.models.zoo import Alpha, create_model
+from octvideo.models.zoo import Alpha
 
 COMMAND = [sys.executable, "-P", "-m", "octvideo"]  # -P: not what the current folder names octvideo or random
 OWN = {"--model.alpha", "--model.downsample", "--seed_everything", "--trainer.default_root_dir", "--ckpt_path"}
@@ -248,7 +248,7 @@ def rows_of(found: dict[Variant, list[Row]], rounds: int) -> dict[Variant, Row]:
     for variant, runs in tested.items():  # the checkpoint may be one of another alpha
         trained = load_trained(runs[0]["checkpoint"])
         options = trained.options | {"alpha": variant.alpha, "downsample": variant.downsample}
-        network = create_model(**options, channels_last=True).eval()
+        network = restore(options).eval()
         network.load_state_dict(trained.network.state_dict())
         size = trained.preprocessing.clip_size
         macs.append(count_macs(network, size))

@@ -5,7 +5,9 @@ octvideo test --cfg configs/oct_i3d.yaml --ckpt runs/oct_i3d/checkpoints/best.ck
 The network is the one in the checkpoint, whatever the YAML file says; options on the command line override it.
 Prints clip and video accuracies (views averaged after softmax) and writes DIR/predictions.json:
 {"top1", "top5", "clip_top1", "clip_top5", "videos": [{"path", "label", "scores", and "clip_top1", "clip_top5": shares
-of its clips}], "bad": [{"path", "reason"}], "labels": [class names, if the checkpoint or data.labels has them]}.
+of its clips}], "bad": [{"path", "reason"}], "labels": [class names, if the checkpoint or data.labels has them]}. For
+task multi, in which a video has any number of classes, {"task": "multi", "map": mean average precision, "ap": that of
+each class, "videos": [{"path", "label": [classes], "scores"}], "bad", "labels"}.
 
 With --report it also writes DIR/report.html, as `octvideo report` does.
 
@@ -96,6 +98,8 @@ class Testing(CommandLine):
         self.statistics_batches: int = self.config["statistics_batches"] if self.alphas else 0
         if self.statistics_batches < 0:
             raise UserError(f"--statistics_batches must be at least 0, got {self.statistics_batches}")
+        if self.alphas and self.config["model"]["task"] == "multi":
+            raise UserError("--alphas is for task single")
         if self.alphas:
             self.config["model"]["normalization"] = "batch"  # others are for training; frozen ones cannot be estimated
 
@@ -160,9 +164,13 @@ def test(cli: Testing, folder: Path) -> None:
     results = run_test(cli)
     if not cli.trainer.is_global_zero:
         return
-    table = Table("", "top-1", "top-5")
-    table.add_row("clip", *percent(results, "clip_top1", "clip_top5"))
-    table.add_row("video", *percent(results, "top1", "top5"))
+    if results.get("task") == "multi":
+        table = Table("classes with videos", "mAP")
+        table.add_row(str(sum(value is not None for value in results["ap"])), *percent(results, "map"))
+    else:
+        table = Table("", "top-1", "top-5")
+        table.add_row("clip", *percent(results, "clip_top1", "clip_top5"))
+        table.add_row("video", *percent(results, "top1", "top5"))
     print_results(table, results)
     results |= {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
     with appearing(folder / "predictions.json") as partial:

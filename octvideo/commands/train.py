@@ -92,7 +92,8 @@ class Training(CommandLine):
         if self.config["precise_bn"] > 0:
             callbacks.append(PreciseBatchNorm(self.config["precise_bn"]))
         if options["enable_checkpointing"] is not False and not options["fast_dev_run"]:
-            monitor = None if data.lists["val_list"] is None else "val/top1"
+            best = "val/map" if data.task == "multi" else "val/top1"
+            monitor = None if data.lists["val_list"] is None else best
             every, keep = self.config["save_every_n_steps"], self.config["keep_checkpoints"]
             callbacks.append(RunCheckpoints(self.run_folder / "checkpoints", every, keep, monitor, self.ckpt_path))
         return super().instantiate_trainer(**kwargs)

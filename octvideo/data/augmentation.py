@@ -88,14 +88,14 @@ class BatchAugmentation:
         return v2.RandomChoice(mixing) if mixing else None
 
     def __call__(self, clips: Tensor, labels: Tensor, seeds: Sequence[int | tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        """Augments clips (B, V, C, T, H, W) uint8 of B videos with labels (B,) int64; these tensors stay unchanged.
+        """Augments clips (B, V, C, T, H, W) uint8 of B videos with labels (B,) or shares (B, num_classes); both stay.
 
         Each video has a seed: a number from 0 or a tuple of such, for example (seed, epoch, position). After mixing,
         labels are (B, num_classes) float32 shares. Raises UserError for other shapes, or mixing without num_classes.
         """
         if clips.dim() != 6 or clips.dtype != torch.uint8 or clips.numel() == 0:
             raise UserError(f"expected clips (B, V, C, T, H, W) of uint8, got {tuple(clips.shape)} of {clips.dtype}")
-        if labels.shape != clips.shape[:1] or len(seeds) != len(clips):
+        if labels.shape[:1] != clips.shape[:1] or labels.dim() > 2 or len(seeds) != len(clips):
             got = f"labels {tuple(labels.shape)} and {len(seeds)} seeds"
             raise UserError(f"expected a label and a seed for each of {len(clips)} videos, got {got}")
         with torch.random.fork_rng(devices=[]):  # the transforms draw from the CPU's generator only

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,7 @@ class Sample(NamedTuple):
     """The result of one draw: clips (V, C, T, H, W) uint8 of one video, or None if it is bad or missing."""
 
     clips: Tensor | None
-    label: int
+    label: NDArray[Any] | np.int64  # a class number, or (num_classes,) float32 shares
     path: str
     bad: list[BadVideo]
     draw: Draw
@@ -105,7 +105,7 @@ class TrainingClips(Dataset[Sample]):
             path, seed = videos.paths[video], (self.seed, draw.epoch, draw.position, attempt)
             try:
                 clips = torch.from_numpy(self._read_clips((video, seed, draw.shape or self.shape)))
-                return Sample(clips, int(videos.labels[video]), path, bad, draw)
+                return Sample(clips, videos.labels[video], path, bad, draw)
             except (DecodeError, HungError) as error:
                 bad.append(BadVideo(path, error.reason))
                 video = int(np.random.default_rng(seed).integers(len(videos.paths)))
@@ -148,8 +148,8 @@ class TestViews(Dataset[Sample]):
     def __getitem__(self, draw: Draw) -> Sample:
         """All clips (num_clips * num_crops, C, T, H, W) of a video, or None and the reason."""
         if draw.video == NO_VIDEO:
-            return Sample(None, 0, "", [], draw)
-        path, label = self.decoding.videos.paths[draw.video], int(self.decoding.videos.labels[draw.video])
+            return Sample(None, np.int64(0), "", [], draw)
+        path, label = self.decoding.videos.paths[draw.video], self.decoding.videos.labels[draw.video]
         try:
             clips = self._read_clips(draw.video)
         except (DecodeError, HungError) as error:

@@ -42,10 +42,10 @@ class Paths(Sequence[str]):
 
 
 class VideoList(NamedTuple):
-    """The paths of N videos and their N class numbers, from 0."""
+    """The paths of N videos and their N class numbers, from 0, or shares (N, num_classes) of the classes."""
 
     paths: Sequence[str]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]  # int64, or float32 where a list has several classes of a video
 
 
 def read_list(
@@ -55,30 +55,53 @@ def read_list(
     separator: str = " ",
     header: bool = False,
     num_classes: int | None = None,
+    task: str = "single",
 ) -> VideoList:
     """Reads a list file in UTF-8: on each line a video's path and its class number. Blank lines are skipped.
 
     Relative paths start from `root`, by default the current folder. The last separator on a line counts, so paths may
     contain it. With a header the first line is skipped. Class numbers must be below num_classes if that is given.
 
+    For task "multi" a video has any number of classes, `path 3,17`, or `path -` for none. For task "single" it may have
+    shares of several that add up to 1, `path 3:0.7,17:0.3`. Both need num_classes.
+
     Raises ListError for a file that is missing or empty, or has another kind of line.
     """
     most = MOST_CLASSES if num_classes is None else num_classes
-    paths, labels, line_of = [], [], repr(f"path{separator}class number")  # shows what a tab is
+    form = {"single": r"-?\d+|-?\d+:[\d.]+(,-?\d+:[\d.]+)*", "multi": r"-|-?\d+(,-?\d+)*"}[task]
+    what = "class number" if task == "single" else "class numbers with commas between them"
+    paths, entries, line_of = [], [], repr(f"path{separator}{what}")  # shows what a tab is
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip() or (header and number == 1):
             continue
-        video, _, label = (entry.strip() for entry in line.strip().rpartition(separator))
-        if not video or not label.removeprefix("-").isdecimal():
+        video, _, text = (entry.strip() for entry in line.strip().rpartition(separator))
+        if not video or not re.fullmatch(form, text):
             raise ListError(f"{path}:{number}: expected {line_of}, got {line!r}")
-        if not 0 <= int(label) < most:
-            allowed = f"0 to {most - 1}" + ("" if num_classes is None else f" (num_classes is {num_classes})")
-            raise ListError(f"{path}:{number}: class number must be {allowed}, got {label}")
+        shares = dict(_share(part) for part in text.split(",") if part != "-")
+        for label in shares:
+            if not 0 <= label < most:
+                allowed = f"0 to {most - 1}" + ("" if num_classes is None else f" (num_classes is {num_classes})")
+                raise ListError(f"{path}:{number}: class number must be {allowed}, got {label}")
+        if task == "single" and abs(sum(shares.values()) - 1) > 1e-3:
+            raise ListError(f"{path}:{number}: shares of the classes must add up to 1, got {text}")
         paths.append(video if root is None or ADDRESS.match(video) else os.path.join(root, video))
-        labels.append(int(label))
+        entries.append(shares)
     if not paths:
         raise ListError(f"{path}: no video in it; expected lines of {line_of}")
-    return VideoList(Paths(paths), np.array(labels, dtype=np.int64))
+    if task == "single" and all(len(shares) == 1 for shares in entries):
+        return VideoList(Paths(paths), np.array([next(iter(shares)) for shares in entries], dtype=np.int64))
+    if num_classes is None:
+        raise ListError(f"{path}: videos of several classes need num_classes")
+    labels = np.zeros((len(entries), num_classes), np.float32)
+    for row, shares in zip(labels, entries, strict=True):
+        row[list(shares)] = list(shares.values())
+    return VideoList(Paths(paths), labels)
+
+
+def _share(text: str) -> tuple[int, float]:
+    """A class and its share of a video: 3:0.7, or 3 for all of it."""
+    label, _, share = text.partition(":")
+    return int(label), float(share or 1)
 
 
 def read_class_names(path: str | os.PathLike[str], num_classes: int | None = None) -> list[str]:

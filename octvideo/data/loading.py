@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
@@ -19,7 +20,7 @@ class Batch(NamedTuple):
     """What the model gets: clips of B videos; B is 0 if all are bad."""
 
     clips: Tensor  # (B, V, C, T, H, W) uint8, V clips of each video
-    labels: Tensor  # (B,) class numbers; after mixing, (B, num_classes) shares of the classes
+    labels: Tensor  # (B,) class numbers; after mixing and for several classes, (B, num_classes) shares of the classes
     paths: list[str]
     bad: list[BadVideo]  # videos that could not be decoded while this batch was made
     turns: list[tuple[int, int]]  # (epoch, position) of each video, from which all its random choices derive
@@ -30,7 +31,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     good = [sample for sample in samples if sample.clips is not None]
     return Batch(  # default_collate stacks straight into shared memory in a worker
         default_collate([sample.clips for sample in good]) if good else torch.empty(0),
-        torch.tensor([sample.label for sample in good], dtype=torch.int64),
+        torch.from_numpy(np.stack([sample.label for sample in good])) if good else torch.empty(0, dtype=torch.int64),
         [sample.path for sample in good],
         [bad for sample in samples for bad in sample.bad],
         [(sample.draw.epoch, sample.draw.position) for sample in good],
@@ -52,6 +53,7 @@ class EpochSampler(Sampler[Draw]):
     world_size: int = 1
     epoch: int = 0
     repeats: bool = False  # every epoch is dealt as the first one
+    chances: NDArray[np.float64] | None = None  # of each video, which training draws with repetition; None: all, once
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -61,7 +63,9 @@ class EpochSampler(Sampler[Draw]):
 
     def __iter__(self) -> Iterator[Draw]:
         epoch, order = 0 if self.repeats else self.epoch, np.arange(self.num_videos)
-        if self.shuffle:
+        if self.shuffle and self.chances is not None:
+            order = np.random.default_rng((self.seed, epoch)).choice(order, len(order), p=self.chances)
+        elif self.shuffle:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
         for position in range(self.rank, len(self) * self.world_size, self.world_size):
             yield Draw(epoch, position, int(order[position]) if position < self.num_videos else NO_VIDEO)

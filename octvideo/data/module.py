@@ -5,11 +5,12 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from octvideo.data.augmentation import BatchAugmentation
@@ -31,7 +32,8 @@ ENLARGE = f"enlarge {SHARED_MEMORY} (docker run --shm-size or --ipc=host)"
 class VideoData(LightningDataModule):
     """Training clips, and validation and test views, of the videos in list files.
 
-    A list file has a line for each video: its path and its class number. An index.bin beside it, as `octvideo prepare`
+    A list file has a line for each video: its path and its class number (`path 3`), or several (`path 3,17` for task
+    multi, `path 3:0.7,17:0.3` for shares). An index.bin beside it, as `octvideo prepare`
     writes, saves measuring the videos when they are opened. Class names and preprocessing become part of checkpoints.
 
     Args:
@@ -43,6 +45,8 @@ class VideoData(LightningDataModule):
         header: skip the first line of each list file.
         labels: text file of class names, one a line, class 0 first; default: labels.txt beside train_list, if any.
         num_classes: class numbers must be below it (set by model.num_classes).
+        task: "single" or "multi": one class of a video, or any number of them (set by model.task).
+        balanced: draw training videos so that all classes are as frequent; an epoch stays as long.
         test_clips: clips of a test video, spread evenly over time.
         test_crops: crops of each of them, spread evenly along the longer side.
         augmentation: random changes of whole training batches, on the device; default: none.
@@ -70,6 +74,8 @@ class VideoData(LightningDataModule):
         header: bool = False,
         labels: str | None = None,
         num_classes: int | None = None,
+        task: Literal["single", "multi"] = "single",
+        balanced: bool = False,
         test_clips: int = 10,
         test_crops: int = 3,
         augmentation: BatchAugmentation | None = None,
@@ -87,6 +93,7 @@ class VideoData(LightningDataModule):
         super().__init__()
         self.lists = {"train_list": train_list, "val_list": val_list, "test_list": test_list or val_list}
         self.root, self.header, self.num_classes = root, header, num_classes
+        self.task, self.balanced = task, balanced
         self.separator = separator.replace(r"\t", "\t")  # as shells and YAML's single quotes leave it
         self.test_clips, self.test_crops, self.shuffle_test_frames = test_clips, test_crops, shuffle_test_frames
         self.augmentation = augmentation and dataclasses.replace(augmentation, num_classes=num_classes)
@@ -172,6 +179,12 @@ class VideoData(LightningDataModule):
         """The videos of train_list, val_list or test_list; ListError if they are not named, missing or wrong."""
         return self._decoding(name).videos
 
+    def class_counts(self, name: str) -> NDArray[np.float64]:
+        """(num_classes,) videos of each class in a list, parts of them where it has shares."""
+        labels, classes = self.read(name).labels, self.num_classes or 0
+        counts = labels.sum(0) if labels.ndim > 1 else np.bincount(labels, minlength=classes)
+        return counts.astype(np.float64)
+
     def _decoding(self, name: str) -> Decoding:
         if name not in self._read:
             path = self.lists[name]
@@ -181,7 +194,8 @@ class VideoData(LightningDataModule):
                 raise ListError(f"no {name.removesuffix('_list')} videos are named: expected {looks} FILE")
             if not os.path.isfile(path):
                 raise ListError(f"{path} does not exist: expected {looks} FILE (its paths start from --data.root DIR)")
-            listed = read_list(path, separator=self.separator, header=self.header, num_classes=self.num_classes)
+            how_read: dict[str, Any] = {"num_classes": self.num_classes, "task": self.task}
+            listed = read_list(path, separator=self.separator, header=self.header, **how_read)
             known = VideoIndex(index) if (index := Path(path).parent / FILE).is_file() else None
             rows = None if known is None else known.rows(listed.paths)
             videos = listed._replace(paths=Paths(os.path.join(self.root or "", video) for video in listed.paths))
@@ -273,12 +287,22 @@ class VideoData(LightningDataModule):
             "videos_a_batch": [size * batches.sampler.world_size for size in batches.sizes(epoch)],
             "accumulated": getattr(self.trainer, "accumulate_grad_batches", 1),
             "seed": self.seed,
+            **({"balanced": True} if self.balanced else {}),
         }
 
     def _sampler(self, name: str, shuffle: bool) -> EpochSampler:
         processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
         repeats = getattr(self.trainer, "overfit_batches", 0) > 0
-        return EpochSampler(len(self.read(name).paths), self.seed, shuffle, *processes, repeats=repeats)
+        chances = self._chances() if self.balanced and shuffle else None
+        return EpochSampler(len(self.read(name).paths), self.seed, shuffle, *processes, 0, repeats, chances)
+
+    def _chances(self) -> NDArray[np.float64]:
+        """(N,) how likely each training video is drawn: as its rarest class is rare, so that all are as frequent."""
+        labels, counts = self.read("train_list").labels, self.class_counts("train_list")
+        rarity = 1 / np.maximum(counts, 1)
+        chances = rarity[labels] if labels.ndim == 1 else (labels * rarity).max(1)
+        chances = np.where(chances > 0, chances, 1 / len(labels))  # videos of no class
+        return np.asarray(chances / chances.sum(), np.float64)
 
     def _training_loader(self, batches: TrainingBatches, persistent: bool) -> DataLoader[Sample]:
         mirror, seed, num_clips = self.preprocessing.mirror, batches.sampler.seed, self.clips_per_video

@@ -174,7 +174,7 @@ class Predictor:
         training = [module for module in self.trained.network.modules() if module.training]
         self.trained.network.eval()
         try:
-            scores = score_clips(self._logits, torch.from_numpy(clips)).cpu()
+            scores = score_clips(self._logits, torch.from_numpy(clips), self.trained.task).cpu()
         finally:
             for module in training:
                 module.training = True

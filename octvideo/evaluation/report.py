@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,6 +35,7 @@ LOSSES = {"train/loss_epoch": "training", "val/loss": "validation", "train/loss_
 CURVES: Sequence[tuple[str, str, dict[str, str]]] = (  # title, y axis, and the figures with their names
     ("Loss", "cross-entropy (nats)", LOSSES),
     ("Top-1 accuracy", "top-1 (%)", {"train/top1": "training", "val/top1": "validation"}),
+    ("Mean average precision", "mAP (%)", {"val/map": "validation"}),
     ("Learning rate", "learning rate", {"learning_rate": "learning rate"}),
     ("Speed", "clips per second", {"train/clips_per_second": "training"}),
 )
@@ -105,6 +107,15 @@ class Predictions(NamedTuple):
         return list(wrong[np.argsort(-self.scores.max(1)[wrong], kind="stable")].tolist())
 
 
+class MultiPredictions(NamedTuple):
+    """The predictions.json of N videos of any number of the C classes each."""
+
+    paths: list[str]
+    rows: list[dict[str, Any]]  # of each class its name, videos, and average precision, None without a video
+    mean: float | None  # average precision over the classes with videos
+    bad: list[tuple[str, str]]  # (path, reason) of videos that could not be decoded
+
+
 @dataclass(frozen=True)
 class Card:
     """A checkpoint's network, and what it costs."""
@@ -124,7 +135,7 @@ class Run:
     """A training and its test, as far as its folder has them; `missing` has a sentence for each part that it lacks."""
 
     name: str
-    predictions: Predictions | None = None
+    predictions: Predictions | MultiPredictions | None = None
     alphas: Sequence[Mapping[str, Any]] = ()  # rows of alphas.json
     curves: Mapping[str, Curve] = field(default_factory=dict)  # by their names in the log
     card: Card | None = None
@@ -171,13 +182,20 @@ def read_run(folder: Path, *, results: Path | None = None, checkpoint: Path | No
     return Run(folder.resolve().name, predictions, alphas or (), curves or {}, card, missing)
 
 
-def read_predictions(path: Path, names: Sequence[str] | None = None) -> Predictions:
+def read_predictions(path: Path, names: Sequence[str] | None = None) -> Predictions | MultiPredictions:
     """Reads a predictions.json; `names` are for classes that it does not name, else they are class 0, class 1 ...
 
     Raises UserError for scores, labels and names that do not fit; ValueError, KeyError or TypeError for another file.
     """
     results = json.loads(path.read_text("utf-8"))
     videos = results["videos"]
+    bad = [(video["path"], video["reason"]) for video in results["bad"]]
+    if results.get("task") == "multi":
+        names = results.get("labels") or names or [f"class {number}" for number in range(len(results["ap"]))]
+        counts = Counter(label for video in videos for label in video["label"])
+        each = zip(names, results["ap"], strict=True)
+        rows = [{"name": name, "videos": counts[number], "precision": ap} for number, (name, ap) in enumerate(each)]
+        return MultiPredictions([video["path"] for video in videos], rows, results["map"], bad)
     scores = np.array([video["scores"] for video in videos], np.float32)
     labels = np.array([video["label"] for video in videos], np.int64)
     if videos and (scores.ndim != 2 or labels.min() < 0 or labels.max() >= scores.shape[1]):
@@ -191,7 +209,6 @@ def read_predictions(path: Path, names: Sequence[str] | None = None) -> Predicti
         shares = [video[key] for video in videos if key in videos[0]]
         clips[key] = np.array(shares, np.float64) if shares else float(results[key])
     order = np.argsort(-scores, axis=1, kind="stable")
-    bad = [(video["path"], video["reason"]) for video in results["bad"]]
     return Predictions([video["path"] for video in videos], labels, order, scores, clips, bad, list(names))
 
 
@@ -297,7 +314,7 @@ def points_of(run: Run) -> list[Point]:
         name = f"{run.name}, {row['statistics']} statistics"
         points.append(Point(name, alpha, videos, top1, top5, row["gmacs"], seconds.get(alpha, ())))
     same = (f"{run.name}, checkpoint statistics", own) in (point[:2] for point in points)
-    if run.predictions is not None and (found := run.predictions.accuracies()) and not same:
+    if isinstance(run.predictions, Predictions) and (found := run.predictions.accuracies()) and not same:
         gmacs, videos = run.card.cost.macs / 1e9 if run.card else None, len(run.predictions.paths)
         points.append(Point(run.name, own, videos, found["top1"], found["top5"], gmacs, seconds.get(own, ())))
     return points
@@ -382,9 +399,12 @@ def render(runs: Sequence[Run], thumbnail: Callable[[str], bytes | str], *, made
 
 
 def _section(run: Run, thumbnail: Callable[[str], bytes | str]) -> dict[str, Any]:
-    tested = run.predictions if run.predictions is not None and run.predictions.paths else None
+    tested, multi = run.predictions if run.predictions is not None and run.predictions.paths else None, None
+    if isinstance(tested, MultiPredictions):
+        tested, multi = None, tested
     thinned = any(len(curve.steps) > CURVE_POINTS for curve in run.curves.values())
     section: dict[str, Any] = {"run": run, "charts": curve_charts(run.curves), "thinned": thinned, "tested": tested}
+    section["multi"] = multi
     if tested is None:
         return section
     counts, mistakes = tested.confusion(), tested.mistakes()

@@ -1,5 +1,6 @@
 """Checkpoints that training wrote: the only place that knows what is in them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,25 @@ from torch import Tensor, nn
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.files import verify
+from octvideo.models.own_network import adapt, build_recorded, fit_classes, give_logits
+from octvideo.models.scoring import Task
 from octvideo.models.weights import read_checkpoint
 from octvideo.models.zoo import Alpha, create_model
 
 NETWORK_OPTIONS = (
     *("name", "alpha", "num_classes", "width", "depth"),
     *("frame_ratio", "channel_ratio", "downsample", "round_to"),
+    *("network", "skip", "output", "task"),
 )
+# Of checkpoints whose version had no choice of these.
+EARLIER = {"downsample": "conv", "round_to": 1, "network": None, "skip": (), "output": None, "task": "single"}
 
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
     """What a checkpoint of train_net.py says about its network."""
 
-    options: dict[str, Any]  # what `octvideo.create_model` made the network from: `NETWORK_OPTIONS`
+    options: dict[str, Any]  # what `restore` makes the network from: `NETWORK_OPTIONS`
     preprocessing: Preprocessing  # how it wants its clips, with defaults for what is not recorded
     labels: list[str] | None  # class names by index
     tensors: dict[str, Tensor]  # the state_dict of the Lightning module, whose network is `network`
@@ -37,8 +43,7 @@ def read_training_checkpoint(path: str | Path, mmap: bool = False) -> TrainingCh
     verify(path)
     content = read_checkpoint(path, mmap)
     try:
-        # Early versions had no choice of these, and named none.
-        known = {"downsample": "conv", "round_to": 1} | content["hyper_parameters"]
+        known = EARLIER | content["hyper_parameters"]
         options = {key: known[key] for key in NETWORK_OPTIONS}
         data = content.get("VideoData") or {}  # named after the class that wrote it
         recorded = data.get("preprocessing", {}) | {key: known[key] for key in ("mean", "std")}
@@ -53,9 +58,21 @@ class Trained:
     """A trained network, ready for clips."""
 
     network: nn.Module  # in evaluation mode; takes (B, 3, T, H, W) from `normalize`, and gives (B, num_classes)
-    options: dict[str, Any]  # what `octvideo.create_model` made it from: name, alpha, num_classes ...
+    options: dict[str, Any]  # what `restore` made it from: name, alpha, num_classes ...
     labels: list[str]  # class names by index; "class 3" where the checkpoint has none
     preprocessing: Preprocessing
+
+    @property
+    def name(self) -> str:
+        """The network's name in the zoo, or its class path."""
+        own = self.options.get("network")
+        return str(own["class_path"] if own else self.options["name"])
+
+    @property
+    def task(self) -> Task:
+        """How scores follow from logits; see `octvideo.models.scoring`."""
+        task: Task = self.options.get("task", "single")
+        return task
 
     def normalize(self, clips: Tensor) -> Tensor:
         """uint8 RGB clips (..., 3, T, H, W) as the network takes them."""
@@ -71,11 +88,25 @@ def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
     if "VideoData" not in checkpoint.content:
         raise UserError(f"{path}: not a checkpoint of train_net.py: it has no 'VideoData'")
     options = checkpoint.options | ({} if alpha is None else {"alpha": alpha})
-    network = create_model(**options, channels_last=True)
+    network = restore(options)
     state = {k.partition(".")[2]: v for k, v in checkpoint.tensors.items() if k.startswith("network.")}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit the {options['name']} that it describes: {error}") from error
+        name = (options["network"] or {"class_path": options["name"]})["class_path"]
+        raise UserError(f"{path}: its weights do not fit the {name} that it describes: {error}") from error
+    if options["output"] is not None:
+        give_logits(network, options["output"], options["num_classes"])
     labels = checkpoint.labels or [f"class {index}" for index in range(options["num_classes"])]
     return Trained(network.eval(), options, labels, checkpoint.preprocessing)
+
+
+def restore(options: Mapping[str, Any]) -> nn.Module:
+    """A new network of `NETWORK_OPTIONS`; UserError where its class cannot be found or an option does not fit."""
+    if (own := options["network"]) is not None:
+        network = build_recorded(own)
+        fit_classes(network, options["num_classes"])
+        kept = {key: options[key] for key in ("downsample", "round_to")}
+        return adapt(network, options["alpha"], skip=options["skip"] or (), **kept)
+    of_zoo = {key: value for key, value in options.items() if key not in ("network", "skip", "output", "task")}
+    return create_model(**of_zoo, channels_last=True)

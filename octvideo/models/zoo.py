@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -290,15 +290,18 @@ def stage_alphas(alpha: float | Sequence[float]) -> tuple[float, float, float, f
 
 
 def set_alpha(network: nn.Module, alpha: Alpha) -> nn.Module:
-    """Gives a network of `create_model` another alpha, in place; UserError, and no change, where it cannot have it."""
+    """Gives a network of `create_model` or `adapt` another alpha, in place; UserError, and no change, if impossible."""
     options: Any = getattr(network, "octave_options", None)
-    if not isinstance(network, Net) or options is None:
+    if options is None:
         raise UserError(f"set_alpha takes a network that create_model built, got {type(network).__name__}")
-    if not isinstance(alpha, Mapping):
+    if not isinstance(alpha, Mapping) and isinstance(network, Net):
         stages = zip(residual_stages(network), stage_alphas(alpha), strict=True)
         alpha = {f"^blocks\\.{block}\\.": value for block, value in stages}
-    fast = any(alpha.values()) if options["channels_last"] is None else options["channels_last"]
-    return cast(nn.Module, octavize(network, alpha, **(options | {"channels_last": fast})))
+    if isinstance(alpha, Sequence):
+        raise UserError(f"four alphas, of res2 to res5, are for the zoo's networks, not for {type(network).__name__}")
+    shares = alpha.values() if isinstance(alpha, Mapping) else [alpha]
+    fast = any(shares) if options["channels_last"] is None else options["channels_last"]
+    return octavize(network, alpha, **(options | {"channels_last": fast}))
 
 
 def residual_stages(network: Net) -> list[int]:

@@ -13,7 +13,7 @@ from octvideo.training.recognizer import Recognizer
 # An epoch's line: groups of metrics, and how each is printed.
 FIGURES: tuple[dict[str, str], ...] = (
     {"train/loss": "loss {:.3g}", "train/top1": "top1 {:.1%}"},
-    {"val/loss": "loss {:.3g}", "val/top1": "top1 {:.1%}", "val/top5": "top5 {:.1%}"},
+    {"val/loss": "loss {:.3g}", "val/top1": "top1 {:.1%}", "val/top5": "top5 {:.1%}", "val/map": "mAP {:.1%}"},
     {"learning_rate": "lr {:.2g}"},
     {"train/clips_per_second": "{:.4g} clips/s"},
 )
@@ -27,7 +27,8 @@ class RunSummary(callbacks.Callback):
         size = f"{clips.clip_frames} x {clips.crop_size} x {clips.crop_size}"
         alpha = "per layer" if isinstance(options["alpha"], dict) else options["alpha"]
         parameters = f"{count_parameters(model.network):,} parameters"  # not sharded yet
-        self._network = f"{options['name']}, alpha {alpha}, {parameters}, {macs / 1e9:.3g} GMACs a clip of {size}"
+        name = options["name"] if options["network"] is None else options["network"]["class_path"]
+        self._network = f"{name}, alpha {alpha}, {parameters}, {macs / 1e9:.3g} GMACs a clip of {size}"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -65,7 +66,7 @@ class EpochLines(callbacks.Callback):
         for group in FIGURES:
             shown = [form.format(metrics[name]) for name, form in group.items() if name in metrics]
             if shown:
-                line.append(" ".join(["val", *shown] if "val/top1" in group else shown))
+                line.append(" ".join(["val", *shown] if "val/loss" in group else shown))
         self._first, self._validated = None, False
         if trainer.is_global_zero:
             print("  ".join(line), flush=True)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, Literal
 
@@ -12,10 +13,10 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
 
 from octvideo.data.loading import Batch
 from octvideo.data.module import VideoData
@@ -24,9 +25,13 @@ from octvideo.errors import UserError
 from octvideo.layers.finishing import use_fused_passes
 from octvideo.layers.normalization import normalize
 from octvideo.models.compilation import compile_network
+from octvideo.models.own_network import adapt, entry_of, fit_classes, logits_of, record_of
 from octvideo.models.recomputation import recompute as recompute_blocks
-from octvideo.models.scoring import score_clips, top_hits
+from octvideo.models.scoring import Task, average_precisions, score_clips, top_hits
+from octvideo.models.weights import load_weights
 from octvideo.models.zoo import create_model
+from octvideo.training.objective import Objective, Teacher
+from octvideo.training.optimizers import OptimizerCallable, SchedulerCallable, build_optimizer, parameter_groups
 from octvideo.training.schedule import Schedule
 
 
@@ -37,11 +42,31 @@ class Recognizer(LightningModule):
     alone, so resuming needs no scheduler state. Raises UserError for a number out of its range.
 
     Args:
-        name: network: c2d_r50, i3d_r50, slow_r50, slowfast_r50, c2d_r50_nonlocal, i3d_r50_nonlocal, csn_r101,
+        name: of the zoo: c2d_r50, i3d_r50, slow_r50, slowfast_r50, c2d_r50_nonlocal, i3d_r50_nonlocal, csn_r101,
             r2plus1d_r50, x3d_xs, x3d_s, x3d_m or x3d_l.
         alpha: share of octave channels at low resolution in res2 to res4, in [0, 1]; or four, for res2 to res5; or
-            {regex of convolutions' names: number}, such as experiments/allocation.py writes.
+            {regex of convolutions' names: number}, such as experiments/allocation.py writes. Of `network`: a number for
+            all convolutions that suit, or a mapping.
         num_classes: number of classes.
+        network: a network of your own in place of the zoo's, from clips (B, 3, T, H, W) to logits (B, num_classes): in
+            YAML {class_path, init_args}, in Python a module, of `octvideo.build_network` if checkpoints are to build it
+            again. Its last linear layer is replaced unless it has num_classes outputs.
+        classes_argument: argument of the network's class that takes num_classes, if it has one of that name.
+        skip: of `network`: regexes of convolutions' names that stay vanilla.
+        output: of `network`: key, attribute or number of the logits among several outputs.
+        auxiliary: of `network`: weights in the loss of further logits, by their key, attribute or number.
+        task: "single": one class a video; "multi": any number of classes (`path 3,17` in lists), each with a sigmoid.
+        loss: module called with logits and labels, such as octvideo.training.objective.FocalLoss; default:
+            cross-entropy, for "multi" the binary one.
+        class_weights: a weight for each class, or "balanced": by the numbers of training videos.
+        teacher: checkpoint of a network whose scores this one learns too (knowledge distillation).
+        teacher_weight: share of the loss that is the teacher's, in (0, 1].
+        temperature: divides the logits of both before they are compared.
+        optimizer: class path of another optimiser, such as torch.optim.AdamW, with its arguments; its lr takes the
+            place of learning_rate, and the schedule keeps its shape. Default: SGD with Nesterov momentum.
+        lr_scheduler: class path of a schedule of torch, stepped after each epoch, in place of the one here.
+        layer_decay: learning rates fall by this factor from each layer to the one before it; 1: all alike.
+        no_decay: regexes of parameters' names without weight decay, besides biases and batch norms.
         freeze: modules whose weights and batch norms stay fixed, as regexes that match the start of their names
             (`blocks.0` is the stem).
         normalization: statistics that training batches are normalised with: "batch", each process's own; "sync", those
@@ -65,7 +90,7 @@ class Recognizer(LightningModule):
         mean: subtracted from pixels in [0, 1].
         std: divides them afterwards.
         seed: of dropout (set by seed_everything).
-        network: further options of `octvideo.create_model`.
+        zoo: further options of `octvideo.create_model`.
     """
 
     def __init__(
@@ -74,6 +99,21 @@ class Recognizer(LightningModule):
         alpha: float | list[float] | dict[str, float] = 0.1,
         num_classes: int = 400,
         *,
+        network: nn.Module | None = None,
+        classes_argument: str = "num_classes",
+        skip: list[str] | None = None,
+        output: str | int | None = None,
+        auxiliary: dict[str, float] | None = None,
+        task: Task = "single",
+        loss: nn.Module | None = None,
+        class_weights: list[float] | Literal["balanced"] | None = None,
+        teacher: str | None = None,
+        teacher_weight: float = 0.5,
+        temperature: float = 2.0,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: SchedulerCallable | None = None,
+        layer_decay: float = 1.0,
+        no_decay: list[str] | None = None,
         freeze: list[str] | None = None,
         normalization: Literal["batch", "sync", "sub", "frozen"] = "batch",
         sub_batch: int | None = None,
@@ -92,7 +132,7 @@ class Recognizer(LightningModule):
         mean: float = 0.45,
         std: float = 0.225,
         seed: int = 0,
-        **network: Any,
+        **zoo: Any,
     ) -> None:
         super().__init__()
         self.recipe = Schedule(learning_rate, 1, warmup_start, warmup_epochs, tuple(milestones or ()))
@@ -106,11 +146,22 @@ class Recognizer(LightningModule):
         for option, value in ("sub_batch", sub_batch), ("reference_batch", reference_batch), ("batch_size", batch_size):
             if value is not None and value < 1:
                 raise UserError(f"model.{option} must be at least 1, got {value}")
-        # Channels last is faster at every alpha.
-        self.network = create_model(name, alpha=alpha, num_classes=num_classes, channels_last=True, **network)
-        # save_hyperparameters reads `network` from here: checkpoints record its defaults too, but no file of weights.
-        network = (create_model.__kwdefaults__ or {}) | network | {"alpha": alpha, "num_classes": num_classes}
-        self.save_hyperparameters(ignore=["weights", "channels_last"])
+        if network is None:
+            # Channels last is faster at every alpha.
+            self.network = create_model(name, alpha=alpha, num_classes=num_classes, channels_last=True, **zoo)
+        else:
+            self.network = self._adapted(network, alpha, num_classes, tuple(skip or ()), zoo)
+        self.objective = Objective(
+            task, num_classes, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing
+        )
+        teaching = teacher_weight, temperature, task, num_classes
+        self.teacher = None if teacher is None else Teacher(teacher, *teaching)
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        # save_hyperparameters reads `network` and `zoo` from here: checkpoints record defaults too, but no file.
+        zoo = (create_model.__kwdefaults__ or {}) | zoo | {"alpha": alpha, "num_classes": num_classes}
+        network, record = None, None if network is None else record_of(network)
+        self.save_hyperparameters(ignore=["weights", "channels_last", "loss", "optimizer", "lr_scheduler"])
+        self.hparams["network"] = self.hparams.get("network") or record  # the command line's, or else the object's
         clips_per_part = (sub_batch or batch_size) if normalization == "sub" else None
         normalize(self.network, normalization, clips_per_part=clips_per_part)
         for pattern in freeze or ():
@@ -124,37 +175,87 @@ class Recognizer(LightningModule):
                 normalize(part.requires_grad_(False), "frozen")
         if recompute:
             recompute_blocks(self.network)
-        accuracies = (MulticlassAccuracy(num_classes, k, average="micro") for k in (1, 1, min(5, num_classes)))
-        self.train_top1, self.val_top1, self.val_top5 = accuracies
         self.val_loss = MeanMetric()
+        if task == "multi":
+            self.val_map = MultilabelAveragePrecision(num_classes)
+        else:
+            accuracies = (MulticlassAccuracy(num_classes, k, average="micro") for k in (1, 1, min(5, num_classes)))
+            self.train_top1, self.val_top1, self.val_top5 = accuracies
+
+    def _adapted(
+        self, network: nn.Module, alpha: Any, num_classes: int, skip: Sequence[str], zoo: dict[str, Any]
+    ) -> nn.Module:
+        """A network of the user's, with as many classes, octave at alpha, and with weights if a file is given."""
+        defaults, allowed = create_model.__kwdefaults__ or {}, ("downsample", "round_to", "weights")
+        foreign = [key for key, value in zoo.items() if key not in allowed and value != defaults.get(key)]
+        zoo = defaults | zoo
+        if foreign:
+            key = foreign[0]
+            cure = f"leave it out, or at {defaults.get(key)}"
+            raise UserError(f"model.{key} {zoo[key]} is an option of the zoo's networks, not of model.network: {cure}")
+        if note := fit_classes(network, num_classes):
+            rank_zero_info(note)
+        if zoo["weights"] is not None:
+            load_weights(network, zoo["weights"])
+        return adapt(network, alpha, skip=skip, downsample=zoo["downsample"], round_to=zoo["round_to"])
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (B, num_classes) of clips (B, C, T, H, W) in uint8 RGB, which are normalised here, on the device."""
-        logits: Tensor = self.network(self.preprocessing.normalize(clips).to(self.dtype))
-        return logits
+        return self.logits(self.outputs(clips))
+
+    def outputs(self, clips: Tensor) -> Any:
+        """What the network returns for clips (B, C, T, H, W) in uint8 RGB."""
+        return self.network(self.preprocessing.normalize(clips).to(self.dtype))
+
+    def logits(self, outputs: Any) -> Tensor:
+        """The logits (B, num_classes) among a network's outputs: override for what `model.output` cannot name."""
+        return logits_of(outputs, self.hparams["output"], self.hparams["num_classes"])
+
+    def loss(self, outputs: Any, labels: Tensor) -> Tensor:
+        """The loss of a network's outputs, auxiliary ones included: override for any other sum."""
+        loss: Tensor = self.objective(self.logits(outputs).float(), labels)
+        for key, weight in (self.hparams["auxiliary"] or {}).items() if not isinstance(outputs, Tensor) else ():
+            further = entry_of(outputs, int(key) if key.isdecimal() else key)
+            loss = loss + weight * self.objective(further.float(), labels)
+        return loss
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Cross-entropy of a batch; the accuracy of mixed clips counts the class of the larger share."""
+        """The loss of a batch; the accuracy of mixed clips counts the class of the larger share."""
         videos, views = batch.clips.shape[:2]
-        logits, labels = self(batch.clips.flatten(0, 1)).float(), batch.labels.repeat_interleave(views, 0)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
-        self.train_top1(logits, labels.argmax(1) if labels.dim() > 1 else labels)
+        clips, labels = batch.clips.flatten(0, 1), batch.labels.repeat_interleave(views, 0)
+        outputs = self.outputs(clips)
+        loss, logits = self.loss(outputs, labels), self.logits(outputs).float()
+        if self.teacher is not None:
+            loss = self.teacher(clips, logits, loss)
         self.log("train/loss", loss, on_epoch=True, batch_size=videos, sync_dist=True)
-        self.log("train/top1", self.train_top1, on_step=False, on_epoch=True, batch_size=videos)
+        if self.objective.task == "single":
+            self.train_top1(logits, labels.argmax(1) if labels.dim() > 1 else labels)
+            self.log("train/top1", self.train_top1, on_step=False, on_epoch=True, batch_size=videos)
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Loss and accuracies of videos, with the views averaged after softmax."""
+        """Loss and accuracies of videos, with the views averaged after softmax or sigmoid."""
+        multi = self.objective.task == "multi"
+        metrics: dict[str, Any] = {"val/map": self.val_map} if multi else {}
+        metrics |= {} if multi else {"val/top1": self.val_top1, "val/top5": self.val_top5}
         if len(batch.clips) > 0:
-            scores = self._view_scores(batch).mean(1)
-            self.val_loss.update(F.nll_loss(scores.clamp_min(1e-12).log(), batch.labels), len(scores))
-            self.val_top1.update(scores, batch.labels)
-            self.val_top5.update(scores, batch.labels)
-        metrics = {"val/loss": self.val_loss, "val/top1": self.val_top1, "val/top5": self.val_top5}
-        self.log_dict(metrics, batch_size=1)
+            scores, labels = self._view_scores(batch).mean(1), batch.labels
+            if multi:
+                loss = F.binary_cross_entropy(scores, labels)
+                labels = (labels > 0.5).long()
+            elif labels.dim() > 1:
+                loss, labels = -(labels * scores.clamp_min(1e-12).log()).sum(1).mean(), labels.argmax(1)
+            else:
+                loss = F.nll_loss(scores.clamp_min(1e-12).log(), labels)
+            self.val_loss.update(loss, len(scores))
+            for metric in metrics.values():
+                metric.update(scores, labels)
+        self.log_dict({"val/loss": self.val_loss, **metrics}, batch_size=1)
 
     def _view_scores(self, batch: Batch) -> Tensor:  # probabilities (B, V, num_classes)
-        return torch.unflatten(score_clips(self, batch.clips.flatten(0, 1)), 0, batch.clips.shape[:2])
+        return torch.unflatten(
+            score_clips(self, batch.clips.flatten(0, 1), self.objective.task), 0, batch.clips.shape[:2]
+        )
 
     def on_test_epoch_start(self) -> None:
         self._tested: tuple[list[Any], ...] = [], [], []  # videos, their hits, and bad videos
@@ -167,6 +268,12 @@ class Recognizer(LightningModule):
             return
         views, labels = self._view_scores(batch), batch.labels
         scores = views.mean(1)
+        if self.objective.task == "multi":
+            classes = [row.nonzero()[:, 0].tolist() for row in labels > 0.5]
+            rows = zip(batch.paths, classes, scores.tolist(), strict=True)
+            videos += [{"path": path, "label": label, "scores": values} for path, label, values in rows]
+            return
+        labels = labels.argmax(1) if labels.dim() > 1 else labels
         clip_hits = [top.mean(1) for top in top_hits(views, labels[:, None])]
         hits += torch.stack((*top_hits(scores, labels), *clip_hits), 1).tolist()
         names = "path", "label", "scores", "clip_top1", "clip_top5"
@@ -179,8 +286,12 @@ class Recognizer(LightningModule):
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(parts, self._tested)
         videos, hits, bad = (list(itertools.chain(*kind)) for kind in zip(*parts, strict=True))
-        accuracies = torch.tensor(hits).mean(0).tolist() if hits else [None] * 4
-        self.results: dict[str, Any] = dict(zip(("top1", "top5", "clip_top1", "clip_top5"), accuracies, strict=True))
+        self.results: dict[str, Any]
+        if self.objective.task == "multi":
+            self.results = {"task": "multi"} | average_precisions(videos)
+        else:
+            accuracies = torch.tensor(hits).mean(0).tolist() if hits else [None] * 4
+            self.results = dict(zip(("top1", "top5", "clip_top1", "clip_top5"), accuracies, strict=True))
         self.results |= {"videos": sorted(videos, key=itemgetter("path")), "bad": sorted(bad, key=itemgetter("path"))}
 
     def configure_model(self) -> None:
@@ -190,16 +301,29 @@ class Recognizer(LightningModule):
             compile_network(self.network, self.hparams["compile"])
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.network, FSDPModule):
             assert self.device_mesh is not None
-            for module in (*self.network.get_submodule("blocks").children(), self.network):
+            for module in (*getattr(self.network, "blocks", self.network).children(), self.network):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-        if not trained:
+    def configure_optimizers(self) -> Any:
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):
             raise UserError(f"model.freeze {self.hparams['freeze']} freezes the whole network")
-        weights, others = [x for x in trained if x.dim() > 1], [x for x in trained if x.dim() <= 1]
-        groups = [{"params": weights, "weight_decay": self.hparams["weight_decay"]}, {"params": others}]
-        return torch.optim.SGD(groups, self.recipe.peak, momentum=self.hparams["momentum"], nesterov=True)
+        own, options = self.optimizer is not None, self.hparams
+        spared, decay = options["no_decay"] or (), options["layer_decay"]
+        groups = parameter_groups(self.network, None if own else options["weight_decay"], spared, decay)
+        if self.optimizer is None:
+            return torch.optim.SGD(groups, self.recipe.peak, momentum=options["momentum"], nesterov=True)
+        optimizer = build_optimizer(self.optimizer, groups)
+        self.recipe = self.recipe.scaled(optimizer.defaults["lr"] / self.recipe.peak)
+        if self.lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
+
+    def on_fit_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if self.objective.balanced:
+            if not isinstance(data, VideoData):
+                raise UserError("model.class_weights balanced counts the classes of octvideo's VideoData: give numbers")
+            self.objective.balance(data.class_counts("train_list"), len(data.read("train_list").paths))
 
     def on_train_start(self) -> None:
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
@@ -234,16 +358,18 @@ class Recognizer(LightningModule):
         scaled += f"; times {', '.join(map(str, factors))} in multigrid's long cycle" if len(factors) > 1 else ""
         step = f"{batch} clips x {trainer.world_size} processes x {accumulated} batches = {clips} clips"
         step = step if clips else "clips as the loader gives them"
-        rank_zero_info(f"learning rate: {self.schedule}{scaled}\na step: {step}; an epoch: {self._epoch_steps:g} steps")
+        how = f"{self.schedule}{scaled}" if self.lr_scheduler is None else "as model.lr_scheduler sets it"
+        rank_zero_info(f"learning rate: {how}\na step: {step}; an epoch: {self._epoch_steps:g} steps")
 
     def on_train_batch_start(self, batch: Batch, batch_index: int) -> None:
         # Sets what depends only on the position in the run: the learning rate and dropout's seed.
         trainer, epoch = self.trainer, self.trainer.current_epoch
         step = self._first_steps[epoch] + batch_index // trainer.accumulate_grad_batches
         rate = self.schedule.at(step / self._epoch_steps) * self._factors[epoch]
-        for group in trainer.optimizers[0].param_groups:
-            group["lr"] = rate
-        self.log("learning_rate", rate)
+        optimizer: Any = trainer.optimizers[0]
+        for group in optimizer.param_groups if self.lr_scheduler is None else ():
+            group["lr"] = rate * group.get("lr_scale", 1)
+        self.log("learning_rate", rate if self.lr_scheduler is None else optimizer.param_groups[0]["lr"])
         turn = (self.hparams["seed"], epoch, batch_index, trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(turn).generate_state(1, np.uint64)[0] >> 1))
 
