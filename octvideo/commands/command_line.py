@@ -10,6 +10,7 @@ import traceback
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -67,8 +68,10 @@ class Parser(LightningArgumentParser):
 
 def in_one_line(message: str) -> str:
     """The useful part of jsonargparse's message, which lists every type that a value might have had."""
-    reasons = [line.strip()[2:] for line in message.splitlines() if line.strip().startswith("- ")]
-    useful = [reason for reason in reasons if not reason.startswith("Expected a") and "NoneType" not in reason]
+    lines = [line.strip() for line in message.splitlines()]
+    reasons = [re.sub(":$", f": {after}", line[2:]) for line, after in pairwise([*lines, ""]) if line.startswith("- ")]
+    dull = ("Expected a", "Does not validate against any")
+    useful = [reason.partition("callable class: ")[2] or reason for reason in reasons if not reason.startswith(dull)]
     key = re.search(r'key "([^"]+)":', message)
     if useful:
         return f"{key[1]}: {useful[0]}" if key else useful[0]

@@ -220,6 +220,8 @@ def predict(arguments: argparse.Namespace) -> int:
     trained = load_trained(arguments.ckpt, arguments.alpha)
     compile_network(trained.network, arguments.compile)
     videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
+    if trained.task == "multi":  # a list's single class is no truth to count hits of
+        videos = [(video, None) for video, _ in videos]
     # Refuse results that would overwrite what is read.
     read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *(video for video, _ in videos))}
     given = [(option, path) for option in ("json", "csv") if (path := getattr(arguments, option)) is not None]

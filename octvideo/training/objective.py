@@ -107,7 +107,10 @@ class Teacher:
         if not 0 < weight <= 1 or temperature <= 0:
             got = f"got {weight} and {temperature}"
             raise UserError(f"model.teacher_weight must lie in (0, 1] and model.temperature be positive, {got}")
-        self.trained = load_trained(checkpoint)
+        try:
+            self.trained = load_trained(checkpoint)
+        except FileNotFoundError as error:
+            raise UserError(f"model.teacher {checkpoint}: no such file") from error
         self.trained.network.requires_grad_(False)
         if (self.trained.options["num_classes"], self.trained.task) != (num_classes, task):
             have = f"{self.trained.options['num_classes']} classes of task {self.trained.task}"

@@ -308,6 +308,8 @@ class Recognizer(LightningModule):
         if not any(parameter.requires_grad for parameter in self.network.parameters()):
             raise UserError(f"model.freeze {self.hparams['freeze']} freezes the whole network")
         own, options = self.optimizer is not None, self.hparams
+        if self.lr_scheduler is not None and not own:
+            raise UserError("model.lr_scheduler is for model.optimizer: give one, such as SGD")
         spared, decay = options["no_decay"] or (), options["layer_decay"]
         groups = parameter_groups(self.network, None if own else options["weight_decay"], spared, decay)
         if self.optimizer is None:
@@ -316,6 +318,8 @@ class Recognizer(LightningModule):
         self.recipe = self.recipe.scaled(optimizer.defaults["lr"] / self.recipe.peak)
         if self.lr_scheduler is None:
             return optimizer
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1)
         return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
 
     def on_fit_start(self) -> None:
@@ -372,6 +376,37 @@ class Recognizer(LightningModule):
         self.log("learning_rate", rate if self.lr_scheduler is None else optimizer.param_groups[0]["lr"])
         turn = (self.hparams["seed"], epoch, batch_index, trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(turn).generate_state(1, np.uint64)[0] >> 1))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Schedule-free optimisers (Defazio et al., 2024) train other weights than those to use: a checkpoint has both.
+        optimizer = self._schedule_free()
+        if optimizer is None:
+            return
+        current = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+        optimizer.eval()
+        checkpoint["state_dict"] = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        optimizer.train()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(current[name])
+        checkpoint["training_weights"] = current
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.training and "training_weights" in checkpoint:
+            checkpoint["state_dict"] |= checkpoint["training_weights"]
+
+    def _schedule_free(self) -> Any:
+        """The optimiser, if it has modes for training and evaluation."""
+        found = [x for x in self.trainer.optimizers if callable(getattr(x, "train", None))] if self._trainer else []
+        return found[0] if found else None
+
+    def on_validation_start(self) -> None:
+        if (optimizer := self._schedule_free()) is not None:
+            optimizer.eval()
+
+    def on_validation_end(self) -> None:
+        if (optimizer := self._schedule_free()) is not None:
+            optimizer.train()
 
     def on_validation_epoch_start(self) -> None:
         # Gathers sharded weights once: ranks whose last batches hold fewer videos make fewer forward passes.
