@@ -27,7 +27,8 @@ class Tiny(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (B, num_classes)."""
-        return self.classifier(self.features(clips).mean((2, 3, 4)))
+        logits: Tensor = self.classifier(self.features(clips).mean((2, 3, 4)))
+        return logits
 
 
 class Outputs(NamedTuple):

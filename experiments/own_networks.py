@@ -2,8 +2,8 @@
 
 python experiments/own_networks.py networks|octave|labels|distillation [--folder runs/own_networks] [--json FILE]
 
-networks      eight networks that octvideo does not know, at alpha 0 and .25: one epoch, killed in the middle of a second
-              run of it and resumed; tested, predicted and exported from the checkpoint alone
+networks      eight networks that octvideo does not know, at alpha 0 and .25: one epoch, and once more, killed in the
+              middle and resumed; tested, predicted and exported from the checkpoint alone
 octave        torchvision's r3d_18 at alpha 0, pooled, and .25, three seeds each
 labels        two movements in one video, as two labels of it: mAP, and average precision beside scikit-learn's
 distillation  a trained vanilla network made octave at .5 and trained for two epochs, with and without its teacher

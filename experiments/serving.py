@@ -186,7 +186,7 @@ def centre_clips(
     chosen = np.linspace(0, len(videos.labels) - 1, min(most, len(videos.labels))).astype(int)
     samples = [views[Draw(0, 0, int(index))] for index in chosen]
     good = [sample for sample in samples if sample.clips is not None]
-    return [sample.clips.numpy() for sample in good if sample.clips is not None], [sample.label for sample in good]
+    return [sample.clips.numpy() for sample in good if sample.clips is not None], [int(sample.label) for sample in good]
 
 
 def measure_accuracy(arguments: argparse.Namespace, save: Callable[[list[Row]], None]) -> list[Row]:

@@ -65,10 +65,10 @@ def size_name(text: str) -> str:
 class Classifier(nn.Module):
     """The exported module, from uint8 clips (B, 3, T, H, W) to float32 logits or probabilities (B, num_classes)."""
 
-    def __init__(self, trained: Trained, probabilities: bool) -> None:
+    def __init__(self, trained: Trained, softmax: bool) -> None:
         super().__init__()
         self.network, self.normalize = trained.network, trained.normalize
-        self.task = trained.task if probabilities else None
+        self.task = trained.task if softmax else None
 
     def forward(self, clips: Tensor) -> Tensor:  # its argument's name becomes the name of the file's input
         logits: Tensor = self.network(self.normalize(clips))

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multilabel_average_precision
+from torchmetrics.functional.classification import binary_average_precision
 
 Task = Literal["single", "multi"]  # one class of each video, or any number of them
 
@@ -37,7 +37,7 @@ def average_precisions(videos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     truth = torch.zeros(scores.shape, dtype=torch.int64)
     for row, video in zip(truth, videos, strict=True):
         row[list(video["label"])] = 1
-    found = multilabel_average_precision(scores, truth, scores.shape[1], average="none")
-    each = [value if count else None for value, count in zip(found.tolist(), truth.sum(0).tolist(), strict=True)]
+    pairs = zip(scores.T, truth.T, strict=True)
+    each = [float(binary_average_precision(score, right)) if right.any() else None for score, right in pairs]
     known = [value for value in each if value is not None]
     return {"map": sum(known) / len(known) if known else None, "ap": each}

@@ -66,12 +66,14 @@ class Objective(nn.Module):
             raise UserError(f"model.class_weights must be {num_classes} numbers from 0, got {class_weights}")
         numbers = class_weights if isinstance(class_weights, list) else None
         self.register_buffer("weights", None if numbers is None else torch.tensor(numbers), persistent=False)
+        if task == "multi" and num_classes < 2:
+            raise UserError("model.task multi needs at least 2 classes")
         if task == "multi" and label_smoothing:
             raise UserError("model.label_smoothing is for task single")
 
     def balance(self, counts: NDArray[np.float64], num_videos: int) -> None:
         """Sets class weights from the videos of each class: num_videos / (num_classes * count); 0 without any."""
-        weights = np.divide(num_videos, counts * (1 if self.task == "multi" else self.num_classes), where=counts > 0)
+        weights = num_videos / np.maximum(counts, 1) / (1 if self.task == "multi" else self.num_classes)
         weights = np.where(counts > 0, weights - (self.task == "multi"), 0)  # of its positives, to equal the negatives
         self.weights = torch.tensor(weights, dtype=torch.float32)
 
