@@ -47,7 +47,7 @@ from torch.distributed.run import get_args_parser
 import octvideo
 from experiments import real_weights, serving, speed
 from octvideo import MODELS, create_model
-from octvideo.commands import sweep
+from octvideo.commands import runs
 from octvideo.training.recognizer import Recognizer
 
 DOCS = ROOT / "docs"
@@ -105,19 +105,19 @@ def start_tool_in(workspace):
 def _be_tool_in(workspace, arguments, folder, environment):
     conftest.ROOT = workspace
     resnet._MODEL_STAGE_DEPTH[50] = SHALLOW
-    sweep.call = _call
+    runs.call = _call
     conftest._be_tool(arguments, folder, environment)
 
 
 def _call(tool, options, log):
-    """sweep.call in a fork: without the seconds that a new process imports, and with the shallow networks."""
+    """runs.call in a fork: without the seconds that a new process imports, and with the shallow networks."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [str(conftest.ROOT / "tools" / f"{tool}_net.py"), *options]
         process = multiprocessing.Process(target=conftest._be_tool, args=(arguments, Path(folder), {}))
         process.start()
         process.join()
         if process.exitcode:
-            raise sweep.RunFailedError((Path(folder) / "stderr").read_text())
+            raise runs.RunFailedError((Path(folder) / "stderr").read_text())
 
 
 class Reader:
