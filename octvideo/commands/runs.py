@@ -20,7 +20,7 @@ from octvideo.commands.options import Parser, config_file, fail, one_line_errors
 from octvideo.files import appearing
 
 COMMAND = [sys.executable, "-P", "-m", "octvideo"]  # -P: not what the current folder names octvideo or random
-LOOK_SECONDS = 1.0  # between two looks at a run that is watched
+LOOK_SECONDS = 5.0  # between two looks at a run that is watched
 
 
 class RunFailedError(Exception):
@@ -83,8 +83,9 @@ def resolve(tool: str, options: Sequence[str]) -> dict[str, Any]:
 def call(tool: str, options: Sequence[str], log: Path, hopeless: Callable[[], bool] | None = None) -> bool:
     """Runs a command, its output appended to a log; returns whether it came to its end.
 
-    Where `hopeless`, asked every second, is true, the command is stopped by SIGTERM. Waits first for a process that
-    still writes to the log, as a killed parent leaves it. Raises RunFailedError with the last line of one that fails.
+    Where `hopeless`, asked every LOOK_SECONDS, is true, the command is stopped by SIGTERM. Waits first for a process
+    that still writes to the log, as a killed parent leaves it. Raises RunFailedError with the last line of one that
+    fails.
     """
     with log.open("a") as printed, tempfile.TemporaryFile("w+") as errors:
         fcntl.flock(printed, fcntl.LOCK_EX)  # the child inherits it
@@ -124,9 +125,9 @@ class RunProgress(Progress):
         if not self.console.is_terminal:
             self.console.print(name, highlight=False, markup=False, soft_wrap=True)
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, failed: bool) -> None:
         """Prints a line that stays."""
-        self.print(line, markup=False, style="yellow", soft_wrap=True)
+        self.print(line, markup=False, style="yellow" if failed else None, highlight=False, soft_wrap=True)
 
 
 def stoppable(work: Callable[[], int]) -> int:

@@ -132,7 +132,7 @@ def run_all(arguments: Namespace) -> tuple[dict[Variant, list[Row]], list[str]]:
                 found[variant].append((test if arguments.ckpt else train)(variant, run, arguments))
             except RunFailedError as error:
                 failed.append(f"{name} failed: {error}")
-                progress.say(failed[-1])
+                progress.say(failed[-1], failed=True)
             progress.advance(progress.runs)
     return found, failed
 

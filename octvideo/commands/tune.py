@@ -243,9 +243,9 @@ def read_metric(folder: Path, metric: str) -> dict[int, float]:
 def train(study: optuna.Study, trial: optuna.Trial, arguments: Namespace, progress: runs.RunProgress) -> str:
     """Trains a trial from where it is, and tells the study its result, which is returned as a phrase."""
     folder, name = folder_of(trial.number, arguments), folder_of(trial.number, arguments).name
-    options = [*arguments.recipe, *words_of(draw_values(trial, arguments.search))]
-    runs.keep(folder / "options.json", {"options": options}, "a run of other options")
-    progress.begin(" ".join([name, *options[len(arguments.recipe) :]]))
+    values = words_of(draw_values(trial, arguments.search))
+    runs.keep(folder / "options.json", {"options": values}, "a run of other options")
+    progress.begin(" ".join([name, *values]))
     reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
     def hopeless() -> bool:
@@ -254,6 +254,8 @@ def train(study: optuna.Study, trial: optuna.Trial, arguments: Namespace, progre
             if epoch not in reported:
                 reported.add(epoch)
                 trial.report(value, epoch)
+                shown = f"{name}, epoch {epoch + 1}: {arguments.metric} {value:.4g}"
+                progress.update(progress.runs, description=shown)
                 if trial.should_prune():
                     return True
         return False
@@ -263,13 +265,13 @@ def train(study: optuna.Study, trial: optuna.Trial, arguments: Namespace, progre
             study.tell(trial, value, state=state)
 
     try:
-        own = [f"--trainer.default_root_dir={folder}", "--ckpt_path=auto"]
-        if not runs.call("train", [*options, *own], folder / "log.txt", hopeless):
+        options = [*arguments.recipe, *values, f"--trainer.default_root_dir={folder}", "--ckpt_path=auto"]
+        if not runs.call("train", options, folder / "log.txt", hopeless):
             tell(TrialState.PRUNED)
-            return f"{name}: pruned after {len(reported)} epochs"
+            return f"{name}: pruned after epoch {len(reported)}"
         hopeless()  # reports the last epochs
-        values = read_metric(folder, arguments.metric).values()
-        if not values:
+        results = read_metric(folder, arguments.metric).values()
+        if not results:
             raise RunFailedError(f"there is no {arguments.metric} in its metrics.csv")
     except RunFailedError as error:
         if error.status == os.EX_TEMPFAIL:
@@ -279,7 +281,7 @@ def train(study: optuna.Study, trial: optuna.Trial, arguments: Namespace, progre
         trial.set_user_attr("reason", reason)
         tell(TrialState.FAIL)
         return f"{name}: failed: {reason}"
-    best = (max if arguments.direction == "maximize" else min)(values)
+    best = (max if arguments.direction == "maximize" else min)(results)
     tell(TrialState.COMPLETE, best)
     return f"{name}: {arguments.metric} {best:.4g}"
 
@@ -300,9 +302,9 @@ def run_all(study: optuna.Study, arguments: Namespace) -> None:
             trial, held = taken
             with held:
                 said = train(study, trial, arguments, progress)
-            progress.say(said)
-            write_trials(study, arguments)
             reasons.append(reason := trial.user_attrs.get("reason"))
+            progress.say(said, failed=reason is not None)
+            write_trials(study, arguments)
             if reason and reasons == [reason] * ALIKE:
                 fail(f"the first {ALIKE} trials failed: {reason}")
 
@@ -316,8 +318,9 @@ def row_of(trial: FrozenTrial, search: Search) -> dict[str, object]:
 
 def write_trials(study: optuna.Study, arguments: Namespace) -> None:
     """Writes trials.csv."""
-    rows = [row_of(trial, arguments.search) for trial in study.get_trials(deepcopy=False)]
-    with appearing(arguments.output / "trials.csv") as partial, partial.open("w", newline="") as file:
+    path = arguments.output / "trials.csv"
+    with alone(arguments.output), appearing(path) as partial, partial.open("w", newline="") as file:
+        rows = [row_of(trial, arguments.search) for trial in study.get_trials(deepcopy=False)]
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
