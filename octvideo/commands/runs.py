@@ -119,11 +119,11 @@ class RunProgress(Progress):
         super().__init__(*columns, console=console, disable=not console.is_terminal)
         self.runs = self.add_task("", total=total)
 
-    def begin(self, name: str) -> None:
-        """Shows which run is under way."""
+    def begin(self, name: str, more: str = "") -> None:
+        """Shows which run is under way; a line that is printed has room for more."""
         self.update(self.runs, description=name)
         if not self.console.is_terminal:
-            self.console.print(name, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(f"{name} {more}".rstrip(), highlight=False, markup=False, soft_wrap=True)
 
     def say(self, line: str, failed: bool) -> None:
         """Prints a line that stays."""

@@ -245,7 +245,7 @@ def train(study: optuna.Study, trial: optuna.Trial, arguments: Namespace, progre
     folder, name = folder_of(trial.number, arguments), folder_of(trial.number, arguments).name
     values = words_of(draw_values(trial, arguments.search))
     runs.keep(folder / "options.json", {"options": values}, "a run of other options")
-    progress.begin(" ".join([name, *values]))
+    progress.begin(name, " ".join(values))
     reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
     def hopeless() -> bool:
