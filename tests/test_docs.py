@@ -7,7 +7,7 @@ make the work small (SMALL). What stands in for what a reader has:
 - runs: one of an epoch, of a network of four blocks; published weights: networks of random weights
 - GPUs: the CPU; torchrun: two processes that `run_processes` starts (of several nodes: options are parsed, no more,
   as those of a benchmark of compiled networks, which takes minutes, and of networks with published weights)
-- a sweep: its last alpha with one seed, each training of one step, in forks of it
+- a sweep: its last alpha with one seed, each training of one step, in forks of it; a study: likewise, one trial
 - sbatch: the script in bash, with an srun that notes its command, which then runs as Slurm's only task
 - make: `make -n`; pip: a look at what is installed, and at the extras of pyproject.toml
 
@@ -47,7 +47,7 @@ from torch.distributed.run import get_args_parser
 import octvideo
 from experiments import real_weights, serving, speed
 from octvideo import MODELS, create_model
-from octvideo.commands import sweep
+from octvideo.commands import runs
 from octvideo.training.recognizer import Recognizer
 
 DOCS = ROOT / "docs"
@@ -105,19 +105,21 @@ def start_tool_in(workspace):
 def _be_tool_in(workspace, arguments, folder, environment):
     conftest.ROOT = workspace
     resnet._MODEL_STAGE_DEPTH[50] = SHALLOW
-    sweep.call = _call
+    runs.call = _call
     conftest._be_tool(arguments, folder, environment)
 
 
-def _call(tool, options, log):
-    """sweep.call in a fork: without the seconds that a new process imports, and with the shallow networks."""
+def _call(tool, options, log, hopeless=None):
+    """runs.call in a fork: without the seconds that a new process imports, and with the shallow networks."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [str(conftest.ROOT / "tools" / f"{tool}_net.py"), *options]
         process = multiprocessing.Process(target=conftest._be_tool, args=(arguments, Path(folder), {}))
         process.start()
         process.join()
         if process.exitcode:
-            raise sweep.RunFailedError((Path(folder) / "stderr").read_text())
+            raise runs.RunFailedError((Path(folder) / "stderr").read_text())
+        shutil.copy(Path(folder) / "stdout", log)
+    return True
 
 
 class Reader:
@@ -209,6 +211,9 @@ class Reader:
         if name == "sweep.py":
             last = given.get("--alphas", "0:pool").split(",")[-1]
             return [*SMALL["train_net.py"], f"--alphas={last}", "--seeds=0", "--rounds=1"]
+        if name == "tune.py":
+            searched = {f"--{word.split('=')[0]}" for word in options}
+            return ["--trials=1", *(word for word in SMALL["train_net.py"] if word.split("=")[0] not in searched)]
         small = SMALL[name]
         if name == "prepare_data.py":
             shutil.rmtree(self.workspace / given["--output"], ignore_errors=True)

@@ -2,11 +2,8 @@
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ import yaml
 from conftest import CONFIG, run_tool, small
 from test_command_line import assert_one_line
 
-from octvideo.commands import sweep
+from octvideo.commands import runs, sweep
 from octvideo.models.checkpoint import load_trained
 from octvideo.models.octavize import octavize
 
@@ -42,12 +39,12 @@ def run_here(monkeypatch, capsys):
         finished = run_tool({"train": "train_net.py", "test": "test_net.py"}[name], *options)
         log.write_text(finished.stdout + finished.stderr)
         if finished.returncode:
-            raise sweep.RunFailedError(finished.stderr.strip().splitlines()[-1])
+            raise runs.RunFailedError(finished.stderr.strip().splitlines()[-1])
 
     def run(*options):
         calls.clear()
-        monkeypatch.setattr(sweep, "call", call)
-        monkeypatch.setattr(sweep, "check_options", lambda _: None)  # has a test of its own
+        monkeypatch.setattr(runs, "call", call)
+        monkeypatch.setattr(runs, "resolve", lambda *_: {})  # has a test of its own
         monkeypatch.setattr(sys, "argv", ["sweep.py"])
         try:
             status = sweep.main([str(option) for option in options])
@@ -277,61 +274,3 @@ def test_a_misspelt_option_is_refused_before_anything_runs(tmp_path):
     assert finished.returncode == 2
     assert finished.stderr == "sweep.py: error: unrecognized arguments: --alhpas 0\n"
     assert not (tmp_path / "out").exists()
-
-
-def test_what_a_called_tool_says_is_kept_and_its_last_line_is_the_reason(tmp_path, monkeypatch):
-    (tmp_path / "tool.py").write_text("import sys\nprint(sys.argv[1])\nsys.exit(sys.argv[2] if sys.argv[2:] else 0)\n")
-    monkeypatch.setattr(sweep, "COMMAND", [sys.executable])
-    sweep.call(str(tmp_path / "tool.py"), ["good"], tmp_path / "log.txt")
-    with pytest.raises(sweep.RunFailedError, match=r"^the reason$"):
-        sweep.call(str(tmp_path / "tool.py"), ["bad", "a warning\nthe reason\n"], tmp_path / "log.txt")
-    assert (tmp_path / "log.txt").read_text() == "good\nbad\na warning\nthe reason\n\n"
-
-
-def test_an_interrupted_call_lets_the_tool_end_and_keeps_what_it_said(tmp_path, monkeypatch):
-    (tmp_path / "tool.py").write_text(
-        "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', file=sys.stderr), sys.exit(75)))\n"
-        "open(sys.argv[1], 'w').close()\n"
-        "time.sleep(60)\n"
-    )
-    monkeypatch.setattr(sweep, "COMMAND", [sys.executable])
-    started = tmp_path / "started"
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    def wait_and_interrupt():
-        while not started.exists():
-            threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGUSR2)
-
-    before = signal.signal(signal.SIGUSR2, interrupt)
-    thread = threading.Thread(target=wait_and_interrupt)
-    thread.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            sweep.call(str(tmp_path / "tool.py"), [str(started)], tmp_path / "log.txt")
-    finally:
-        thread.join()
-        signal.signal(signal.SIGUSR2, before)
-    assert (tmp_path / "log.txt").read_text() == "saved\n"
-
-
-@pytest.mark.parametrize(
-    ("end", "reason"),
-    [
-        ("os.kill(os.getpid(), 9)", "tool.py was killed by SIGKILL"),
-        ("print(' ', file=sys.stderr); os._exit(3)", "tool.py ended with 3"),
-        ("print('a warning', file=sys.stderr)", None),
-    ],
-)
-def test_a_killed_tool_is_said_to_be(tmp_path, monkeypatch, end, reason):
-    (tmp_path / "tool.py").write_text(f"import os, sys\n{end}\n")
-    monkeypatch.setattr(sweep, "COMMAND", [sys.executable])
-    monkeypatch.chdir(tmp_path)
-    if reason is None:
-        sweep.call("tool.py", [], tmp_path / "log.txt")
-        return
-    with pytest.raises(sweep.RunFailedError, match=f"^{reason}$"):
-        sweep.call("tool.py", [], tmp_path / "log.txt")

@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "write a network as ONNX or torch.export, checked against PyTorch",
     "demo": "serve a page that shows predictions and feature maps of your videos",
     "sweep": "train one recipe at several alphas and seeds, and compare",
+    "tune": "search the options of a training for the best accuracy",
 }
 HELP = f"""usage: octvideo COMMAND [OPTIONS]
 

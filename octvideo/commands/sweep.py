@@ -31,14 +31,9 @@ when the training under way has been saved.
 import hashlib
 import io
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,22 +44,18 @@ import yaml
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from octvideo.commands.options import Parser, config_file, fail, number, one_line_errors, several
+from octvideo.commands import runs
+from octvideo.commands.options import Parser, fail, number, several
+from octvideo.commands.runs import RunFailedError
 from octvideo.files import appearing
 from octvideo.models.checkpoint import load_trained, restore
 from octvideo.models.cost import count_macs, time_interleaved
 from octvideo.models.zoo import Alpha
 
-COMMAND = [sys.executable, "-P", "-m", "octvideo"]  # -P: not what the current folder names octvideo or random
 OWN = {"--model.alpha", "--model.downsample", "--seed_everything", "--trainer.default_root_dir", "--ckpt_path"}
 Row = dict[str, Any]
-
-
-class RunFailedError(Exception):
-    """A run without a result; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -107,24 +98,18 @@ def read_seed(text: str) -> int:
 
 
 def read_arguments(words: list[str]) -> Namespace:
-    """The command line; `others` are the options for train and test, and `recipe` all that they share."""
+    """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    what = "YAML file of the recipe, or the name of an installed one; given again, the later one overrides"
-    add("--cfg", "-c", action="append", required=True, metavar="FILE", help=what)
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for the runs and the results")
+    runs.add_recipe(parser)
     what = "with commas between them; default: %(default)s"
     add("--alphas", type=several(read_variant), default="0,0:pool,.125,.25,.5", metavar="LIST", help=what)
     add("--seeds", type=several(read_seed), default="0,1,2", metavar="LIST", help="of training; default: %(default)s")
     add("--ckpt", type=Path, nargs="+", metavar="FILE", help="test these checkpoints, train nothing")
     add("--statistics_batches", type=number, default=200, metavar="N", help="with --ckpt; default: %(default)s")
     add("--rounds", type=number, default=20, metavar="N", help="timings of each network; default: %(default)s")
-    arguments, others = parser.parse_known_args(words)
-    if others and not others[0].startswith("--"):
-        fail(f"unrecognized arguments: {others[0]}")
-    for option in OWN.intersection(other.split("=")[0] for other in others):
-        fail(f"a sweep sets {option} itself: give --alphas, --seeds and --output")
-    arguments.cfg = [config_file(name) for name in arguments.cfg]
+    cure = "a sweep sets {} itself: give --alphas, --seeds and --output"
+    arguments = runs.read_recipe(parser, words, OWN, cure)
     for file in arguments.ckpt or ():
         if not file.is_file():
             fail(f"--ckpt {file}: no such file")
@@ -132,67 +117,23 @@ def read_arguments(words: list[str]) -> Namespace:
         fail(f"--alphas has two of the same name: {', '.join(variant.folder for variant in arguments.alphas)}")
     if arguments.ckpt and any(variant.file for variant in arguments.alphas):
         fail("--ckpt tests at numbers: an alpha for each layer needs its own training")
-    arguments.others = others
-    arguments.recipe = [f"--cfg={file}" for file in arguments.cfg] + others
     return arguments
-
-
-def keep(path: Path, what: Row) -> None:
-    """Records what a folder is for; ends the program if it was for something else before."""
-    what = json.loads(json.dumps(what, default=str))  # as it is read back
-    if not path.is_file():
-        with appearing(path) as partial:
-            partial.write_text(json.dumps(what, indent=1))
-    elif json.loads(path.read_text()) != what:
-        fail(f"{path.parent} holds a sweep of another recipe or alpha ({path}): choose another --output")
-
-
-def check_options(arguments: Namespace) -> None:
-    """Ends the program for options that train or test refuses, before anything starts."""
-    tool, more = ("test", ["--ckpt", str(arguments.ckpt[0])]) if arguments.ckpt else ("train", [])
-    try:
-        call(tool, [*arguments.recipe, *more, "--print_config"], Path(os.devnull))
-    except RunFailedError as error:
-        fail(str(error).removeprefix(f"octvideo {tool}: error: "))
-
-
-def call(tool: str, options: Sequence[str], log: Path) -> None:
-    """Runs a command, its output appended to a log; raises RunFailedError with its last line if it fails."""
-    with log.open("a") as printed, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([*COMMAND, tool, *options], stdout=printed, stderr=errors)
-        try:
-            status = process.wait()
-        finally:
-            process.terminate()  # where this was interrupted: the command saves, then ends; one that has ended stays
-            process.wait()
-            errors.seek(0)
-            said = errors.read()
-            printed.write(said)
-    if status < 0:
-        raise RunFailedError(f"{tool} was killed by {signal.Signals(-status).name}")
-    if status:
-        raise RunFailedError([f"{tool} ended with {status}", *said.strip().splitlines()][-1])
 
 
 def run_all(arguments: Namespace) -> tuple[dict[Variant, list[Row]], list[str]]:
     """Trains and tests, or tests, what is not there yet: each variant's "runs", and a sentence for each failed run."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    runs = {str(file): file for file in arguments.ckpt or ()} or {f"seed {seed}": seed for seed in arguments.seeds}
+    which = {str(file): file for file in arguments.ckpt or ()} or {f"seed {seed}": seed for seed in arguments.seeds}
     found: dict[Variant, list[Row]] = {variant: [] for variant in arguments.alphas}
     failed = []
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(runs) * len(found))
-        for name, run, variant in [(f"alpha {v.name}, {which}", run, v) for which, run in runs.items() for v in found]:
-            progress.update(task, description=name)
-            if not console.is_terminal:
-                console.print(name, highlight=False)
+    with runs.RunProgress(len(which) * len(found)) as progress:
+        for name, run, variant in [(f"alpha {v.name}, {what}", run, v) for what, run in which.items() for v in found]:
+            progress.begin(name)
             try:
                 found[variant].append((test if arguments.ckpt else train)(variant, run, arguments))
             except RunFailedError as error:
                 failed.append(f"{name} failed: {error}")
-                progress.print(failed[-1], markup=False, style="yellow")
-            progress.advance(task)
+                progress.say(failed[-1], failed=True)
+            progress.advance(progress.runs)
     return found, failed
 
 
@@ -205,8 +146,8 @@ def train(variant: Variant, seed: int, arguments: Namespace) -> Row:
         alpha = f"--cfg={variant.file}" if variant.file else f"--model.alpha={variant.alpha}"
         options = [*arguments.recipe, alpha, f"--model.downsample={variant.downsample}", f"--seed_everything={seed}"]
         options.append(f"--trainer.default_root_dir={folder}")
-        call("train", [*options, "--ckpt_path=auto"], folder / "log.txt")
-        call("test", [*options, f"--ckpt={checkpoint}"], folder / "log.txt")
+        runs.call("train", [*options, "--ckpt_path=auto"], folder / "log.txt")
+        runs.call("test", [*options, f"--ckpt={checkpoint}"], folder / "log.txt")
     found = json.loads(results.read_text())
     return entry(seed, checkpoint, found | {key: len(found[key]) for key in ("videos", "bad")})
 
@@ -226,7 +167,7 @@ def test(variant: Variant, checkpoint: Path, arguments: Namespace) -> Row:
         folder.mkdir(parents=True, exist_ok=True)
         options = [f"--model.downsample={variant.downsample}", f"--alphas={variant.alpha}", f"--ckpt={checkpoint}"]
         options += [f"--output={folder}", f"--statistics_batches={arguments.statistics_batches}"]
-        call("test", [*arguments.recipe, *options], folder / "log.txt")
+        runs.call("test", [*arguments.recipe, *options], folder / "log.txt")
     if found := estimated():
         return entry(checkpoint, checkpoint, found)
     raise RunFailedError(f"there are no training videos to estimate batch-norm statistics on: {folder / 'log.txt'}")
@@ -242,11 +183,11 @@ def entry(run: int | Path, checkpoint: Path, found: Row) -> Row:
 
 def rows_of(found: dict[Variant, list[Row]], rounds: int) -> dict[Variant, Row]:
     """The rows of sweep.json, of variants with a result."""
-    tested = {variant: runs for variant, runs in found.items() if runs}
+    tested = {variant: tests for variant, tests in found.items() if tests}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     macs, calls = [], []
-    for variant, runs in tested.items():  # the checkpoint may be one of another alpha
-        trained = load_trained(runs[0]["checkpoint"])
+    for variant, tests in tested.items():  # the checkpoint may be one of another alpha
+        trained = load_trained(tests[0]["checkpoint"])
         options = trained.options | {"alpha": variant.alpha, "downsample": variant.downsample}
         network = restore(options).eval()
         network.load_state_dict(trained.network.state_dict())
@@ -255,17 +196,17 @@ def rows_of(found: dict[Variant, list[Row]], rounds: int) -> dict[Variant, Row]:
         calls.append(torch.inference_mode()(partial(network.to(device), torch.rand(1, *size, device=device))))
     times = time_interleaved(calls, rounds=rounds, warmup=2, device=device)
     rows = {}
-    for (variant, runs), cost, seconds in zip(tested.items(), macs, times, strict=True):
+    for (variant, tests), cost, seconds in zip(tested.items(), macs, times, strict=True):
         # Ratios within a round: whatever the machine did meanwhile is in both.
         ratio = statistics.median(own / first for own, first in zip(seconds, times[0], strict=True))
         row: Row = {"alpha": variant.name.removesuffix(":pool"), "downsample": variant.downsample}
         row |= {"gmacs": cost / 1e9, "mac_ratio": cost / macs[0]}
         row |= {"milliseconds": 1000 * statistics.median(seconds), "time_ratio": ratio}
         for key in ("top1", "clip_top1"):
-            values = [run[key] for run in runs]
+            values = [run[key] for run in tests]
             row[key] = statistics.fmean(values)
             row[f"{key}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
-        rows[variant] = row | {"seeds": len(runs), "runs": runs}
+        rows[variant] = row | {"seeds": len(tests), "runs": tests}
     return rows
 
 
@@ -311,25 +252,25 @@ def draw(rows: dict[Variant, Row]) -> Figure:
     return figure
 
 
-def main(words: list[str]) -> int:
-    """Runs the command."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        with one_line_errors():
-            arguments = read_arguments(words)
-            check_options(arguments)
-            contents = [yaml.safe_load(Path(name).read_text()) for name in arguments.cfg]
-            tests = {"statistics_batches": arguments.statistics_batches} if arguments.ckpt else {}
-            keep(arguments.output / "recipe.json", {"cfg": contents, "options": arguments.others} | tests)
-            for one in arguments.alphas:
-                alpha = {"alpha": one.alpha, "downsample": one.downsample}
-                keep(arguments.output / one.folder / "alpha.json", alpha)
-            found, failed = run_all(arguments)
-            if rows := rows_of(found, arguments.rounds):
-                write_results(rows, arguments.output)
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
-        return 130
+def sweep(words: list[str]) -> int:
+    """Does what the command line says; returns the exit status."""
+    arguments = read_arguments(words)
+    more = [f"--ckpt={arguments.ckpt[0]}"] if arguments.ckpt else []
+    runs.resolve("test" if arguments.ckpt else "train", [*arguments.recipe, *more])
+    other = "a sweep of another recipe or alpha"
+    tests = {"statistics_batches": arguments.statistics_batches} if arguments.ckpt else {}
+    runs.keep(arguments.output / "recipe.json", runs.contents(arguments) | tests, other)
+    for one in arguments.alphas:
+        alpha = {"alpha": one.alpha, "downsample": one.downsample}
+        runs.keep(arguments.output / one.folder / "alpha.json", alpha, other)
+    found, failed = run_all(arguments)
+    if rows := rows_of(found, arguments.rounds):
+        write_results(rows, arguments.output)
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if failed else 0
+
+
+def main(words: list[str]) -> int:
+    """Runs the command."""
+    return runs.stoppable(lambda: sweep(words))
