@@ -58,7 +58,7 @@ class Objective(nn.Module):
         self.balanced = class_weights == "balanced"
         if loss is not None and (class_weights is not None or label_smoothing):
             raise UserError(
-                "model.class_weights and label_smoothing belong to the default loss: give them to model.loss"
+                "model.class_weights and label_smoothing are of the default loss: give them to model.loss"
             )
         if isinstance(class_weights, str) and not self.balanced:
             raise UserError(f"model.class_weights must be numbers or 'balanced', got {class_weights!r}")
