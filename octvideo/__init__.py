@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octvideo.evaluation.features import features
     from octvideo.evaluation.prediction import predict
     from octvideo.layers.convolution import (
         OctConv1d,
@@ -28,6 +29,7 @@ __all__ = [
     "Octaves",
     "choose_low",
     "create_model",
+    "features",
     "fuse",
     "octavize",
     "predict",
@@ -35,7 +37,7 @@ __all__ = [
 
 _HOMES = (
     *("layers.convolution", "models.octavize", "models.choose_low", "models.fuse", "models.zoo"),
-    "evaluation.prediction",
+    *("evaluation.prediction", "evaluation.features"),
 )
 
 

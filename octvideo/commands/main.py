@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "train a network from a YAML recipe, or resume a run",
     "test": "test a checkpoint on many views of each video",
     "predict": "predict the classes of videos, folders and lists",
+    "features": "write embeddings of videos, to search or cluster them",
     "report": "write one HTML page about one or several runs",
     "cost": "multiply-adds, bytes, kernels and time at several alphas",
     "export": "write a network as ONNX or torch.export, checked against PyTorch",
