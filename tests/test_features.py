@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from conftest import settle
 from test_predict import LABELS, write_checkpoint
 from torch import nn
 
@@ -179,6 +180,18 @@ def test_any_network_with_a_classifier_will_do(build, videos):
     made = torch.from_numpy(found.features) @ network.head.weight.flatten(1).T + network.head.bias
     wanted = [logits_of(predictor, predictor.views(path)[1]).mean(0) for path in good(videos)]
     np.testing.assert_allclose(made.detach(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "width"), [("slowfast_r50", 16), ("x3d_xs", 8)])
+def test_heads_of_the_zoo_average_so_that_their_classifiers_fit_the_features(name, width, videos):
+    torch.manual_seed(0)
+    network = settle(octvideo.create_model(name, alpha=(0.25, 0.25, 0.25, 0.25), num_classes=5, width=width))
+    how = CLIPS | {"clip_frames": 8, "test_crop_size": 224}
+    predictor = Predictor(network, preprocessing=how, num_clips=2, num_crops=1)
+    found = octvideo.features(network, good(videos)[0], preprocessing=how, num_clips=2, num_crops=1)
+    head = find_classifier(network, torch.zeros(1, 3, 8, 64, 64))
+    wanted = logits_of(predictor, predictor.views(good(videos)[0])[1]).mean(0)
+    np.testing.assert_allclose(head(torch.from_numpy(found.features))[0].detach(), wanted, atol=1e-4)
 
 
 def test_features_of_tokens_are_averaged():

@@ -15,6 +15,7 @@ COMMANDS = {
     "report": "write one HTML page about one or several runs",
     "cost": "multiply-adds, bytes, kernels and time at several alphas",
     "export": "write a network as ONNX or torch.export, checked against PyTorch",
+    "push": "publish a network in a folder or on the Hugging Face hub",
     "demo": "serve a page that shows predictions and feature maps of your videos",
     "sweep": "train one recipe at several alphas and seeds, and compare",
 }

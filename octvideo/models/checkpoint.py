@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.files import verify
+from octvideo.models.published import published_folder, read_published
 from octvideo.models.weights import read_checkpoint
 from octvideo.models.zoo import Alpha, create_model
 
@@ -32,8 +33,14 @@ class TrainingCheckpoint:
 def read_training_checkpoint(path: str | Path, mmap: bool = False) -> TrainingCheckpoint:
     """Opens a checkpoint of train_net.py of any version; with mmap, tensors are read when they are used.
 
-    Raises FileNotFoundError, DamagedCheckpointError (truncated or changed), or UserError for a file of another kind.
+    Or a folder that `octvideo push` wrote, or a repository of the hub as "user/name". Raises FileNotFoundError,
+    DamagedCheckpointError (truncated or changed), or UserError for a file of another kind.
     """
+    if (folder := published_folder(path)) is not None:
+        found = read_published(folder)
+        how = Preprocessing.from_mapping(found.preprocessing)
+        content = {"VideoData": {"labels": found.labels}, **found.training}
+        return TrainingCheckpoint(found.options, how, found.labels, found.tensors, content)
     verify(path)
     content = read_checkpoint(path, mmap)
     try:
@@ -63,7 +70,7 @@ class Trained:
 
 
 def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
-    """Opens the network of a checkpoint of train_net.py, with its averaged weights if any, channels last on the CPU.
+    """Opens the network of a checkpoint, folder or repository, with averaged weights if any, channels last on the CPU.
 
     `alpha` None is as trained. Raises as `read_training_checkpoint`, and UserError if alpha or weights do not fit.
     """
@@ -71,7 +78,7 @@ def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
     if "VideoData" not in checkpoint.content:
         raise UserError(f"{path}: not a checkpoint of train_net.py: it has no 'VideoData'")
     options = checkpoint.options | ({} if alpha is None else {"alpha": alpha})
-    network = create_model(**options, channels_last=True)
+    network = _build(options)
     state = {k.partition(".")[2]: v for k, v in checkpoint.tensors.items() if k.startswith("network.")}
     try:
         network.load_state_dict(state)
@@ -79,3 +86,11 @@ def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
         raise UserError(f"{path}: its weights do not fit the {options['name']} that it describes: {error}") from error
     labels = checkpoint.labels or [f"class {index}" for index in range(options["num_classes"])]
     return Trained(network.eval(), options, labels, checkpoint.preprocessing)
+
+
+def _build(options: dict[str, Any]) -> nn.Module:
+    """The network that `Trained.options` describe, with new weights."""
+    try:
+        return create_model(**options, channels_last=True)
+    except TypeError as error:
+        raise UserError(f"options of a network that this version of octvideo does not know: {error}") from error
