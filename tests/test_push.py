@@ -277,7 +277,10 @@ def test_packages_that_are_missing_are_named(folder, checkpoint, monkeypatch, ru
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The requests of huggingface_hub that uploading and downloading a model takes; repositories live in memory."""
+    """The requests of huggingface_hub that uploading and downloading a model takes; repositories live in memory.
+
+    All files are small here: large ones would go to a store that hf_xet, a binary, talks to.
+    """
 
     protocol_version = "HTTP/1.1"
 
