@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octvideo.evaluation.features import features
     from octvideo.evaluation.prediction import predict
     from octvideo.layers.convolution import (
         OctConv1d,
@@ -30,6 +31,7 @@ __all__ = [
     "build_network",
     "choose_low",
     "create_model",
+    "features",
     "fuse",
     "octavize",
     "predict",
@@ -37,8 +39,7 @@ __all__ = [
 
 _HOMES = (
     *("layers.convolution", "models.octavize", "models.choose_low", "models.fuse", "models.zoo"),
-    "models.own_network",
-    "evaluation.prediction",
+    *("models.own_network", "evaluation.prediction", "evaluation.features"),
 )
 
 

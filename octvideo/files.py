@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import filecmp
 import hashlib
 import os
 import shutil
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from octvideo.errors import DamagedCheckpointError
+from octvideo.errors import DamagedCheckpointError, UserError
 
 BLOCK_BYTES = 2**20
 PARTIAL = ".partial"  # ends the names of files that are being written
@@ -29,6 +30,18 @@ def blocks(path: str | os.PathLike[str]) -> Iterator[bytes]:
         yield from iter(partial(file.read, BLOCK_BYTES), b"")
 
 
+def _sync(path: Path) -> None:
+    """Forces a file or folder to the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # from file systems whose folders are always in sync
+            raise
+    finally:
+        os.close(opened)
+
+
 @contextlib.contextmanager
 def replacing(path: Path, temporary: Path) -> Iterator[None]:
     """At the end, the temporary file takes the place of the path, be it a link or not; after an error it is removed.
@@ -37,17 +50,9 @@ def replacing(path: Path, temporary: Path) -> Iterator[None]:
     """
     try:
         yield
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # from file systems whose folders are always in sync
-                raise
-        finally:
-            os.close(folder)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)  # os.replace leaves it where it is another hard link to the path's old file
 
@@ -90,6 +95,30 @@ def appearing(path: Path) -> Iterator[Path]:
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def appearing_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder; at the end, it and the files in it are at the path, or after an error nothing is.
+
+    A folder that is there already, and not empty, must hold the same files: else UserError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}{PARTIAL}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        names = sorted(os.listdir(temporary))
+        if path.is_dir() and (there := sorted(os.listdir(path))):
+            if there != names or filecmp.cmpfiles(path, temporary, names, shallow=False)[0] != names:
+                raise UserError(f"{path} exists and holds something else: name another folder, or remove it")
+            return
+        for name in names:
+            _sync(temporary / name)
+        os.rename(temporary, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def point_to(name: Path, target: Path, symbolic: bool = False) -> None:

@@ -38,9 +38,9 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -60,6 +60,8 @@ from octvideo.evaluation.prediction import Prediction, Predictor
 from octvideo.files import appearing
 from octvideo.models.checkpoint import Trained, load_trained
 from octvideo.models.compilation import compile_network
+
+Result = TypeVar("Result")
 
 
 class Outcome(NamedTuple):
@@ -211,35 +213,55 @@ def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments:
     console.print(f"{len(good)} videos predicted, {len(bad)} bad", *bad, sep="\n", highlight=False, soft_wrap=True)
 
 
-def predict(arguments: argparse.Namespace) -> int:
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def reading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How a `Predictor` reads videos, from the options of `add_videos`."""
+    views = {"num_clips": arguments.clips, "num_crops": arguments.crops, "backend": arguments.backend}
+    return views | {"decode_timeout_seconds": arguments.decode_timeout_seconds}
+
+
+def shown(results: Iterable[Result], what: str, count: int) -> Iterable[Result]:
+    """The results, with a progress bar if they are several and someone is watching."""
+    console = Console(stderr=True)
+    return track(results, what, count, console=console, disable=count < 2 or not console.is_terminal)
+
+
+def device_of(arguments: argparse.Namespace) -> str:
+    """The device that --device or this machine names, if it can be used."""
+    device: str = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {device}: {str(error).splitlines()[0]}")
-    trained = load_trained(arguments.ckpt, arguments.alpha)
-    compile_network(trained.network, arguments.compile)
-    videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
-    if trained.task == "multi":  # a list's single class is no truth to count hits of
-        videos = [(video, None) for video, _ in videos]
-    # Refuse results that would overwrite what is read.
-    read = {os.path.realpath(path) for path in (arguments.ckpt, *arguments.inputs, *(video for video, _ in videos))}
-    given = [(option, path) for option in ("json", "csv") if (path := getattr(arguments, option)) is not None]
-    for option, path in given:
+    return device
+
+
+def refuse_overwriting(outputs: Collection[tuple[str, Path]], inputs: Iterable[str | Path]) -> None:
+    """Refuses results, named by their options, that would replace what is read or each other; makes their folders."""
+    read = set(map(os.path.realpath, inputs))
+    for option, path in outputs:
         replaced = path.is_file() or not path.exists()  # devices and pipes are not
         if path.is_dir() or (replaced and os.path.realpath(path) in read):
             what = "a folder" if path.is_dir() else "an input or another result"
             raise UserError(f"--{option} {path}: that is {what}")
         read.add(os.path.realpath(path))
-    for folder in (*(path.parent for _, path in given), arguments.save_video, arguments.thumbnail):
+    for _, path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    device = device_of(arguments)
+    trained = load_trained(arguments.ckpt, arguments.alpha)
+    compile_network(trained.network, arguments.compile)
+    videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
+    if trained.task == "multi":  # a list's single class is no truth to count hits of
+        videos = [(video, None) for video, _ in videos]
+    given = [(option, path) for option in ("json", "csv") if (path := getattr(arguments, option)) is not None]
+    refuse_overwriting(given, (arguments.ckpt, *arguments.inputs, *(video for video, _ in videos)))
+    for folder in (arguments.save_video, arguments.thumbnail):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-    views: dict[str, Any] = {"num_clips": arguments.clips, "num_crops": arguments.crops, "backend": arguments.backend}
-    timeout = arguments.decode_timeout_seconds
-    predictor = Predictor(trained, device=device, decode_timeout_seconds=timeout, **views)
-    console, predicting = Console(stderr=True), predict_all(videos, predictor, arguments)
-    hidden = len(videos) < 2 or not console.is_terminal
-    outcomes = list(track(predicting, "predicting", len(videos), console=console, disable=hidden))
+    predictor = Predictor(trained, device=device, **reading(arguments))
+    outcomes = list(shown(predict_all(videos, predictor, arguments), "predicting", len(videos)))
     print_results(outcomes, trained.labels, arguments)
     if arguments.json is not None:
         with appearing(arguments.json) as partial:
@@ -256,25 +278,31 @@ def predict(arguments: argparse.Namespace) -> int:
     return int(any(outcome.prediction is None for outcome in outcomes))
 
 
+def add_videos(parser: Parser, what: str) -> None:
+    """Adds the videos to work on, the checkpoint, and how they are read."""
+    add = parser.add_argument
+    add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=Path, help=what)
+    add_predictor(parser, clips=10, crops=3)
+    add("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
+    add("--root", type=Path, help="folder that paths in lists start from")
+    add("--backend", choices=("auto", *READERS), default="auto", help="decoder; default: auto, PyAV if it can")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
+
+
 def main(words: list[str]) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=Path, help="what to predict")
-    add_predictor(parser, clips=10, crops=3)
+    add_videos(parser, "what to predict")
     what = "compile the network with torch.compile: blocks, each kind of residual block once, or true, all of it"
     add("--compile", choices=("blocks", "true"), help=what)
-    add("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
-    add("--root", type=Path, help="folder that paths in lists start from")
     add("--top", metavar="K", type=number, default=5, help="most likely classes to show; default: 5")
     add("--timeline", action="store_true", help="print the segments too")
     add("--json", metavar="FILE", type=Path, help="file for all results")
     add("--csv", metavar="FILE", type=Path, help="file for the most likely classes")
     add("--save-video", metavar="DIR", type=Path, help="folder for annotated copies of the videos")
     add("--thumbnail", metavar="DIR", type=Path, help="folder for contact sheets")
-    add("--backend", choices=("auto", *READERS), default="auto", help="decoder; default: auto, PyAV if it can")
     arguments = parser.parse_args(words)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
         with one_line_errors():
             return predict(arguments)

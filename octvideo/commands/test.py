@@ -3,6 +3,7 @@
 octvideo test --cfg configs/oct_i3d.yaml --ckpt runs/oct_i3d/checkpoints/best.ckpt [--output DIR]
 
 The network is the one in the checkpoint, whatever the YAML file says; options on the command line override it.
+--ckpt also takes a folder of octvideo push, or USER/NAME on the hub.
 Prints clip and video accuracies (views averaged after softmax) and writes DIR/predictions.json:
 {"top1", "top5", "clip_top1", "clip_top5", "videos": [{"path", "label", "scores", and "clip_top1", "clip_top5": shares
 of its clips}], "bad": [{"path", "reason"}], "labels": [class names, if the checkpoint or data.labels has them]}. For
@@ -37,6 +38,7 @@ from octvideo.data.module import VideoData
 from octvideo.errors import ListError, UserError
 from octvideo.evaluation.report import read_run
 from octvideo.files import appearing
+from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.compilation import compile_network
 from octvideo.models.zoo import set_alpha
 from octvideo.training.precise_bn import estimate_statistics
@@ -106,6 +108,10 @@ class Testing(CommandLine):
     def instantiate_classes(self) -> None:
         """Reads the lists and tries the alphas too, so that mistakes show before anything starts."""
         super().instantiate_classes()
+        if not Path(self.config["ckpt"]).is_file():
+            found = read_training_checkpoint(self.config["ckpt"])
+            self.model.load_state_dict(found.tensors)
+            self.datamodule.load_state_dict(found.content["VideoData"])
         self.datamodule.read("test_list")
         clips = self.datamodule.preprocessing
         size = clips.clip_frames, clips.test_crop_size
@@ -152,7 +158,8 @@ def print_results(table: Table, results: dict[str, Any]) -> None:
 
 def run_test(cli: Testing) -> dict[str, Any]:
     """Tests the checkpoint at the network's current alpha; returns `Recognizer.results`, the same on every rank."""
-    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=cli.config["ckpt"], verbose=False, weights_only=True)
+    ckpt = cli.config["ckpt"] if Path(cli.config["ckpt"]).is_file() else None  # Lightning reads no published folder
+    cli.trainer.test(cli.model, cli.datamodule, ckpt_path=ckpt, verbose=False, weights_only=True)
     results: dict[str, Any] = cli.model.results
     if any(math.isnan(video["scores"][0]) for video in results["videos"]):
         raise UserError(f"{cli.config['ckpt']} gives scores that are not numbers: its training diverged")

@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -158,31 +159,54 @@ class Predictor:
         output is not (B, num_classes), not finite, or does not match the labels.
         """
         path = os.fspath(path)
-        try:
-            scores = self._scores(self._read_views(path)).mean(0)
-            edges, clips, note = self._read_windows((path, 0))
-            timeline = self._scores(clips)
-            while len(timeline) < len(edges) - 1:
-                timeline = torch.cat([timeline, self._scores(self._read_windows((path, len(timeline)))[1])])
-        except HungError as error:
-            raise DecodeError(path, str(error)) from error
+        scores = self._scores(self.views(path)[1]).mean(0)
+        parts = [(edges, self._scores(clips), note) for edges, clips, note in self.windows(path)]
+        edges, _, note = parts[0]
+        timeline = torch.cat([part for _, part, _ in parts])
         labels = self.trained.labels or [f"class {number}" for number in range(len(scores))]
         return Prediction(path, scores.numpy(), labels, Timeline(edges, timeline.numpy()), note)
 
-    @torch.inference_mode()
-    def _scores(self, clips: NDArray[np.uint8]) -> Tensor:
+    def views(self, path: str) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+        """The middles of a video's clips in seconds (num_clips,), and its views (num_clips * num_crops, C, T, H, W).
+
+        Those of a clip follow each other. Raises DecodeError as `__call__` does.
+        """
+        with _hanging_is_bad(path):
+            return self._read_views(path)
+
+    def windows(self, path: str) -> Iterator[tuple[NDArray[np.float64], NDArray[np.uint8], str]]:
+        """Clips (N, C, T, H, W) around a video's seconds in order, some at a time, with all edges and the note.
+
+        See `Timeline` for the edges, and `Video` for the note. Raises DecodeError as `__call__` does.
+        """
+        edges, read = np.zeros(2), 0
+        while read < len(edges) - 1:
+            with _hanging_is_bad(path):
+                edges, clips, note = self._read_windows((path, read))
+            read += len(clips)
+            yield edges, clips, note
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without gradients and in evaluation mode, after which each module has the mode that it had."""
         training = [module for module in self.trained.network.modules() if module.training]
         self.trained.network.eval()
         try:
-            scores = score_clips(self._logits, torch.from_numpy(clips), self.trained.task).cpu()
+            with torch.inference_mode():
+                yield
         finally:
             for module in training:
                 module.training = True
+
+    def _scores(self, clips: NDArray[np.uint8]) -> Tensor:
+        with self.evaluating():
+            scores = score_clips(self.logits, torch.from_numpy(clips), self.trained.task).cpu()
         if not scores.isfinite().all():
             raise UserError("the network's scores are not finite: its training diverged")
         return scores
 
-    def _logits(self, clips: Tensor) -> Tensor:
+    def logits(self, clips: Tensor) -> Tensor:
+        """Logits (B, num_classes) of uint8 clips (B, C, T, H, W); UserError for another shape or number of labels."""
         logits: Tensor = self.trained.network(self.trained.normalize(clips.to(self.device)))
         shape, labels = tuple(logits.shape), len(self.trained.labels)
         if len(shape) != 2 or shape[0] != len(clips):
@@ -192,11 +216,21 @@ class Predictor:
         return logits
 
 
-def _views(how: Preprocessing, backend: Backend, num_clips: int, num_crops: int, path: str) -> NDArray[np.uint8]:
-    # (num_clips * num_crops, C, T, H, W)
+@contextmanager
+def _hanging_is_bad(path: str) -> Iterator[None]:
+    try:
+        yield
+    except HungError as error:
+        raise DecodeError(path, str(error)) from error
+
+
+def _views(
+    how: Preprocessing, backend: Backend, num_clips: int, num_crops: int, path: str
+) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     with Video(path, backend) as video:
         numbers = how.sampler.test_clips(video.num_frames, video.fps, num_clips)
-        return read_clips(video, numbers, how.test_crop_size, num_crops)
+        middles = (numbers.min(1) + numbers.max(1) + 1) / (2 * video.fps)
+        return middles, read_clips(video, numbers, how.test_crop_size, num_crops)
 
 
 def _windows(

@@ -24,10 +24,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from octvideo.errors import UserError
 from octvideo.evaluation.charts import Chart, Series, draw_heat_map, to_svg
-from octvideo.models.checkpoint import Trained, load_trained
+from octvideo.models.checkpoint import Trained, load_trained, read_training_checkpoint
 from octvideo.models.cost import Cost, count_cost, count_parameters, time_interleaved, total
 from octvideo.models.octave_report import MACHINE
-from octvideo.models.weights import read_checkpoint
 from octvideo.models.zoo import Alpha, set_alpha
 
 RESAMPLES = 10_000
@@ -115,6 +114,10 @@ class MultiPredictions(NamedTuple):
     mean: float | None  # average precision over the classes with videos
     bad: list[tuple[str, str]]  # (path, reason) of videos that could not be decoded
 
+    def accuracies(self) -> dict[str, Accuracy]:
+        """The mean average precision, as predictions.json names it; empty without any."""
+        return {} if self.mean is None else {"map": Accuracy(self.mean)}
+
 
 @dataclass(frozen=True)
 class Card:
@@ -170,7 +173,7 @@ def read_run(folder: Path, *, results: Path | None = None, checkpoint: Path | No
 
     folders = [folder / "test", folder] if results is None else [results]
     files = [checkpoint] if checkpoint else [folder / "checkpoints" / name for name in ("last.ckpt", "best.ckpt")]
-    card = attempt(files, "There is no checkpoint, so the report does not describe the network.", _read_card)
+    card = attempt(files, "There is no checkpoint, so the report does not describe the network.", read_card)
     files = [each / "predictions.json" for each in folders]
     lacks = "There is no predictions.json (`octvideo test` writes it), so the report has no videos and classes."
     predictions = attempt(files, lacks, partial(read_predictions, names=card and card.trained.labels))
@@ -218,8 +221,9 @@ def _read_alphas(path: Path) -> list[dict[str, Any]]:
     return [row for row in rows if row["videos"]]  # without a video there is no accuracy
 
 
-def _read_card(path: Path) -> Card:
-    trained, saved = load_trained(path), read_checkpoint(path, mmap=True)
+def read_card(path: Path) -> Card:
+    """Opens a checkpoint and counts its cost; raises as `load_trained`, and KeyError for one that names no epoch."""
+    trained, saved = load_trained(path), read_training_checkpoint(path, mmap=True).content
     written = saved["epoch"] + 1, saved["global_step"], saved["pytorch-lightning_version"]
     cost = total(count_cost(trained.network, trained.preprocessing.clip_size))
     return Card(path, trained, *written, count_parameters(trained.network), cost)

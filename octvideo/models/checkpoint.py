@@ -11,6 +11,7 @@ from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.files import verify
 from octvideo.models.own_network import adapt, build_recorded, fit_classes, give_logits
+from octvideo.models.published import published_folder, read_published
 from octvideo.models.scoring import Task
 from octvideo.models.weights import read_checkpoint
 from octvideo.models.zoo import Alpha, create_model
@@ -38,8 +39,14 @@ class TrainingCheckpoint:
 def read_training_checkpoint(path: str | Path, mmap: bool = False) -> TrainingCheckpoint:
     """Opens a checkpoint of train_net.py of any version; with mmap, tensors are read when they are used.
 
-    Raises FileNotFoundError, DamagedCheckpointError (truncated or changed), or UserError for a file of another kind.
+    Or a folder that `octvideo push` wrote, or a repository of the hub as "user/name". Raises FileNotFoundError,
+    DamagedCheckpointError (truncated or changed), or UserError for a file of another kind.
     """
+    if (folder := published_folder(path)) is not None:
+        found = read_published(folder)
+        how = Preprocessing.from_mapping(found.preprocessing)
+        content = {"VideoData": {"labels": found.labels}, **found.training}
+        return TrainingCheckpoint(EARLIER | found.options, how, found.labels, found.tensors, content)
     verify(path)
     content = read_checkpoint(path, mmap)
     try:
@@ -80,7 +87,7 @@ class Trained:
 
 
 def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
-    """Opens the network of a checkpoint of train_net.py, with its averaged weights if any, channels last on the CPU.
+    """Opens the network of a checkpoint, folder or repository, with averaged weights if any, channels last on the CPU.
 
     `alpha` None is as trained. Raises as `read_training_checkpoint`, and UserError if alpha or weights do not fit.
     """
@@ -109,4 +116,7 @@ def restore(options: Mapping[str, Any]) -> nn.Module:
         kept = {key: options[key] for key in ("downsample", "round_to")}
         return adapt(network, options["alpha"], skip=options["skip"] or (), **kept)
     of_zoo = {key: value for key, value in options.items() if key not in ("network", "skip", "output", "task")}
-    return create_model(**of_zoo, channels_last=True)
+    try:
+        return create_model(**of_zoo, channels_last=True)
+    except TypeError as error:
+        raise UserError(f"options of a network that this version of octvideo does not know: {error}") from error

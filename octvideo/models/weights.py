@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from octvideo.errors import UserError
+from octvideo.models.published import published_folder, read_published
 
 # From our names to other projects'. A name is first written "stage.pathway.rest" (1 the stem, 2 to 5 the stages, 6 the
 # head), then all patterns are applied in order; a name that still starts with a digit has no counterpart.
@@ -172,7 +173,12 @@ def _some(names: Iterable[str]) -> str:
 
 
 def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """A dict that torch.save wrote, on the CPU, with tensors read only when used if `mmap`; UserError if unreadable."""
+    """A dict that torch.save wrote, on the CPU, with tensors read only when used if `mmap`; UserError if unreadable.
+
+    Or the tensors of a published network; see `published_folder`.
+    """
+    if (folder := published_folder(path)) is not None:
+        return {"state_dict": read_published(folder).tensors}
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:

@@ -26,6 +26,7 @@ from octvideo.layers.octaves import Octaves
 from octvideo.layers.swapping import swap_class
 from octvideo.layers.tracing import OneNode
 from octvideo.models.octavize import octavize
+from octvideo.models.published import published_folder
 from octvideo.models.weights import load_weights
 
 Alpha = float | Sequence[float] | Mapping[str, float]
@@ -211,8 +212,8 @@ MODELS: dict[str, Callable[..., Net]] = {
 def create_model(
     name: str,
     *,
-    alpha: Alpha = 0.0,
-    num_classes: int = 400,
+    alpha: Alpha | None = None,
+    num_classes: int | None = None,
     width: int | None = None,
     depth: int | None = None,
     dropout: float = 0.5,
@@ -231,10 +232,12 @@ def create_model(
 
     Args:
         name: network: c2d_r50, c2d_r50_nonlocal, i3d_r50, i3d_r50_nonlocal, slow_r50, slowfast_r50, r2plus1d_r50,
-            csn_r101, x3d_xs, x3d_s, x3d_m or x3d_l.
+            csn_r101, x3d_xs, x3d_s, x3d_m or x3d_l. Or a folder that `octvideo push` wrote, or a repository of the hub
+            as "user/name": that network with its weights, in evaluation mode; of the options it takes alpha alone.
         alpha: share of channels at low resolution in res2, res3 and res4, from 0 to 1; or four shares, for res2 to
-            res5; or {regex: share}, where the first regex found in a convolution's name decides.
-        num_classes: number of classes.
+            res5; or {regex: share}, where the first regex found in a convolution's name decides; default: 0, or as
+            published.
+        num_classes: number of classes; default: 400, or as published.
         width: channels of the stem; default: as published, 24 for X3D and 64 for the others.
         depth: 50, 101 or 152 layers; default: as the name says. R(2+1)D and X3D have no choice.
         dropout: dropout probability before the classifier.
@@ -249,8 +252,16 @@ def create_model(
 
     Raises UserError for an unknown name, a number out of its range, or a checkpoint that does not fit.
     """
+    given = {key for key, value in locals().items() if key not in ("name", "alpha") and value != DEFAULTS[key]}
     if name not in MODELS:
-        raise UserError(f"no model {name!r}; there are {', '.join(MODELS)}")
+        if published_folder(name) is None:
+            raise UserError(f"no model {name!r}; there are {', '.join(MODELS)}")
+        if given:
+            raise UserError(f"{name} is published: it takes no option but alpha, got {', '.join(sorted(given))}")
+        from octvideo.models.checkpoint import load_trained  # which builds networks with this function
+
+        return load_trained(name, alpha).network
+    num_classes = 400 if num_classes is None else num_classes
     if num_classes < 1:
         raise UserError(f"num_classes must be at least 1, got {num_classes}")
     known = inspect.signature(MODELS[name]).parameters
@@ -276,7 +287,10 @@ def create_model(
         load_weights(network, weights)
     # Kept for set_alpha: a convolution at alpha 0 may be vanilla, and then knows no octave option.
     network.octave_options = {"downsample": downsample, "channels_last": channels_last, "round_to": round_to}
-    return set_alpha(network, alpha)
+    return set_alpha(network, 0.0 if alpha is None else alpha)
+
+
+DEFAULTS: Mapping[str, Any] = create_model.__kwdefaults__ or {}
 
 
 def stage_alphas(alpha: float | Sequence[float]) -> tuple[float, float, float, float]:

@@ -57,9 +57,7 @@ class Objective(nn.Module):
         self.task, self.num_classes, self.loss, self.label_smoothing = task, num_classes, loss, label_smoothing
         self.balanced = class_weights == "balanced"
         if loss is not None and (class_weights is not None or label_smoothing):
-            raise UserError(
-                "model.class_weights and label_smoothing are of the default loss: give them to model.loss"
-            )
+            raise UserError("model.class_weights and label_smoothing are of the default loss: give them to model.loss")
         if isinstance(class_weights, str) and not self.balanced:
             raise UserError(f"model.class_weights must be numbers or 'balanced', got {class_weights!r}")
         if isinstance(class_weights, list) and (len(class_weights) != num_classes or min(class_weights) < 0):
