@@ -333,7 +333,8 @@ def normalize_maps(func: Function, input: Octaves, *args: Any, **kwargs: Any) ->
 
 
 def _instance_norm(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
-    mean, _, weight, bias = [*args[:4], *[kwargs.get(name) for name in _PER_CHANNEL[len(args) :]]]
+    found: Any = [*args[:4], *[kwargs.get(name) for name in _PER_CHANNEL[len(args) :]]]
+    mean, _, weight, bias = found
     uneven = isinstance(_covered(input, range(2, input.dim())), Tensor)  # a border position weighs less
     if mean is None and input.axis == 1 and (uneven or input.low.shape[2:].numel() == 1):
         eps = kwargs.get("eps", args[6] if len(args) > 6 else 1e-5)
