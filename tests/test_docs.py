@@ -48,6 +48,7 @@ import octvideo
 from experiments import real_weights, serving, speed
 from octvideo import MODELS, create_model
 from octvideo.commands import sweep
+from octvideo.models.choose_alpha import choose_alpha
 from octvideo.training.recognizer import Recognizer
 
 DOCS = ROOT / "docs"
@@ -105,6 +106,7 @@ def start_tool_in(workspace):
 def _be_tool_in(workspace, arguments, folder, environment):
     conftest.ROOT = workspace
     resnet._MODEL_STAGE_DEPTH[50] = SHALLOW
+    choose_alpha.__kwdefaults__["alphas"] = (0.5,)  # each is predicted in every stage
     sweep.call = _call
     conftest._be_tool(arguments, folder, environment)
 
