@@ -68,11 +68,12 @@ SMALL = {
         *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.limit_test_batches=1"),
     ],
     "allocation.py": [*CLIPS, "--alphas=.5", "--batches=1", "--budget=.97", r"--skip=['blocks\.[345]']"],
+    "operations.py": ["--alphas=.25", "--batch=1", "--dtype=fp32", "--rounds=1"],
     "prepare_data.py": ["--workers=1"],
     "predict.py": ["--clips=1", "--crops=1"],
     "report.py": ["--rounds=1"],
     "cost.py": ["--size=4x32x32", "--batch=1", "--rounds=1"],
-    "export.py": ["--rounds=1"],
+    "export.py": ["--rounds=1", "--free=batch"],  # all that are free: tests/test_export.py
     "spectrum.py": ["--clips=1", "--size=32"],
     "speed.py": [
         *("--size=4x32x32", "--width=8", "--batch=1", "--alphas=.25", "--forms=octvideo"),
