@@ -76,11 +76,13 @@ class Shift(nn.Module):
 
 
 class TSM(nn.Module):
-    """Clips (B, T, 3, H, W) by a ResNet of images, their logits averaged over time."""
+    """Clips (B, T, 3, H, W) by two stages of a ResNet of images, their logits averaged over time."""
 
     def __init__(self, frames=4):
         super().__init__()
-        self.network = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+        self.network = ResNet(BasicBlock, [1, 1, 1, 1])
+        self.network.layer3 = self.network.layer4 = nn.Identity()
+        self.network.fc = nn.Linear(128, 5)
         for block in (module for module in self.network.modules() if isinstance(module, BasicBlock)):
             block.conv1 = Shift(block.conv1, frames)
 
@@ -186,6 +188,13 @@ def faster_rcnn():
     return FasterRCNN(backbone, rpn_anchor_generator=anchors, rpn_nms_thresh=1, **heads, **few, **SQUARE)
 
 
+def short_googlenet():
+    """Without the blocks of branches that keep the number of channels, which add nothing but time."""
+    network = googlenet(weights=None, num_classes=5, aux_logits=True, init_weights=False)
+    network.inception4b = network.inception4c = network.inception5a = nn.Identity()
+    return network
+
+
 def hugging_face(name, **options):
     """An image classifier whose output is a dataclass with all feature maps."""
     config = getattr(transformers, f"{name}Config")(num_labels=5, output_hidden_states=True, **options)
@@ -213,11 +222,11 @@ CLIPS, IMAGES, LARGER = (2, 4, 3, 32, 32), (2, 3, 32, 32), (2, 3, 64, 64)
 DETECTORS = {"ssd": ssd, "retinanet": retinanet, "faster_rcnn": faster_rcnn}
 KINDS = {  # what builds a network, and the shape of its input
     "unet": (lambda: UNet(3, 1, 2, (8, 16, 32), (2, 2), num_res_units=1), (2, 1, 16, 16, 16)),
-    "conv_lstm": (ConvLSTM, (2, 3, 3, 16, 16)),
+    "conv_lstm": (ConvLSTM, (2, 2, 3, 16, 16)),
     "tsm": (TSM, CLIPS),
     "lstm": (Recurrent, CLIPS),
     **{name: (build, LARGER) for name, build in DETECTORS.items()},
-    "googlenet": (lambda: googlenet(weights=None, num_classes=5, aux_logits=True, init_weights=False), LARGER),
+    "googlenet": (short_googlenet, LARGER),
     "hf_resnet": (lambda: hugging_face("ResNet", **BASIC), LARGER),
     "hf_convnext": (lambda: hugging_face("ConvNext", num_stages=2, hidden_sizes=[16, 32], depths=[1, 1]), LARGER),
     "attention": (attentive, IMAGES),

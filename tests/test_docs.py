@@ -49,6 +49,7 @@ import octvideo
 from experiments import real_weights, serving, speed
 from octvideo import MODELS, create_model
 from octvideo.commands import runs
+from octvideo.models.choose_alpha import choose_alpha
 from octvideo.training.recognizer import Recognizer
 
 DOCS = ROOT / "docs"
@@ -68,13 +69,14 @@ SMALL = {
         *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.limit_test_batches=1"),
     ],
     "allocation.py": [*CLIPS, "--alphas=.5", "--batches=1", "--budget=.97", r"--skip=['blocks\.[345]']"],
+    "operations.py": ["--alphas=.25", "--batch=1", "--dtype=fp32", "--rounds=1"],
     "prepare_data.py": ["--workers=1"],
     "predict.py": ["--clips=1", "--crops=1"],
     "features.py": ["--batch=4"],
     "push.py": [],
     "report.py": ["--rounds=1"],
     "cost.py": ["--size=4x32x32", "--batch=1", "--rounds=1"],
-    "export.py": ["--rounds=1"],
+    "export.py": ["--rounds=1", "--free=batch"],  # all that are free: tests/test_export.py
     "spectrum.py": ["--clips=1", "--size=32"],
     "speed.py": [
         *("--size=4x32x32", "--width=8", "--batch=1", "--alphas=.25", "--forms=octvideo"),
@@ -109,6 +111,7 @@ def _be_tool_in(workspace, arguments, folder, environment):
     conftest.ROOT = workspace
     resnet._MODEL_STAGE_DEPTH[50] = SHALLOW
     runs.call = _call
+    choose_alpha.__kwdefaults__["alphas"] = (0.5,)  # each is predicted in every stage
     conftest._be_tool(arguments, folder, environment)
 
 

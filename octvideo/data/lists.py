@@ -148,9 +148,8 @@ def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, i
 def about_frames(folder: str | os.PathLike[str]) -> str:
     """The end of a message on a folder without videos: how to make one of the numbered pictures in it; "" if none."""
     for parent, _, names in os.walk(folder):
-        matches = [
-            re.fullmatch(r"(.*?)(\d+)(\.\w+)", name) for name in sorted(names, key=lambda name: (len(name), name))
-        ]
+        names.sort(key=lambda name: (len(name), name))
+        matches = (re.fullmatch(r"(.*?)(\d+)(\.\w+)", name) for name in names)
         if first := next((match for match in matches if match and match[3].lower() in PICTURES), None):
             frames = ["-start_number", first[2], "-i", f"{parent}/{first[1]}%0{len(first[2])}d{first[3]}"]
             command = ["ffmpeg", "-framerate", "25", *frames, "-pix_fmt", "yuv420p", f"{parent}.mp4"]

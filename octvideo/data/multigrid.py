@@ -52,22 +52,20 @@ class Multigrid:
 
     def shapes(self, full: ClipShape, epoch: int, max_epochs: int | None) -> list[ClipShape]:
         """The shapes that the batches of an epoch (from 0) cycle through; the last one is that of the long cycle."""
-        frames, side, factor = LONG_CYCLE[-1]
-        if self.long_cycle:
-            if max_epochs is None or max_epochs < 0:
-                raise UserError("data.multigrid.long_cycle needs to know the last epoch: set trainer.max_epochs")
-            frames, side, factor = LONG_CYCLE[long_cycle(max_epochs, self.cycles)[min(epoch, max_epochs - 1)]]
-        turns = SHORT_CYCLE if self.short_cycle else SHORT_CYCLE[-1:]
-        return [self.scaled(full, frames, side * of_side, factor * times) for of_side, times in turns]
+        if not self.long_cycle:
+            return self._turns(full, *LONG_CYCLE[-1])
+        if max_epochs is None or max_epochs < 0:
+            raise UserError("data.multigrid.long_cycle needs to know the last epoch: set trainer.max_epochs")
+        return self._turns(full, *LONG_CYCLE[long_cycle(max_epochs, self.cycles)[min(epoch, max_epochs - 1)]])
 
     def all_shapes(self, full: ClipShape) -> list[ClipShape]:
         """The shapes of all epochs; UserError for frames that cannot be divided."""
         long = LONG_CYCLE if self.long_cycle else LONG_CYCLE[-1:]
-        short = SHORT_CYCLE if self.short_cycle else SHORT_CYCLE[-1:]
-        turns = itertools.product(long, short)
-        return [
-            self.scaled(full, frames, side * part, factor * times) for (frames, side, factor), (part, times) in turns
-        ]
+        return [shape for epoch in long for shape in self._turns(full, *epoch)]
+
+    def _turns(self, full: ClipShape, frames: float, side: float, factor: int) -> list[ClipShape]:
+        turns = SHORT_CYCLE if self.short_cycle else SHORT_CYCLE[-1:]
+        return [self.scaled(full, frames, side * of_side, factor * times) for of_side, times in turns]
 
     def scaled(self, full: ClipShape, frames_share: float, side_share: float, factor: int) -> ClipShape:
         """A shape with a share of the frames and of the side; UserError for frames that cannot be divided."""

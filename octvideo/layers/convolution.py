@@ -20,6 +20,7 @@ from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_ch
 from octvideo.layers.tracing import OneNode
 
 Pairs = tuple[tuple[int, int], ...]  # padding (before, behind) each dimension
+Sizes = tuple[int, ...]
 
 
 def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int, int]:
@@ -136,12 +137,7 @@ def padding_pairs(padding: Any, size: Sequence[int], dilation: Sequence[int]) ->
 
 
 def _misalignment(
-    size: tuple[int, ...],
-    stride: tuple[int, ...],
-    pairs: Pairs,
-    dilation: tuple[int, ...],
-    output_padding: tuple[int, ...] | None,
-    temporal: bool,
+    size: Sizes, stride: Sizes, pairs: Pairs, dilation: Sizes, output_padding: Sizes | None, temporal: bool
 ) -> str:
     first = 0 if temporal else max(0, len(size) - 2)
     given = [before if before == behind else (before, behind) for before, behind in pairs]
@@ -168,13 +164,13 @@ def _misalignment(
 def plan_convolution(
     options: OctaveOptions,
     channels: tuple[int, int],
-    size: tuple[int, ...],
-    stride: tuple[int, ...],
+    size: Sizes,
+    stride: Sizes,
     pairs: Pairs,
-    dilation: tuple[int, ...],
+    dilation: Sizes,
     groups: int,
     padding_mode: str = "zeros",
-    output_padding: tuple[int, ...] | None = None,
+    output_padding: Sizes | None = None,
 ) -> Plan:
     """The plan of a convolution of (in, out) `channels`, transposed if it has an output padding.
 
@@ -218,9 +214,8 @@ def plan_convolution(
 def _numbers(convolution: nn.modules.conv._ConvNd) -> tuple[Any, Any, Any, Any, Any]:
     """The size, stride, padding, dilation and output padding (None unless it is transposed) that forward goes by."""
     n = len(convolution.kernel_size)
-    size, stride, dilation = (
-        sizes(value, n) for value in (convolution.kernel_size, convolution.stride, convolution.dilation)
-    )
+    given = (convolution.kernel_size, convolution.stride, convolution.dilation)
+    size, stride, dilation = (sizes(value, n) for value in given)
     if convolution.padding_mode == "zeros":
         pairs = padding_pairs(convolution.padding, size, dilation)
     else:
@@ -250,11 +245,7 @@ def convolve(input: Tensor | Octaves, weight: Tensor, bias: Tensor | None, plan:
     """
     _check_input(input, plan)
     if weight.dim() == 3:  # a height of 1
-        weight = weight.unsqueeze(2)
-        if isinstance(input, Octaves):
-            input = Octaves(input.high.unsqueeze(2), input.low.unsqueeze(2), input.parts)
-        else:
-            input = input.unsqueeze(2)
+        weight, input = weight.unsqueeze(2), input.unsqueeze(2)
     weight = weight if plan.kernel.output_padding is None else swap_sides(weight, plan.groups)
     if plan.plain and not isinstance(input, Octaves):
         output: Tensor | Octaves = plan.kernel.convolve(lay_channels_last(input), weight, bias, plan.groups)

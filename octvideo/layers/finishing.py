@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octvideo.errors import UserError
-from octvideo.layers.resampling import average_pool, lay_channels_last, runs_as_called, upsample
+from octvideo.layers.resampling import average_pool, factors_between, lay_channels_last, runs_as_called, upsample
 
 Mode = Literal["auto", "on", "off"]
 ACTIVATIONS = ("none", "relu", "silu", "relu6")
@@ -48,13 +48,12 @@ def _has_triton() -> bool:  # on a GPU that it knows; asking takes longer than a
     return has_triton()
 
 
+# What the operators take; their implementations below unpack it in this order.
 _library = torch.library.Library("octvideo", "FRAGMENT")
 _MAPS = "Tensor high, Tensor? add, Tensor low, Tensor? low_add"
 _NORM = "Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, float eps"
-_library.define(
-    "statistics(Tensor high, Tensor? add, Tensor low, Tensor? low_add, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, float momentum) -> (Tensor, Tensor)"
-)
+_RUNNING = "Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum"
+_library.define(f"statistics({_MAPS}, {_RUNNING}) -> (Tensor, Tensor)")
 _library.define(
     f"finish({_MAPS}, {_NORM}, Tensor? plus_high, Tensor? plus_low, bool of_batch, str activation, bool pool) "
     "-> (Tensor, Tensor, Tensor)"
@@ -78,24 +77,16 @@ def _sums(high: Tensor, add: Tensor | None, low: Tensor, low_add: Tensor | None)
     return high, low if low_add is None else low + low_add
 
 
-def _statistics(
-    high: Tensor,
-    add: Tensor | None,
-    low: Tensor,
-    low_add: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-) -> tuple[Tensor, Tensor]:
+def _statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Means and variances (C,) of the batch, in 32 bits at least, which move the running ones as F.batch_norm does."""
-    variances: list[Tensor] = []
-    means: list[Tensor] = []
-    factors: list[Tensor] = []
-    for x in _sums(high, add, low, low_add):
+    *maps, running_mean, running_var, momentum = arguments
+    variances, means, factors = list[Tensor](), list[Tensor](), list[Tensor]()
+    for x in _sums(*maps):
         wide = x if x.dtype == torch.float64 else x.float()
         variance, mean = torch.var_mean(wide.transpose(0, 1).flatten(1), 1, correction=0)
         count = x.numel() // x.shape[1]
-        variances, means = [*variances, variance], [*means, mean]
+        variances += [variance]
+        means += [mean]
         factors += [mean.new_full((x.shape[1],), count / max(1, count - 1))]
     mean, variance = torch.cat(means), torch.cat(variances)
     if running_mean is not None:
@@ -128,84 +119,44 @@ def _finished(
 
 
 def _factors(high: Tensor, low: Tensor) -> tuple[int, ...]:
-    return (
-        *(1,) * (high.dim() - 4),
-        *(1 if n == m else 2 for n, m in zip(high.shape[-2:], low.shape[-2:], strict=True)),
-    )
+    return factors_between(high.shape[2:], low.shape[2:])
 
 
-def _finish(
-    high: Tensor,
-    add: Tensor | None,
-    low: Tensor,
-    low_add: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    plus_high: Tensor | None,
-    plus_low: Tensor | None,
-    of_batch: bool,
-    activation: str,
-    pool: bool,
-) -> tuple[Tensor, ...]:
+def _finish(*arguments: Any) -> tuple[Tensor, ...]:
     """(high, low, pooled) of act(norm(sum) + plus); `pooled`, the mean of high over each low position, if asked for."""
-    norm, factors = (mean, var, weight, bias, eps), _factors(high, low) if pool else None
+    maps, norm, pluses, (of_batch, activation, pool) = (arguments[i:j] for i, j in ((0, 4), (4, 9), (9, 11), (11, 14)))
     with torch.no_grad():
-        return _finished((high, add, low, low_add), norm, (plus_high, plus_low), of_batch, activation, factors)
+        return _finished(maps, norm, pluses, of_batch, activation, _factors(maps[0], maps[2]) if pool else None)
 
 
-def _finish_backward(
-    grad_high: Tensor | None,
-    grad_low: Tensor | None,
-    grad_pooled: Tensor | None,
-    high: Tensor,
-    add: Tensor | None,
-    low: Tensor,
-    low_add: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    out_high: Tensor | None,
-    out_low: Tensor | None,
-    plus: bool,
-    of_batch: bool,
-    activation: str,
-) -> list[Tensor]:
+def _finish_backward(*arguments: Any) -> list[Tensor]:
     """Gradients of high, add, low (low_add's is the same), weight, bias and both pluses; empty where there are none.
 
     By autograd, and with a graph of their own where gradients are recorded.
     """
-    graph = torch.is_grad_enabled()
+    grads, maps, (mean, var, *affine, eps) = arguments[:3], arguments[3:7], arguments[7:12]
+    out_high, out_low, plus, of_batch, activation = arguments[12:]
+    (high, _, low, _), graph = maps, torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [
-            x if x is None or (graph and x.requires_grad) else x.detach().requires_grad_()
-            for x in (high, add, low, low_add, weight, bias)
-        ]
-        maps, affine = leaves[:4], leaves[4:]
+        tensors = (*maps, *affine)
+        leaves = [x if x is None or (graph and x.requires_grad) else x.detach().requires_grad_() for x in tensors]
+        affine = leaves[4:]
         pluses = [torch.zeros_like(x, requires_grad=True) if plus else None for x in (high, low)]
         # The derivative of an activation behind a residual follows from its output: relu's and relu6's alone.
         masked = plus and activation != "none"
         norm, kind = (mean, var, *affine, eps), "none" if masked else activation
-        outputs = list(_finished(maps, norm, pluses, of_batch, kind, None)[:2])
+        outputs = list(_finished(leaves[:4], norm, pluses, of_batch, kind, None)[:2])
         if masked:
             saved: Any = (out_high, out_low)
             outs = ((out > 0) & (out < 6) if activation == "relu6" else out > 0 for out in saved)
             outputs = [y * mask for y, mask in zip(outputs, outs, strict=True)]
         outputs.append(average_pool(outputs[0], _factors(high, low)))
-    given = [(y, x) for y, x in zip(outputs, (grad_high, grad_low, grad_pooled), strict=True) if x is not None]
-    wanted = [x for x in (*maps[:3], *affine, *pluses) if x is not None]
+    given = [(y, x) for y, x in zip(outputs, grads, strict=True) if x is not None]
+    wanted = [x for x in (*leaves[:3], *affine, *pluses) if x is not None]
     numbers = {"allow_unused": True, "materialize_grads": True, "create_graph": graph}
     found = iter(torch.autograd.grad([y for y, _ in given], wanted, [x for _, x in given], **numbers))
     empty = high.new_empty(0)
-    return [empty if x is None else next(found) for x in (*maps[:3], *affine, *pluses)]
-
-
-def _like(x: Tensor, shape: Any) -> Tensor:
-    return lay_channels_last(x.new_empty(shape))
+    return [empty if x is None else next(found) for x in (*leaves[:3], *affine, *pluses)]
 
 
 def _fake_statistics(high: Tensor, add: Any, low: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -216,8 +167,8 @@ def _fake_statistics(high: Tensor, add: Any, low: Tensor, *rest: Any) -> tuple[T
 
 
 def _fake_finish(high: Tensor, add: Any, low: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    pooled = (*high.shape[:2], *low.shape[2:]) if rest[-1] else (0,)
-    return torch.empty_like(high), torch.empty_like(low), _like(high, pooled) if rest[-1] else high.new_empty(0)
+    pooled = lay_channels_last(high.new_empty((*high.shape[:2], *low.shape[2:]))) if rest[-1] else high.new_empty(0)
+    return torch.empty_like(high), torch.empty_like(low), pooled
 
 
 def _fake_backward(grad_high: Any, grad_low: Any, grad_pooled: Any, *rest: Any) -> list[Tensor]:

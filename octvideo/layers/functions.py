@@ -17,6 +17,8 @@ from octvideo.layers.octaves import Features, Function, Octaves, apply, define, 
 from octvideo.layers.parts import join_by_parts, split_by_parts
 from octvideo.layers.resampling import halved
 
+_PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")  # the arguments of batch and instance norm
+
 
 def _maps_beside(value: Any, x: Octaves) -> tuple[Any, Any]:
     """What each map of `x` meets in an elementwise function; a full-size Tensor is averaged for the low map."""
@@ -76,9 +78,8 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     if not octaves:
         return NotImplemented
-    if len(octaves) == 1:
-        x = octaves[0]
-    else:  # the others may be gates, or have other parts: those at lower resolution are merged
+    x = octaves[0]
+    if len(octaves) > 1:  # the others may be gates, or have other parts: those at lower resolution are merged
         sized = [value for value in octaves if max(value.ratios) > 1] or octaves
         x = min(sized, key=lambda value: (sum(value.ratios), value.low.shape[value.axis]))
         if others := [value for value in sized if (value.parts, value.ratios) != (x.parts, x.ratios)]:
@@ -246,8 +247,7 @@ def _reduce(func: Function, input: Octaves, dim: Any = None, keepdim: bool = Fal
 
 def _extremum(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
     """max and min: of everything, of two arguments, or over a dimension with indices."""
-    given = (*args, *kwargs.values())
-    if not given:
+    if not (given := (*args, *kwargs.values())):
         return _reduce(torch.amax if func.__name__ == "max" else torch.amin, input)
     if len(given) == 1 and isinstance(given[0], (Tensor, Octaves)):
         return _elementwise(func, input, *args, **kwargs)
@@ -313,8 +313,7 @@ def normalize_maps(func: Function, input: Octaves, *args: Any, **kwargs: Any) ->
     """Batch or instance norm: each map with its share of the per-channel parameters and statistics."""
     if input.axis != 1:
         return NotImplemented
-    names = ("running_mean", "running_var", "weight", "bias")
-    parameters = [*args[:4], *[kwargs.pop(name, None) for name in names[len(args) :]]]
+    parameters = [*args[:4], *[kwargs.pop(name, None) for name in _PER_CHANNEL[len(args) :]]]
     shares: list[Any] = [(None, None) if x is None else split_by_parts(x, input.parts, 0) for x in parameters]
     if len(input.parts) > 1:  # cuDNN would update a copy of statistics that are not contiguous
         shares[:2] = [[None if x is None else x.clone() for x in pair] for pair in shares[:2]]
@@ -333,31 +332,18 @@ def normalize_maps(func: Function, input: Octaves, *args: Any, **kwargs: Any) ->
     return Octaves(maps[0], maps[1], input.parts)
 
 
-def _instance_norm(
-    func: Function,
-    input: Octaves,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
+def _instance_norm(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
+    found: Any = [*args[:4], *[kwargs.get(name) for name in _PER_CHANNEL[len(args) :]]]
+    mean, _, weight, bias = found
     uneven = isinstance(_covered(input, range(2, input.dim())), Tensor)  # a border position weighs less
-    if running_mean is None and input.axis == 1 and (uneven or input.low.shape[2:].numel() == 1):
+    if mean is None and input.axis == 1 and (uneven or input.low.shape[2:].numel() == 1):
+        eps = kwargs.get("eps", args[6] if len(args) > 6 else 1e-5)
         return _group_norm(func, input, input.shape[1], weight, bias, eps)
-    tensors = (running_mean, running_var, weight, bias)
-    return normalize_maps(func, input, *tensors, use_input_stats, momentum, eps)
+    return normalize_maps(func, input, *args, **kwargs)
 
 
 def _group_norm(
-    func: Function,
-    input: Octaves,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    func: Function, input: Octaves, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
     """Group norm with the vanilla statistics: of both maps, a low position weighing those that it covers."""
     if input.axis != 1 or input.shape[1] % num_groups:
@@ -391,12 +377,7 @@ def _group_norm(
 
 
 def _layer_norm(
-    func: Function,
-    input: Octaves,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    func: Function, input: Octaves, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
     """Layer norm of channels that lie last: the statistics of each position of the vanilla tensor.
 
@@ -416,14 +397,10 @@ def _layer_norm(
     high = high - mean
     squares = high.square().sum(-1, keepdim=True) + counts[1] * (low_variance + (low_mean - mean).square())
     scale = (squares / sum(counts) + eps).rsqrt()
-    high, low = high * scale, low * input.pooled(scale) - input.pooled(mean * scale)
-    if weight is not None:
-        weights = split_by_parts(weight, input.parts, 0)
-        high, low = high * weights[0], low * weights[1]
-    if bias is not None:
-        biases = split_by_parts(bias, input.parts, 0)
-        high, low = high + biases[0], low + biases[1]
-    return input.of(high.to(input.dtype), low.to(input.dtype))
+    y: Any = input.of(high * scale, low * input.pooled(scale) - input.pooled(mean * scale))
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    return y.to(input.dtype)
 
 
 def _linear(func: Function, input: Any, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -448,10 +425,6 @@ def _operator(func: Function, reflected: bool = False) -> Function:
     return operate
 
 
-def _matmul(self: Any, other: Any) -> Any:
-    return apply(torch.matmul, self, other)
-
-
 # A tuple's own + and * would concatenate and repeat, and its == would compare the two maps as values.
 _BINARY = ("add", "sub", "mul", "truediv", "pow")
 _AUGMENTED: dict[Function, Function] = {
@@ -462,8 +435,8 @@ for _name in (*_BINARY, *_OTHERS.split()):
     # operator.eq compares with None, and is False; torch's refuses it.
     _home = torch if _name in ("eq", "ne") else operator
     setattr(Features, f"__{_name.rstrip('_')}__", _operator(getattr(_home, _name)))
-setattr(Features, "__matmul__", _matmul)  # noqa: B010
-setattr(Features, "__rmatmul__", lambda self, other: _matmul(other, self))  # noqa: B010
+setattr(Features, "__matmul__", lambda self, other: apply(torch.matmul, self, other))  # noqa: B010
+setattr(Features, "__rmatmul__", lambda self, other: apply(torch.matmul, other, self))  # noqa: B010
 for _name in _BINARY:
     setattr(Features, f"__r{_name}__", _operator(getattr(operator, _name), reflected=True))
 

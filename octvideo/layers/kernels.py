@@ -396,7 +396,7 @@ def _apply_kernel(
 class _Launch:
     """What the kernels share: the maps, their sizes as arguments, and blocks of channels and positions."""
 
-    def __init__(self, high: Tensor, add: Tensor | None, low: Tensor, low_add: Tensor | None, per_program: int) -> None:
+    def __init__(self, high: Tensor, add: Tensor | None, low: Tensor, low_add: Tensor | None) -> None:
         laid: list[Any] = [x if x is None else lay_channels_last(x) for x in (high, add, low, low_add)]
         self.high, self.add, self.low, low_add = laid
         (*_, H, W), (*_, h, w) = high.shape, low.shape
@@ -421,7 +421,7 @@ class _Launch:
             "ADD": 0 if add is None else 2 if at_high else 1,
             "LOW_ADD": self.low_add is not None,
             "BLOCK_C": block,
-            "BLOCK_P": max(1, per_program // block),
+            "BLOCK_P": max(1, 1024 // block),
         }
         self.columns = highs + lows
         self.rows = triton.cdiv(self.positions, self.options["BLOCK_P"])
@@ -432,14 +432,18 @@ class _Launch:
         return triton.cdiv(self.rows, tiles), tiles
 
 
-def _affine(mean: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> dict[str, bool]:
+def _affine(mean: Any, var: Any, weight: Any, bias: Any, eps: float) -> dict[str, bool]:
     return {"NORM": mean is not None, "WEIGHT": weight is not None, "BIAS": bias is not None}
+
+
+def _given(grads: list[Tensor | None]) -> dict[str, bool]:
+    return {f"GRAD_{name}": x is not None for name, x in zip(("HIGH", "LOW", "POOLED"), grads, strict=True)}
 
 
 def statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
     """As `finishing._statistics`."""
     high, add, low, low_add, running_mean, running_var, momentum = arguments
-    launch = _Launch(high, add, low, low_add, 1024)
+    launch = _Launch(high, add, low, low_add)
     (parts, tiles), channels = launch.parts(), sum(launch.counts)
     partial = high.new_empty((3, parts, channels), dtype=torch.float32)
     _statistics_kernel[parts, launch.columns](*launch.maps, *partial, *launch.sizes, tiles, **launch.options)
@@ -452,42 +456,32 @@ def statistics(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def finish(*arguments: Any) -> tuple[Tensor, ...]:
     """As `finishing._finish`."""
-    (
-        high, add, low, low_add, mean, var, weight,
-        bias, eps, plus_high, plus_low, _, activation, pool,
-    ) = arguments  # fmt: skip
-    launch = _Launch(high, add, low, low_add, 1024)
-    pluses = [None if x is None else lay_channels_last(x) for x in (plus_high, plus_low)]
-    out_high, out_low = torch.empty_like(launch.high), torch.empty_like(launch.low)
-    pooled = high.new_empty(0)
-    if pool:
-        pooled = lay_channels_last(high.new_empty((*high.shape[:2], *low.shape[2:])))
-    outputs, how = (out_high, out_low, pooled), _affine(mean, weight, bias)
-    _finish_kernel[launch.rows, launch.columns](
-        *launch.maps, mean, var, weight, bias, eps, *pluses, *outputs, *launch.sizes,
-        PLUS=plus_high is not None, ACT=_ACTIVATIONS[activation], POOL=pool, **how, **launch.options,
-    )  # fmt: skip
+    maps, norm, (*pluses, _, activation, pool) = arguments[:4], arguments[4:9], arguments[9:]
+    launch, high, low = _Launch(*maps), maps[0], maps[2]
+    pluses = [None if x is None else lay_channels_last(x) for x in pluses]
+    pooled = lay_channels_last(high.new_empty((*high.shape[:2], *low.shape[2:]))) if pool else high.new_empty(0)
+    outputs = (torch.empty_like(launch.high), torch.empty_like(launch.low), pooled)
+    how = {"PLUS": pluses[0] is not None, "ACT": _ACTIVATIONS[activation], "POOL": pool, **_affine(*norm)}
+    arguments = (*launch.maps, *norm, *pluses, *outputs, *launch.sizes)
+    _finish_kernel[launch.rows, launch.columns](*arguments, **how, **launch.options)
     return outputs
 
 
 def finish_backward(*arguments: Any) -> list[Tensor]:
     """As `finishing._finish_backward`."""
-    (
-        grad_high, grad_low, grad_pooled, high, add, low, low_add, mean,
-        var, weight, bias, eps, out_high, out_low, plus, of_batch, activation,
-    ) = arguments  # fmt: skip
-    launch = _Launch(high, add, low, low_add, 1024)
+    maps, norm, (*outs, plus, of_batch, activation) = arguments[3:7], arguments[7:12], arguments[12:]
+    (high, add, low, _), (mean, _, weight, bias, _) = maps, norm
+    launch = _Launch(*maps)
     (parts, tiles), channels = launch.parts(), sum(launch.counts)
-    act, empty, how = _ACTIVATIONS[activation], high.new_empty(0), _affine(mean, weight, bias)
-    grads = [None if x is None else lay_channels_last(x) for x in (grad_high, grad_low, grad_pooled)]
+    act, empty, how = _ACTIVATIONS[activation], high.new_empty(0), _affine(*norm) | launch.options
+    grads = [None if x is None else lay_channels_last(x) for x in arguments[:3]]
     masked: list[Any] = [torch.empty_like(x) if plus else None for x in (launch.high, launch.low)]
-    norm, sums = (mean, var, weight, bias, eps), None
+    sums = None
     if plus or mean is not None:
-        given = {f"GRAD_{name}": x is not None for name, x in zip(("HIGH", "LOW", "POOLED"), grads, strict=True)}
         partial = high.new_empty((parts, 2, channels), dtype=torch.float32)
         _reduce_kernel[parts, launch.columns](
-            *grads, *launch.maps, *norm, out_high, out_low, *masked, partial, *launch.sizes, tiles,
-            PLUS=plus, ACT=act, **given, **how, **launch.options,
+            *grads, *launch.maps, *norm, *outs, *masked, partial, *launch.sizes, tiles,
+            PLUS=plus, ACT=act, **_given(grads), **how,
         )  # fmt: skip
         sums = partial.sum(0)
     if plus:  # what was written is behind neither pool nor activation
@@ -497,15 +491,10 @@ def finish_backward(*arguments: Any) -> list[Tensor]:
     if plus and mean is None and add is None:
         to_high, to_low = masked
     else:
-        given = {f"GRAD_{name}": x is not None for name, x in zip(("HIGH", "LOW", "POOLED"), grads, strict=True)}
         inverses = (channels_ / high.numel() for high, channels_ in zip((high, low), launch.counts, strict=True))
         _apply_kernel[launch.rows, launch.columns](
             *grads, *launch.maps, *norm, sums, to_high, to_add, to_low, *inverses, *launch.sizes,
-            OF_BATCH=of_batch and mean is not None, ACT=act, JOINED=launch.joined,
-            **given, **how, **launch.options,
+            OF_BATCH=of_batch and mean is not None, ACT=act, JOINED=launch.joined, **_given(grads), **how,
         )  # fmt: skip
-    to_weight, to_bias = (
-        empty if x is None or sums is None else sums[i].to(x.dtype) for x, i in ((weight, 1), (bias, 0))
-    )
-    pluses = [empty if x is None else x for x in masked]
-    return [to_high, empty if to_add is None else to_add, to_low, to_weight, to_bias, *pluses]
+    affine = [None if x is None or sums is None else sums[i].to(x.dtype) for x, i in ((weight, 1), (bias, 0))]
+    return [empty if x is None else x for x in (to_high, to_add, to_low, *affine, *masked)]

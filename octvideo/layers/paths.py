@@ -13,14 +13,7 @@ from torch import Tensor
 
 import octvideo.layers.resampling as resampling
 from octvideo.layers.parts import Parts, join_by_parts, split_by_parts
-from octvideo.layers.resampling import (
-    add_upsampled,
-    average_pool,
-    channels_last,
-    halved,
-    lay_channels_last,
-    upsample,
-)
+from octvideo.layers.resampling import add_upsampled, average_pool, channels_last, halved, lay_channels_last, upsample
 
 
 def swap_sides(weight: Tensor, groups: int) -> Tensor:
@@ -188,10 +181,8 @@ class Paths:
         terms: dict[Side, Tensor] = {}
         strided = max(self.pool) > 1
         if strided:
-            high, pooled = (
-                average_pool(high, self.pool) if pooled is None or self.pool != self.factors else pooled,
-                None,
-            )
+            high = average_pool(high, self.pool) if pooled is None or self.pool != self.factors else pooled
+            pooled = None
         if high.shape[1] and self.rows[0]:
             terms["high", "high"] = high
         if low.shape[1] and not strided:
@@ -232,9 +223,8 @@ class Paths:
             images = self.images.convolve(*frames, weight.squeeze(2), bias, parts, groups)
             return tuple(resampling.unfold_time(y, high) for y in images)
         terms, last = self.terms(high, low), channels_last(high)
-        extent = self.kernel.output_size(
-            terms["high", "high"] if ("high", "high") in terms else average_pool(high, self.pool)
-        )
+        like = terms["high", "high"] if ("high", "high") in terms else average_pool(high, self.pool)
+        extent = self.kernel.output_size(like)
         size = halved(extent, self.factors) if self.kernel.output_padding is not None else ()
         blocks = self.blocks(terms, weight, bias, parts, groups)
         found = {
@@ -273,12 +263,10 @@ class Paths:
         self, terms: dict[Side, Tensor], gradients: Sequence[Tensor | None], weight: Tensor, parts: Parts, wants: Any
     ) -> tuple[dict[Side, Any], Any, Any]:
         """Gradients of the terms, the weight and the bias, from those of the convolutions (one group)."""
-        blocks: dict[Side, Tensor] = {}
-        to_terms: dict[Side, Any] = {}
+        blocks, to_terms = dict[Side, Tensor](), dict[Side, Any]()
         biases = [weight.new_zeros(rows) for rows in self.rows] if wants[2] else []
-        for (side, x), gradient, (block, _) in zip(
-            terms.items(), gradients, self.blocks(terms, weight, None, parts), strict=True
-        ):
+        whole = self.blocks(terms, weight, None, parts)
+        for (side, x), gradient, (block, _) in zip(terms.items(), gradients, whole, strict=True):
             if gradient is None:
                 to_terms[side], blocks[side] = None, torch.zeros_like(block)
                 continue
@@ -329,10 +317,9 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients):
-            found = _batched(
-                ctx.saved_tensors, sum(ctx.paths.rows), lambda *x: ctx.paths.convolve(*x, ctx.parts), gradients
-            )
+        paths, parts = ctx.paths, ctx.parts
+        if any(map(torch._C._functorch.is_legacy_batchedtensor, gradients)):
+            found = _batched(ctx.saved_tensors, sum(paths.rows), lambda *x: paths.convolve(*x, parts), gradients)
         else:
             with _without_autocast(gradients[0].device.type):
                 found = _gradients(ctx, *gradients)
@@ -381,11 +368,8 @@ class _Separate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        paths, (weight, *inputs), (wants_weight, wants_bias, *wanted) = (
-            ctx.paths,
-            ctx.saved_tensors,
-            ctx.needs_input_grad[3:],
-        )
+        paths, (weight, *inputs) = ctx.paths, ctx.saved_tensors
+        wants_weight, wants_bias, *wanted = ctx.needs_input_grad[3:]
         given = [gradient for gradient in gradients if gradient is not None]
         if any(map(torch._C._functorch.is_legacy_batchedtensor, given)):
 

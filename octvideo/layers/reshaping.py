@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import accumulate, chain, product
+from itertools import accumulate, chain, pairwise, product
+from types import NoneType
 from typing import Any
 
 import torch
@@ -31,10 +32,13 @@ def _picked(parts: Parts, channels: Sequence[int]) -> tuple[Positions, Positions
     return high, low, pieces
 
 
+def _runs(positions: Positions) -> bool:
+    return not positions or positions == tuple(range(positions[0], positions[0] + len(positions)))
+
+
 def _take(x: Tensor, positions: Positions, dim: int) -> Tensor:
-    start = positions[0] if positions else 0
-    if positions == tuple(range(start, start + len(positions))):
-        return x if len(positions) == x.shape[dim] else x.narrow(dim, start, len(positions))
+    if _runs(positions):
+        return x if len(positions) == x.shape[dim] else x.narrow(dim, positions[0] if positions else 0, len(positions))
     return x.index_select(dim, torch.tensor(positions, device=x.device))
 
 
@@ -80,30 +84,19 @@ def _indices(x: Octaves, index: Any) -> tuple[list[Any], list[Any], Any] | None:
     low: list[Any] = []
     dim = 0
     for i in given:
-        if i is None:
-            high.append(None)
-            low.append(None)
-            continue
-        size = x.shape[dim]
-        pair: tuple[Any, Any] | None = (i, i)
-        if dim == x.axis:
-            pair = (slice(None), slice(None))
-            if isinstance(i, (slice, int)):
-                channels = range(size)[i]
-            elif (numbers := _numbers(i, size)) is not None:
-                channels = numbers
-            else:
-                pair = None
-        elif x.ratios[dim] == 2:
-            below = _low_slice(i, size, x.low.shape[dim]) if isinstance(i, slice) else None
-            pair = None if below is None else (i, below)
-        elif not isinstance(i, (int, slice, list, Tensor)) or (isinstance(i, Tensor) and i.dim() > 1):
-            pair = None
-        if pair is None:
+        of_low = i
+        if i is not None and dim == x.axis:
+            channels = range(x.shape[dim])[i] if isinstance(i, (slice, int)) else _numbers(i, x.shape[dim])
+            i = of_low = slice(None)
+        elif i is not None and x.ratios[dim] == 2:
+            of_low = _low_slice(i, x.shape[dim], x.low.shape[dim]) if isinstance(i, slice) else None
+        elif not isinstance(i, (int, slice, list, Tensor, NoneType)) or (isinstance(i, Tensor) and i.dim() > 1):
             return None
-        high.append(pair[0])
-        low.append(pair[1])
-        dim += 1
+        if channels is None or (of_low is None and i is not None):
+            return None
+        high.append(i)
+        low.append(of_low)
+        dim += i is not None
     return high, low, channels
 
 
@@ -151,10 +144,6 @@ def _set(func: Function, input: Any, index: Any, value: Any) -> Any:
     return None
 
 
-def _runs(positions: Positions) -> bool:
-    return positions == tuple(range(positions[0], positions[0] + len(positions)))
-
-
 def _at(x: Octaves, dim: int, index: Any) -> Any:
     """x[..., index, ...] at a dimension, by whatever meaning that has."""
     return apply(Tensor.__getitem__, x, (*(slice(None),) * (dim % x.dim()), index))
@@ -171,29 +160,19 @@ def _split(func: Function, input: Octaves, split_size_or_sections: Any = None, d
     return tuple(_at(input, dim, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True))
 
 
-def _chunk(func: Function, input: Octaves, chunks: int, dim: int = 0) -> Any:
-    return input.split(-(-input.shape[dim] // chunks), dim)
-
-
 def _tensor_split(func: Function, input: Octaves, indices_or_sections: Any, dim: int = 0) -> Any:
     total, n = input.shape[dim], indices_or_sections
     if isinstance(n, Tensor):
         return NotImplemented
-    sizes = [(total + n - 1 - i) // n for i in range(n)] if isinstance(n, int) else None
-    if sizes is None:
-        ends = [*n, total]
-        sizes = [end - start for start, end in zip([0, *n], ends, strict=True)]
-    return input.split(sizes, dim)
+    if isinstance(n, int):
+        return input.split([(total + n - 1 - i) // n for i in range(n)], dim)
+    return input.split([end - start for start, end in pairwise((0, *n, total))], dim)
 
 
 def _unbind(func: Function, input: Octaves, dim: int = 0) -> Any:
     if input.ratios[dim] == 2 or dim % input.dim() == input.axis:
         return NotImplemented
     return tuple(input.select(dim, i) for i in range(input.shape[dim]))
-
-
-def _select(func: Function, input: Octaves, dim: int, index: Any) -> Any:
-    return _at(input, dim, index)
 
 
 def _narrow(func: Function, input: Octaves, dim: int, start: Any, length: int) -> Any:
@@ -317,14 +296,8 @@ def _pad(func: Function, input: Octaves, pad: Sequence[int], mode: str = "consta
             return NotImplemented
         low_after = -(-(size + before + after) // 2) - low_size - before // 2
         low_amounts[place : place + 2] = [before // 2, low_after]
-    return input.of(*(_padded(func, x, to, mode, value) for x, to in zip(input, (amounts, low_amounts), strict=True)))
-
-
-def _padded(func: Function, x: Tensor, amounts: list[int], mode: str, value: float | None) -> Tensor:
-    if x.numel() == 0 and mode != "constant":
-        mode = "constant"
-    y: Tensor = func(x, amounts, mode, value)
-    return y
+    pairs = zip(input, (amounts, low_amounts), strict=True)
+    return input.of(*(func(x, to, mode if x.numel() else "constant", value) for x, to in pairs))
 
 
 # Views and permutations
@@ -336,6 +309,12 @@ def _shape_of(sizes: Sequence[Any], named: Any = None) -> list[int]:
     if len(sizes) == 1 and not isinstance(sizes[0], int) and not isinstance(sizes[0], torch.SymInt):
         sizes = sizes[0]
     return list(sizes)
+
+
+def _resolved(shape: Sequence[int], total: int) -> list[int]:
+    """The sizes with the number in place of -1."""
+    known = math.prod([n for n in shape if n != -1])
+    return [total // known if n == -1 else n for n in shape]
 
 
 def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[range, range]]:
@@ -365,8 +344,7 @@ def _viewed(input: Octaves, shape: Sequence[int]) -> Any:
     size, total = input.shape, input.shape.numel()
     if not total:
         return NotImplemented
-    known = math.prod([n for n in shape if n != -1])
-    shape = [total // known if n == -1 else n for n in shape]
+    shape = _resolved(shape, total)
     if math.prod(shape) != total:
         raise RuntimeError(f"shape {shape} is invalid for octave features of shape {tuple(size)}")
     ratios, axis, parts = input.ratios, input.axis, input.parts
@@ -480,12 +458,7 @@ def _view(func: Function, input: Any, *sizes: Any, **named: Any) -> Any:
     if sizes and isinstance(sizes[0], torch.dtype):
         return input.of(*(func(x, *sizes) for x in input)) if isinstance(input, Octaves) else NotImplemented
     shape = _shape_of(sizes, named.get("shape", named.get("size")))
-    return _viewed(input, shape) if isinstance(input, Octaves) else input.viewed(_resolved(input, shape))
-
-
-def _resolved(input: Features, shape: list[int]) -> list[int]:
-    known = math.prod([n for n in shape if n != -1])
-    return [math.prod(input.shape) // known if n == -1 else n for n in shape]
+    return _viewed(input, shape) if isinstance(input, Octaves) else input.viewed(shape)
 
 
 def _view_as(func: Function, input: Any, other: Any) -> Any:
@@ -501,9 +474,7 @@ def _flatten(func: Function, input: Any, start_dim: int = 0, end_dim: int = -1) 
 def _unflatten(func: Function, input: Any, dim: int, sizes: Any) -> Any:
     size = list(input.shape)
     dim = dim % len(size)
-    known = math.prod([n for n in sizes if n != -1])
-    sizes = [size[dim] // known if n == -1 else n for n in sizes]
-    return _view(func, input, [*size[:dim], *sizes, *size[dim + 1 :]])
+    return _view(func, input, [*size[:dim], *_resolved(sizes, size[dim]), *size[dim + 1 :]])
 
 
 def _squeeze(func: Function, input: Any, dim: Any = None) -> Any:
@@ -514,10 +485,7 @@ def _squeeze(func: Function, input: Any, dim: Any = None) -> Any:
 
 
 def _unsqueeze(func: Function, input: Any, dim: int) -> Any:
-    size = list(input.shape)
-    if not isinstance(input, Octaves):
-        return NotImplemented
-    at = dim % (len(size) + 1)
+    at = dim % (input.dim() + 1)
     return Octaves(input.high.unsqueeze(at), input.low.unsqueeze(at), input.parts, input.axis + (at <= input.axis))
 
 
@@ -554,12 +522,11 @@ _OF_OCTAVES: list[tuple[Iterable[Function], Function]] = [
     ({Tensor.__getitem__}, _get),
     ({Tensor.__setitem__}, _set),
     (spelled("split split_with_sizes"), _split),
-    (spelled("chunk"), _chunk),
+    (spelled("chunk"), lambda func, input, chunks, dim=0: input.split(-(-input.shape[dim] // chunks), dim)),
     (spelled("tensor_split"), _tensor_split),
     (spelled("unbind"), _unbind),
-    (spelled("select"), _select),
     (spelled("narrow"), _narrow),
-    (spelled("index_select"), lambda func, input, dim, index: _at(input, dim, index)),
+    (spelled("select index_select"), lambda func, input, dim, index: _at(input, dim, index)),
     (spelled("flip"), _flip),
     (spelled("roll"), _roll),
     (spelled("cat concat concatenate"), _cat),

@@ -69,8 +69,7 @@ def choose_alpha(
     def rank(chosen: tuple[float, ...]) -> tuple[float, float]:
         return seconds(chosen), sum(chosen)
 
-    best = (0.0,) * len(parts)
-    vanilla = predict(best)
+    vanilla = predict(best := (0.0,) * len(parts))
     for first, last in combinations_with_replacement(range(len(stages)), 2):
         shares = [max(alphas) if first <= i <= last else 0.0 for i, stage in enumerate(stages) for _ in stage]
         best = min(best, tuple(shares), key=rank)

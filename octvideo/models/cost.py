@@ -190,23 +190,19 @@ class CostCounter(TorchDispatchMode):
         counter = cls()
         with ExitStack() as stack:
             for name, module in network.named_modules():
-                enter, leave = counter._entering(name), counter._leaving
-                stack.callback(module.register_forward_pre_hook(enter).remove)
-                stack.callback(module.register_forward_hook(leave).remove)
+                stack.callback(module.register_forward_pre_hook(partial(counter._enter, name)).remove)
+                stack.callback(module.register_forward_hook(counter._leave).remove)
             stack.enter_context(counter)
             yield counter
 
-    def _entering(self, name: str) -> Callable[..., None]:
-        def enter(*_: Any) -> None:
-            self._outer.append(self.layer)
-            self._enter(name)
+    def _enter(self, layer: str, *_: Any) -> None:
+        self._outer.append(self.layer)
+        self._go_on(layer)
 
-        return enter
+    def _leave(self, *_: Any) -> None:
+        self._go_on(self._outer.pop())
 
-    def _leaving(self, *_: Any) -> None:
-        self._enter(self._outer.pop())
-
-    def _enter(self, layer: str) -> None:
+    def _go_on(self, layer: str) -> None:
         self.layer = layer
         self._numbers.append(torch._C._autograd._get_sequence_nr())
         self._layers.append(layer)
@@ -243,13 +239,10 @@ _ONLY_WRITE = {  # do not read their first argument
     *(torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_, torch.ops.aten.new_zeros),
     *(torch.ops.aten.zeros_like, torch.ops.aten.ones_like, torch.ops.aten.full_like, torch.ops.aten.new_ones),
 }
+_FLASH = "_scaled_dot_product_flash_attention"
 _ATTENTION = {  # the CPU's form, of which torch has no formula
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention
-    ],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention_backward
-    ],
+    getattr(torch.ops.aten, f"{_FLASH}_for_cpu{way}"): flop_registry[getattr(torch.ops.aten, f"{_FLASH}{way}")]
+    for way in ("", "_backward")
 }
 # Without data their first output loses the memory format of one argument.
 _FORGETFUL = {torch.ops.aten.convolution.default: 0, torch.ops.aten.convolution_backward.default: 1}

@@ -46,10 +46,9 @@ def fuse(model: nn.Module, example: Tensor | None = None) -> nn.Module:
         if want.is_floating_point():
             error = float((have - want).abs().max() / want.abs().max().clamp(min=torch.finfo(want.dtype).tiny))
             if not error < 5000 * torch.finfo(want.dtype).eps:
-                raise UserError(
-                    f"the fused network's output differs from the model's by {error:.1g} of its largest value: the "
-                    "output of a convolution is used elsewhere than in the batch norm behind it, or a hook changes it"
-                )
+                differs = f"the fused network's output differs from the model's by {error:.1g} of its largest value"
+                elsewhere = "the output of a convolution is used elsewhere than in the batch norm behind it"
+                raise UserError(f"{differs}: {elsewhere}, or a hook changes it")
     for name, tensor in chain(fused.named_parameters(), fused.named_buffers()):  # a new bias takes its weight's dtype
         tensor.data = tensor.to(dtypes[name] if name in dtypes else dtypes[re.sub("bias$", "weight", name)])
     return fused

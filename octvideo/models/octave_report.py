@@ -23,20 +23,12 @@ class Compared:
     costs: tuple[Cost, Cost] | None = None
     dtype: torch.dtype = torch.float32  # of the sample's arithmetic
 
-    @property
-    def macs(self) -> Change | None:
-        """Multiply-adds."""
-        return self.costs and (self.costs[0].macs, self.costs[1].macs)
+    def _both(self, name: str) -> Change | None:
+        return self.costs and (getattr(self.costs[0], name), getattr(self.costs[1], name))
 
-    @property
-    def bytes_moved(self) -> Change | None:
-        """Bytes read and written."""
-        return self.costs and (self.costs[0].bytes_moved, self.costs[1].bytes_moved)
-
-    @property
-    def kernels(self) -> Change | None:
-        """Operations that are no views."""
-        return self.costs and (self.costs[0].kernels, self.costs[1].kernels)
+    macs = property(lambda self: self._both("macs"), doc="Multiply-adds.")
+    bytes_moved = property(lambda self: self._both("bytes_moved"), doc="Bytes read and written.")
+    kernels = property(lambda self: self._both("kernels"), doc="Operations that are no views.")
 
     def seconds(self, machine: Machine = MACHINE) -> tuple[float, float] | None:
         """Predicted seconds on a machine, in float32 where it knows no other; see `octvideo.models.roofline`."""
@@ -79,9 +71,8 @@ class Report(Compared):
         if self.strict:
             raise TypeError(merge_error(self.network, name, function, f" of shape {tuple(shape)}"))
         if not self.merges:
-            what = (
-                f"{function} of {name or self.network} acts on the merged tensor of octave features, which costs time"
-            )
+            where = f"{function} of {name or self.network}"
+            what = f"{where} acts on the merged tensor of octave features, which costs time"
             warnings.warn(f"{what}; print(network.octave_report) lists all that do: {CURE}", stacklevel=4)
         self.merges[name, function] += 1
 

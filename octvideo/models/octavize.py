@@ -102,10 +102,8 @@ def octavize(
 
 def _changes(plan: _Plan) -> bool:
     """Whether a network with this plan is another one than the vanilla network."""
-    return any(
-        options.alpha or options.downsample != "conv" or options.channels_last
-        for options in (planned.options for planned in plan.values())
-    )
+    every = (planned.options for planned in plan.values())
+    return any(options.alpha or options.downsample != "conv" or options.channels_last for options in every)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -140,23 +138,15 @@ def _rehearsed(model: nn.Module, plan: _Plan, sample: Any, report: Report) -> tu
     if report.strict and after.merges:
         raise TypeError(merge_error(report.network, *next(iter(after.merges))))
     dtype = next(x.dtype for x in model.parameters() if x.is_floating_point())
-    lines = [
-        replace(planned.line, costs=(before.costs[name], after.costs[name]), dtype=dtype)
-        for name, planned in plan.items()
-    ]
+    costs = {name: (before.costs[name], after.costs[name]) for name in plan}
+    lines = tuple(replace(planned.line, costs=costs[name], dtype=dtype) for name, planned in plan.items())
     elsewhere: Counter[str] = Counter()
     for name, part in stage.network.named_modules():
         if name not in plan:
             elsewhere[type(part).__name__] += before.costs[name].macs
-    return plan, replace(
-        report,
-        assignments=tuple(lines),
-        costs=(total(before.costs), total(after.costs)),
-        dtype=dtype,
-        elsewhere=elsewhere,
-        notes=(note,) if note else (),
-        merges=after.merges,
-    )
+    found: dict[str, Any] = {"elsewhere": elsewhere, "notes": (note,) if note else (), "merges": after.merges}
+    totals = (total(before.costs), total(after.costs))
+    return plan, replace(report, assignments=lines, costs=totals, dtype=dtype, **found)
 
 
 def _assign(model: nn.Module, plan: _Plan) -> None:

@@ -1,6 +1,5 @@
 """Predicted time on a described machine: each kernel takes the longer of its arithmetic and its memory traffic."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from octvideo.errors import UserError
-from octvideo.models.cost import Cost
+from octvideo.models.cost import Cost, time_interleaved
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,25 +38,21 @@ class Machine:
         return sum(max(2 * macs / peak, moved / self.bandwidth) + self.launch for macs, moved in cost.operations)
 
 
-def _described(name: str, fp32: float, half: Mapping[str, float], bandwidth: float, launch: float) -> Machine:
-    return Machine(name, {DTYPES[key]: value for key, value in {"fp32": fp32, **half}.items()}, bandwidth, launch)
-
-
 # Datasheets' dense peaks, of which large convolutions reach about 0.6 and streaming kernels 0.85; 4 us is the time
 # between two kernels that a CPU launches in eager mode. fp32 is TF32, PyTorch's default for convolutions on these.
 MACHINES = {
     machine.name: machine
     for machine in (
         # NVIDIA H100 SXM: 989 TFLOP/s in 16 bits, 494 in TF32, 3.35 TB/s.
-        _described("h100", 300e12, {"bf16": 600e12, "fp16": 600e12}, 2.8e12, 4e-6),
+        Machine("h100", {torch.float32: 300e12, torch.bfloat16: 600e12, torch.float16: 600e12}, 2.8e12, 4e-6),
         # NVIDIA A100 SXM 80 GB: 312 TFLOP/s in 16 bits, 156 in TF32, 2.04 TB/s.
-        _described("a100", 95e12, {"bf16": 190e12, "fp16": 190e12}, 1.7e12, 4e-6),
+        Machine("a100", {torch.float32: 95e12, torch.bfloat16: 190e12, torch.float16: 190e12}, 1.7e12, 4e-6),
         # NVIDIA T4: 65 TFLOP/s in fp16, 8.1 in fp32 (it has neither TF32 nor bf16), 320 GB/s; 70 W do not let it reach
         # more than about half of its arithmetic for long.
-        _described("t4", 4e12, {"fp16": 30e12}, 0.27e12, 5e-6),
+        Machine("t4", {torch.float32: 4e12, torch.float16: 30e12}, 0.27e12, 5e-6),
         # 8 cores at 3 GHz with two AVX2 multiply-adds of 8 numbers a cycle, 768 GFLOP/s, and two channels of DDR4-3200,
         # 51 GB/s, of which 0.7 is usual. PyTorch's operations take about 10 us of such a CPU besides.
-        _described("laptop-cpu", 0.46e12, {}, 36e9, 10e-6),
+        Machine("laptop-cpu", {torch.float32: 0.46e12}, 36e9, 10e-6),
     )
 }
 
@@ -77,10 +72,8 @@ def machine_of(text: str, dtype: torch.dtype = torch.float32) -> Machine:
             return Machine(text, dict.fromkeys(DTYPES.values(), flops), bandwidth, launch)
     except ValueError:
         pass
-    names = ", ".join(MACHINES)
-    raise UserError(
-        f"machine must be {names}, here, or FLOPS,BANDWIDTH,LAUNCH such as 600e12,2.8e12,4e-6, got {text!r}"
-    )
+    described = "FLOPS,BANDWIDTH,LAUNCH such as 600e12,2.8e12,4e-6"
+    raise UserError(f"machine must be {', '.join(MACHINES)}, here, or {described}, got {text!r}")
 
 
 def measure_machine(dtype: torch.dtype, device: str = "cpu") -> Machine:
@@ -95,19 +88,7 @@ def measure_machine(dtype: torch.dtype, device: str = "cpu") -> Machine:
             layers(one)
 
     with torch.no_grad():
-        product, copy, launches = (
-            _fastest(call, device) for call in (lambda: a @ a, lambda: copied.copy_(big), launch)
-        )
+        calls: tuple[Callable[[], Any], ...] = (lambda: a @ a, lambda: copied.copy_(big), launch)
+        taken = (time_interleaved([call], rounds=5, warmup=0, device=device) for call in calls)
+        product, copy, launches = (min(seconds) for (seconds,) in taken)
     return Machine("here", {dtype: 2 * 2048**3 / product}, 2 * big.nbytes / copy, launches / 300)
-
-
-def _fastest(call: Callable[[], Any], device: str) -> float:
-    wait: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    seconds = []
-    for _ in range(5):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
