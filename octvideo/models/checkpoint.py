@@ -46,7 +46,8 @@ def read_training_checkpoint(path: str | Path, mmap: bool = False) -> TrainingCh
         found = read_published(folder)
         how = Preprocessing.from_mapping(found.preprocessing)
         content = {"VideoData": {"labels": found.labels}, **found.training}
-        return TrainingCheckpoint(EARLIER | found.options, how, found.labels, found.tensors, content)
+        options = found.options | {key: value for key, value in EARLIER.items() if key not in found.options}
+        return TrainingCheckpoint(options, how, found.labels, found.tensors, content)
     verify(path)
     content = read_checkpoint(path, mmap)
     try:
