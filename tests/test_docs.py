@@ -73,7 +73,7 @@ SMALL = {
     "predict.py": ["--clips=1", "--crops=1"],
     "report.py": ["--rounds=1"],
     "cost.py": ["--size=4x32x32", "--batch=1", "--rounds=1"],
-    "export.py": ["--rounds=1", "--free=batch"],  # all that are free: tests/test_export.py
+    "export.py": ["--rounds=1"],
     "spectrum.py": ["--clips=1", "--size=32"],
     "speed.py": [
         *("--size=4x32x32", "--width=8", "--batch=1", "--alphas=.25", "--forms=octvideo"),
@@ -213,6 +213,8 @@ class Reader:
             last = given.get("--alphas", "0:pool").split(",")[-1]
             return [*SMALL["train_net.py"], f"--alphas={last}", "--seeds=0", "--rounds=1"]
         small = SMALL[name]
+        if name == "export.py" and "--free" not in given:  # tests/test_export.py has all that are free
+            small = [*small, "--free=batch"]
         if name == "prepare_data.py":
             shutil.rmtree(self.workspace / given["--output"], ignore_errors=True)
         if name == "train_net.py" and given.get("--ckpt_path") in (None, "auto"):
