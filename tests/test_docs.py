@@ -76,7 +76,7 @@ SMALL = {
     "push.py": [],
     "report.py": ["--rounds=1"],
     "cost.py": ["--size=4x32x32", "--batch=1", "--rounds=1"],
-    "export.py": ["--rounds=1", "--free=batch"],  # all that are free: tests/test_export.py
+    "export.py": ["--rounds=1"],
     "spectrum.py": ["--clips=1", "--size=32"],
     "speed.py": [
         *("--size=4x32x32", "--width=8", "--batch=1", "--alphas=.25", "--forms=octvideo"),
@@ -223,6 +223,8 @@ class Reader:
             searched = {f"--{word.split('=')[0]}" for word in options}
             return ["--trials=1", *(word for word in SMALL["train_net.py"] if word.split("=")[0] not in searched)]
         small = SMALL[name]
+        if name == "export.py" and "--free" not in given:  # tests/test_export.py has all that are free
+            small = [*small, "--free=batch"]
         if name == "prepare_data.py":
             shutil.rmtree(self.workspace / given["--output"], ignore_errors=True)
         if name == "train_net.py" and given.get("--ckpt_path") in (None, "auto"):
