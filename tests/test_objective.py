@@ -258,5 +258,7 @@ def test_a_schedule_free_run_saves_the_weights_to_use_and_resumes_bit_for_bit(mo
     first, second = (torch.load(tmp_path / run / "checkpoints" / "last.ckpt") for run in "ab")
     for kind in ("state_dict", "training_weights"):
         assert all(torch.equal(first[kind][name], second[kind][name]) for name in first[kind])
+    done = run_tool("train_net.py", *small(motions, tmp_path / "c"), *chosen, "--ema_decay=0.9")
+    assert "ema_decay: a schedule-free optimiser averages weights itself" in done.stderr
     name = "network.conv2.weight"
     assert not torch.equal(first["state_dict"][name], first["training_weights"][name])

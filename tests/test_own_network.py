@@ -172,7 +172,8 @@ def test_weights_start_a_network(tmp_path):
 
 @pytest.mark.parametrize("alpha", [0, 0.25])
 def test_published_networks_take_the_seam(alpha):
-    for network, size in ((r3d_18(num_classes=4), 16), (FrameAverage(timm.create_model("resnet10t")), 32)):
+    images = [FrameAverage(timm.create_model(name)) for name in ("resnet10t", "mobilenetv3_small_050")]
+    for network, size in ((r3d_18(num_classes=4), 16), *((image, 32) for image in images)):
         recognizer = Recognizer(network=network, num_classes=8, alpha=alpha)
         clips = torch.zeros(1, 3, 4, size, size, dtype=torch.uint8)
         assert recognizer.eval()(clips).shape == (1, 8)

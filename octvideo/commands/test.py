@@ -94,6 +94,7 @@ class Testing(CommandLine):
     def before_instantiate_classes(self) -> None:
         self.take_processes_of_launcher()
         self.take_network_of(self.config["ckpt"], "--ckpt")
+        self.config["model"]["teacher"] = None  # of training
         if self.config["trainer"]["strategy"] == "fsdp":  # testing has no gradients to shard
             self.config["trainer"]["strategy"] = "auto"
         self.alphas = read_alphas(self.config["alphas"]) if self.config["alphas"] is not None else []

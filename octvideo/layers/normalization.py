@@ -124,7 +124,11 @@ def normalize(model: Network, kind: Kind, splits: int = 1, clips_per_part: int |
             raise UserError(f'{name} must be at least 1, and 1 for another kind than "sub", got {value} for "{kind}"')
     norms = [(name or "the model", norm) for name, norm in model.named_modules() if isinstance(norm, _BatchNorm)]
     for name, norm in norms:  # before anything changes
-        if type(norm).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SubBatchNorm.forward):
+        if kind != "batch" and type(norm).forward not in (
+            _BatchNorm.forward,
+            nn.SyncBatchNorm.forward,
+            SubBatchNorm.forward,
+        ):
             what = f"{name} is a {type(norm).__name__}"
             raise UserError(f"{what}, which normalises in its own way and cannot be replaced")
         if kind == "frozen" and norm.running_mean is None:

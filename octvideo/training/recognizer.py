@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -330,6 +331,8 @@ class Recognizer(LightningModule):
             self.objective.balance(data.class_counts("train_list"), len(data.read("train_list").paths))
 
     def on_train_start(self) -> None:
+        if self._schedule_free() and any(isinstance(x, WeightAveraging) for x in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError("ema_decay: a schedule-free optimiser averages weights itself")
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         accumulated = trainer.accumulate_grad_batches
         num_epochs, last_step = max(trainer.max_epochs or 0, 0), trainer.max_steps
