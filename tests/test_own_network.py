@@ -258,3 +258,14 @@ def test_create_model_builds_the_zoo_alone():
     with pytest.raises(UserError, match=r"no model 'own_examples.Tiny'"):
         create_model("own_examples.Tiny")
     assert TwoHeads().early.out_features == 5
+
+
+@pytest.mark.slow
+def test_a_network_whose_batch_norms_cannot_be_folded_is_exported_as_it_is(tmp_path):
+    image = {"class_path": "timm.create_model", "init_args": {"model_name": "mobilenetv3_small_050"}}
+    network = build_network("octvideo.models.own_network.FrameAverage", network=image)
+    path = checkpoint_of(Recognizer(network=network, num_classes=8, alpha=0), tmp_path / "a.ckpt")
+    sizes = ("--size=2x64x64", "--rounds=1", "--free=batch")
+    done = run_tool("export.py", f"--ckpt={path}", f"--output={tmp_path / 'a.onnx'}", *sizes)
+    assert done.returncode == 0, done.stderr
+    assert "batch norms stay as they are: FrameAverage has no batch norm" in done.stdout

@@ -44,6 +44,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from octvideo.commands.options import Parser, clip_size, fail, number, one_line_errors, several
 from octvideo.data.preprocessing import Preprocessing
+from octvideo.errors import UserError
 from octvideo.files import appearing
 from octvideo.layers.resampling import plain_operations
 from octvideo.models.checkpoint import Trained, load_trained
@@ -173,7 +174,10 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
     except RuntimeError as error:
         fail(f"{trained.name} does not take clips of {'x'.join(map(str, size[1:]))}: {error}")
     if arguments.fuse:
-        trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
+        try:
+            trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
+        except UserError as error:
+            print(f"batch norms stay as they are: {error}")
     traced = partial(trace, Classifier(trained, arguments.softmax), clips[-1], step=step, plain=arguments.plain)
     program = traced(free)
     accepts, shape = partial(takes, program.module()), clips[0].shape
