@@ -125,7 +125,8 @@ def test_skipped_layers_stay_vanilla():
 
 def checkpoint_of(recognizer, path):
     """A file as training writes it."""
-    content = {"state_dict": recognizer.state_dict(), "hyper_parameters": dict(recognizer.hparams), "VideoData": {}}
+    data = {"preprocessing": {"clip_frames": 2, "test_crop_size": 64}}
+    content = {"state_dict": recognizer.state_dict(), "hyper_parameters": dict(recognizer.hparams), "VideoData": data}
     torch.save(content, path)
     return path
 
@@ -265,7 +266,6 @@ def test_a_network_whose_batch_norms_cannot_be_folded_is_exported_as_it_is(tmp_p
     image = {"class_path": "timm.create_model", "init_args": {"model_name": "mobilenetv3_small_050"}}
     network = build_network("octvideo.models.own_network.FrameAverage", network=image)
     path = checkpoint_of(Recognizer(network=network, num_classes=8, alpha=0), tmp_path / "a.ckpt")
-    sizes = ("--size=2x64x64", "--rounds=1", "--free=batch")
-    done = run_tool("export.py", f"--ckpt={path}", f"--output={tmp_path / 'a.onnx'}", *sizes)
+    done = run_tool("export.py", f"--ckpt={path}", f"--output={tmp_path / 'a.onnx'}", "--rounds=1", "--free=batch")
     assert done.returncode == 0, done.stderr
     assert "batch norms stay as they are: FrameAverage has no batch norm" in done.stdout
