@@ -123,9 +123,9 @@ def test_skipped_layers_stay_vanilla():
     assert "alpha=0.25" not in repr(network.conv3)
 
 
-def checkpoint_of(recognizer, path):
+def checkpoint_of(recognizer, path, size=64):
     """A file as training writes it."""
-    data = {"preprocessing": {"clip_frames": 2, "test_crop_size": 64}}
+    data = {"preprocessing": {"clip_frames": 2, "test_crop_size": size}}
     content = {"state_dict": recognizer.state_dict(), "hyper_parameters": dict(recognizer.hparams), "VideoData": data}
     torch.save(content, path)
     return path
@@ -262,10 +262,14 @@ def test_create_model_builds_the_zoo_alone():
 
 
 @pytest.mark.slow
-def test_a_network_whose_batch_norms_cannot_be_folded_is_exported_as_it_is(tmp_path):
+@pytest.mark.parametrize(
+    ("alpha", "size", "options", "fixed"), [(0, 64, ["--free=batch"], ""), (0.25, 32, [], "fixes batch")]
+)
+def test_a_network_whose_batch_norms_cannot_be_folded_is_exported_as_it_is(tmp_path, alpha, size, options, fixed):
     image = {"class_path": "timm.create_model", "init_args": {"model_name": "mobilenetv3_small_050"}}
     network = build_network("octvideo.models.own_network.FrameAverage", network=image)
-    path = checkpoint_of(Recognizer(network=network, num_classes=8, alpha=0), tmp_path / "a.ckpt")
-    done = run_tool("export.py", f"--ckpt={path}", f"--output={tmp_path / 'a.onnx'}", "--rounds=1", "--free=batch")
+    path = checkpoint_of(Recognizer(network=network, num_classes=8, alpha=alpha), tmp_path / "a.ckpt", size)
+    done = run_tool("export.py", f"--ckpt={path}", f"--output={tmp_path / 'a.onnx'}", "--rounds=1", *options)
     assert done.returncode == 0, done.stderr
     assert "batch norms stay as they are: FrameAverage has no batch norm" in done.stdout
+    assert fixed in done.stdout

@@ -178,8 +178,8 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
             trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
         except UserError as error:
             print(f"batch norms stay as they are: {error}")
-    traced = partial(trace, Classifier(trained, arguments.softmax), clips[-1], step=step, plain=arguments.plain)
-    program = traced(free)
+    traced = partial(trace, Classifier(trained, arguments.softmax), step=step, plain=arguments.plain)
+    program = traced(clips[-1], free)
     accepts, shape = partial(takes, program.module()), clips[0].shape
     others = [random(size=grown(shape, (name,), step, 2)) for name in free]
     allowed = [name for name, clip in zip(free, others, strict=True) if accepts(clip)]
@@ -188,7 +188,10 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
         if arguments.free:
             fail(fixed)
         print(f"{fixed} in an export at {'x'.join(map(str, size[1:]))}")
-        program = traced(allowed)
+        if "batch" in free and "batch" not in allowed:  # one clip at a time
+            clips, wanted = clips[:3], wanted[:3]
+            shape, others = clips[0].shape, [clip[: len(clips[0])] for clip in others]
+        program = traced(clips[-1], allowed)
     clips += [clip for name, clip in zip(free, others, strict=True) if name in allowed]
     clips.append(random(size=grown(shape, allowed, step, 1)))
     wanted += [eager(clip) for clip in clips[len(wanted) :]]
