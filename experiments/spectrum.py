@@ -40,8 +40,8 @@ from octvideo.data.video import Video
 from octvideo.errors import UserError
 from octvideo.files import appearing
 from octvideo.layers.octaves import Octaves
-from octvideo.models.checkpoint import Trained, load_trained
-from octvideo.models.zoo import create_model, residual_stages
+from octvideo.models.checkpoint import Trained, load_trained, restore
+from octvideo.models.zoo import residual_stages
 
 NYQUIST = 0.5  # cycles per pixel
 BINS = 16  # rings of the radial average
@@ -165,7 +165,7 @@ def open_networks(arguments: argparse.Namespace) -> dict[str, Trained]:
             got = f"{key} {octave.options[key]} and {vanilla.options[key]}"
             raise UserError(f"--ckpt and --vanilla must hold the same network, got {got}")
     torch.manual_seed(arguments.seed)
-    network = create_model(**octave.options, channels_last=True).eval()
+    network = restore(octave.options).eval()
     return {"octave": octave, "vanilla": vanilla, "random weights": dataclasses.replace(octave, network=network)}
 
 

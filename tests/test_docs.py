@@ -231,7 +231,8 @@ class Reader:
             recipe = yaml.safe_load((self.workspace / options[options.index("--cfg") + 1]).read_text())
             folder = given.get("--trainer.default_root_dir", recipe["trainer"]["default_root_dir"])
             shutil.rmtree(self.workspace / folder, ignore_errors=True)
-            if "mine.yaml" in options:  # a network that is not the zoo's
+            mine = self.workspace / "mine.yaml"
+            if "mine.yaml" in options and "class_path" in mine.read_text():  # a network that is not the zoo's
                 small = [word for word in small if word != "--model.width=8"]
             small = [*small, f"--precise_bn={min(1, recipe.get('precise_bn', 0))}"]
         if "--trainer.callbacks.end_epoch" in given:  # of an alpha schedule, which ends before the training does

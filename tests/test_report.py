@@ -190,7 +190,7 @@ def test_curves_are_the_same_from_a_table_and_from_tensorboard(tmp_path):
     write_log(tmp_path / "table" / "csv" / "version_0" / "metrics.csv", LOG)
     write_events(tmp_path / "events", LOG)
     table, events = read_curves(tmp_path / "table"), read_curves(tmp_path / "events")
-    assert set(table) == set(events) == set(report.LOGGED)
+    assert set(table) == set(events) == set(report.LOGGED) - {"val/map"}  # of another task
     for name in table:
         assert table[name].steps.tolist() == events[name].steps.tolist()
         np.testing.assert_allclose(table[name].values, events[name].values, rtol=1e-6)

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import logging
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from octvideo.errors import UserError
-from octvideo.models.zoo import Alpha, set_alpha
+from octvideo.models.weights import load_weights
+from octvideo.models.zoo import Alpha, create_model, set_alpha
+
+log = logging.getLogger(__name__)
 
 
 def build_network(class_path: str, **init_args: Any) -> nn.Module:
@@ -82,6 +86,27 @@ def adapt(
     network.octave_options = {"channels_last": None, **options}  # type: ignore[assignment]
     vanilla = downsample == "conv" and not isinstance(alpha, Mapping) and alpha == 0
     return network if vanilla else set_alpha(network, alpha)
+
+
+def adapt_own(
+    network: nn.Module, alpha: Alpha, num_classes: int, skip: Sequence[str], options: Mapping[str, Any]
+) -> nn.Module:
+    """Adapts a network of the user's, in place: as many classes, octave at alpha, with weights if a file is given.
+
+    Raises UserError for `options` of `create_model` that do not apply, and as `fit_classes`, `load_weights`, `adapt`.
+    """
+    defaults, allowed = create_model.__kwdefaults__ or {}, ("downsample", "round_to", "weights")
+    foreign = [key for key, value in options.items() if key not in allowed and value != defaults.get(key)]
+    if foreign:
+        name, cure = foreign[0], f"leave it out, or at {defaults.get(foreign[0])}"
+        what = f"model.{name} {options[name]} is an option of the zoo's networks, not of model.network"
+        raise UserError(f"{what}: {cure}")
+    options = defaults | dict(options)
+    if note := fit_classes(network, num_classes):
+        log.warning(note)
+    if options["weights"] is not None:
+        load_weights(network, options["weights"])
+    return adapt(network, alpha, skip=skip, downsample=options["downsample"], round_to=options["round_to"])
 
 
 def logits_of(output: Any, key: str | int | None, num_classes: int) -> Tensor:

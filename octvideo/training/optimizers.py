@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
 from torch.optim import Optimizer
 
@@ -52,3 +54,42 @@ def build_optimizer(make: OptimizerCallable, groups: list[dict[str, Any]]) -> Op
         return make(groups)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"model.optimizer: {error}") from error
+
+
+class ScheduleFree(LightningModule):
+    """A module whose optimiser may be schedule-free (Defazio et al., 2024): one that averages weights itself.
+
+    Such an optimiser trains other weights than those to use; validation sees the latter, and a checkpoint has both.
+    """
+
+    def _schedule_free(self) -> Any:
+        """The optimiser, if it has modes for training and evaluation."""
+        found = self.trainer.optimizers if self._trainer else []
+        return next((optimizer for optimizer in found if callable(getattr(optimizer, "train", None))), None)
+
+    def on_validation_start(self) -> None:
+        if (optimizer := self._schedule_free()) is not None:
+            if any(isinstance(callback, WeightAveraging) for callback in getattr(self.trainer, "callbacks", ())):
+                raise UserError("ema_decay: a schedule-free optimiser averages weights itself")
+            optimizer.eval()
+
+    def on_validation_end(self) -> None:
+        if (optimizer := self._schedule_free()) is not None:
+            optimizer.train()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        optimizer = self._schedule_free()
+        if optimizer is None:
+            return
+        current = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+        optimizer.eval()
+        checkpoint["state_dict"] = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        optimizer.train()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(current[name])
+        checkpoint["training_weights"] = current
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.training and "training_weights" in checkpoint:
+            checkpoint["state_dict"] |= checkpoint["training_weights"]

@@ -3,15 +3,12 @@
 import itertools
 import math
 import re
-from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -26,17 +23,22 @@ from octvideo.errors import UserError
 from octvideo.layers.finishing import use_fused_passes
 from octvideo.layers.normalization import normalize
 from octvideo.models.compilation import compile_network
-from octvideo.models.own_network import adapt, entry_of, fit_classes, logits_of, record_of
+from octvideo.models.own_network import adapt_own, entry_of, logits_of, record_of
 from octvideo.models.recomputation import recompute as recompute_blocks
 from octvideo.models.scoring import Task, average_precisions, score_clips, top_hits
-from octvideo.models.weights import load_weights
 from octvideo.models.zoo import create_model
 from octvideo.training.objective import Objective, Teacher
-from octvideo.training.optimizers import OptimizerCallable, SchedulerCallable, build_optimizer, parameter_groups
+from octvideo.training.optimizers import (
+    OptimizerCallable,
+    ScheduleFree,
+    SchedulerCallable,
+    build_optimizer,
+    parameter_groups,
+)
 from octvideo.training.schedule import Schedule
 
 
-class Recognizer(LightningModule):
+class Recognizer(ScheduleFree):
     """A network that recognises actions in videos, with the recipe that trains and tests it.
 
     The defaults are the SlowFast project's recipe from scratch. The learning rate follows from the epoch and the batch
@@ -151,12 +153,11 @@ class Recognizer(LightningModule):
             # Channels last is faster at every alpha.
             self.network = create_model(name, alpha=alpha, num_classes=num_classes, channels_last=True, **zoo)
         else:
-            self.network = self._adapted(network, alpha, num_classes, tuple(skip or ()), zoo)
+            self.network = adapt_own(network, alpha, num_classes, skip or (), zoo)
         self.objective = Objective(
             task, num_classes, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing
         )
-        teaching = teacher_weight, temperature, task, num_classes
-        self.teacher = None if teacher is None else Teacher(teacher, *teaching)
+        self.teacher = Teacher(teacher, teacher_weight, temperature, task, num_classes) if teacher else None
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         # save_hyperparameters reads `network` and `zoo` from here: checkpoints record defaults too, but no file.
         zoo = (create_model.__kwdefaults__ or {}) | zoo | {"alpha": alpha, "num_classes": num_classes}
@@ -182,23 +183,6 @@ class Recognizer(LightningModule):
         else:
             accuracies = (MulticlassAccuracy(num_classes, k, average="micro") for k in (1, 1, min(5, num_classes)))
             self.train_top1, self.val_top1, self.val_top5 = accuracies
-
-    def _adapted(
-        self, network: nn.Module, alpha: Any, num_classes: int, skip: Sequence[str], zoo: dict[str, Any]
-    ) -> nn.Module:
-        """A network of the user's, with as many classes, octave at alpha, and with weights if a file is given."""
-        defaults, allowed = create_model.__kwdefaults__ or {}, ("downsample", "round_to", "weights")
-        foreign = [key for key, value in zoo.items() if key not in allowed and value != defaults.get(key)]
-        zoo = defaults | zoo
-        if foreign:
-            key = foreign[0]
-            cure = f"leave it out, or at {defaults.get(key)}"
-            raise UserError(f"model.{key} {zoo[key]} is an option of the zoo's networks, not of model.network: {cure}")
-        if note := fit_classes(network, num_classes):
-            rank_zero_info(note)
-        if zoo["weights"] is not None:
-            load_weights(network, zoo["weights"])
-        return adapt(network, alpha, skip=skip, downsample=zoo["downsample"], round_to=zoo["round_to"])
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (B, num_classes) of clips (B, C, T, H, W) in uint8 RGB, which are normalised here, on the device."""
@@ -331,8 +315,6 @@ class Recognizer(LightningModule):
             self.objective.balance(data.class_counts("train_list"), len(data.read("train_list").paths))
 
     def on_train_start(self) -> None:
-        if self._schedule_free() and any(isinstance(x, WeightAveraging) for x in self.trainer.callbacks):  # type: ignore[attr-defined]
-            raise UserError("ema_decay: a schedule-free optimiser averages weights itself")
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         accumulated = trainer.accumulate_grad_batches
         num_epochs, last_step = max(trainer.max_epochs or 0, 0), trainer.max_steps
@@ -379,37 +361,6 @@ class Recognizer(LightningModule):
         self.log("learning_rate", rate if self.lr_scheduler is None else optimizer.param_groups[0]["lr"])
         turn = (self.hparams["seed"], epoch, batch_index, trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(turn).generate_state(1, np.uint64)[0] >> 1))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Schedule-free optimisers (Defazio et al., 2024) train other weights than those to use: a checkpoint has both.
-        optimizer = self._schedule_free()
-        if optimizer is None:
-            return
-        current = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
-        optimizer.eval()
-        checkpoint["state_dict"] = {name: tensor.clone() for name, tensor in self.state_dict().items()}
-        optimizer.train()
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(current[name])
-        checkpoint["training_weights"] = current
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.training and "training_weights" in checkpoint:
-            checkpoint["state_dict"] |= checkpoint["training_weights"]
-
-    def _schedule_free(self) -> Any:
-        """The optimiser, if it has modes for training and evaluation."""
-        found = [x for x in self.trainer.optimizers if callable(getattr(x, "train", None))] if self._trainer else []
-        return found[0] if found else None
-
-    def on_validation_start(self) -> None:
-        if (optimizer := self._schedule_free()) is not None:
-            optimizer.eval()
-
-    def on_validation_end(self) -> None:
-        if (optimizer := self._schedule_free()) is not None:
-            optimizer.train()
 
     def on_validation_epoch_start(self) -> None:
         # Gathers sharded weights once: ranks whose last batches hold fewer videos make fewer forward passes.
