@@ -13,6 +13,7 @@ from torchvision.models import googlenet
 from torchvision.models.video import r3d_18
 
 from octvideo import Octaves, build_network
+from octvideo.commands import export
 from octvideo.errors import UserError
 from octvideo.models.checkpoint import load_trained, restore
 from octvideo.models.own_network import FrameAverage, adapt, entry_of, fit_classes, logits_of, record_of
@@ -273,3 +274,24 @@ def test_a_network_whose_batch_norms_cannot_be_folded_is_exported_as_it_is(tmp_p
     assert done.returncode == 0, done.stderr
     assert "batch norms stay as they are: FrameAverage has no batch norm" in done.stdout
     assert fixed in done.stdout
+
+
+def test_sizes_that_torch_cannot_leave_free_are_fixed(tmp_path, monkeypatch, capsys):
+    trace, tried = export.trace, []
+
+    def unsolved(module, clips, free, **options):
+        tried.append(list(free))
+        if "frames" in free:
+            raise NotImplementedError("The inequality\ncannot be solved")
+        return trace(module, clips, free, **options)
+
+    monkeypatch.setattr(export, "trace", unsolved)
+    network = build_network("own_examples.Tiny", width=4)
+    path = checkpoint_of(Recognizer(network=network, num_classes=8, alpha=0.25), tmp_path / "a.ckpt", 16)
+    words = [f"--ckpt={path}", f"--output={tmp_path / 'a.pt2'}", "--rounds=1"]
+    export.main(words)
+    assert tried == [["batch", "frames", "height", "width"], ["batch"]]
+    assert "own_examples.Tiny fixes frames, height, width: torch.export cannot solve" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        export.main([*words, "--free=batch,frames"])
+    assert "cannot be exported with free sizes: The inequality cannot be solved" in capsys.readouterr().err

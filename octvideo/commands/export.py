@@ -179,7 +179,14 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
         except UserError as error:
             print(f"batch norms stay as they are: {error}")
     traced = partial(trace, Classifier(trained, arguments.softmax), step=step, plain=arguments.plain)
-    program = traced(clips[-1], free)
+    try:
+        program = traced(clips[-1], free)
+    except NotImplementedError as error:  # SymPy cannot solve what the network asks of free sizes
+        if arguments.free or not set(free) - {"batch"}:
+            fail(f"{trained.name} cannot be exported with free sizes: {' '.join(str(error).split())}")
+        print(f"{trained.name} fixes frames, height, width: torch.export cannot solve what it asks of them")
+        free = [name for name in free if name == "batch"]
+        program = traced(clips[-1], free)
     accepts, shape = partial(takes, program.module()), clips[0].shape
     others = [random(size=grown(shape, (name,), step, 2)) for name in free]
     allowed = [name for name, clip in zip(free, others, strict=True) if accepts(clip)]
