@@ -16,7 +16,7 @@ from octvideo import Octaves, build_network
 from octvideo.commands import export
 from octvideo.errors import UserError
 from octvideo.models.checkpoint import load_trained, restore
-from octvideo.models.own_network import FrameAverage, adapt, entry_of, fit_classes, logits_of, record_of
+from octvideo.models.own_network import FrameAverage, adapt, check_record, entry_of, fit_classes, logits_of, record_of
 from octvideo.models.zoo import create_model, set_alpha
 from octvideo.training.recognizer import Recognizer
 
@@ -295,3 +295,12 @@ def test_sizes_that_torch_cannot_leave_free_are_fixed(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         export.main([*words, "--free=batch,frames"])
     assert "cannot be exported with free sizes: The inequality cannot be solved" in capsys.readouterr().err
+
+
+def test_a_record_is_checked_to_its_depth():
+    inner = {"class_path": "os.system", "init_args": {"command": "exit 1"}}
+    outer = "octvideo.models.own_network.FrameAverage"
+    for arguments in ({"init_args": {"network": inner}}, {"init_args": {}, "dict_kwargs": {"network": inner}}):
+        with pytest.raises(UserError, match=r"network os.system must be a subclass of nn.Module"):
+            check_record({"class_path": outer, **arguments})
+    check_record({"class_path": "own_examples.Tiny", "init_args": None})

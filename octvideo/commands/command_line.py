@@ -29,7 +29,7 @@ from octvideo.errors import UserError
 from octvideo.files import appearing
 from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.cost import count_macs
-from octvideo.models.own_network import build_recorded, find_network
+from octvideo.models.own_network import build_recorded, check_record
 from octvideo.training.callbacks import BadVideos, naming_killed_loaders
 from octvideo.training.console import ProgressBar
 from octvideo.training.recognizer import Recognizer
@@ -145,7 +145,7 @@ class CommandLine(LightningCLI):
         options, given = self.config["model"], {word.split("=")[0] for word in self.words}
         kept = checkpoint.options | {key: getattr(checkpoint.preprocessing, key) for key in ("mean", "std")}
         if kept["network"] is not None:
-            find_network(kept["network"]["class_path"])  # whatever a checkpoint names, nothing else is called
+            check_record(kept["network"])  # whatever a checkpoint names, nothing but networks is called
             if kept["network"]["init_args"] is None:
                 build_recorded(kept["network"])
         for key, value in kept.items():

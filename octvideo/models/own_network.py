@@ -48,6 +48,14 @@ def build_recorded(record: Mapping[str, Any]) -> nn.Module:
     return build_network(record["class_path"], **record["init_args"], **record.get("dict_kwargs", {}))
 
 
+def check_record(record: Mapping[str, Any]) -> None:
+    """UserError, before anything is called, where a record or one among its arguments names no network."""
+    find_network(record["class_path"])
+    for value in ((record.get("init_args") or {}) | (record.get("dict_kwargs") or {})).values():
+        if _is_record(value):
+            check_record(value)
+
+
 def record_of(network: nn.Module) -> dict[str, Any]:
     """How a network was built, as {"class_path", "init_args"}; init_args None if it does not remember."""
     kind = type(network)
