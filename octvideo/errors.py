@@ -45,3 +45,7 @@ class NotFiniteError(UserError):
 
 class LoaderKilledError(UserError):
     """A data-loading process that was killed by the system, or crashed."""
+
+
+class StoreError(UserError):
+    """A store of files that cannot be used: it does not answer, does not exist, or refuses these credentials."""

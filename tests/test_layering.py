@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "octvideo"
-BASE = {"errors", "files"}
+BASE = {"errors", "files", "stores"}
 ALLOWED = {
     "layers": {"errors"},
     "models": {*BASE, "layers", "data.preprocessing"},

@@ -1,15 +1,10 @@
 """List files: what is read, and what is refused with file and line."""
 
 import re
-import shlex
-import shutil
-import subprocess
 
 import pytest
-from PIL import Image
 
-from octvideo.data.lists import about_frames, read_class_names, read_list
-from octvideo.data.video import Video
+from octvideo.data.lists import read_class_names, read_list
 from octvideo.errors import ListError
 
 
@@ -94,20 +89,3 @@ def test_an_address_stays_as_it_was_typed(write):
         "s3://b/a.mp4",
         "/videos/b.mp4",
     ]
-
-
-def test_numbered_pictures_are_joined_by_a_command_that_works(tmp_path):
-    folder = tmp_path / "a class" / "one"
-    folder.mkdir(parents=True)
-    assert about_frames(tmp_path) == ""
-    for number in (9, 10, 11):
-        Image.new("RGB", (32, 32), (number, number, number)).save(folder / f"f{number}.png")
-    (folder / "cover.jpg").touch()
-    about, _, command = about_frames(tmp_path).partition(": ")
-    assert about == f"; {folder} holds still images, of which this makes a video"
-    frames = f"-start_number 9 -i '{folder}/f%01d.png' -pix_fmt yuv420p '{folder}.mp4'"
-    assert command == f"ffmpeg -framerate 25 {frames}"
-    if shutil.which("ffmpeg"):
-        subprocess.run([*shlex.split(command), "-v", "error"], check=True)
-        with Video(f"{folder}.mp4") as video:
-            assert (video.num_frames, video.fps) == (3, 25)

@@ -17,6 +17,7 @@ from octvideo.data import stream as streams
 from octvideo.data.preparation import reencode as reencoding
 from octvideo.data.preparation.reencode import measure, reencode
 from octvideo.data.reader import Orientation
+from octvideo.data.source import LocalFile
 from octvideo.data.stream import decode_all, open_stream
 from octvideo.errors import DecodeError
 
@@ -258,7 +259,7 @@ def test_streams_that_appear_on_the_way_do_not_spoil_a_file(numbered_video, monk
             raise IndexError("list index out of range")
 
     def open_late(path):
-        container, stream = open_stream(path)
+        container, stream = open_stream(LocalFile(str(path)))
         return Late(container), stream
 
     expected = measure(numbered_video)

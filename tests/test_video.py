@@ -19,6 +19,7 @@ from PIL import Image
 
 from octvideo.data.index import IndexedVideo
 from octvideo.data.pyav_reader import PyAvReader
+from octvideo.data.source import LocalFile
 from octvideo.data.stream import packets_of, scan
 from octvideo.data.video import Video
 from octvideo.errors import DecodeError, UnreadableError
@@ -52,7 +53,7 @@ def test_short_side_scales_and_keeps_the_proportions(numbered_video):
 
 def whole(path):
     """Every frame of a file with the second at which it is shown, by plain decoding from its start."""
-    reader = PyAvReader(str(path), None)
+    reader = PyAvReader(LocalFile(str(path)))
     yield from reader.frames_from(0)
     reader.close()
 
@@ -339,7 +340,7 @@ def test_a_stream_that_nothing_can_decode_is_named_and_tried_with_another_backen
 
 def test_the_index_error_of_pyav_after_the_last_packet_is_the_end_of_the_file(numbered_video, monkeypatch):
     """It comes by chance, where a stream appears in the middle of a file."""
-    reader = PyAvReader(str(numbered_video), None)
+    reader = PyAvReader(LocalFile(str(numbered_video)))
     original = reader._container
 
     def then_fails(read):
@@ -406,7 +407,9 @@ def test_frames_of_one_timestamp_are_counted(tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_refuses_to_hold_the_last_frame_long_before_the_headers_end(numbered_video, backend):
     backend_or_skip(backend)
-    with Video(numbered_video, backend, known=IndexedVideo(120, 30.0, 4.0, np.empty(0), 0)) as video:
+    with Video(
+        numbered_video, backend, known=IndexedVideo(120, 30.0, 4.0, np.empty(0), numbered_video.stat().st_size)
+    ) as video:
         assert frame_numbers(video.frames_at([1.0, 2.5])) == [30, 59]
         with pytest.raises(DecodeError, match=r"ends after 2.00 s, and its header says 4.00 s"):
             video.frames_at([1.0, 3.5])
@@ -528,11 +531,11 @@ def test_frames_of_avi_files_with_b_frames_are_counted_because_their_timestamps_
 def test_frames_out_of_order_are_counted_even_where_the_file_does_not_tell(real_videos, monkeypatch):
     path = real_videos / "clips" / "TrumanShow_wave_f_nm_np1_fr_med_26.avi"
     images = [frame.to_ndarray(format="rgb24") for _, frame in whole(path)]
-    reader = PyAvReader(str(path), None)
+    reader = PyAvReader(LocalFile(str(path)))
     assert reader._in_order
     reader.close()
     monkeypatch.setattr("octvideo.data.stream.has_guessed_times", lambda *_: False)
-    reader = PyAvReader(str(path), None)
+    reader = PyAvReader(LocalFile(str(path)))
     assert not reader._in_order
     frames = reader.read((np.arange(20, 28) + 0.5) / reader.fps, None)
     assert all(np.array_equal(frame, image) for frame, image in zip(frames, images[20:28], strict=True))

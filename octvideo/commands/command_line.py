@@ -30,7 +30,7 @@ from octvideo.files import appearing
 from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.cost import count_macs
 from octvideo.models.own_network import build_recorded, check_record
-from octvideo.training.callbacks import BadVideos, naming_killed_loaders
+from octvideo.training.callbacks import BadVideos, StoreTraffic, naming_killed_loaders
 from octvideo.training.console import ProgressBar
 from octvideo.training.recognizer import Recognizer
 
@@ -110,7 +110,7 @@ class CommandLine(LightningCLI):
                 "default_env": False,
                 "allow_abbrev": False,
             },
-            trainer_defaults={"use_distributed_sampler": False, "callbacks": [BadVideos()]},
+            trainer_defaults={"use_distributed_sampler": False, "callbacks": [BadVideos(), StoreTraffic()]},
             run=False,
             args=with_config_files(words),
             auto_configure_optimizers=False,  # the recipe's is the recognizer's

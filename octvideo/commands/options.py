@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from octvideo import errors
-from octvideo.data.lists import ADDRESS
 from octvideo.errors import UserError
+from octvideo.stores import is_uri
 
 program = ""  # the name of this program in its messages; empty: the script's
 
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 def local_path(text: str) -> Path:
     """What type=Path means for options of a `Parser`, as a Path would lose a slash of https://."""
-    if text == "-" or ADDRESS.match(text):
+    if text == "-" or is_uri(text):
         raise argparse.ArgumentTypeError(f"must be a file or folder of this machine, got {text!r}")
     return Path(text)
 

@@ -51,7 +51,7 @@ from rich.table import Table
 from rich.text import Text
 
 from octvideo.commands.options import Parser, add_predictor, fail, number, one_line_errors
-from octvideo.data.lists import ADDRESS, HEADERS, about_frames, read_lines, video_files
+from octvideo.data.lists import HEADERS, read_lines, video_files
 from octvideo.data.video import READERS
 from octvideo.data.watchdog import HungError
 from octvideo.errors import DecodeError, ListError, UserError
@@ -60,6 +60,7 @@ from octvideo.evaluation.prediction import Prediction, Predictor
 from octvideo.files import appearing
 from octvideo.models.checkpoint import Trained, load_trained
 from octvideo.models.compilation import compile_network
+from octvideo.stores import is_uri
 
 Result = TypeVar("Result")
 
@@ -82,7 +83,6 @@ def find_videos(inputs: Sequence[Path], root: Path | None, num_classes: int) -> 
             found += [(video, None) for video in (search(path) if path.is_dir() else [str(path)])]
     if not any(os.path.exists(video) for video, _ in found):
         missing = f": none of the {len(found)} files named exist, such as {found[0][0]}" if found else ""
-        missing += "".join(map(about_frames, inputs))
         raise ListError(f"no videos found in {', '.join(map(str, inputs))}{missing}")
     return found
 
@@ -112,7 +112,7 @@ def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[tuple
                 raise ListError(f"{path}:{line_number}: class number must be 0 to {num_classes - 1}, got {label}")
         here, beside = Path(root or "", video), path.parent / video
         there = beside if root is None and not here.exists() and beside.exists() else here
-        yield video if ADDRESS.match(video) else str(there), label
+        yield video if is_uri(video) else str(there), label
 
 
 def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str]:

@@ -1,7 +1,5 @@
 """Data sets: random clips of videos for training, evenly spread views for testing."""
 
-import contextlib
-import os
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, NamedTuple
@@ -17,9 +15,11 @@ from octvideo.data.lists import VideoList
 from octvideo.data.multigrid import ClipShape
 from octvideo.data.reader import Backend, Image
 from octvideo.data.sampling import Sampling, even_crops, random_crop
+from octvideo.data.source import Source
 from octvideo.data.video import Video
 from octvideo.data.watchdog import HungError, Watchdog
 from octvideo.errors import DecodeError
+from octvideo.stores import Traffic, take_traffic
 
 NO_VIDEO = -1
 REPLACEMENTS = 10  # videos in a row that may be bad in training
@@ -49,6 +49,7 @@ class Sample(NamedTuple):
     path: str
     bad: list[BadVideo]
     draw: Draw
+    traffic: Traffic = Traffic()  # what was read from a store for it
 
 
 class Decoding(NamedTuple):
@@ -60,15 +61,13 @@ class Decoding(NamedTuple):
     timeout_seconds: float | None = None  # a video that takes longer is bad; None: no limit, and no process of its own
     known: VideoIndex | None = None
     rows: NDArray[np.int64] | None = None  # of the list's videos in the index; -1 for those that it lacks
+    source: Source | None = None  # where the videos are; None: `AnySource`
 
     def open(self, index: int) -> Video:
-        """Opens a video of the list, with what is known of it unless the file has changed since."""
-        path, known = self.videos.paths[index], None
-        if self.known is not None and self.rows is not None and self.rows[index] >= 0:
-            with contextlib.suppress(OSError):
-                video, found = self.known[int(self.rows[index])], os.stat(path)
-                known = video if found.st_size == video.bytes and video.mtime_ns in (0, found.st_mtime_ns) else None
-        return Video(path, self.backend, known=known)
+        """Opens a video of the list, with what is known of it."""
+        indexed = self.known is not None and self.rows is not None and self.rows[index] >= 0
+        known = self.known[int(self.rows[index])] if indexed else None  # type: ignore[index]
+        return Video(self.videos.paths[index], self.backend, known=known, source=self.source)
 
 
 def clips_of(video: Video, frame_numbers: NDArray[np.int64], short_side: int) -> list[list[Image]]:
@@ -104,15 +103,15 @@ class TrainingClips(Dataset[Sample]):
         for attempt in range(REPLACEMENTS):
             path, seed = videos.paths[video], (self.seed, draw.epoch, draw.position, attempt)
             try:
-                clips = torch.from_numpy(self._read_clips((video, seed, draw.shape or self.shape)))
-                return Sample(clips, videos.labels[video], path, bad, draw)
+                clips, traffic = self._read_clips((video, seed, draw.shape or self.shape))
+                return Sample(torch.from_numpy(clips), videos.labels[video], path, bad, draw, traffic)
             except (DecodeError, HungError) as error:
                 bad.append(BadVideo(path, error.reason))
                 video = int(np.random.default_rng(seed).integers(len(videos.paths)))
         reason = f"{bad[-1].reason} (and the {REPLACEMENTS - 1} videos tried before it cannot be decoded either)"
         raise DecodeError(path, reason)
 
-    def _clips(self, job: tuple[int, tuple[int, ...], ClipShape]) -> NDArray[np.uint8]:
+    def _clips(self, job: tuple[int, tuple[int, ...], ClipShape]) -> tuple[NDArray[np.uint8], Traffic]:
         index, seed, shape = job
         rng, (least, most), size = np.random.default_rng(seed), shape.short_side, shape.crop_size
         sampling = replace(self.decoding.sampling, clip_frames=shape.clip_frames, frame_stride=shape.frame_stride)
@@ -121,7 +120,8 @@ class TrainingClips(Dataset[Sample]):
             clips = clips_of(video, numbers, int(rng.integers(least, most + 1)))
         height, width, _ = clips[0][0].shape
         crops = ((random_crop(height, width, size, rng), self.mirror and rng.random() < 0.5) for _ in clips)
-        return np.stack([cut(clip, crop, size, mirror) for clip, (crop, mirror) in zip(clips, crops, strict=True)])
+        cuts = [cut(clip, crop, size, mirror) for clip, (crop, mirror) in zip(clips, crops, strict=True)]
+        return np.stack(cuts), take_traffic()
 
 
 @dataclass(eq=False)
@@ -151,20 +151,21 @@ class TestViews(Dataset[Sample]):
             return Sample(None, np.int64(0), "", [], draw)
         path, label = self.decoding.videos.paths[draw.video], self.decoding.videos.labels[draw.video]
         try:
-            clips = self._read_clips(draw.video)
+            clips, traffic = self._read_clips(draw.video)
         except (DecodeError, HungError) as error:
             return Sample(None, label, path, [BadVideo(path, error.reason)], draw)
         crops = even_crops(clips.shape[2], clips.shape[3], self.crop_size, self.num_crops)
         views = [cut(clip, crop, self.crop_size) for clip in clips for crop in crops]
-        return Sample(torch.from_numpy(np.stack(views)), label, path, [], draw)
+        return Sample(torch.from_numpy(np.stack(views)), label, path, [], draw, traffic)
 
-    def _clips(self, index: int) -> NDArray[np.uint8]:
+    def _clips(self, index: int) -> tuple[NDArray[np.uint8], Traffic]:
         """The clips (num_clips, T, H, W, C) of a video, not yet cropped."""
         with self.decoding.open(index) as video:
             numbers = self.decoding.sampling.test_clips(video.num_frames, video.fps, self.num_clips)
             if self.shuffle_frames:
                 numbers = np.random.default_rng((self.seed, index)).permuted(numbers, axis=1)
-            return np.stack([np.stack(clip) for clip in clips_of(video, numbers, self.short_side)])
+            clips = np.stack([np.stack(clip) for clip in clips_of(video, numbers, self.short_side)])
+        return clips, take_traffic()
 
 
 def cut(frames: Iterable[Image], crop: tuple[int, int], size: int, mirror: bool = False) -> NDArray[np.uint8]:

@@ -1,22 +1,22 @@
 """Reading through decord, if it is installed."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from octvideo.data.index import IndexedVideo
 from octvideo.data.reader import ROUNDING_SECONDS, Image, LibraryReader, Times, decode_errors
+from octvideo.data.source import Media
 from octvideo.errors import UnreadableError, UserError
 
 
 class DecordReader(LibraryReader):
     """Finds frames by the timestamps that decord gives for all of them."""
 
-    def __init__(self, path: str, known: IndexedVideo | None) -> None:
-        super().__init__(path, known)
+    def __init__(self, media: Media) -> None:
+        super().__init__(media)
+        path = media.name
         try:
             import decord
         except ImportError as error:
@@ -24,7 +24,7 @@ class DecordReader(LibraryReader):
         decord.logging.set_level(decord.logging.QUIET)
         self._errors = (decord.DECORDError, RuntimeError, IndexError)
         with decode_errors(path, *self._errors, raised=UnreadableError):
-            self._reader = decord.VideoReader(os.path.abspath(path), num_threads=1)
+            self._reader = decord.VideoReader(media.open(), num_threads=1)
             starts = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0].astype(np.float64)
             fps = float(self._reader.get_avg_fps())
         if fps <= 0 or len(starts) == 0:

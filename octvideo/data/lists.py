@@ -1,8 +1,9 @@
 """List files and folders: which videos there are, and their classes."""
 
+import itertools
+import json
 import os
 import re
-import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,15 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from octvideo import stores
+from octvideo.data.source import MEMBER, members, open_rows
 from octvideo.errors import ListError
+from octvideo.stores import is_uri
 
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic"}
 # FFmpeg would open text files and pictures as videos.
 NOT_VIDEOS = {".txt", ".csv", ".json", ".md", ".xml", ".srt", ".vtt"} | PICTURES
-ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")  # how URLs and network streams start
-NOT_A_FILE = "an address, not a file: download it first"
 HEADERS = {"path", "file", "filename", "video"}  # how the first line of a list starts if it is a header
 MOST_CLASSES = 2**31
+BESIDE = {"cls", "json", "txt"}  # extensions of what is beside a video in a tar file
 
 
 class Paths(Sequence[str]):
@@ -62,6 +65,10 @@ def read_list(
     Relative paths start from `root`, by default the current folder. The last separator on a line counts, so paths may
     contain it. With a header the first line is skipped. Class numbers must be below num_classes if that is given.
 
+    A path with an extension may have a span: `path 3 12.5 20` is class 3 from second 12.5 to 20, as in the entry
+    path#t=12.5,20. The list may be a URI, too; or tar files of webdataset's layout (train-{000..017}.tar), with a .cls
+    or .json beside each video; or a Hugging Face data set, hf://NAME?split=train, with a column `label`.
+
     For task "multi" a video has any number of classes, `path 3,17`, or `path -` for none. For task "single" it may have
     shares of several that add up to 1, `path 3:0.7,17:0.3`. Both need num_classes.
 
@@ -71,10 +78,14 @@ def read_list(
     form = {"single": r"-?\d+|-?\d+:[\d.]+(,-?\d+:[\d.]+)*", "multi": r"-|-?\d+(,-?\d+)*"}[task]
     what = "class number" if task == "single" else "class numbers with commas between them"
     paths, entries, line_of = [], [], repr(f"path{separator}{what}")  # shows what a tab is
-    for number, line in enumerate(read_lines(path), 1):
+    named = os.fspath(path)
+    lines = _rows(named) if named.startswith("hf://") else _shards(named) if named.endswith(".tar") else None
+    if lines is not None:
+        separator, header = " ", False
+    for number, line in enumerate(read_lines(path) if lines is None else lines, 1):
         if not line.strip() or (header and number == 1):
             continue
-        video, _, text = (entry.strip() for entry in line.strip().rpartition(separator))
+        video, _, text = (entry.strip() for entry in _without_span(line.strip(), separator).rpartition(separator))
         if not video or not re.fullmatch(form, text):
             raise ListError(f"{path}:{number}: expected {line_of}, got {line!r}")
         shares = dict(_share(part) for part in text.split(",") if part != "-")
@@ -84,7 +95,7 @@ def read_list(
                 raise ListError(f"{path}:{number}: class number must be {allowed}, got {label}")
         if task == "single" and abs(sum(shares.values()) - 1) > 1e-3:
             raise ListError(f"{path}:{number}: shares of the classes must add up to 1, got {text}")
-        paths.append(video if root is None or ADDRESS.match(video) else os.path.join(root, video))
+        paths.append(video if root is None else rooted(root, video))
         entries.append(shares)
     if not paths:
         raise ListError(f"{path}: no video in it; expected lines of {line_of}")
@@ -104,6 +115,43 @@ def _share(text: str) -> tuple[int, float]:
     return int(label), float(share or 1)
 
 
+def _without_span(line: str, separator: str) -> str:
+    """A line `path label start end` as `path#t=start,end label`."""
+    between = re.escape(separator)
+    match = re.fullmatch(rf"(.*\.\w{{2,5}}\s*){between}([\d:.,-]+){between}([\d.]+){between}([\d.]+)", line)
+    return f"{match[1].strip()}#t={match[3]},{match[4]}{separator}{match[2]}" if match else line
+
+
+def rooted(root: str | os.PathLike[str], video: str) -> str:
+    """An entry whose relative path starts from a folder, local or remote; the others stay."""
+    if match := MEMBER.match(video):
+        return video.replace(f"::{match['shard']}", f"::{rooted(root, match['shard'])}")
+    return video if is_uri(video) else stores.child(root, video)
+
+
+def _shards(pattern: str) -> Iterator[str]:
+    """Lines for the videos in tar files: a member's extension is what follows the first dot, as in webdataset."""
+    for shard in stores.expand(pattern):
+        for key, group in itertools.groupby(members(shard).items(), lambda item: re.sub(r"\.[^/]*$", "", item[0])):
+            found = {name[len(key) + 1 :].lower(): (name, member) for name, member in group}
+            label = found["cls"][1].note.decode() if "cls" in found else "missing"
+            if "json" in found:
+                about = json.loads(found["json"][1].note or b"{}")
+                label = str(about.get("cls", about.get("label", label)))
+            for name, (start, size, _) in (item for suffix, item in found.items() if suffix not in BESIDE):
+                yield f"tar://{name}::{shard}#bytes={start},{size} {label.strip()}"
+
+
+def _rows(name: str) -> Iterator[str]:
+    """Lines for the videos of a Hugging Face data set."""
+    rows, _ = open_rows(name)
+    if "label" not in rows.features:
+        raise ListError(f"{name}: no column 'label', only {', '.join(rows.features)}")
+    mark = "&" if "?" in name else "?"
+    for row, label in enumerate(rows["label"]):
+        yield f"{name}{mark}row={row} {','.join(map(str, label)) if isinstance(label, list) else label}"
+
+
 def read_class_names(path: str | os.PathLike[str], num_classes: int | None = None) -> list[str]:
     """Reads class names from a text file, one on each line, class 0 first; ListError if there are not num_classes."""
     names = [line.strip() for line in "\n".join(read_lines(path)).rstrip().split("\n")]
@@ -118,9 +166,10 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int | None = Non
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
     """The lines of a text file in UTF-8, with or without a byte-order mark; ListError if it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+        content = stores.read(os.fspath(path)) if is_uri(path) else Path(path).read_bytes()
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
+        reason = error.strerror or error if isinstance(error, OSError) else "not a text file in UTF-8"
         raise ListError(f"{path}: {reason}") from error
 
 
@@ -143,15 +192,3 @@ def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, i
             yield from (f"{child.name}/{path}" for path in video_files(child.path, skip=(*skip, here)))
         elif (suffix := os.path.splitext(child.name)[1].lower()) and suffix not in NOT_VIDEOS:
             yield child.name
-
-
-def about_frames(folder: str | os.PathLike[str]) -> str:
-    """The end of a message on a folder without videos: how to make one of the numbered pictures in it; "" if none."""
-    for parent, _, names in os.walk(folder):
-        names.sort(key=lambda name: (len(name), name))
-        matches = (re.fullmatch(r"(.*?)(\d+)(\.\w+)", name) for name in names)
-        if first := next((match for match in matches if match and match[3].lower() in PICTURES), None):
-            frames = ["-start_number", first[2], "-i", f"{parent}/{first[1]}%0{len(first[2])}d{first[3]}"]
-            command = ["ffmpeg", "-framerate", "25", *frames, "-pix_fmt", "yuv420p", f"{parent}.mp4"]
-            return f"; {parent} holds still images, of which this makes a video: {shlex.join(command)}"
-    return ""

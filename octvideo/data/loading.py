@@ -1,5 +1,6 @@
 """From data sets to batches: which process makes which samples, in which order, and how they are joined."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from octvideo.data.clips import NO_VIDEO, BadVideo, Draw, Sample
 from octvideo.data.multigrid import ClipShape, whole_batches
+from octvideo.stores import Traffic
 
 
 class Batch(NamedTuple):
@@ -24,6 +26,7 @@ class Batch(NamedTuple):
     paths: list[str]
     bad: list[BadVideo]  # videos that could not be decoded while this batch was made
     turns: list[tuple[int, int]]  # (epoch, position) of each video, from which all its random choices derive
+    traffic: Traffic = Traffic()  # what was read from stores
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -35,6 +38,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         [sample.path for sample in good],
         [bad for sample in samples for bad in sample.bad],
         [(sample.draw.epoch, sample.draw.position) for sample in good],
+        functools.reduce(Traffic.plus, (sample.traffic for sample in samples), Traffic()),
     )
 
 

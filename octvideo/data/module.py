@@ -4,7 +4,6 @@ import dataclasses
 import math
 import os
 import shutil
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,14 +12,16 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from octvideo import stores
 from octvideo.data.augmentation import BatchAugmentation
 from octvideo.data.clips import Decoding, Sample, TestViews, TrainingClips
 from octvideo.data.index import FILE, VideoIndex
-from octvideo.data.lists import Paths, VideoList, read_class_names, read_list
+from octvideo.data.lists import Paths, VideoList, read_class_names, read_list, rooted
 from octvideo.data.loading import Batch, EpochSampler, Loader, TrainingBatches, collate
 from octvideo.data.multigrid import ClipShape, Multigrid, share_of_side
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.data.reader import Backend
+from octvideo.data.source import SPAN, AnySource, Source
 from octvideo.data.watchdog import outlive_signals
 from octvideo.errors import ListError, UserError
 
@@ -33,14 +34,16 @@ class VideoData(LightningDataModule):
     """Training clips, and validation and test views, of the videos in list files.
 
     A list file has a line for each video: its path and its class number (`path 3`), or several (`path 3,17` for task
-    multi, `path 3:0.7,17:0.3` for shares). An index.bin beside it, as `octvideo prepare`
-    writes, saves measuring the videos when they are opened. Class names and preprocessing become part of checkpoints.
+    multi, `path 3:0.7,17:0.3` for shares), and, for a stretch of a video, its start and end in seconds (`path 3 12.5
+    20`). A path is a file, a folder of frames, a URI such as s3://bucket/clip.mp4, or a member of a tar file. An
+    index.bin beside the list, as `octvideo prepare` writes, saves measuring the videos when they are opened. Class
+    names and preprocessing become part of checkpoints.
 
     Args:
-        train_list: list file of the training videos.
+        train_list: list file of the training videos, local or a URI; or tar files, or hf://NAME of a data set.
         val_list: list file of the validation videos; after every epoch the centre view of each is tested.
         test_list: list file of the test videos; default: the validation videos.
-        root: folder that the paths in the list files start from; default: the current folder.
+        root: folder, local or a URI, that the paths in the list files start from; default: the current folder.
         separator: separates path and class number in a list file; \\t means a tab.
         header: skip the first line of each list file.
         labels: text file of class names, one a line, class 0 first; default: labels.txt beside train_list, if any.
@@ -59,6 +62,10 @@ class VideoData(LightningDataModule):
         prefetch_batches: batches that each of them makes ahead.
         backend: decoder: pyav, torchcodec, decord, or auto: PyAV, then the others for a file it cannot read.
         decode_timeout_seconds: a video whose decoding takes longer is bad; null waits for ever.
+        frames_fps: frames a second of folders of frames.
+        cache: folder on each machine for what is read from stores, shared by its processes; default: nothing is kept.
+        cache_gb: most gigabytes in it.
+        source: class that finds videos in another way; see `octvideo.data.source.Source`.
         seed: of all random choices (set by seed_everything).
         preprocessing: the options of `Preprocessing`, except mean and std, which are the model's.
     """
@@ -87,6 +94,10 @@ class VideoData(LightningDataModule):
         prefetch_batches: int = 2,
         backend: Backend = "auto",
         decode_timeout_seconds: float | None = 60,
+        frames_fps: float = 25,
+        cache: str | None = None,
+        cache_gb: float = 50,
+        source: Source | None = None,
         seed: int = 0,
         **preprocessing: Any,
     ) -> None:
@@ -105,6 +116,10 @@ class VideoData(LightningDataModule):
             self.preprocessing = clips = Preprocessing(**preprocessing, mean=0, std=1)
         except UserError as error:
             raise UserError(f"data.{error}") from error
+        try:
+            self.source = source or AnySource(frames_fps, cache, cache_gb)
+        except UserError as error:
+            raise UserError(f"data.{error}") from error
         self._full_shape = ClipShape(clips.clip_frames, clips.frame_stride, clips.crop_size, clips.short_side)
         self._check()
         full = self._full_shape
@@ -112,8 +127,8 @@ class VideoData(LightningDataModule):
         self._read: dict[str, Decoding] = {}
         self._position: dict[str, Any] | None = None
         self.labels_named = labels is not None
-        if labels is None and train_list is not None and (beside := Path(train_list).parent / "labels.txt").is_file():
-            labels = str(beside)
+        if labels is None and train_list is not None and not train_list.startswith("hf://"):
+            labels = beside if stores.exists(beside := stores.beside(train_list, "labels.txt")) else None
         self.labels = None if labels is None else read_class_names(labels, num_classes)
 
     def _check(self) -> None:
@@ -132,6 +147,9 @@ class VideoData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self._position = None  # a run starts at its beginning, unless a checkpoint is loaded after this
+        for name in ("test_list",) if stage == "test" else ("train_list", "val_list"):
+            if self.lists[name] is not None:
+                self.source.check(self.read(name).paths[0])
         self._check_shared_memory(stage)
 
     def _check_shared_memory(self, stage: str) -> None:
@@ -179,6 +197,10 @@ class VideoData(LightningDataModule):
         """The videos of train_list, val_list or test_list; ListError if they are not named, missing or wrong."""
         return self._decoding(name).videos
 
+    def reads_stores(self, name: str) -> bool:
+        """Whether the videos of a list are behind URIs."""
+        return "://" in self.read(name).paths[0]
+
     def class_counts(self, name: str) -> NDArray[np.float64]:
         """(num_classes,) videos of each class in a list, parts of them where it has shares."""
         labels, classes = self.read(name).labels, self.num_classes or 0
@@ -192,15 +214,16 @@ class VideoData(LightningDataModule):
             looks = f"a text file with a line {line} for each video, named by --data.{name}"
             if path is None:
                 raise ListError(f"no {name.removesuffix('_list')} videos are named: expected {looks} FILE")
-            if not os.path.isfile(path):
+            if not (stores.is_uri(path) or path.endswith(".tar") or os.path.isfile(path)):
                 raise ListError(f"{path} does not exist: expected {looks} FILE (its paths start from --data.root DIR)")
             how_read: dict[str, Any] = {"num_classes": self.num_classes, "task": self.task}
             listed = read_list(path, separator=self.separator, header=self.header, **how_read)
-            known = VideoIndex(index) if (index := Path(path).parent / FILE).is_file() else None
-            rows = None if known is None else known.rows(listed.paths)
-            videos = listed._replace(paths=Paths(os.path.join(self.root or "", video) for video in listed.paths))
+            has_index = not path.startswith("hf://") and stores.exists(index := stores.beside(path, FILE))
+            known = VideoIndex(stores.local(index)) if has_index else None
+            rows = None if known is None else known.rows(SPAN.sub("", video) for video in listed.paths)
+            videos = listed._replace(paths=Paths(rooted(self.root or "", video) for video in listed.paths))
             how = self.preprocessing.sampler, self.backend, self.decode_timeout_seconds
-            self._read[name] = Decoding(videos, *how, known, rows)
+            self._read[name] = Decoding(videos, *how, known, rows, self.source)
         return self._read[name]
 
     def train_dataloader(self) -> DataLoader[Sample]:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import av
 import numpy as np
 
-from octvideo.data.index import IndexedVideo
 from octvideo.data.reader import READING_ERRORS, ROUNDING_SECONDS, Image, Reader, Times, decode_errors, shown_as
+from octvideo.data.source import Media
 from octvideo.data.stream import Packet, decode_all, measure_timing, open_stream, packets_of
 from octvideo.errors import UnreadableError
 
@@ -23,18 +23,18 @@ class PyAvReader(Reader):
     frame on, until it is known which of them hold the wanted frames; these and what they refer to are decoded.
     """
 
-    def __init__(self, path: str, known: IndexedVideo | None) -> None:
-        super().__init__(path, known)
+    def __init__(self, media: Media) -> None:
+        super().__init__(media)
         self.frames_decoded: int = 0
         self._open()
-        with decode_errors(path, *READING_ERRORS):
-            self._timing = timing = measure_timing(path, self._container, self._stream, known)
+        with decode_errors(self.path, *READING_ERRORS):
+            self._timing = timing = measure_timing(media, self._container, self._stream)
         self.fps, self.duration_seconds, self.note = float(timing.rate), timing.duration_seconds, timing.note
         self._start_time, self._time_base = timing.start, float(self._stream.time_base or 0)
 
     def _open(self) -> None:
         with decode_errors(self.path, *READING_ERRORS, raised=UnreadableError):
-            self._container, self._stream = open_stream(self.path)
+            self._container, self._stream = open_stream(self.media)
 
     @property
     def _in_order(self) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
-from octvideo.data.index import IndexedVideo
+from octvideo.data.source import Media
 from octvideo.data.stream import open_timed, spliceable
 from octvideo.errors import DecodeError, UnreadableError
 
@@ -95,8 +95,8 @@ class Reader(ABC):
     note: str = ""  # what of these was derived because no header says it, or a wrong one
     frames_decoded: int | None = None  # so far; None where a backend does not tell
 
-    def __init__(self, path: str, known: IndexedVideo | None) -> None:
-        self.path, self.known = path, known
+    def __init__(self, media: Media) -> None:
+        self.media, self.path, self.known = media, media.name, media.known
         self._scaler = VideoReformatter()  # one for all frames: setting it up takes longer than scaling a small frame
         self._first_size: tuple[int, int] | None = None
 
@@ -139,11 +139,11 @@ class LibraryReader(Reader):
 
     _spliceable = False
 
-    def __init__(self, path: str, known: IndexedVideo | None) -> None:
-        super().__init__(path, known)
+    def __init__(self, media: Media) -> None:
+        super().__init__(media)
         self._shown, self._turns, self._kind, timing = (Orientation(), 1.0), 0, "", None
         with contextlib.suppress(UnreadableError, StopIteration, *READING_ERRORS):  # the library may read more
-            container, stream, timing = open_timed(path, known)
+            container, stream, timing = open_timed(media)
             with container:
                 self._kind, self._spliceable = container.format.name, spliceable(container)
                 frame = next(container.decode(stream))
@@ -151,9 +151,9 @@ class LibraryReader(Reader):
         self._stated = timing and (float(timing.rate), timing.duration_seconds)
         self.note = timing.note if timing else ""
         if timing and timing.clock == "spliced":
-            raise UnreadableError(path, "its clock starts again within the file, which the backend pyav alone follows")
+            raise UnreadableError(self.path, "its clock starts again within it, which the backend pyav alone follows")
         if timing and timing.clock == "counted" and self._spliceable:
-            raise UnreadableError(path, "its timestamps are guessed: the backend pyav alone counts its frames")
+            raise UnreadableError(self.path, "its timestamps are guessed: the backend pyav alone counts its frames")
 
     def _upright(self, images: NDArray[np.uint8], short_side: int | None) -> list[Image]:
         """Scales RGB images (T, H, W, 3) as PyAV's, and makes them upright."""

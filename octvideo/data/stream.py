@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -13,6 +12,7 @@ from av.format import Flags
 from av.stream import Disposition
 
 from octvideo.data.index import IndexedVideo
+from octvideo.data.source import Media
 from octvideo.errors import DecodeError, UnreadableError
 
 Packet: TypeAlias = "av.Packet[Any]"
@@ -22,26 +22,26 @@ JUMP_SECONDS = 10  # a longer gap in a container that may be spliced is another 
 AGREEMENT = 0.1  # by which share a header's frame rate may differ from that of the timestamps
 
 
-def open_stream(path: str) -> tuple[InputContainer, av.VideoStream]:
-    """Opens a file and selects its main video stream, to be decoded in one thread.
+def open_stream(media: Media) -> tuple[InputContainer, av.VideoStream]:
+    """Opens a video and selects its main video stream, to be decoded in one thread.
 
     Raises `READING_ERRORS` where that fails, DecodeError without video, and UnreadableError without a decoder.
     """
-    container = av.open(os.path.abspath(path), metadata_errors="ignore")  # a relative path with a colon is an address
+    container = av.open(media.open(), metadata_errors="ignore")
     kind, stream = container.format.name, container.streams.best("video")  # not the smaller of two
     cover = stream is not None and stream.disposition & Disposition.attached_pic  # of a sound file
     if not PLAYLISTS.isdisjoint(kind.split(",")):
-        error = DecodeError(path, f"a playlist ({kind}), which names other files")
+        error = DecodeError(media.name, f"a playlist ({kind}), which names other files")
     elif not isinstance(stream, av.VideoStream) or stream.time_base is None or cover:
-        error = DecodeError(path, "no video stream")
+        error = DecodeError(media.name, "no video stream")
     elif stream.codec_context is None:
-        error = UnreadableError(path, "no decoder for its codec")
+        error = UnreadableError(media.name, "no decoder for its codec")
     elif is_still(kind, stream):
-        error = DecodeError(path, "a still image, not a video")
+        error = DecodeError(media.name, "a still image, not a video")
     else:
         stream.thread_type = "SLICE"
         stream.codec_context.thread_count = 1
-        return container, stream
+        return cast(InputContainer, container), stream
     container.close()
     raise error
 
@@ -74,26 +74,24 @@ def packets_of(container: InputContainer, *streams: av.VideoStream) -> Iterator[
         yield from container.demux(*streams)
 
 
-def measure_timing(
-    path: str, container: InputContainer, stream: av.VideoStream, known: IndexedVideo | None = None
-) -> Timing:
+def measure_timing(media: Media, container: InputContainer, stream: av.VideoStream) -> Timing:
     """When the frames of an open file are shown: by the index, by its header, or by all packets where that is wrong.
 
     The container may be at another place afterwards. Raises `READING_ERRORS`, and DecodeError without a frame rate.
     """
-    if (timing := _by_header(container, stream, known)) is not None:
+    if (timing := _by_header(container, stream, media.known)) is not None:
         return timing
-    container, stream = open_stream(path)
+    container, stream = open_stream(media)
     with container:
-        return _by_packets(path, container, stream)
+        return _by_packets(media.name, container, stream)
 
 
-def open_timed(path: str, known: IndexedVideo | None = None) -> tuple[InputContainer, av.VideoStream, Timing]:
+def open_timed(media: Media) -> tuple[InputContainer, av.VideoStream, Timing]:
     """Opens a file as `open_stream` does, with its timing; measuring that would leave it at another place."""
-    container, stream = open_stream(path)
+    container, stream = open_stream(media)
     with contextlib.closing(container):
-        timing = measure_timing(path, container, stream, known)
-    return *open_stream(path), timing
+        timing = measure_timing(media, container, stream)
+    return *open_stream(media), timing
 
 
 def _by_header(container: InputContainer, stream: av.VideoStream, known: IndexedVideo | None) -> Timing | None:

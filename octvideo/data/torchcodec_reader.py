@@ -1,27 +1,28 @@
 """Reading through torchcodec, if it is installed and finds FFmpeg's libraries."""
 
-import os
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 
-from octvideo.data.index import IndexedVideo
 from octvideo.data.reader import ROUNDING_SECONDS, Image, LibraryReader, Times, decode_errors, one_line
+from octvideo.data.source import Media
 from octvideo.errors import UnreadableError, UserError
 
 
 class TorchcodecReader(LibraryReader):
     """Asks torchcodec for the frames that are shown at the times."""
 
-    def __init__(self, path: str, known: IndexedVideo | None) -> None:
-        super().__init__(path, known)
+    def __init__(self, media: Media) -> None:
+        super().__init__(media)
+        path = media.name
         try:
             from torchcodec.decoders import VideoDecoder
         except (ImportError, RuntimeError, OSError) as error:
             cure = "it needs FFmpeg's libraries, which apt-get install ffmpeg installs"
             raise UserError(f"the backend torchcodec is not installed, or {cure}: {one_line(error)}") from error
         with decode_errors(path, RuntimeError, ValueError, raised=UnreadableError):
-            self._decoder = VideoDecoder(os.path.abspath(path), dimension_order="NHWC", num_ffmpeg_threads=1)
+            self._decoder = VideoDecoder(cast(Any, media.open()), dimension_order="NHWC", num_ffmpeg_threads=1)
         metadata = self._decoder.metadata
         start, end, fps = metadata.begin_stream_seconds, metadata.end_stream_seconds, metadata.average_fps
         if start is None or end is None or not fps:

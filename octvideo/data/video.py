@@ -1,18 +1,18 @@
-"""Decoding: the frames of a video file that are shown at given times, through one of the backends in `READERS`."""
+"""Decoding: the frames of a video that are shown at given times, through one of the backends in `READERS`."""
 
 import contextlib
-import errno
+import math
 import os
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from octvideo.data.decord_reader import DecordReader
 from octvideo.data.index import IndexedVideo
-from octvideo.data.lists import ADDRESS, NOT_A_FILE
+from octvideo.data.pictures_reader import PicturesReader
 from octvideo.data.pyav_reader import PyAvReader
-from octvideo.data.reader import Backend, Image, Reader
+from octvideo.data.reader import ROUNDING_SECONDS, Backend, Image, Reader, one_line
+from octvideo.data.source import AnySource, Pictures, Source, split_span
 from octvideo.data.torchcodec_reader import TorchcodecReader
 from octvideo.errors import DecodeError, UnreadableError, UserError
 
@@ -22,14 +22,18 @@ READERS: dict[str, type[Reader]] = {"pyav": PyAvReader, "torchcodec": Torchcodec
 
 
 class Video(contextlib.AbstractContextManager["Video"]):
-    """An open video file, for a `with` statement.
+    """An open video, for a `with` statement.
 
     Frames are found by their timestamps, because the frame count in a header is often wrong, and frame rates vary.
-    Raises DecodeError for a file that is missing, no video, or broken; UserError for a backend that is not installed.
+    Raises DecodeError for a file that is missing, no video, or broken; UserError for a backend that is not installed;
+    StoreError where what holds the video cannot be used.
 
     Args:
+        path: what `source` finds: a file, a folder of frames, a URI, a member of a tar file. With #t=START,END behind
+            it, in seconds, that stretch of it is the video.
         backend: pyav, torchcodec or decord; auto is PyAV, or another installed one where it gives no frame.
-        known: what an index knows of the video; it must be true of the file.
+        known: what an index knows of all of it.
+        source: where it is; default: `AnySource`.
     """
 
     backend: str  # the one that reads
@@ -38,27 +42,38 @@ class Video(contextlib.AbstractContextManager["Video"]):
     note: str  # what of these was derived from timestamps, because no header says it, or a wrong one; mostly empty
 
     def __init__(
-        self, path: str | os.PathLike[str], backend: Backend = "auto", *, known: IndexedVideo | None = None
+        self,
+        path: str | os.PathLike[str],
+        backend: Backend = "auto",
+        *,
+        known: IndexedVideo | None = None,
+        source: Source | None = None,
     ) -> None:
         if backend != "auto" and backend not in READERS:
             raise UserError(f"backend must be auto, {', '.join(READERS)}, got {backend!r}")
-        self.path, self._known = os.fspath(path), known
+        self.path = os.fspath(path)
+        name, self._start, self._end = split_span(self.path)
         self._backends = list(READERS) if backend == "auto" else [backend]  # not yet tried
         self._first_error: UserError | None = None
-        if not os.path.exists(self.path):
-            raise DecodeError(self.path, NOT_A_FILE if ADDRESS.match(self.path) else os.strerror(errno.ENOENT))
-        if Path(self.path).is_char_device():
-            raise DecodeError(self.path, "a device, not a video file")
-        self._reader = self._next_reader()
+        try:
+            self._media = (source or AnySource()).find(name, known)
+        except OSError as error:
+            raise DecodeError(self.path, one_line(error)) from error
+        self._reader = PicturesReader(self._media) if isinstance(self._media, Pictures) else self._next_reader()
+        self.fps, self.note, whole = self._reader.fps, self._reader.note, self._reader.duration_seconds
+        if isinstance(self._media, Pictures):
+            self.backend = "pictures"
+        self.duration_seconds = min(whole, math.inf if self._end is None else self._end) - self._start
+        if self.duration_seconds <= 0:
+            reached = f"the video ends after {whole:.2f} s" if self._start >= whole else f"it ends at {self._end:.2f} s"
+            raise DecodeError(self.path, f"the span starts at {self._start:.2f} s, and {reached}")
 
     def _next_reader(self) -> Reader:
         """Opens the file in the next backend that can; raises the first backend's error if none can."""
         while self._backends:
             self.backend = self._backends.pop(0)
             try:
-                reader = READERS[self.backend](self.path, self._known)
-                self.fps, self.duration_seconds, self.note = reader.fps, reader.duration_seconds, reader.note
-                return reader
+                return READERS[self.backend](self._media)
             except UserError as error:  # another backend may be able to read it, or be installed
                 if self._first_error is None and not isinstance(error, UnreadableError):
                     raise
@@ -93,6 +108,9 @@ class Video(contextlib.AbstractContextManager["Video"]):
         if times.size == 0 or np.isnan(times).any():
             raise UserError(f"expected times in seconds, got {times.tolist()}")
         times, places = np.unique(times, return_inverse=True)
+        if self._start or self._end is not None:
+            last = math.inf if self._end is None else max(self._start, self._end - 2 * ROUNDING_SECONDS)
+            times = (times.clip(0, None) + self._start).clip(None, last)
         while True:
             try:  # no video is longer than 1e7 seconds, and a file's clock counts no further
                 images = self._reader.read(times.clip(0, 1e7), short_side)

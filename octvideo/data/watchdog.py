@@ -17,6 +17,8 @@ from typing import IO, Any, Generic, TypeVar
 
 import torch
 
+from octvideo import stores
+
 START_SECONDS = 60.0  # for a process to take up a call; on a busy machine this may last longer than the call itself
 KILL_SECONDS = 5.0  # until a killed process is given up
 _BEAT, _ANSWER = b"beat", b"answer"
@@ -150,7 +152,7 @@ def _serve(function: Callable[[Any], Any], connection: Connection, memory: IO[by
         return
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group, they are for the training process to handle
-    _parent = connection
+    _parent, stores.on_wait = connection, still_alive
     for call in itertools.count(1):
         try:
             argument = connection.recv()

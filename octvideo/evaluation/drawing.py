@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from octvideo.data.preparation.reencode import add_h264, from_planes, machine_error, planes
 from octvideo.data.reader import READING_ERRORS, Backend, Orientation, shown_as, square_pixels
+from octvideo.data.source import LocalFile
 from octvideo.data.stream import decode_all, open_timed
 from octvideo.data.video import Video
 from octvideo.data.watchdog import still_alive
@@ -60,7 +61,7 @@ def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> No
     scaler, encoder, shown, timestamp = VideoReformatter(), None, None, -1
     how: dict[str, Any] = {"interpolation": "BICUBIC", "dst_color_range": ColorRange.MPEG, "threads": 1}
     try:
-        source, video, timing = open_timed(prediction.path)
+        source, video, timing = open_timed(LocalFile(prediction.path))
         with source, av.open(str(output), "w", format="mp4", options={"movflags": "+faststart"}) as target:
             time_base = cast(Fraction, video.time_base)
             step = max(1, round(1 / (timing.rate * time_base)))

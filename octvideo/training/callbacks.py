@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from octvideo.data.loading import Batch
 from octvideo.data.module import ENLARGE, VideoData
 from octvideo.errors import LoaderKilledError, NotFiniteError, UserError
+from octvideo.stores import Traffic
 
 log = logging.getLogger(__name__)
 STATM = Path("/proc/self/statm")  # on Linux: this process's memory, in pages
@@ -70,6 +71,30 @@ class BadVideos(Callback):
     on_validation_epoch_end = on_test_epoch_end = on_train_epoch_end
 
 
+class StoreTraffic(Callback):
+    """Logs megabytes read from stores and repeated requests of each epoch, where videos come from stores."""
+
+    def __init__(self) -> None:
+        self._read: defaultdict[str, Traffic] = defaultdict(Traffic)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *rest: Any, **_: Any) -> None:
+        stage, batch = _stage(trainer), rest[1]
+        self._read[stage] = self._read[stage].plus(batch.traffic)
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, VideoData) and data.reads_stores(f"{stage}_list"):
+            how: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1, "reduce_fx": "sum"}
+            pl_module.log(f"{stage}/store_megabytes", batch.traffic.bytes / 1e6, **how, sync_dist=True)
+            pl_module.log(f"{stage}/store_retries", float(batch.traffic.retries), **how, sync_dist=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        read = self._read.pop(stage := _stage(trainer), Traffic())
+        if read.retries and trainer.is_global_zero and not trainer.sanity_checking:
+            log.warning("%s: %d of %d requests to %s failed and were repeated", stage, *read[2:0:-1], read.store)
+
+    on_validation_batch_end = on_test_batch_end = on_train_batch_end
+    on_validation_epoch_end = on_test_epoch_end = on_train_epoch_end
+
+
 def _stage(trainer: Trainer) -> str:
     assert trainer.state.stage is not None
     return str(trainer.state.stage.dataloader_prefix)  # train, val or test
@@ -93,6 +118,7 @@ class Throughput(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The seconds of each step with the wait before it, its clips, and where it is timed its seconds alone.
         self._steps: list[tuple[float, int, float | None]] = []
+        self._traffic = Traffic()
         self._last = perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -106,6 +132,7 @@ class Throughput(Callback):
         now = perf_counter() if self._start is None else _now(pl_module)
         seconds, self._last = now - self._last, now
         clips = rest[1].clips.shape[:2].numel()
+        self._traffic = self._traffic.plus(rest[1].traffic)
         self._steps.append((seconds, clips, None if self._start is None else now - self._start))
         if len(self._first_seconds) < 22:  # from the end of a timed step to that of another
             self._first_seconds.append(seconds)
@@ -146,6 +173,12 @@ class Throughput(Callback):
             bound, rate = "loader", f"{_short(clips / seconds)} clips/s from {workers} workers"
             cure = "raise data.num_workers, or re-encode the videos with tools/prepare_data.py --reencode"
             advice = f"{rate}, the model takes {model_rate} ({waited}): {cure}"
+            if self._traffic.seconds > 0.5 * total * max(1, workers):  # most of the workers' time
+                _, requests, retries, size, waiting = self._traffic
+                bound, speed = f"{self._traffic.store} data", f"{size / 1e6 / waiting:.1f} MB/s a worker"
+                counts = f"{requests} requests, {retries} of them repeated"
+                cure = "raise data.num_workers, or keep what is read on this machine by --data.cache DIR"
+                advice = f"{rate}, {speed} ({counts}), the model takes {model_rate} ({waited}): {cure}"
         if trainer.is_global_zero and bound != self._bound:
             print(f"{bound}-bound: {advice}", flush=True)
         self._bound = bound

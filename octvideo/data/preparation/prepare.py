@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from octvideo.data.index import IndexedVideo, write_index
-from octvideo.data.lists import ADDRESS, NOT_A_FILE
 from octvideo.data.preparation.journal import Facts, Journal
 from octvideo.data.preparation.reencode import ENVIRONMENT, measure, reencode
 from octvideo.data.preparation.sources import Catalogue, Entry
@@ -141,7 +140,7 @@ class _Run:
         try:
             status = os.stat(self.videos / path)
         except (FileNotFoundError, NotADirectoryError):
-            return {"status": "missing", "reason": NOT_A_FILE if ADDRESS.match(path) else "no such file"}
+            return {"status": "missing", "reason": "no such file"}
         except OSError as error:
             return {"status": "bad", "reason": str(error.strerror), "failed": error.errno in ENVIRONMENT}
         if stat.S_ISDIR(status.st_mode):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from octvideo.data.index import SPLICED
 from octvideo.data.reader import EARLY_END_SECONDS, Orientation, shown_as, square_pixels
+from octvideo.data.source import LocalFile
 from octvideo.data.stream import decode_all, open_timed
 from octvideo.data.watchdog import still_alive
 from octvideo.errors import DecodeError
@@ -53,7 +54,7 @@ class _Reader:
         self.size, self.keyframes = (0, 0), list[float]()  # upright width and height; seconds
         self.last = self.end = self.last_packet = 0.0  # seconds of the last frame, its end, and that of any stream
         with self._named_errors():
-            self._container, self.stream, self.timing = open_timed(self.path)
+            self._container, self.stream, self.timing = open_timed(LocalFile(self.path))
         self.time_base = cast(Fraction, self.stream.time_base)
         self.close = self._container.close
 

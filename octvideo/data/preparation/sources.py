@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from octvideo.data.lists import ADDRESS, HEADERS, MOST_CLASSES, about_frames, read_class_names, read_lines, video_files
+from octvideo.data.lists import HEADERS, MOST_CLASSES, read_class_names, read_lines, video_files
 from octvideo.errors import ListError
+from octvideo.stores import is_uri
 
 VALIDATION = ("val", "valid", "validate", "validation")
 SPLITS = {"train": "train", "training": "train", **dict.fromkeys(VALIDATION, "val"), "test": "test", "testing": "test"}
@@ -85,7 +86,7 @@ class _Reader:
         return {os.path.basename(stem): file for stem, _, file in reversed(files)}
 
     def relative(self, path: str) -> str:
-        path = path if ADDRESS.match(path) else os.path.normpath(path)
+        path = path if is_uri(path) else os.path.normpath(path)
         inside = os.path.relpath(path, os.path.abspath(self.videos)) if os.path.isabs(path) else path
         return path if inside.split(os.sep)[0] == os.pardir else inside
 
@@ -95,7 +96,7 @@ class _Reader:
         is_json = source.suffix.lower() == ".json"
         read = self._read_classes if source.is_dir() else self._read_json if is_json else self._read_text
         if not (lines := list(read(source))):
-            raise ListError(f"{source}: no video in it{about_frames(source)}")
+            raise ListError(f"{source}: no video in it")
         return lines
 
     def _read_classes(self, source: Path) -> Iterator[Line]:

@@ -1,0 +1,277 @@
+"""Files behind URIs (s3://, gs://, az://, http:// ...), through fsspec: read in parts, written whole, tried again.
+
+A request that fails for the network's sake is repeated with growing waits and counted. What fails for good is one of
+three: FileNotFoundError, for what is not there; PermissionError; and StoreError, for a store that cannot be used, be it
+that it does not answer, or that there are no credentials.
+"""
+
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem, sync
+
+from octvideo.errors import StoreError, UserError
+from octvideo.files import appearing
+
+ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")  # how URIs start
+PATIENCE_SECONDS = 300.0  # how long a request is repeated before the store counts as lost
+START_PATIENCE_SECONDS = 20.0  # likewise where nothing has been read yet, so that a wrong address shows soon
+TIMEOUT_SECONDS, SLOWEST = 10.0, 2**20  # of a request: for its answer, and in bytes a second from then on
+LONGEST_WAIT_SECONDS = 15.0
+TRANSIENT = {errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH, None}
+TRANSIENT |= {errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, getattr(errno, "EREMOTEIO", errno.EIO)}
+NETWORKING = {"botocore", "aiobotocore", "aiohttp", "asyncio", "azure", "gcsfs"}  # whose other errors are the network's
+PACKAGES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}  # an extra of this package each
+# Stores' own repetitions are off, as nobody could count them, and so are listings from memory.
+OPTIONS: dict[str, dict[str, Any]] = {scheme: {"use_listings_cache": False} for scheme in PACKAGES}
+OPTIONS["s3"] |= {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": TIMEOUT_SECONDS}}
+on_wait: Callable[[], None] = lambda: None  # noqa: E731  (called now and then in long waits; a watched process sets it)
+
+
+class Traffic(NamedTuple):
+    """What was read from stores."""
+
+    store: str = ""  # the last one, such as s3://bucket
+    requests: int = 0
+    retries: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def plus(self, other: "Traffic") -> "Traffic":
+        """The sum."""
+        counts = self.requests + other.requests, self.retries + other.retries, self.bytes + other.bytes
+        return Traffic(other.store or self.store, *counts, self.seconds + other.seconds)
+
+
+class Stat(NamedTuple):
+    """What tells a file from its earlier versions."""
+
+    bytes: int
+    mtime_ns: int  # 0 where a store does not tell
+
+
+HERE = object()
+_traffic = Traffic()
+_patience_seconds = PATIENCE_SECONDS
+
+
+def _count(traffic: Traffic) -> None:
+    global _traffic
+    _traffic = _traffic.plus(traffic)  # reading is in one thread of a process
+
+
+def take_traffic() -> Traffic:
+    """What this process has read since the last call."""
+    global _traffic
+    taken, _traffic = _traffic, Traffic()
+    return taken
+
+
+def is_uri(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is the address of something, not a local file."""
+    return bool(ADDRESS.match(os.fspath(path)))
+
+
+def store_of(uri: str) -> str:
+    """The store in messages: scheme and bucket or host."""
+    match = re.match(r"([\w+.-]+://[^/?#]*)", uri.rpartition("::")[2])
+    return match[1] if match else uri
+
+
+def child(folder: str | os.PathLike[str], name: str) -> str:
+    """The path or URI of a file in a folder."""
+    return os.path.join(os.fspath(folder), name)
+
+
+def beside(path: str | os.PathLike[str], name: str) -> str:
+    """The path or URI of another file in the folder of a file."""
+    return child(os.path.dirname(os.fspath(path)), name)
+
+
+def _file_system(uri: str) -> tuple[Any, str]:
+    scheme = uri.partition("://")[0]
+    try:
+        system, path = fsspec.core.url_to_fs(uri, **OPTIONS.get(scheme, {}))
+    except ImportError as error:
+        extra = PACKAGES.get(scheme)
+        cure = f"pip install 'octvideo[{extra}]'" if extra else str(error)
+        raise UserError(f"{uri}: {scheme}:// needs another package: {cure}") from error
+    except ValueError as error:
+        raise UserError(f"{uri}: {error}") from error
+    if hasattr(system, "retries"):
+        system.retries = 1
+    return system, path
+
+
+def _request(uri: str, method: str, *arguments: Any, size: int = 0, **named: Any) -> Any:
+    """Calls a method of the file system until it works; HERE stands for the path, and `size` bytes are moved."""
+    began, attempt = time.monotonic(), 0
+    while True:
+        on_wait()
+        start = time.monotonic()
+        try:
+            system, path = _file_system(uri)
+            given = [path if argument is HERE else argument for argument in arguments]
+            if isinstance(system, AsyncFileSystem) and hasattr(system, f"_{method}"):
+                limit = (TIMEOUT_SECONDS + size / SLOWEST) * 2 ** min(attempt, 2)
+                result = sync(system.loop, getattr(system, f"_{method}"), *given, timeout=limit, **named)
+            else:
+                result = getattr(system, method)(*given, **named)
+            _count(Traffic(store_of(uri), 1, 0, 0, time.monotonic() - start))
+            return result
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+        except (PermissionError, IsADirectoryError, UserError):
+            raise
+        except Exception as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            if not _is_transient(error):
+                raise StoreError(f"{uri}: {why}") from error
+            if time.monotonic() - began > _patience_seconds:
+                tried = f"{attempt + 1} requests in {time.monotonic() - began:.0f} s failed"
+                raise StoreError(f"{store_of(uri)} cannot be used: {tried}, the last with: {why} ({uri})") from error
+            attempt += 1
+            _count(Traffic(store_of(uri), 1, 1, 0, time.monotonic() - start))
+            # Random, so that the processes of a cluster do not come back all at once.
+            wait = min(0.1 * 2**attempt, LONGEST_WAIT_SECONDS) * random.SystemRandom().uniform(0.5, 1)
+            while wait > 0:
+                on_wait()
+                time.sleep(min(wait, 1.0))
+                wait -= 1.0
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether another try may help."""
+    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError"):
+        return False
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and status:
+        return status >= 500 or status in (408, 425, 429)
+    if isinstance(error, OSError):
+        return error.errno in TRANSIENT
+    return type(error).__module__.partition(".")[0] in (
+        "botocore",
+        "aiobotocore",
+        "aiohttp",
+        "asyncio",
+        "azure",
+        "gcsfs",
+    )
+
+
+def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
+    """The bytes of a file, or those from start to end, fewer where it ends before."""
+    wanted = None if end is None else end - (start or 0)
+    if wanted == 0:
+        return b""
+    content: bytes = _request(uri, "cat_file", HERE, start=start, end=end, size=wanted or 0)
+    if wanted is not None and len(content) > wanted:  # a web server that does not know ranges
+        content = content[start:end]
+    _count(Traffic(bytes=len(content)))
+    return content
+
+
+def stat(path: str | os.PathLike[str]) -> Stat:
+    """Size and version of a local or remote file; OSError if it is missing, IsADirectoryError for a folder's."""
+    if not is_uri(path := os.fspath(path)):
+        found = os.stat(path)
+        return Stat(found.st_size, found.st_mtime_ns)
+    about = _request(path, "info", HERE)
+    if about.get("type") == "directory":
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    changed = next((about[key] for key in ("LastModified", "mtime", "updated", "last_modified") if about.get(key)), 0)
+    seconds = changed.timestamp() if hasattr(changed, "timestamp") else changed
+    return Stat(int(about["size"] or 0), int(seconds * 1e9) if isinstance(seconds, int | float) else 0)
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a local or remote file, or a local folder."""
+    if not is_uri(path):
+        return os.path.exists(path)
+    try:
+        stat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def files_below(uri: str) -> dict[str, Stat]:
+    """The files of a remote folder at any depth, by their paths from it on, sorted; none where it does not exist."""
+    found = _request(uri.rstrip("/"), "find", HERE, detail=True, size=2**28)
+    root = _file_system(uri.rstrip("/"))[1].rstrip("/")
+    names = {path[len(root) + 1 :]: about for path, about in found.items() if path.startswith(f"{root}/")}
+    return {name: Stat(int(about["size"] or 0), 0) for name, about in sorted(names.items()) if name}
+
+
+def expand(path: str) -> list[str]:
+    """The files that a pattern means, in order: {00..12} for numbers, * and ? for what is there."""
+    if match := re.search(r"\{(\d+)\.\.(\d+)\}", path):
+        first, last = match[1], match[2]
+        numbers = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+        return [name for number in numbers for name in expand(path[: match.start()] + number + path[match.end() :])]
+    if not re.search(r"[*?]", path):
+        return [path]
+    if not is_uri(path):
+        return sorted(glob.glob(path))
+    system = _file_system(path)[0]
+    return sorted(system.unstrip_protocol(name) for name in _request(path, "glob", HERE))
+
+
+def put(file: Path, uri: str) -> None:
+    """Copies a local file to a URI, where it appears whole or not at all, as far as the store can."""
+    _request(uri, "put_file", str(file), HERE, size=file.stat().st_size)
+
+
+def copy(uri: str, other: str) -> None:
+    """Copies a file within its store."""
+    _request(uri, "cp_file", HERE, _file_system(other)[1])
+
+
+def remove(uri: str) -> None:
+    """Removes a remote file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        _request(uri, "rm_file", HERE)
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """A local file with the content of a file: itself, or a copy in the user's cache, made again where it changed."""
+    if not is_uri(path := os.fspath(path)):
+        return Path(path)
+    version = stat(path)
+    key = hashlib.sha256(repr((path, version)).encode()).hexdigest()[:16]
+    copied = cache_folder() / "files" / key / os.path.basename(path.rstrip("/"))
+    if not copied.exists():
+        with appearing(copied) as partial:
+            _request(path, "get_file", HERE, str(partial), size=version.bytes)
+    return copied
+
+
+def cache_folder() -> Path:
+    """Where copies of remote files are kept: $OCTVIDEO_CACHE, or octvideo in the user's cache folder."""
+    given = os.environ.get("OCTVIDEO_CACHE")
+    return Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octvideo")
+
+
+def check(uri: str) -> None:
+    """Whether the store of a file can be used at all, found out in seconds: StoreError, with the reason, if not."""
+    global _patience_seconds
+    before, _patience_seconds = _patience_seconds, START_PATIENCE_SECONDS
+    try:
+        if not exists(uri):
+            bucket = store_of(uri)
+            if uri.partition("://")[0] in PACKAGES and not _request(bucket, "exists", HERE):
+                raise StoreError(f"{bucket} does not exist, or these credentials may not see it")
+    except PermissionError as error:
+        raise StoreError(f"{store_of(uri)}: no access: {error}") from error
+    finally:
+        _patience_seconds = before
