@@ -28,7 +28,7 @@ class IndexedVideo(NamedTuple):
     fps: float  # average frames per second
     duration_seconds: float  # from the start of the first frame to the end of the last one
     keyframe_seconds: NDArray[np.float64]  # when key frames are shown, from the first frame on, ascending; or SPLICED
-    bytes: int
+    bytes: int  # 0: not compared
     mtime_ns: int = 0  # the file's st_mtime_ns; 0 for files that `prepare` has written
 
     @property

@@ -151,7 +151,7 @@ class LibraryReader(Reader):
         self._stated = timing and (float(timing.rate), timing.duration_seconds)
         self.note = timing.note if timing else ""
         if timing and timing.clock == "spliced":
-            raise UnreadableError(self.path, "its clock starts again within it, which the backend pyav alone follows")
+            raise UnreadableError(self.path, "its clock starts again within the file, which pyav alone follows")
         if timing and timing.clock == "counted" and self._spliceable:
             raise UnreadableError(self.path, "its timestamps are guessed: the backend pyav alone counts its frames")
 

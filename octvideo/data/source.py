@@ -234,7 +234,7 @@ class AnySource(Source):
 
 def _if_same(known: IndexedVideo | None, found: stores.Stat) -> IndexedVideo | None:
     """What is known, if it is of the version of a file that was found."""
-    same = known is not None and known.bytes == found.bytes and known.mtime_ns in (0, found.mtime_ns)
+    same = known is not None and known.bytes in (0, found.bytes) and known.mtime_ns in (0, found.mtime_ns)
     return known if same else None
 
 
