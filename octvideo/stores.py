@@ -25,7 +25,7 @@ from octvideo.files import appearing
 
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")  # how URIs start
 PATIENCE_SECONDS = 300.0  # how long a request is repeated before the store counts as lost
-START_PATIENCE_SECONDS = 20.0  # likewise where nothing has been read yet, so that a wrong address shows soon
+START_PATIENCE_SECONDS = 20.0  # of a store that has never answered, so that a wrong address shows soon
 TIMEOUT_SECONDS, SLOWEST = 10.0, 2**20  # of a request: for its answer, and in bytes a second from then on
 LONGEST_WAIT_SECONDS = 15.0
 TRANSIENT = {errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH, None}
@@ -62,7 +62,7 @@ class Stat(NamedTuple):
 
 HERE = object()
 _traffic = Traffic()
-_patience_seconds = PATIENCE_SECONDS
+_answered: set[str] = set()  # stores; processes that this one starts know them, too
 
 
 def _count(traffic: Traffic) -> None:
@@ -107,7 +107,7 @@ def _file_system(uri: str) -> tuple[Any, str]:
         cure = f"pip install 'octvideo[{extra}]'" if extra else str(error)
         raise UserError(f"{uri}: {scheme}:// needs another package: {cure}") from error
     except ValueError as error:
-        raise UserError(f"{uri}: {error}") from error
+        raise OSError(errno.EPROTONOSUPPORT, f"no kind of store is called {scheme}://", uri) from error
     if hasattr(system, "retries"):
         system.retries = 1
     return system, path
@@ -127,34 +127,44 @@ def _request(uri: str, method: str, *arguments: Any, size: int = 0, **named: Any
                 result = sync(system.loop, getattr(system, f"_{method}"), *given, timeout=limit, **named)
             else:
                 result = getattr(system, method)(*given, **named)
+            _answered.add(store_of(uri))
             _count(Traffic(store_of(uri), 1, 0, 0, time.monotonic() - start))
             return result
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+            if not (isinstance(error.__cause__, Exception) and _is_transient(error.__cause__)):
+                _answered.add(store_of(uri))
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error
+            failure: Exception = error.__cause__  # of web servers fsspec says "not found" whatever it was
         except (PermissionError, IsADirectoryError, UserError):
+            _answered.add(store_of(uri))
             raise
         except Exception as error:
-            why = " ".join(str(error).split()) or type(error).__name__
-            if not _is_transient(error):
-                raise StoreError(f"{uri}: {why}") from error
-            if time.monotonic() - began > _patience_seconds:
-                tried = f"{attempt + 1} requests in {time.monotonic() - began:.0f} s failed"
-                raise StoreError(f"{store_of(uri)} cannot be used: {tried}, the last with: {why} ({uri})") from error
-            attempt += 1
-            _count(Traffic(store_of(uri), 1, 1, 0, time.monotonic() - start))
-            # Random, so that the processes of a cluster do not come back all at once.
-            wait = min(0.1 * 2**attempt, LONGEST_WAIT_SECONDS) * random.SystemRandom().uniform(0.5, 1)
-            while wait > 0:
-                on_wait()
-                time.sleep(min(wait, 1.0))
-                wait -= 1.0
+            failure = error
+        why = " ".join(str(failure).split()) or type(failure).__name__
+        if not _is_transient(failure):
+            raise StoreError(f"{uri}: {why}") from failure
+        if time.monotonic() - began > (PATIENCE_SECONDS if store_of(uri) in _answered else START_PATIENCE_SECONDS):
+            tried = f"{attempt + 1} requests in {time.monotonic() - began:.0f} s failed"
+            raise StoreError(f"{store_of(uri)} cannot be used: {tried}, the last with: {why} ({uri})") from failure
+        attempt += 1
+        _count(Traffic(store_of(uri), 1, 1, 0, time.monotonic() - start))
+        # Random, so that the processes of a cluster do not come back all at once.
+        wait = min(0.1 * 2**attempt, LONGEST_WAIT_SECONDS) * random.SystemRandom().uniform(0.5, 1)
+        while wait > 0:
+            on_wait()
+            time.sleep(min(wait, 1.0))
+            wait -= 1.0
 
 
 def _is_transient(error: Exception) -> bool:
     """Whether another try may help."""
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError"):
         return False
-    status = getattr(error, "status", None)
+    response = getattr(error, "response", None)  # of S3
+    about = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    status = about.get("HTTPStatusCode") or getattr(error, "status", None)
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
     if isinstance(status, int) and status:
         return status >= 500 or status in (408, 425, 429)
     if isinstance(error, OSError):
@@ -264,8 +274,6 @@ def cache_folder() -> Path:
 
 def check(uri: str) -> None:
     """Whether the store of a file can be used at all, found out in seconds: StoreError, with the reason, if not."""
-    global _patience_seconds
-    before, _patience_seconds = _patience_seconds, START_PATIENCE_SECONDS
     try:
         if not exists(uri):
             bucket = store_of(uri)
@@ -273,5 +281,3 @@ def check(uri: str) -> None:
                 raise StoreError(f"{bucket} does not exist, or these credentials may not see it")
     except PermissionError as error:
         raise StoreError(f"{store_of(uri)}: no access: {error}") from error
-    finally:
-        _patience_seconds = before

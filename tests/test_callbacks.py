@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from octvideo.data.module import VideoData
 from octvideo.data.multigrid import Multigrid
 from octvideo.errors import LoaderKilledError, NotFiniteError
+from octvideo.stores import Traffic
 from octvideo.training.callbacks import (
     BadVideos,
     FiniteLoss,
@@ -146,7 +147,7 @@ def epoch(clock, steps, callback=None, device="cpu", is_global_zero=True, videos
     if callback is None:
         callback = Throughput()
         callback.on_train_start(None, None)
-    batch = SimpleNamespace(clips=torch.empty(videos, 3, 3, 1, 1, 1))
+    batch = SimpleNamespace(clips=torch.empty(videos, 3, 3, 1, 1, 1), traffic=Traffic())
     callback.on_train_epoch_start(trainer, module)
     for index, (wait, work) in enumerate(steps):
         clock.seconds += wait
@@ -260,6 +261,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor
     paths: list
     bad: list
+    traffic: Traffic = Traffic()
 
 
 class Tiny(LightningModule):
@@ -332,7 +334,7 @@ def estimate(clock, capsys, rank=0, **options):
     given = {"num_training_batches": 10, "max_epochs": 100, "max_steps": -1, "current_epoch": 2, "global_step": 0}
     trainer = SimpleNamespace(is_global_zero=rank == 0, **{"accumulate_grad_batches": 1, **given, **options})
     module = SimpleNamespace(device=torch.device("cpu"))
-    batch = SimpleNamespace(clips=torch.empty(2, 1, 3, 1, 1, 1))
+    batch = SimpleNamespace(clips=torch.empty(2, 1, 3, 1, 1, 1), traffic=Traffic())
     callback = Throughput()
     callback.on_train_start(trainer, module)
     for step in range(40):

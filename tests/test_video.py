@@ -17,12 +17,13 @@ from av.stream import Disposition
 from conftest import frame_numbers
 from PIL import Image
 
+from octvideo import stores
 from octvideo.data.index import IndexedVideo
 from octvideo.data.pyav_reader import PyAvReader
 from octvideo.data.source import LocalFile
 from octvideo.data.stream import packets_of, scan
 from octvideo.data.video import Video
-from octvideo.errors import DecodeError, UnreadableError
+from octvideo.errors import DecodeError, StoreError, UnreadableError
 
 
 def test_frames_are_the_ones_shown_at_the_times_in_any_order(numbered_video):
@@ -758,9 +759,14 @@ def test_one_frame_and_frames_of_an_image_codec_are_videos(tmp_path):
             assert video.num_frames == count
 
 
-def test_addresses_and_devices_are_named_as_they_were_given(tmp_path):
-    for path in ("https://example.org/a.mp4", "rtsp://camera", "udp://@239.0.0.1:1234"):
-        with pytest.raises(DecodeError, match=f"^{path}: an address, not a file: download it first$"):
+def test_addresses_and_devices_are_named_as_they_were_given(monkeypatch):
+    monkeypatch.setattr(stores, "START_PATIENCE_SECONDS", 0)
+    with pytest.raises(
+        StoreError, match=r"^http://127.0.0.1:9 cannot be used: 1 requests in 0 s failed, the last with"
+    ):
+        Video("http://127.0.0.1:9/a.mp4")
+    for path in ("rtsp://camera", "udp://@239.0.0.1:1234"):
+        with pytest.raises(DecodeError, match=f"^{path}: no kind of store is called {path.split(':')[0]}://$"):
             Video(path)
     with pytest.raises(DecodeError, match=r"^/dev/null: a device, not a video file$"):
         Video("/dev/null")
