@@ -7,8 +7,10 @@ that it does not answer, or that there are no credentials.
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
+import json
 import os
 import random
 import re
@@ -116,11 +118,11 @@ def _file_system(uri: str) -> tuple[Any, str]:
 def _request(uri: str, method: str, *arguments: Any, size: int = 0, **named: Any) -> Any:
     """Calls a method of the file system until it works; HERE stands for the path, and `size` bytes are moved."""
     began, attempt = time.monotonic(), 0
+    system, path = _file_system(uri)
     while True:
         on_wait()
         start = time.monotonic()
         try:
-            system, path = _file_system(uri)
             given = [path if argument is HERE else argument for argument in arguments]
             if isinstance(system, AsyncFileSystem) and hasattr(system, f"_{method}"):
                 limit = (TIMEOUT_SECONDS + size / SLOWEST) * 2 ** min(attempt, 2)
@@ -199,6 +201,10 @@ def stat(path: str | os.PathLike[str]) -> Stat:
     about = _request(path, "info", HERE)
     if about.get("type") == "directory":
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    return _version(about)
+
+
+def _version(about: dict[str, Any]) -> Stat:
     changed = next((about[key] for key in ("LastModified", "mtime", "updated", "last_modified") if about.get(key)), 0)
     seconds = changed.timestamp() if hasattr(changed, "timestamp") else changed
     return Stat(int(about["size"] or 0), int(seconds * 1e9) if isinstance(seconds, int | float) else 0)
@@ -220,7 +226,7 @@ def files_below(uri: str) -> dict[str, Stat]:
     found = _request(uri.rstrip("/"), "find", HERE, detail=True, size=2**28)
     root = _file_system(uri.rstrip("/"))[1].rstrip("/")
     names = {path[len(root) + 1 :]: about for path, about in found.items() if path.startswith(f"{root}/")}
-    return {name: Stat(int(about["size"] or 0), 0) for name, about in sorted(names.items()) if name}
+    return {name: _version(about) for name, about in sorted(names.items()) if name}
 
 
 def expand(path: str) -> list[str]:
@@ -281,3 +287,72 @@ def check(uri: str) -> None:
                 raise StoreError(f"{bucket} does not exist, or these credentials may not see it")
     except PermissionError as error:
         raise StoreError(f"{store_of(uri)}: no access: {error}") from error
+
+
+class Mirror:
+    """A folder of this machine that stands for a folder in a store, which holds what counts.
+
+    A file is in the store whole or not at all, as far as its requests are (those of S3, Google and Azure are). What was
+    not pushed is lost with the machine, and with the next `fetch`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        key = hashlib.sha256(self.uri.encode()).hexdigest()[:16]
+        self.folder = cache_folder() / "mirrors" / key / self.uri.rpartition("/")[2]
+        self._record = self.folder.with_name("record.json")  # the version in the store of each file that is here
+
+    def fetch(self) -> None:
+        """Makes the folder what the store has."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._record.with_suffix(".lock").open("w") as locked:
+            fcntl.lockf(locked, fcntl.LOCK_EX)  # another process of this machine may be at it
+            known = json.loads(self._record.read_text()) if self._record.exists() else {}
+            there, record = files_below(self.uri), {}
+            for name, version in there.items():
+                if name.endswith("last.ckpt"):  # a second name of another file
+                    continue
+                record[name] = [*version, *self._version(name)]
+                if known.get(name) != record[name]:
+                    with appearing(self.folder / name) as partial:
+                        _request(child(self.uri, name), "get_file", HERE, str(partial), size=version.bytes)
+                    record[name] = [*version, *self._version(name)]
+            for name in self._files() - there.keys():
+                (self.folder / name).unlink()
+            self._write(record)
+
+    def push(self) -> None:
+        """Copies what is new here to the store, first what nothing else names, and removes there what is gone here."""
+        known = json.loads(self._record.read_text()) if self._record.exists() else {}
+        files = self._files()
+        changed = [name for name in sorted(files) if known.get(name, [])[2:] != self._version(name)]
+        sent: dict[tuple[int, int], str] = {}
+        for name in sorted(changed, key=lambda name: not name.rpartition("/")[2].startswith("step_")):
+            path, uri = self.folder / name, child(self.uri, name)
+            found = path.stat()
+            version = self._version(name)
+            if (other := sent.get((found.st_dev, found.st_ino))) is not None:  # a link to a file that was sent
+                copy(other, uri)
+            else:
+                put(path, uri)
+            sent[found.st_dev, found.st_ino] = uri
+            known[name] = [*stat(uri), *version]
+            self._write(known)
+        for name in known.keys() - files:
+            remove(child(self.uri, name))
+            del known[name]
+        self._write(known)
+
+    def _files(self) -> set[str]:
+        paths = (path for path in self.folder.rglob("*") if path.is_file())
+        own = (path for path in paths if not path.name.startswith(".") and path.suffix != ".tmp")
+        return {str(path.relative_to(self.folder)) for path in own}
+
+    def _version(self, name: str) -> list[int]:
+        """Size and time of change of a file here; of a link, of the file that it leads to."""
+        path = self.folder / name
+        return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else []
+
+    def _write(self, record: dict[str, list[int]]) -> None:
+        with appearing(self._record) as partial:
+            partial.write_text(json.dumps(record))

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import progress
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from octvideo import stores
 from octvideo.commands import options
 from octvideo.commands.options import fail, with_config_files
 from octvideo.data.module import VideoData
@@ -31,6 +32,7 @@ from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.cost import count_macs
 from octvideo.models.own_network import build_recorded, check_record
 from octvideo.training.callbacks import BadVideos, StoreTraffic, naming_killed_loaders
+from octvideo.training.checkpoints import Mirrored
 from octvideo.training.console import ProgressBar
 from octvideo.training.recognizer import Recognizer
 
@@ -87,13 +89,17 @@ class KeptOptions(SaveConfigCallback):
     """Writes the options of a run to config.yaml in its folder, whatever its loggers are."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        config, callbacks = self.config.clone(), getattr(trainer, "callbacks", ())
+        for mirrored in (callback for callback in callbacks if isinstance(callback, Mirrored)):
+            config["trainer"]["default_root_dir"] = mirrored.mirror.uri
         with appearing(Path(trainer.default_root_dir) / self.config_filename) as partial:
-            self.parser.save(self.config, partial, skip_none=False, overwrite=True)
+            self.parser.save(config, partial, skip_none=False, overwrite=True)
 
 
 class CommandLine(LightningCLI):
     """Builds trainer, model and data from the words of a command line; `keep_options` writes config.yaml."""
 
+    mirror: stores.Mirror | None = None  # of a run folder in a store
     trains = False  # else --help says nothing of TRAINING_OPTIONS
 
     def __init__(self, description: str, words: list[str], keep_options: bool) -> None:
@@ -238,6 +244,15 @@ class CommandLine(LightningCLI):
         if folder is None:
             raise UserError("trainer.default_root_dir must name a folder")
         return Path(folder)
+
+    def take_run_folder(self) -> None:
+        """Makes a run folder in a store a folder of this machine, with what the store has."""
+        folder = self.config["trainer"]["default_root_dir"]
+        if folder is not None and stores.is_uri(folder):
+            self.mirror = stores.Mirror(folder)
+            stores.check(stores.child(folder, "config.yaml"))
+            self.mirror.fetch()
+            self.config["trainer"]["default_root_dir"] = str(self.mirror.folder)
 
 
 def start(command_line: Callable[[], Cli]) -> Cli:

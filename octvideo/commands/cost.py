@@ -38,7 +38,17 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import nn
 
-from octvideo.commands.options import Parser, clip_size, fail, number, one_line_errors, positive, several, share
+from octvideo.commands.options import (
+    Parser,
+    checkpoint,
+    clip_size,
+    fail,
+    number,
+    one_line_errors,
+    positive,
+    several,
+    share,
+)
 from octvideo.files import appearing
 from octvideo.layers import use_fused_passes
 from octvideo.models.checkpoint import load_trained
@@ -63,7 +73,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}")
-    add("--ckpt", type=Path, metavar="FILE", help="checkpoint of octvideo train, in place of --model")
+    add("--ckpt", type=checkpoint, metavar="FILE", help="checkpoint of octvideo train, in place of --model")
     add("--alpha", type=several(share), metavar="A,B", help="of res2 to res4; default: 0,.25,.5")
     add("--size", type=clip_size, metavar="TxHxW", help="default: 8x224x224, or the checkpoint's clips")
     add("--batch", type=number, default=8, metavar="N", help="clips; default: %(default)s")

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from octvideo.commands.options import Parser, clip_size, fail, number, one_line_errors, several
+from octvideo.commands.options import Parser, checkpoint, clip_size, fail, number, one_line_errors, several
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.files import appearing
@@ -231,7 +231,7 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
 def main(words: list[str]) -> int:
     parser = Parser(__doc__)
     add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", type=Path, metavar="FILE", help="checkpoint of octvideo train")
+    source.add_argument("--ckpt", type=checkpoint, metavar="FILE", help="checkpoint of octvideo train")
     source.add_argument("--name", metavar="NETWORK", help="a network of octvideo.MODELS, such as i3d_r50, untrained")
     add("--output", type=Path, required=True, metavar="FILE", help="FILE.onnx or FILE.pt2")
     add("--alpha", type=float, metavar="A", help="alpha of res2 to res4; default: the checkpoint's, or 0 with --name")

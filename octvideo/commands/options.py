@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from octvideo import errors
+from octvideo import errors, stores
 from octvideo.errors import UserError
 from octvideo.stores import is_uri
 
@@ -55,6 +55,14 @@ def local_path(text: str) -> Path:
     return Path(text)
 
 
+def checkpoint(text: str) -> Path:
+    """The type of an option for a checkpoint: a path, or a URI, of which a copy is kept on this machine."""
+    try:
+        return stores.local(text)
+    except (OSError, UserError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def number(text: str) -> int:
     """The type of an option that counts something."""
     if not re.fullmatch(r"0*[1-9]\d*", text):
@@ -86,7 +94,7 @@ def time_limit(text: str) -> float | None:
 def add_predictor(parser: Parser, clips: int, crops: int) -> None:
     """Adds the options of a checkpoint that predicts videos, with the defaults for clips of a video and their crops."""
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="checkpoint of octvideo train, or a published network")
+    add("--ckpt", type=checkpoint, required=True, help="checkpoint of octvideo train, or a published network")
     add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
     add("--clips", metavar="N", type=number, default=clips, help=f"clips of a video, 1 is the centre; default: {clips}")
     add("--crops", metavar="M", type=number, default=crops, help=f"crops of a clip; default: {crops}")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jinja2
 
-from octvideo.commands.options import Parser, fail, one_line_errors
+from octvideo.commands.options import Parser, checkpoint, fail, one_line_errors
 from octvideo.errors import UserError
 from octvideo.evaluation.report import (
     Accuracy,
@@ -114,7 +114,7 @@ def main(words: list[str]) -> None:
     """Runs the command."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", type=Path, required=True, help="checkpoint of octvideo train, or a FOLDER to put on the hub")
+    add("--ckpt", type=checkpoint, required=True, help="checkpoint of octvideo train, or a FOLDER to put on the hub")
     add("--to", type=Path, metavar="FOLDER", help="folder to write")
     add("--hub", metavar="USER/NAME", help="repository of the hub to write to as well, made if need be")
     add("--private", action="store_true", help="if it is made, only you can see it")

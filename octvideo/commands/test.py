@@ -32,6 +32,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Column, Table
 
+from octvideo import stores
 from octvideo.commands.command_line import CommandLine, start
 from octvideo.commands.report import write_report
 from octvideo.data.module import VideoData
@@ -93,6 +94,9 @@ class Testing(CommandLine):
 
     def before_instantiate_classes(self) -> None:
         self.take_processes_of_launcher()
+        self.take_run_folder()
+        if stores.is_uri(self.config["ckpt"]):
+            self.config["ckpt"] = str(stores.local(self.config["ckpt"]))
         self.take_network_of(self.config["ckpt"], "--ckpt")
         self.config["model"]["teacher"] = None  # of training
         if self.config["trainer"]["strategy"] == "fsdp":  # testing has no gradients to shard
@@ -220,3 +224,5 @@ def main(words: list[str]) -> None:
             checkpoint = Path(cli.config["ckpt"])
             folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else cli.run_folder
             write_report([read_run(folder, results=output, checkpoint=checkpoint)], output / "report.html")
+        if cli.mirror is not None and cli.trainer.is_global_zero:
+            cli.mirror.push()

@@ -18,10 +18,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from octvideo import stores
 from octvideo.commands.command_line import CommandLine, LoggerName, start
 from octvideo.errors import UserError
 from octvideo.training.callbacks import FiniteLoss, Memory, MovingAverage, Throughput
-from octvideo.training.checkpoints import EXIT_PREEMPTED, Preempted, RunCheckpoints, newest_intact
+from octvideo.training.checkpoints import EXIT_PREEMPTED, Mirrored, Preempted, RunCheckpoints, newest_intact
 from octvideo.training.console import EpochLines, RunSummary
 from octvideo.training.loggers import PatientCSVLogger, PatientTensorBoardLogger
 from octvideo.training.precise_bn import PreciseBatchNorm
@@ -40,6 +41,7 @@ class Training(CommandLine):
 
     def before_instantiate_classes(self) -> None:
         self.take_processes_of_launcher()
+        self.take_run_folder()
         self.ckpt_path = ckpt_path = self.config.pop("ckpt_path")  # config.yaml must not have it
         if self.config["ema_decay"] is not None and self.config["trainer"]["strategy"] == "fsdp":
             raise UserError("ema_decay needs whole weights in every process: leave it out, or trainer.strategy fsdp")
@@ -95,7 +97,10 @@ class Training(CommandLine):
             best = "val/map" if data.task == "multi" else "val/top1"
             monitor = None if data.lists["val_list"] is None else best
             every, keep = self.config["save_every_n_steps"], self.config["keep_checkpoints"]
-            callbacks.append(RunCheckpoints(self.run_folder / "checkpoints", every, keep, monitor, self.ckpt_path))
+            folder = self.run_folder / "checkpoints"
+            callbacks.append(RunCheckpoints(folder, every, keep, monitor, self.ckpt_path, self.mirror))
+        if self.mirror is not None:
+            callbacks.append(Mirrored(self.mirror))
         return super().instantiate_trainer(**kwargs)
 
     def _logger(self, name: LoggerName) -> Logger:
@@ -123,6 +128,6 @@ def main(words: list[str]) -> None:
             return  # with another code than 0 Lightning would kill the process that started this one
         raise
     if cli.trainer.is_global_zero:
-        print(f"checkpoints: {cli.run_folder / 'checkpoints'}")
+        print(f"checkpoints: {stores.child(cli.mirror.uri if cli.mirror else cli.run_folder, 'checkpoints')}")
         if "tensorboard" in cli.config["loggers"] and cli.trainer.loggers:
             print(f"logs: tensorboard --logdir {cli.run_folder}")

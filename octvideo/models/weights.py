@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from octvideo import stores
 from octvideo.errors import UserError
 from octvideo.models.published import published_folder, read_published
 
@@ -180,7 +181,7 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if (folder := published_folder(path)) is not None:
         return {"state_dict": read_published(folder).tensors}
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        checkpoint = torch.load(stores.local(path), map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     except UNREADABLE as error:

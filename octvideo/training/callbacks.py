@@ -175,10 +175,10 @@ class Throughput(Callback):
             advice = f"{rate}, the model takes {model_rate} ({waited}): {cure}"
             if self._traffic.seconds > 0.5 * total * max(1, workers):  # most of the workers' time
                 _, requests, retries, size, waiting = self._traffic
-                bound, speed = f"{self._traffic.store} data", f"{size / 1e6 / waiting:.1f} MB/s a worker"
+                bound, speed = "data", f"{self._traffic.store} gives {size / 1e6 / waiting:.1f} MB/s a worker"
                 counts = f"{requests} requests, {retries} of them repeated"
                 cure = "raise data.num_workers, or keep what is read on this machine by --data.cache DIR"
-                advice = f"{rate}, {speed} ({counts}), the model takes {model_rate} ({waited}): {cure}"
+                advice = f"{speed} ({counts}), {rate}, the model takes {model_rate} ({waited}): {cure}"
         if trainer.is_global_zero and bound != self._bound:
             print(f"{bound}-bound: {advice}", flush=True)
         self._bound = bound

@@ -13,12 +13,13 @@ from typing import IO, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from octvideo.errors import DamagedCheckpointError, UserError
+from octvideo.errors import DamagedCheckpointError, StoreError, UserError
 from octvideo.files import lock, point_to, replacing, seal, verify
 from octvideo.models.weights import read_checkpoint
+from octvideo.stores import Mirror
 
 log = logging.getLogger(__name__)
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the run stopped on a signal and waits to be started again
@@ -84,6 +85,9 @@ class RunCheckpoints(Checkpoint):
     keep: int = 3  # newest step checkpoints
     monitor: str | None = "val/top1"  # metric whose highest finite value makes best.ckpt; None: no best.ckpt
     start: str | Path | None = None  # the file that this process resumes from
+    mirror: Mirror | None = (
+        None  # of the run's folder in a store, to which every save is copied before training goes on
+    )
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
@@ -252,6 +256,8 @@ class RunCheckpoints(Checkpoint):
                 self._publish(path, trainer.global_step, is_best)
             except OSError as error:
                 log.warning("%s is saved, but last.ckpt, best.ckpt or old files could not be changed: %s", path, error)
+            if self.mirror is not None:
+                push_or_warn(self.mirror)
         return True
 
     def _publish(self, path: Path, step: int, is_best: bool) -> None:
@@ -265,6 +271,29 @@ class RunCheckpoints(Checkpoint):
                 log.warning("%s is deleted: training went back to an earlier step and is at step %d", file, step)
             if file not in kept:
                 file.unlink()
+
+
+class Mirrored(Callback):
+    """Copies a run's folder to its store after each validation, and at the end, when it must work."""
+
+    def __init__(self, mirror: Mirror) -> None:
+        self.mirror = mirror
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            push_or_warn(self.mirror)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            self.mirror.push()
+
+
+def push_or_warn(mirror: Mirror) -> None:
+    """Copies what is new to the store; a store that fails is a warning, as the next time tries again."""
+    try:
+        mirror.push()
+    except (OSError, StoreError) as error:
+        log.warning("%s could not be written, and has an older state until the next time: %s", mirror.uri, error)
 
 
 def _validates_next(trainer: Trainer, batch_idx: int) -> bool:
