@@ -27,10 +27,15 @@ def open_stream(path: str) -> tuple[InputContainer, av.VideoStream]:
 
     Raises `READING_ERRORS` where that fails, DecodeError without video, and UnreadableError without a decoder.
     """
-    container = av.open(os.path.abspath(path), metadata_errors="ignore")  # a relative path with a colon is an address
+    # A relative path with a colon is an address.
+    return with_stream(path, av.open(os.path.abspath(path), metadata_errors="ignore"))
+
+
+def with_stream(path: str, container: InputContainer, remote: bool = False) -> tuple[InputContainer, av.VideoStream]:
+    """An open container with its main video stream, or closed, with errors as `open_stream`'s; may be a remote HLS."""
     kind, stream = container.format.name, container.streams.best("video")  # not the smaller of two
     cover = stream is not None and stream.disposition & Disposition.attached_pic  # of a sound file
-    if not PLAYLISTS.isdisjoint(kind.split(",")):
+    if not PLAYLISTS.isdisjoint(kind.split(",")) and not (remote and kind == "hls"):  # FFmpeg lets it name no file
         error = DecodeError(path, f"a playlist ({kind}), which names other files")
     elif not isinstance(stream, av.VideoStream) or stream.time_base is None or cover:
         error = DecodeError(path, "no video stream")

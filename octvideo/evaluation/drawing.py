@@ -1,5 +1,6 @@
 """Predictions drawn onto frames: annotated copies of videos, and contact sheets."""
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -51,49 +52,70 @@ def strip(width: int, height: int, label: str, probability: float) -> Image.Imag
     return picture
 
 
+class Annotated(contextlib.AbstractContextManager["Annotated"]):
+    """An mp4 file that is written frame by frame (H.264, no sound), upright, with a class along the lower edge.
+
+    Raises READING_ERRORS if that fails. Its size and colours are those of the first frame.
+    """
+
+    def __init__(self, output: Path, rate: Fraction, time_base: Fraction) -> None:
+        self._target = av.open(str(output), "w", format="mp4", options={"movflags": "+faststart"})
+        self._rate, self._time_base, self._step = rate, time_base, max(1, round(1 / (rate * time_base)))
+        self._scaler, self._encoder, self._label, self._timestamp = VideoReformatter(), None, None, -1
+
+    def write(
+        self, seconds: float, frame: av.VideoFrame, shown: tuple[Orientation, float], label: str, probability: float
+    ) -> None:
+        """Adds a frame, shown from these seconds on, which must not fall; `shown` is that of `shown_as`."""
+        self._timestamp = max(round(seconds / self._time_base), self._timestamp + 1)  # they must rise
+        orientation, shape = shown
+        if self._encoder is None:
+            wide, high = square_pixels(frame.width, frame.height, shape)
+            self._size = wide + wide % 2, high + high % 2
+        how: dict[str, Any] = {"interpolation": "BICUBIC", "dst_color_range": ColorRange.MPEG, "threads": 1}
+        picture = self._scaler.reformat(frame, *self._size, "yuv420p", **how)
+        if self._encoder is None:
+            self._orientation = orientation
+            self._encoder = add_h264(self._target, ENCODER, self._rate, self._time_base, picture)
+            self._encoder.width, self._encoder.height = orientation.size(*self._size)
+            self._encoder.codec_context.flags |= Flags.frame_duration  # else the last frame's is lost
+        if self._label != (label, probability):
+            self._label = label, probability
+            drawn = strip(self._encoder.width, self._encoder.height, label, probability)
+            pixels = av.VideoFrame.from_ndarray(np.asarray(drawn), "rgb24")
+            self._overlay = planes(pixels.reformat(format="yuv420p"), Orientation())
+        upright = planes(picture, self._orientation)
+        for plane, over in zip(upright, self._overlay, strict=True):
+            plane[-len(over) :] = over
+        image = from_planes(upright)
+        image.pts, image.time_base, image.duration = self._timestamp, self._time_base, frame.duration or self._step
+        self._target.mux(self._encoder.encode(image))
+
+    def __exit__(self, *raised: object) -> None:
+        with self._target:
+            if self._encoder is not None and raised[0] is None:
+                self._target.mux(self._encoder.encode())
+
+
 def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> None:
     """Writes a copy of a video with its timeline drawn in; `job` is its prediction and the file to write.
 
     Raises DecodeError if the video is broken or this takes more than most_seconds; OSError if the disk is full, or so.
     """
-    (prediction, output), deadline = job, time.monotonic() + most_seconds
-    scaler, encoder, shown, timestamp = VideoReformatter(), None, None, -1
-    how: dict[str, Any] = {"interpolation": "BICUBIC", "dst_color_range": ColorRange.MPEG, "threads": 1}
+    (prediction, output), deadline, frame = job, time.monotonic() + most_seconds, None
+    timeline, labels = prediction.timeline, prediction.labels
     try:
         source, video, timing = open_timed(prediction.path)
-        with source, av.open(str(output), "w", format="mp4", options={"movflags": "+faststart"}) as target:
-            time_base = cast(Fraction, video.time_base)
-            step = max(1, round(1 / (timing.rate * time_base)))
+        with source, Annotated(output, timing.rate, cast(Fraction, video.time_base)) as target:
             for seconds, frame in decode_all(source, video, timing):
                 still_alive()
                 if time.monotonic() > deadline:
                     raise DecodeError(prediction.path, "it takes too long to write")
-                timestamp = max(round(seconds / time_base), timestamp + 1)  # they must rise
-                orientation, shape = shown_as(frame, video)
-                if encoder is None:
-                    wide, high = square_pixels(frame.width, frame.height, shape)
-                    size = wide + wide % 2, high + high % 2
-                picture = scaler.reformat(frame, *size, "yuv420p", **how)
-                if encoder is None:
-                    encoder = add_h264(target, ENCODER, timing.rate, time_base, picture)
-                    encoder.width, encoder.height = orientation.size(*size)
-                    encoder.codec_context.flags |= Flags.frame_duration  # else the last frame's is lost
-                second = prediction.timeline.second_at(float(timestamp * time_base))
-                if second != shown:
-                    scores, shown = prediction.timeline.scores[second], second
-                    best = int(scores.argmax())
-                    drawn = strip(encoder.width, encoder.height, prediction.labels[best], float(scores[best]))
-                    pixels = av.VideoFrame.from_ndarray(np.asarray(drawn), "rgb24")
-                    overlay = planes(pixels.reformat(format="yuv420p"), Orientation())
-                upright = planes(picture, orientation)
-                for plane, over in zip(upright, overlay, strict=True):
-                    plane[-len(over) :] = over
-                image = from_planes(upright)
-                image.pts, image.time_base, image.duration = timestamp, time_base, frame.duration or step
-                target.mux(encoder.encode(image))
-            if encoder is None:
+                scores = timeline.scores[timeline.second_at(seconds)]
+                best = int(scores.argmax())
+                target.write(seconds, frame, shown_as(frame, video), labels[best], float(scores[best]))
+            if frame is None:
                 raise DecodeError(prediction.path, "no frame could be decoded")
-            target.mux(encoder.encode())
     except READING_ERRORS as error:
         if (machine := machine_error(error)) is not None:
             raise machine from error

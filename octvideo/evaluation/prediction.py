@@ -159,8 +159,8 @@ class Predictor:
         output is not (B, num_classes), not finite, or does not match the labels.
         """
         path = os.fspath(path)
-        scores = self._scores(self.views(path)[1]).mean(0)
-        parts = [(edges, self._scores(clips), note) for edges, clips, note in self.windows(path)]
+        scores = self.scores(self.views(path)[1]).mean(0)
+        parts = [(edges, self.scores(clips), note) for edges, clips, note in self.windows(path)]
         edges, _, note = parts[0]
         timeline = torch.cat([part for _, part, _ in parts])
         labels = self.trained.labels or [f"class {number}" for number in range(len(scores))]
@@ -198,7 +198,8 @@ class Predictor:
             for module in training:
                 module.training = True
 
-    def _scores(self, clips: NDArray[np.uint8]) -> Tensor:
+    def scores(self, clips: NDArray[np.uint8]) -> Tensor:
+        """Probabilities (N, num_classes) of uint8 clips (N, C, T, H, W), on the CPU; UserError as `__call__`."""
         with self.evaluating():
             scores = score_clips(self.logits, torch.from_numpy(clips), self.trained.task).cpu()
         if not scores.isfinite().all():
