@@ -36,8 +36,8 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from octvideo.commands.options import Parser, fail, number, one_line_errors
-from octvideo.commands.predict import add_videos, device_of, find_videos, reading, refuse_overwriting, shown
+from octvideo.commands.options import Parser, device_of, fail, number, one_line_errors
+from octvideo.commands.predict import add_videos, find_videos, reading, refuse_overwriting, shown
 from octvideo.data.clips import BadVideo
 from octvideo.data.lists import MOST_CLASSES
 from octvideo.data.preparation.journal import Journal
@@ -104,7 +104,7 @@ def write(found: Features, path: Path) -> None:
 
 
 def features(arguments: argparse.Namespace, partial: Path) -> int:
-    device, trained = device_of(arguments), load_trained(arguments.ckpt, arguments.alpha)
+    device, trained = device_of(arguments.device), load_trained(arguments.ckpt, arguments.alpha)
     paths = [path for path, _ in find_videos(arguments.inputs, arguments.root, MOST_CLASSES)]
     inputs = (arguments.ckpt, *arguments.inputs, *paths)
     refuse_overwriting([("output", arguments.output), ("output", partial)], inputs)

@@ -2,6 +2,7 @@
 
 octvideo predict VIDEO|FOLDER|LIST ... --ckpt CHECKPOINT [--json FILE] [--csv FILE] [--timeline]
                  [--save-video DIR] [--thumbnail DIR]
+octvideo predict SOURCE --stream ...    predicts live video; octvideo predict --stream --help explains
 
 An input is a video, or
   a folder, searched for videos at any depth, in natural order (clip2 before clip10); hidden files, files without an
@@ -43,14 +44,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from octvideo.commands.options import Parser, add_predictor, fail, number, one_line_errors
+from octvideo.commands import stream
+from octvideo.commands.options import COMPILE, Parser, add_predictor, device_of, number, one_line_errors
 from octvideo.data.lists import ADDRESS, HEADERS, about_frames, read_lines, video_files
 from octvideo.data.video import READERS
 from octvideo.data.watchdog import HungError
@@ -225,16 +226,6 @@ def shown(results: Iterable[Result], what: str, count: int) -> Iterable[Result]:
     return track(results, what, count, console=console, disable=count < 2 or not console.is_terminal)
 
 
-def device_of(arguments: argparse.Namespace) -> str:
-    """The device that --device or this machine names, if it can be used."""
-    device: str = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {str(error).splitlines()[0]}")
-    return device
-
-
 def refuse_overwriting(outputs: Collection[tuple[str, Path]], inputs: Iterable[str | Path]) -> None:
     """Refuses results, named by their options, that would replace what is read or each other; makes their folders."""
     read = set(map(os.path.realpath, inputs))
@@ -249,7 +240,7 @@ def refuse_overwriting(outputs: Collection[tuple[str, Path]], inputs: Iterable[s
 
 
 def predict(arguments: argparse.Namespace) -> int:
-    device = device_of(arguments)
+    device = device_of(arguments.device)
     trained = load_trained(arguments.ckpt, arguments.alpha)
     compile_network(trained.network, arguments.compile)
     videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
@@ -291,11 +282,12 @@ def add_videos(parser: Parser, what: str) -> None:
 
 
 def main(words: list[str]) -> int:
+    if "--stream" in words:
+        return stream.main(words)
     parser = Parser(__doc__)
     add = parser.add_argument
     add_videos(parser, "what to predict")
-    what = "compile the network with torch.compile: blocks, each kind of residual block once, or true, all of it"
-    add("--compile", choices=("blocks", "true"), help=what)
+    add("--compile", choices=("blocks", "true"), help=COMPILE)
     add("--top", metavar="K", type=number, default=5, help="most likely classes to show; default: 5")
     add("--timeline", action="store_true", help="print the segments too")
     add("--json", metavar="FILE", type=Path, help="file for all results")

@@ -1,6 +1,7 @@
 """Live video: the newest clip of a camera, a network stream or a pipe, in bounded memory."""
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
@@ -34,6 +35,7 @@ OPENING_SECONDS = 10.0  # for a server to answer
 RETRY_SECONDS = 0.5, 10.0  # before the first attempt to connect again, and the longest
 LATE_SECONDS = 1.0  # how far decoding may fall behind its source before it goes on at the next key frame
 IDLE_SECONDS = 0.2  # of waiting for packets on the way to that key frame: there is nothing left to catch up with
+log = logging.getLogger(__name__)
 DENSEST = 4  # times as many frames are kept as clips have at their frame rate
 
 Shown: TypeAlias = tuple[Orientation, float]  # orientation, and the width of a pixel over its height
@@ -74,6 +76,7 @@ class Live(Reader):
         dropped: those that could not be decoded or not in time, and those that no clip shows because the network was
             busy when it was due.
         reconnects: how often a lost source was reached again.
+        seconds: when the newest frame is shown, from the first one.
         lost: why the source is lost; empty while it is not.
     """
 
@@ -106,14 +109,18 @@ class Live(Reader):
             self._place, self._options = (source, NETWORK) if self._address else ("pipe:0", {})
         self._how, self._see = how, see
         self._reconnect_seconds, self._silence_seconds = reconnect_seconds, silence_seconds
-        self.received = self.dropped = self.reconnects = self.frames_decoded = 0
+        self.seconds, self.received = 0.0, 0
+        self.dropped = self.reconnects = 0
+        self.frames_decoded: int = 0
         self.lost, self._stopped = "", threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)  # a read of a pipe cannot be interrupted
-        # The thread's: seconds and arrival of the last frame, what images are made of, the frame rate by the header.
-        self._clock, self._form, self._stated = (0.0, 0.0), None, how.target_fps or 30.0
+        # The thread's: arrival of the last frame, what images are made of, the frame rate by the header.
+        self._arrived, self._stated = 0.0, how.target_fps or 30.0
+        self._form: tuple[int, int, Shown] | None = None
         # Guarded by this condition: the frames, the rate that they have, when the next clip is due, and from when on
         # frames count as dropped.
-        self._changed, self._ended, self._error = threading.Condition(), False, None
+        self._changed, self._ended = threading.Condition(), False
+        self._error: Exception | None = None
         self._most, self.fps = DENSEST * how.clip_frames * how.frame_stride, self._stated
         self._kept = deque[_Kept](maxlen=self._most + 2)
         self._due, self._unseen_from = -math.inf, math.inf
@@ -225,6 +232,7 @@ class Live(Reader):
                         break
                     if self.lost:
                         self.reconnects, self.lost, retry = self.reconnects + 1, "", RETRY_SECONDS[0]
+                        log.warning("%s is back after %.1f s", self.path, time.monotonic() - lost_at)
                     self._keep(*found)
                     if self._see is not None:
                         self._see(found[0], *found[2:])
@@ -236,6 +244,8 @@ class Live(Reader):
                 raise DecodeError(self.path, "no frame in it" if reason == "it ended" else reason)
             if not self._endless or remaining <= 0:
                 raise DecodeError(self.path, f"lost after {self.frames_decoded} frames: {reason}")
+            if not self.lost:
+                log.warning("%s is lost: %s; trying for %.0f s to reach it again", self.path, reason, remaining)
             self.lost = reason
             self._stopped.wait(min(retry, remaining))
             retry = min(2 * retry, RETRY_SECONDS[1])
@@ -245,7 +255,7 @@ class Live(Reader):
         patience = (OPENING_SECONDS, self._silence_seconds) if self._endless else None
         return with_stream(self.path, av.open(self._place, timeout=patience, **how), self._address)
 
-    def _frames(self) -> Iterator[tuple[float, float, av.VideoFrame, Shown]]:
+    def _frames(self) -> Generator[tuple[float, float, av.VideoFrame, Shown], None, None]:
         """Decodes a connection: (seconds, arrival, frame, how it is shown)."""
         container, stream = self._open()
         with container:
@@ -264,10 +274,10 @@ class Live(Reader):
                     if first or not 0 <= gap <= JUMP_SECONDS:
                         self._forget()
                     if not 0 < gap <= JUMP_SECONDS:
-                        gap = 1 / self._stated if self._paced else arrival - self._clock[1]
-                    seconds = self._clock[0] + max(gap, 2 * ROUNDING_SECONDS) if self.frames_decoded else 0.0
-                    self._clock, self.frames_decoded, first = (seconds, arrival), self.frames_decoded + 1, False
-                    yield seconds, arrival, frame, shown_as(frame, stream)
+                        gap = 1 / self._stated if self._paced else arrival - self._arrived
+                    self.seconds += max(gap, 2 * ROUNDING_SECONDS) if self.frames_decoded else 0.0
+                    self._arrived, self.frames_decoded, first = arrival, self.frames_decoded + 1, False
+                    yield self.seconds, arrival, frame, shown_as(frame, stream)
 
     def _packets(self, container: InputContainer, stream: av.VideoStream) -> Iterator[tuple[float, Packet]]:
         """The packets to decode, and when they arrived, which for a file's is when they are due.

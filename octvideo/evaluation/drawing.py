@@ -61,7 +61,9 @@ class Annotated(contextlib.AbstractContextManager["Annotated"]):
     def __init__(self, output: Path, rate: Fraction, time_base: Fraction) -> None:
         self._target = av.open(str(output), "w", format="mp4", options={"movflags": "+faststart"})
         self._rate, self._time_base, self._step = rate, time_base, max(1, round(1 / (rate * time_base)))
-        self._scaler, self._encoder, self._label, self._timestamp = VideoReformatter(), None, None, -1
+        self._scaler, self._timestamp = VideoReformatter(), -1
+        self._encoder: av.VideoStream | None = None
+        self._drawn: tuple[str, float] | None = None
 
     def write(
         self, seconds: float, frame: av.VideoFrame, shown: tuple[Orientation, float], label: str, probability: float
@@ -79,8 +81,8 @@ class Annotated(contextlib.AbstractContextManager["Annotated"]):
             self._encoder = add_h264(self._target, ENCODER, self._rate, self._time_base, picture)
             self._encoder.width, self._encoder.height = orientation.size(*self._size)
             self._encoder.codec_context.flags |= Flags.frame_duration  # else the last frame's is lost
-        if self._label != (label, probability):
-            self._label = label, probability
+        if self._drawn != (label, probability):
+            self._drawn = label, probability
             drawn = strip(self._encoder.width, self._encoder.height, label, probability)
             pixels = av.VideoFrame.from_ndarray(np.asarray(drawn), "rgb24")
             self._overlay = planes(pixels.reformat(format="yuv420p"), Orientation())
@@ -88,7 +90,8 @@ class Annotated(contextlib.AbstractContextManager["Annotated"]):
         for plane, over in zip(upright, self._overlay, strict=True):
             plane[-len(over) :] = over
         image = from_planes(upright)
-        image.pts, image.time_base, image.duration = self._timestamp, self._time_base, frame.duration or self._step
+        image.pts, image.time_base = self._timestamp, self._time_base
+        image.duration = round((frame.duration or 0) * (frame.time_base or 0) / self._time_base) or self._step
         self._target.mux(self._encoder.encode(image))
 
     def __exit__(self, *raised: object) -> None:
@@ -111,7 +114,7 @@ def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> No
                 still_alive()
                 if time.monotonic() > deadline:
                     raise DecodeError(prediction.path, "it takes too long to write")
-                scores = timeline.scores[timeline.second_at(seconds)]
+                scores = timeline.scores[timeline.second_at(round(seconds, 6))]  # timestamps are whole numbers
                 best = int(scores.argmax())
                 target.write(seconds, frame, shown_as(frame, video), labels[best], float(scores[best]))
             if frame is None:

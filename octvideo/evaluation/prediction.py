@@ -36,6 +36,14 @@ class Ranked(NamedTuple):
     probability: float
 
 
+def ranked(scores: NDArray[np.float32], labels: Sequence[str], k: int) -> list[Ranked]:
+    """The k most likely of the classes with these scores; see `Prediction.top`."""
+    if k < 1:
+        raise UserError(f"k must be at least 1, got {k}")
+    order = np.argsort(-scores, kind="stable")[:k]
+    return [Ranked(labels[number], int(number), float(scores[number])) for number in order]
+
+
 class Segment(NamedTuple):
     """A stretch of a video in which a class scores near its peak."""
 
@@ -75,10 +83,7 @@ class Prediction:
 
     def top(self, k: int = 5) -> list[Ranked]:
         """The k most likely classes, or all if there are fewer; most likely first. UserError for k below 1."""
-        if k < 1:
-            raise UserError(f"k must be at least 1, got {k}")
-        order = np.argsort(-self.scores, kind="stable")[:k]
-        return [Ranked(self.labels[number], int(number), float(self.scores[number])) for number in order]
+        return ranked(self.scores, self.labels, k)
 
     def segments(self, most: int = 5) -> list[Segment]:
         """Stretches, which may overlap, in which a class scores at least half of its peak, sorted by start.
