@@ -10,10 +10,11 @@ takes the newest frames whenever it is done: what it had no time for is dropped 
 an address that is lost, or silent for --silence seconds, is tried again and again for --reconnect seconds, and the next
 clip has no frame from before.
 
---json   a line for each step: {"time" (UTC), "seconds" (of the stream, at the clip's end), "predictions": [{"label",
-         "class", "probability"}], "latency_seconds" (from the newest frame's arrival to its label), "received",
-         "dropped" (frames so far), "reconnects"}. Lines are added to a file that exists; - is standard output, and the
-         lines for readers go to standard error then
+--json   a line for each step: {"time" (UTC), "seconds" (of the clip's newest frame, from the stream's first),
+         "timestamp" (the same by the source's clock, or null), "predictions": [{"label", "class", "probability"}],
+         "latency_seconds" (from the arrival of that frame to its label), "received", "dropped" (frames so far),
+         "reconnects"}. Lines are added to a file that exists; - is standard output, and the lines for readers go to
+         standard error then
 --save-video   writes all frames, with the most likely class along the lower edge, to files of --segment seconds that
          are named by the time at which they start, such as DIR/20261128T083039.123Z.mp4
 
@@ -54,6 +55,7 @@ def file_or_output(text: str) -> Path | str:
 def as_json(step: Step, top: int) -> str:
     names = ("label", "class", "probability")
     record: dict[str, Any] = {"time": step.time.isoformat(timespec="milliseconds"), "seconds": round(step.seconds, 3)}
+    record["timestamp"] = step.stamp_seconds and round(step.stamp_seconds, 3)
     record["predictions"] = [dict(zip(names, best, strict=True)) for best in step.top(top)]
     record |= {"latency_seconds": round(step.latency_seconds, 4), "received": step.received, "dropped": step.dropped}
     return json.dumps(record | {"reconnects": step.reconnects})

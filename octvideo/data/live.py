@@ -48,11 +48,13 @@ class Window(NamedTuple):
     clip: NDArray[np.uint8]  # (C, T, H, W)
     times_seconds: NDArray[np.float64]  # (T,) of its frames
     seconds: float  # when its newest frame is shown, from the first frame of the stream
+    stamp_seconds: float | None  # the same by the source's own clock, where it has one
     arrival: float  # when that frame arrived, by time.monotonic()
 
 
 class _Kept(NamedTuple):
     seconds: float
+    stamp_seconds: float | None
     arrival: float
     image: Image
 
@@ -152,13 +154,13 @@ class Live(Reader):
                 raise self._error
             if self._stopped.is_set() or not self._is_due():
                 return None
-            (seconds, arrival, _), times = self._kept[-1], self._times()
+            (seconds, *moments, _), times = self._kept[-1], self._times()
             images = self.read(times, size)
             due = seconds if self._due == -math.inf else self._due
             self._due = max(due + every_seconds, seconds + 2 * ROUNDING_SECONDS)
             self._unseen_from = max(seconds, self._due - self._length() / self.fps) + ROUNDING_SECONDS
         height, width, _ = images[0].shape
-        return Window(cut(images, even_crops(height, width, size, 1)[0], size), times, seconds, arrival)
+        return Window(cut(images, even_crops(height, width, size, 1)[0], size), times, seconds, *moments)
 
     def read(self, times: Times, short_side: int | None) -> list[Image]:
         starts = [kept.seconds for kept in self._kept]
@@ -186,7 +188,7 @@ class Live(Reader):
         times: NDArray[np.float64] = self._start() + (numbers + 0.5) / self.fps
         return times
 
-    def _keep(self, seconds: float, arrival: float, frame: av.VideoFrame, shown: Shown) -> None:
+    def _keep(self, seconds: float, stamp: float | None, arrival: float, frame: av.VideoFrame, shown: Shown) -> None:
         """Scales a frame and keeps it, and forgets those that no clip needs any longer."""
         if self._kept and seconds - self._kept[-1].seconds < self._length() / self.fps / self._most:
             return
@@ -196,7 +198,7 @@ class Live(Reader):
         with self._changed:
             if self._kept and self._kept[-1].image.shape != image.shape:
                 self._kept.clear()
-            self._kept.append(_Kept(seconds, arrival, image))
+            self._kept.append(_Kept(seconds, stamp, arrival, image))
             found = (len(self._kept) - 1) / (seconds - self._kept[0].seconds) if len(self._kept) > 2 else self._stated
             self.fps = self._stated if abs(self._stated / found - 1) <= AGREEMENT else found
             start = self._start() + ROUNDING_SECONDS
@@ -235,7 +237,7 @@ class Live(Reader):
                         log.warning("%s is back after %.1f s", self.path, time.monotonic() - lost_at)
                     self._keep(*found)
                     if self._see is not None:
-                        self._see(found[0], *found[2:])
+                        self._see(found[0], *found[3:])
             if self._stopped.is_set() or (self.frames_decoded and not reason and not self._endless):
                 return
             lost_at = lost_at if self.lost else time.monotonic()
@@ -255,8 +257,8 @@ class Live(Reader):
         patience = (OPENING_SECONDS, self._silence_seconds) if self._endless else None
         return with_stream(self.path, av.open(self._place, timeout=patience, **how), self._address)
 
-    def _frames(self) -> Generator[tuple[float, float, av.VideoFrame, Shown], None, None]:
-        """Decodes a connection: (seconds, arrival, frame, how it is shown)."""
+    def _frames(self) -> Generator[tuple[float, float | None, float, av.VideoFrame, Shown], None, None]:
+        """Decodes a connection: (seconds, the source's, arrival, frame, how it is shown)."""
         container, stream = self._open()
         with container:
             base, guessed = float(stream.time_base or Fraction(1)), has_guessed_times(container, stream)
@@ -277,7 +279,7 @@ class Live(Reader):
                         gap = 1 / self._stated if self._paced else arrival - self._arrived
                     self.seconds += max(gap, 2 * ROUNDING_SECONDS) if self.frames_decoded else 0.0
                     self._arrived, self.frames_decoded, first = arrival, self.frames_decoded + 1, False
-                    yield self.seconds, arrival, frame, shown_as(frame, stream)
+                    yield self.seconds, None if stamp is None else stamp * base, arrival, frame, shown_as(frame, stream)
 
     def _packets(self, container: InputContainer, stream: av.VideoStream) -> Iterator[tuple[float, Packet]]:
         """The packets to decode, and when they arrived, which for a file's is when they are due.

@@ -30,6 +30,7 @@ class Step:
 
     time: datetime  # when it was made, in UTC
     seconds: float  # when the clip's newest frame is shown, from the first frame of the stream
+    stamp_seconds: float | None  # the same by the source's own clock, where it has one
     times_seconds: NDArray[np.float64]  # (T,) of the clip's frames, in the middle of each
     scores: NDArray[np.float32]  # (num_classes,) probabilities
     labels: Sequence[str]
@@ -89,7 +90,7 @@ class Stream:
                 latency, labels = time.monotonic() - window.arrival, predictor.trained.labels
                 labels = labels or [f"class {number}" for number in range(len(scores))]
                 counts = live.received, live.dropped, live.reconnects
-                clip = window.seconds, window.times_seconds, scores, labels
+                clip = window.seconds, window.stamp_seconds, window.times_seconds, scores, labels
                 yield Step(datetime.now(UTC), *clip, latency, *counts)
 
     def stop(self) -> None:
