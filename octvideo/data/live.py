@@ -154,13 +154,13 @@ class Live(Reader):
                 raise self._error
             if self._stopped.is_set() or not self._is_due():
                 return None
-            (seconds, *moments, _), times = self._kept[-1], self._times()
+            (seconds, stamp, arrival, _), times = self._kept[-1], self._times()
             images = self.read(times, size)
             due = seconds if self._due == -math.inf else self._due
             self._due = max(due + every_seconds, seconds + 2 * ROUNDING_SECONDS)
             self._unseen_from = max(seconds, self._due - self._length() / self.fps) + ROUNDING_SECONDS
         height, width, _ = images[0].shape
-        return Window(cut(images, even_crops(height, width, size, 1)[0], size), times, seconds, *moments)
+        return Window(cut(images, even_crops(height, width, size, 1)[0], size), times, seconds, stamp, arrival)
 
     def read(self, times: Times, short_side: int | None) -> list[Image]:
         starts = [kept.seconds for kept in self._kept]
@@ -229,7 +229,8 @@ class Live(Reader):
                     try:
                         found, reason = next(frames, None), ""
                     except (DecodeError, *READING_ERRORS) as error:
-                        found, reason = None, error.reason if isinstance(error, DecodeError) else one_line(error)
+                        reason = error.reason if isinstance(error, DecodeError) else one_line(error)
+                        found, reason = None, "it is silent" if isinstance(error, av.error.ExitError) else reason
                     if found is None:
                         break
                     if self.lost:
@@ -293,7 +294,7 @@ class Live(Reader):
             now = time.monotonic()
             if packet.stream.index != stream.index:
                 if self._endless and now - last > self._silence_seconds:
-                    raise TimeoutError("no video any longer")
+                    raise DecodeError(self.path, "it sends no video")
                 continue
             if packet.size:
                 self.received += 1

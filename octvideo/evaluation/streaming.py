@@ -111,6 +111,7 @@ class Segments:
         self._file, self._lock, self._closed = contextlib.ExitStack(), threading.Lock(), False
         self._target: Annotated | None = None
         self._begun, self._form = 0.0, (0, 0, (Orientation(), 1.0))
+        folder.mkdir(parents=True, exist_ok=True)
 
     def see(self, seconds: float, frame: av.VideoFrame, shown: Shown) -> None:
         """Adds a frame; does nothing once closed."""
