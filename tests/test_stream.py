@@ -1,6 +1,9 @@
 """Live video: what its clips show, what is dropped, how it is lost and found, and the command."""
 
 import contextlib
+import functools
+import http.server
+import io
 import json
 import os
 import signal
@@ -242,6 +245,25 @@ def test_pipes_end_when_their_writer_does(transport, tmp_path):
     found = list(windows(live, 0.01))
     assert live.received == live.frames_decoded == 30
     assert found[0].clip.shape == (3, 4, 32, 32)
+
+
+def test_a_recording_at_an_address_is_shown_at_its_pace_and_ends(transport, tmp_path, monkeypatch):
+    with av.open(io.BytesIO(transport(64, 48))) as source, av.open(str(tmp_path / "a.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        live = Live(f"http://127.0.0.1:{server.server_port}/a.mkv", HOW)
+        found = list(windows(live, 0.2))
+        server.shutdown()
+    assert [round(window.seconds, 1) for window in found] == [0.5, 0.7, 0.9]
+    assert found[-1].arrival - found[0].arrival == pytest.approx(0.4, abs=0.1)
+    assert (live.received, live.dropped, live.reconnects) == (30, 0, 0)
 
 
 def test_udp(transport):

@@ -3,7 +3,7 @@
 octvideo predict SOURCE --stream --ckpt CHECKPOINT [--every SECONDS] [--json FILE|-] [--save-video DIR]
 
 A source is the number of a camera, such as 0; an address of rtsp://, http://, udp:// and the like; - for standard
-input; or a file or named pipe. A file is read at its own pace, as if a camera showed it.
+input; or a file or named pipe. A file, at an address too, is read at its own pace, as if a camera showed it, and ends.
 
 Each step scores one clip, the centre of the newest frames, and prints a line. A network that is too slow for --every
 takes the newest frames whenever it is done: what it had no time for is dropped and counted, never queued. A camera or

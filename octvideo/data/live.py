@@ -66,8 +66,8 @@ class Live(Reader):
     reaches across a jump of the timestamps, a lost connection, or a change of the images' size.
 
     Args:
-        source: number of a camera, "-" for standard input, an address of `SCHEMES`, a file or a named pipe. A file is
-            read at its own pace, a pipe as fast as it is written.
+        source: number of a camera, "-" for standard input, an address of `SCHEMES`, a file or a named pipe. Files
+            are read at their own pace, also those at an address, and so is HLS; a pipe is read as fast as it is written.
         how: how clips are made.
         reconnect_seconds: how long to try to reach a camera or an address again after it was lost.
         silence_seconds: how long an address may send nothing before it counts as lost.
@@ -255,8 +255,12 @@ class Live(Reader):
 
     def _open(self) -> tuple[InputContainer, av.VideoStream]:
         how: dict[str, Any] = {"format": self._format, "options": dict(self._options), "metadata_errors": "ignore"}
-        patience = (OPENING_SECONDS, self._silence_seconds) if self._endless else None
-        return with_stream(self.path, av.open(self._place, timeout=patience, **how), self._address)
+        patience = (OPENING_SECONDS, self._silence_seconds) if self._address else None
+        container, stream = with_stream(self.path, av.open(self._place, timeout=patience, **how), self._address)
+        if self._address:  # it may be a recording; and HLS sends seconds of video at once
+            self._endless = not container.duration
+            self._paced = not self._endless or container.format.name == "hls"
+        return container, stream
 
     def _frames(self) -> Generator[tuple[float, float | None, float, av.VideoFrame, Shown], None, None]:
         """Decodes a connection: (seconds, the source's, arrival, frame, how it is shown)."""
@@ -293,7 +297,7 @@ class Live(Reader):
         for packet in packets_of(container):
             now = time.monotonic()
             if packet.stream.index != stream.index:
-                if self._endless and now - last > self._silence_seconds:
+                if self._address and now - last > self._silence_seconds:
                     raise DecodeError(self.path, "it sends no video")
                 continue
             if packet.size:
