@@ -67,7 +67,7 @@ class Live(Reader):
 
     Args:
         source: number of a camera, "-" for standard input, an address of `SCHEMES`, a file or a named pipe. Files
-            are read at their own pace, also those at an address, and so is HLS; a pipe is read as fast as it is written.
+            (also those at an address) and HLS are read at their own pace, a pipe as fast as it is written.
         how: how clips are made.
         reconnect_seconds: how long to try to reach a camera or an address again after it was lost.
         silence_seconds: how long an address may send nothing before it counts as lost.
