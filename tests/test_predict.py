@@ -459,7 +459,6 @@ def test_an_interrupted_run_ends_with_130(run_here, videos, tmp_path, monkeypatc
 def test_an_address_is_refused_as_it_was_typed(run_here, videos, tmp_path, monkeypatch, typed):
     monkeypatch.chdir(tmp_path)
     end = f" must be a file or folder of this machine, got '{typed}'\n"
-    assert run_here(typed) == (2, "", f"predict.py: error: argument VIDEO|FOLDER|LIST:{end}")
     status, _, error = run_here(videos / "clip10.mp4", "--json", typed)
     assert (status, error) == (2, f"predict.py: error: argument --json:{end}")
     assert not os.listdir(tmp_path)
@@ -467,18 +466,28 @@ def test_an_address_is_refused_as_it_was_typed(run_here, videos, tmp_path, monke
 
 def test_addresses_in_a_list_and_pictures_are_bad_videos_with_the_reason(run_here, videos, tmp_path):
     Image.new("RGB", (32, 24)).save(tmp_path / "a.jpg")
-    (tmp_path / "list.txt").write_text(f"https://example.org/a.mp4 1\n{videos / 'clip10.mp4'} 0\n")
+    (tmp_path / "list.txt").write_text(f"rtsp://example.org/a.mp4 1\n{videos / 'clip10.mp4'} 0\n")
     status, printed, _ = run_here(tmp_path / "list.txt", tmp_path / "a.jpg", "--root", videos)
     assert status == 1
-    assert "  https://example.org/a.mp4: an address, not a file: download it first\n" in printed
+    assert "  rtsp://example.org/a.mp4: no kind of store is called rtsp://\n" in printed
     assert f"  {tmp_path / 'a.jpg'}: a still image, not a video\n" in printed
 
 
-def test_a_folder_of_frames_is_explained(run_here, tmp_path):
-    (tmp_path / "frame1.jpg").touch()
-    status, _, error = run_here(tmp_path)
-    assert (status, error.count("\n")) == (2, 1)
-    assert f"no videos found in {tmp_path}; {tmp_path} holds still images, of which this makes a video: ffmpeg" in error
+def test_a_folder_of_frames_is_a_video(run_here, tmp_path):
+    for number in (9, 10, 11):
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(tmp_path / f"f{number}.png")
+    status, printed, _ = run_here(
+        tmp_path, "--frames-fps", "3", "--json", tmp_path / "found.json", "--save-video", tmp_path
+    )
+    assert (status, "1 videos predicted, 0 bad" in printed) == (0, True)
+    (found,) = json.loads((tmp_path / "found.json").read_text())["videos"]
+    assert (found["path"], found["seconds"]) == (str(tmp_path), 1)
+    with Video(found["annotated"]) as copy:
+        assert (copy.fps, copy.num_frames, copy.frames_at([0]).shape) == (3, 3, (1, 48, 64, 3))
+    (tmp_path / "f10.png").unlink()
+    (tmp_path / "f12.png").touch()
+    status, printed, _ = run_here(tmp_path)
+    assert (status, f"{tmp_path}: frames are missing after f9.png" in printed) == (1, True)
 
 
 def test_results_go_through_links_and_into_pipes(run_here, videos, tmp_path):

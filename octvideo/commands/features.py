@@ -36,11 +36,13 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from octvideo.commands.options import Parser, fail, number, one_line_errors
-from octvideo.commands.predict import add_videos, device_of, find_videos, reading, refuse_overwriting, shown
+from octvideo import stores
+from octvideo.commands.options import Parser, device_of, fail, number, one_line_errors
+from octvideo.commands.predict import add_videos, find_videos, reading, refuse_overwriting, shown
 from octvideo.data.clips import BadVideo
 from octvideo.data.lists import MOST_CLASSES
 from octvideo.data.preparation.journal import Journal
+from octvideo.data.source import split_span
 from octvideo.errors import PreparationError, UserError
 from octvideo.evaluation.features import Extractor, Features, VideoFeatures, collected
 from octvideo.evaluation.prediction import Predictor
@@ -62,10 +64,9 @@ def fingerprint(trained: Trained) -> str:
 def identity(path: str) -> tuple[str, int, int]:
     """A file's path, bytes and time of change; zeros if it is missing."""
     try:
-        status = os.stat(path)
-    except OSError:
+        return path, *stores.stat(split_span(path)[0])
+    except OSError:  # a folder of frames in a store, too
         return path, 0, 0
-    return path, status.st_size, status.st_mtime_ns
 
 
 def resumed(paths: Sequence[str], extractor: Extractor, journal: Journal) -> Iterator[VideoFeatures | BadVideo]:
@@ -104,7 +105,7 @@ def write(found: Features, path: Path) -> None:
 
 
 def features(arguments: argparse.Namespace, partial: Path) -> int:
-    device, trained = device_of(arguments), load_trained(arguments.ckpt, arguments.alpha)
+    device, trained = device_of(arguments.device), load_trained(arguments.ckpt, arguments.alpha)
     paths = [path for path, _ in find_videos(arguments.inputs, arguments.root, MOST_CLASSES)]
     inputs = (arguments.ckpt, *arguments.inputs, *paths)
     refuse_overwriting([("output", arguments.output), ("output", partial)], inputs)

@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from octvideo import errors, stores
 from octvideo.errors import UserError
 from octvideo.stores import is_uri
 
+COMPILE = "compile the network with torch.compile: blocks, each kind of residual block once, or true, all of it"
 program = ""  # the name of this program in its messages; empty: the script's
 
 
@@ -53,6 +56,13 @@ def local_path(text: str) -> Path:
     if text == "-" or is_uri(text):
         raise argparse.ArgumentTypeError(f"must be a file or folder of this machine, got {text!r}")
     return Path(text)
+
+
+def location(text: str) -> str:
+    """The type of an option for a path or a URI."""
+    if text == "-":
+        raise argparse.ArgumentTypeError("must be a file, folder or address, got '-'")
+    return text
 
 
 def checkpoint(text: str) -> Path:
@@ -100,6 +110,16 @@ def add_predictor(parser: Parser, clips: int, crops: int) -> None:
     add("--crops", metavar="M", type=number, default=crops, help=f"crops of a clip; default: {crops}")
     timeout, limit = ("--decode_timeout_seconds", "--decode-timeout-seconds"), "time limit of a decoding step, or null"
     add(*timeout, metavar="S", type=time_limit, default=60.0, help=f"{limit}; default: 60")
+
+
+def device_of(device: str | None) -> str:
+    """The device that --device or this machine names, if it can be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {device}: {str(error).splitlines()[0]}")
+    return device
 
 
 def clip_size(text: str) -> tuple[int, int, int]:

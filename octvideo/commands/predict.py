@@ -2,10 +2,13 @@
 
 octvideo predict VIDEO|FOLDER|LIST ... --ckpt CHECKPOINT [--json FILE] [--csv FILE] [--timeline]
                  [--save-video DIR] [--thumbnail DIR]
+octvideo predict SOURCE --stream ...    predicts live video; octvideo predict --stream --help explains
 
-An input is a video, or
+An input is a video (a file, a URI such as s3://bucket/clip.mp4, a member of a tar file), of which VIDEO#t=START,END
+is a stretch in seconds, or
   a folder, searched for videos at any depth, in natural order (clip2 before clip10); hidden files, files without an
-           extension, texts, pictures and copies written by --save-video (*.predicted.mp4) are skipped
+           extension, texts, pictures and copies written by --save-video (*.predicted.mp4) are skipped; or, without
+           videos in it, the numbered frames of one (--frames-fps)
   a list   *.csv or *.txt with a line 'path' or 'path class-number' for each video. Given classes are shown beside the
            predictions and accuracies are computed. Paths start from --root; by default from the current folder, or from
            the list's folder if the current one does not have them
@@ -39,19 +42,30 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from octvideo.commands.options import Parser, add_predictor, fail, number, one_line_errors
-from octvideo.data.lists import HEADERS, read_lines, video_files
+from octvideo.commands import stream
+from octvideo.commands.options import (
+    COMPILE,
+    Parser,
+    add_predictor,
+    device_of,
+    location,
+    number,
+    one_line_errors,
+    positive,
+)
+from octvideo.data.lists import HEADERS, read_lines, rooted, video_files, without_span
+from octvideo.data.source import PICTURES, AnySource, split_span
 from octvideo.data.video import READERS
 from octvideo.data.watchdog import HungError
 from octvideo.errors import DecodeError, ListError, UserError
@@ -60,7 +74,7 @@ from octvideo.evaluation.prediction import Prediction, Predictor
 from octvideo.files import appearing
 from octvideo.models.checkpoint import Trained, load_trained
 from octvideo.models.compilation import compile_network
-from octvideo.stores import is_uri
+from octvideo.stores import exists, is_uri
 
 Result = TypeVar("Result")
 
@@ -73,35 +87,42 @@ class Outcome(NamedTuple):
     files: Mapping[str, str]  # that show it, by their keys in --json
 
 
-def find_videos(inputs: Sequence[Path], root: Path | None, num_classes: int) -> list[tuple[str, int | None]]:
+def find_videos(
+    inputs: Sequence[str | Path], root: str | Path | None, num_classes: int
+) -> list[tuple[str, int | None]]:
     """The paths that the inputs name, in order, and the classes that lists give; ListError if there is none."""
     found: list[tuple[str, int | None]] = []
-    for path in inputs:
-        if path.suffix.lower() in (".csv", ".txt") and not path.is_dir():
+    for path in map(str, inputs):
+        if path.lower().endswith((".csv", ".txt")) and not os.path.isdir(path):
             found += read_list(path, root, num_classes)
         else:
-            found += [(video, None) for video in (search(path) if path.is_dir() else [str(path)])]
-    if not any(os.path.exists(video) for video, _ in found):
+            found += [(video, None) for video in (search(path) if os.path.isdir(path) else [path])]
+    if not any(is_uri(video) or os.path.exists(split_span(video)[0]) for video, _ in found):
         missing = f": none of the {len(found)} files named exist, such as {found[0][0]}" if found else ""
         raise ListError(f"no videos found in {', '.join(map(str, inputs))}{missing}")
     return found
 
 
-def search(folder: Path) -> list[str]:
-    """The files below a folder that may be videos, in natural order: numbers by value, ignoring case."""
+def search(folder: str) -> list[str]:
+    """The files below a folder that may be videos, in natural order: numbers by value, ignoring case.
+
+    Without any, the folder itself, if it has frames of a video.
+    """
 
     def natural(path: str) -> list[list[str | int]]:
         parts = [re.split(r"(\d+)", name.casefold()) for name in path.split("/")]
         return [[int(text) if index % 2 else text for index, text in enumerate(texts)] for texts in parts]
 
     names = [name for name in video_files(folder) if not name.endswith(ANNOTATED)]
+    if not names and any(os.path.splitext(name)[1].lower() in PICTURES for name in os.listdir(folder)):
+        return [folder]
     return [os.path.join(folder, name) for name in sorted(names, key=natural)]
 
 
-def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[tuple[str, int | None]]:
+def read_list(path: str, root: str | Path | None, num_classes: int) -> Iterator[tuple[str, int | None]]:
     """The videos of a list file, with or without classes."""
     for line_number, line in enumerate(read_lines(path), 1):
-        video, label = line.strip(), None
+        video, label = without_span(line.strip(), " "), None
         if not video or (line_number == 1 and re.split(r"[\s,]", video.lower())[0] in HEADERS):
             continue
         if several := re.fullmatch(r"(.*\S)\s+(-|[\d.:]+(,[\d.:]+)+)", video):  # classes or shares: no single truth
@@ -110,9 +131,11 @@ def read_list(path: Path, root: Path | None, num_classes: int) -> Iterator[tuple
             video, label = parts[1], int(parts[2])
             if not 0 <= label < num_classes:
                 raise ListError(f"{path}:{line_number}: class number must be 0 to {num_classes - 1}, got {label}")
-        here, beside = Path(root or "", video), path.parent / video
-        there = beside if root is None and not here.exists() and beside.exists() else here
-        yield video if is_uri(video) else str(there), label
+        here, beside = rooted(root or "", video), rooted(os.path.dirname(path), video)
+        elsewhere = is_uri(path) or (
+            not (is_uri(here) or exists(split_span(here)[0])) and exists(split_span(beside)[0])
+        )
+        yield beside if root is None and elsewhere else here, label
 
 
 def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str]:
@@ -121,7 +144,7 @@ def file_names(paths: Sequence[str], folders: Sequence[Path | None]) -> list[str
     numbers: defaultdict[str, Iterator[int]] = defaultdict(lambda: itertools.count(2))
     endings = [(folder, end) for folder, end in zip(folders, (ANNOTATED, THUMBNAIL), strict=True) if folder is not None]
     for path in paths:
-        stem = name = Path(path).stem
+        stem = name = re.sub(r"#t=(.*)$", r"_\1", Path(path).stem if "#t=" not in path else os.path.basename(path))
         while name.casefold() in names or any(os.path.realpath(f / f"{name}{end}") in sources for f, end in endings):
             name = f"{stem}_{next(numbers[stem])}"
         names[name.casefold()] = name
@@ -132,7 +155,8 @@ def predict_all(
     videos: Sequence[tuple[str, int | None]], predictor: Predictor, arguments: argparse.Namespace
 ) -> Iterator[Outcome]:
     """Predicts each video, and writes its annotated copy and contact sheet."""
-    annotating, stilling = predictor.watched(annotate), predictor.watched(read_stills)
+    annotating = predictor.watched(partial(annotate, source=predictor.source))
+    stilling = predictor.watched(partial(read_stills, source=predictor.source))
     names = file_names([path for path, _ in videos], (arguments.save_video, arguments.thumbnail))
     for (path, truth), name in zip(videos, names, strict=True):
         files = {}
@@ -140,13 +164,13 @@ def predict_all(
             prediction = predictor(path)
             if arguments.save_video is not None:
                 files["annotated"] = str(arguments.save_video / f"{name}{ANNOTATED}")
-                with appearing(Path(files["annotated"])) as partial:
-                    annotating((prediction, partial))
+                with appearing(Path(files["annotated"])) as written:
+                    annotating((prediction, written))
             if arguments.thumbnail is not None:
                 files["thumbnail"] = str(arguments.thumbnail / f"{name}{THUMBNAIL}")
                 sheet = contact_sheet(prediction, *stilling((path, arguments.backend)))
-                with appearing(Path(files["thumbnail"])) as partial:
-                    sheet.save(partial, "JPEG", quality=90)
+                with appearing(Path(files["thumbnail"])) as written:
+                    sheet.save(written, "JPEG", quality=90)
             yield Outcome(path, truth, prediction, "", files)
         except (DecodeError, HungError) as error:
             yield Outcome(path, truth, None, error.reason if isinstance(error, DecodeError) else str(error), {})
@@ -216,23 +240,14 @@ def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments:
 def reading(arguments: argparse.Namespace) -> dict[str, Any]:
     """How a `Predictor` reads videos, from the options of `add_videos`."""
     views = {"num_clips": arguments.clips, "num_crops": arguments.crops, "backend": arguments.backend}
-    return views | {"decode_timeout_seconds": arguments.decode_timeout_seconds}
+    source = AnySource(arguments.frames_fps)
+    return views | {"decode_timeout_seconds": arguments.decode_timeout_seconds, "source": source}
 
 
 def shown(results: Iterable[Result], what: str, count: int) -> Iterable[Result]:
     """The results, with a progress bar if they are several and someone is watching."""
     console = Console(stderr=True)
     return track(results, what, count, console=console, disable=count < 2 or not console.is_terminal)
-
-
-def device_of(arguments: argparse.Namespace) -> str:
-    """The device that --device or this machine names, if it can be used."""
-    device: str = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {device}: {str(error).splitlines()[0]}")
-    return device
 
 
 def refuse_overwriting(outputs: Collection[tuple[str, Path]], inputs: Iterable[str | Path]) -> None:
@@ -249,7 +264,7 @@ def refuse_overwriting(outputs: Collection[tuple[str, Path]], inputs: Iterable[s
 
 
 def predict(arguments: argparse.Namespace) -> int:
-    device = device_of(arguments)
+    device = device_of(arguments.device)
     trained = load_trained(arguments.ckpt, arguments.alpha)
     compile_network(trained.network, arguments.compile)
     videos = find_videos(arguments.inputs, arguments.root, len(trained.labels))
@@ -264,8 +279,8 @@ def predict(arguments: argparse.Namespace) -> int:
     outcomes = list(shown(predict_all(videos, predictor, arguments), "predicting", len(videos)))
     print_results(outcomes, trained.labels, arguments)
     if arguments.json is not None:
-        with appearing(arguments.json) as partial:
-            partial.write_text(json.dumps(as_json(outcomes, trained, arguments)))
+        with appearing(arguments.json) as written:
+            written.write_text(json.dumps(as_json(outcomes, trained, arguments)))
     if arguments.csv is not None:
         rows: list[tuple[object, ...]] = [("path", "status", "reason", "rank", "label", "probability")]
         for path, _, prediction, reason, _ in outcomes:
@@ -273,29 +288,31 @@ def predict(arguments: argparse.Namespace) -> int:
             rows += [(path, "ok", "", rank, one.label, one.probability) for rank, one in enumerate(best, 1)]
             rows += [(path, "bad", reason, "", "", "")] if prediction is None else []
         csv.writer(text := io.StringIO(newline="")).writerows(rows)
-        with appearing(arguments.csv) as partial:
-            partial.write_text(text.getvalue(), "utf-8", "surrogateescape", newline="")
+        with appearing(arguments.csv) as written:
+            written.write_text(text.getvalue(), "utf-8", "surrogateescape", newline="")
     return int(any(outcome.prediction is None for outcome in outcomes))
 
 
 def add_videos(parser: Parser, what: str) -> None:
     """Adds the videos to work on, the checkpoint, and how they are read."""
     add = parser.add_argument
-    add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=Path, help=what)
+    add("inputs", metavar="VIDEO|FOLDER|LIST", nargs="+", type=location, help=what)
     add_predictor(parser, clips=10, crops=3)
     add("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
-    add("--root", type=Path, help="folder that paths in lists start from")
+    add("--root", type=location, help="folder that paths in lists start from")
+    add("--frames-fps", metavar="F", type=positive, default=25.0, help="of folders of frames; default: 25")
     add("--backend", choices=("auto", *READERS), default="auto", help="decoder; default: auto, PyAV if it can")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid text
 
 
 def main(words: list[str]) -> int:
+    if "--stream" in words:
+        return stream.main(words)
     parser = Parser(__doc__)
     add = parser.add_argument
     add_videos(parser, "what to predict")
-    what = "compile the network with torch.compile: blocks, each kind of residual block once, or true, all of it"
-    add("--compile", choices=("blocks", "true"), help=what)
+    add("--compile", choices=("blocks", "true"), help=COMPILE)
     add("--top", metavar="K", type=number, default=5, help="most likely classes to show; default: 5")
     add("--timeline", action="store_true", help="print the segments too")
     add("--json", metavar="FILE", type=Path, help="file for all results")

@@ -85,7 +85,7 @@ def read_list(
     for number, line in enumerate(read_lines(path) if lines is None else lines, 1):
         if not line.strip() or (header and number == 1):
             continue
-        video, _, text = (entry.strip() for entry in _without_span(line.strip(), separator).rpartition(separator))
+        video, _, text = (entry.strip() for entry in without_span(line.strip(), separator).rpartition(separator))
         if not video or not re.fullmatch(form, text):
             raise ListError(f"{path}:{number}: expected {line_of}, got {line!r}")
         shares = dict(_share(part) for part in text.split(",") if part != "-")
@@ -115,7 +115,7 @@ def _share(text: str) -> tuple[int, float]:
     return int(label), float(share or 1)
 
 
-def _without_span(line: str, separator: str) -> str:
+def without_span(line: str, separator: str) -> str:
     """A line `path label start end` as `path#t=start,end label`."""
     between = re.escape(separator)
     match = re.fullmatch(rf"(.*\.\w{{2,5}}\s*){between}([\d:.,-]+){between}([\d.]+){between}([\d.]+)", line)

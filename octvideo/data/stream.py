@@ -27,21 +27,25 @@ def open_stream(media: Media) -> tuple[InputContainer, av.VideoStream]:
 
     Raises `READING_ERRORS` where that fails, DecodeError without video, and UnreadableError without a decoder.
     """
-    container = av.open(media.open(), metadata_errors="ignore")
+    return with_stream(media.name, cast(InputContainer, av.open(media.open(), metadata_errors="ignore")))
+
+
+def with_stream(name: str, container: InputContainer, remote: bool = False) -> tuple[InputContainer, av.VideoStream]:
+    """An open container with its main video stream, or closed, with errors as `open_stream`'s; may be a remote HLS."""
     kind, stream = container.format.name, container.streams.best("video")  # not the smaller of two
     cover = stream is not None and stream.disposition & Disposition.attached_pic  # of a sound file
-    if not PLAYLISTS.isdisjoint(kind.split(",")):
-        error = DecodeError(media.name, f"a playlist ({kind}), which names other files")
+    if not PLAYLISTS.isdisjoint(kind.split(",")) and not (remote and kind == "hls"):  # FFmpeg lets it name no file
+        error = DecodeError(name, f"a playlist ({kind}), which names other files")
     elif not isinstance(stream, av.VideoStream) or stream.time_base is None or cover:
-        error = DecodeError(media.name, "no video stream")
+        error = DecodeError(name, "no video stream")
     elif stream.codec_context is None:
-        error = UnreadableError(media.name, "no decoder for its codec")
+        error = UnreadableError(name, "no decoder for its codec")
     elif is_still(kind, stream):
-        error = DecodeError(media.name, "a still image, not a video")
+        error = DecodeError(name, "a still image, not a video")
     else:
         stream.thread_type = "SLICE"
         stream.codec_context.thread_count = 1
-        return cast(InputContainer, container), stream
+        return container, stream
     container.close()
     raise error
 

@@ -1,11 +1,12 @@
 """Predictions drawn onto frames: annotated copies of videos, and contact sheets."""
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import av
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from octvideo.data.preparation.reencode import add_h264, from_planes, machine_error, planes
 from octvideo.data.reader import READING_ERRORS, Backend, Orientation, shown_as, square_pixels
-from octvideo.data.source import LocalFile
+from octvideo.data.source import AnySource, Pictures, Source, split_span
 from octvideo.data.stream import decode_all, open_timed
 from octvideo.data.video import Video
 from octvideo.data.watchdog import still_alive
@@ -24,6 +25,7 @@ from octvideo.errors import DecodeError
 from octvideo.evaluation.prediction import Prediction
 
 ANNOTATED, THUMBNAIL = ".predicted.mp4", ".predicted.jpg"  # endings of file names
+Shown: TypeAlias = "Generator[tuple[float, av.VideoFrame, tuple[Orientation, float]]]"
 STILLS, STILLS_IN_A_ROW, STILL_SIDE = 8, 4, 180  # frames of a contact sheet, and the pixels of their shorter side
 ENCODER = {"crf": "20", "preset": "veryfast", "bf": "0"}  # B-frames at a variable rate make mp4's duration wrong
 
@@ -52,59 +54,112 @@ def strip(width: int, height: int, label: str, probability: float) -> Image.Imag
     return picture
 
 
-def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf) -> None:
+class Annotated(contextlib.AbstractContextManager["Annotated"]):
+    """An mp4 file that is written frame by frame (H.264, no sound), upright, with a class along the lower edge.
+
+    Raises READING_ERRORS if that fails. Its size and colours are those of the first frame.
+    """
+
+    def __init__(self, output: Path, rate: Fraction, time_base: Fraction) -> None:
+        self._target = av.open(str(output), "w", format="mp4", options={"movflags": "+faststart"})
+        self._rate, self._time_base, self._step = rate, time_base, max(1, round(1 / (rate * time_base)))
+        self._scaler, self._timestamp = VideoReformatter(), -1
+        self._encoder: av.VideoStream | None = None
+        self._drawn: tuple[str, float] | None = None
+
+    def write(
+        self, seconds: float, frame: av.VideoFrame, shown: tuple[Orientation, float], label: str, probability: float
+    ) -> None:
+        """Adds a frame, shown from these seconds on, which must not fall; `shown` is that of `shown_as`."""
+        self._timestamp = max(round(seconds / self._time_base), self._timestamp + 1)  # they must rise
+        orientation, shape = shown
+        if self._encoder is None:
+            wide, high = square_pixels(frame.width, frame.height, shape)
+            self._size = wide + wide % 2, high + high % 2
+        how: dict[str, Any] = {"interpolation": "BICUBIC", "dst_color_range": ColorRange.MPEG, "threads": 1}
+        picture = self._scaler.reformat(frame, *self._size, "yuv420p", **how)
+        if self._encoder is None:
+            self._orientation = orientation
+            self._encoder = add_h264(self._target, ENCODER, self._rate, self._time_base, picture)
+            self._encoder.width, self._encoder.height = orientation.size(*self._size)
+            self._encoder.codec_context.flags |= Flags.frame_duration  # else the last frame's is lost
+        if self._drawn != (label, probability):
+            self._drawn = label, probability
+            drawn = strip(self._encoder.width, self._encoder.height, label, probability)
+            pixels = av.VideoFrame.from_ndarray(np.asarray(drawn), "rgb24")
+            self._overlay = planes(pixels.reformat(format="yuv420p"), Orientation())
+        upright = planes(picture, self._orientation)
+        for plane, over in zip(upright, self._overlay, strict=True):
+            plane[-len(over) :] = over
+        image = from_planes(upright)
+        image.pts, image.time_base = self._timestamp, self._time_base
+        image.duration = round((frame.duration or 0) * (frame.time_base or 0) / self._time_base) or self._step
+        self._target.mux(self._encoder.encode(image))
+
+    def __exit__(self, *raised: object) -> None:
+        with self._target:
+            if self._encoder is not None and raised[0] is None:
+                self._target.mux(self._encoder.encode())
+
+
+def shown_frames(path: str, source: Source | None) -> tuple[Fraction, Fraction, Shown]:
+    """Frames a second, unit of time, and (seconds, frame, how it is shown) of a video, a span of one, or a folder."""
+    name, start, end = split_span(path)
+    media = (source or AnySource()).find(name)
+    if isinstance(media, Pictures):
+        rate = Fraction(media.fps).limit_denominator(1000)
+        with Video(path, source=source) as video:
+            times = [(number + 0.5) / video.fps for number in range(video.num_frames)]
+
+        def pictures() -> Shown:
+            with Video(path, source=source) as video:
+                for number, seconds in enumerate(times):
+                    image = np.ascontiguousarray(video.images_at([seconds])[0])
+                    yield number / video.fps, av.VideoFrame.from_ndarray(image, "rgb24"), (Orientation(), 1.0)
+
+        return rate, 1 / rate, pictures()
+    container, stream, timing = open_timed(media)
+
+    def decoded() -> Shown:
+        with container:
+            for seconds, frame in decode_all(container, stream, timing):
+                if end is not None and seconds >= end:
+                    return
+                if seconds >= start:
+                    yield seconds - start, frame, shown_as(frame, stream)
+
+    return timing.rate, cast(Fraction, stream.time_base), decoded()
+
+
+def annotate(job: tuple[Prediction, Path], most_seconds: float = math.inf, source: Source | None = None) -> None:
     """Writes a copy of a video with its timeline drawn in; `job` is its prediction and the file to write.
 
     Raises DecodeError if the video is broken or this takes more than most_seconds; OSError if the disk is full, or so.
     """
-    (prediction, output), deadline = job, time.monotonic() + most_seconds
-    scaler, encoder, shown, timestamp = VideoReformatter(), None, None, -1
-    how: dict[str, Any] = {"interpolation": "BICUBIC", "dst_color_range": ColorRange.MPEG, "threads": 1}
+    (prediction, output), deadline, frame = job, time.monotonic() + most_seconds, None
+    timeline, labels = prediction.timeline, prediction.labels
     try:
-        source, video, timing = open_timed(LocalFile(prediction.path))
-        with source, av.open(str(output), "w", format="mp4", options={"movflags": "+faststart"}) as target:
-            time_base = cast(Fraction, video.time_base)
-            step = max(1, round(1 / (timing.rate * time_base)))
-            for seconds, frame in decode_all(source, video, timing):
+        rate, time_base, frames = shown_frames(prediction.path, source)
+        with contextlib.closing(frames), Annotated(output, rate, time_base) as target:
+            for seconds, frame, shown in frames:
                 still_alive()
                 if time.monotonic() > deadline:
                     raise DecodeError(prediction.path, "it takes too long to write")
-                timestamp = max(round(seconds / time_base), timestamp + 1)  # they must rise
-                orientation, shape = shown_as(frame, video)
-                if encoder is None:
-                    wide, high = square_pixels(frame.width, frame.height, shape)
-                    size = wide + wide % 2, high + high % 2
-                picture = scaler.reformat(frame, *size, "yuv420p", **how)
-                if encoder is None:
-                    encoder = add_h264(target, ENCODER, timing.rate, time_base, picture)
-                    encoder.width, encoder.height = orientation.size(*size)
-                    encoder.codec_context.flags |= Flags.frame_duration  # else the last frame's is lost
-                second = prediction.timeline.second_at(float(timestamp * time_base))
-                if second != shown:
-                    scores, shown = prediction.timeline.scores[second], second
-                    best = int(scores.argmax())
-                    drawn = strip(encoder.width, encoder.height, prediction.labels[best], float(scores[best]))
-                    pixels = av.VideoFrame.from_ndarray(np.asarray(drawn), "rgb24")
-                    overlay = planes(pixels.reformat(format="yuv420p"), Orientation())
-                upright = planes(picture, orientation)
-                for plane, over in zip(upright, overlay, strict=True):
-                    plane[-len(over) :] = over
-                image = from_planes(upright)
-                image.pts, image.time_base, image.duration = timestamp, time_base, frame.duration or step
-                target.mux(encoder.encode(image))
-            if encoder is None:
+                scores = timeline.scores[timeline.second_at(round(seconds, 6))]  # timestamps are whole numbers
+                best = int(scores.argmax())
+                target.write(seconds, frame, shown, labels[best], float(scores[best]))
+            if frame is None:
                 raise DecodeError(prediction.path, "no frame could be decoded")
-            target.mux(encoder.encode())
     except READING_ERRORS as error:
         if (machine := machine_error(error)) is not None:
             raise machine from error
         raise DecodeError(prediction.path, f"cannot be annotated: {error.strerror or type(error).__name__}") from error
 
 
-def read_stills(job: tuple[str, Backend]) -> tuple[list[float], NDArray[np.uint8]]:
+def read_stills(job: tuple[str, Backend], source: Source | None = None) -> tuple[list[float], NDArray[np.uint8]]:
     """Timestamps in seconds, and frames (STILLS, H, W, 3), of a video's contact sheet; DecodeError if it is broken."""
     path, backend = job
-    with Video(path, backend) as video:
+    with Video(path, backend, source=source) as video:
         times = (np.arange(STILLS) + 0.5) / STILLS * video.duration_seconds
         return times.tolist(), video.frames_at(times, STILL_SIDE)
 

@@ -18,6 +18,7 @@ from octvideo.data.clips import clips_of, cut
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.data.reader import Backend
 from octvideo.data.sampling import ROUNDING, Sampling, even_crops
+from octvideo.data.source import Source
 from octvideo.data.video import Video
 from octvideo.data.watchdog import Argument, HungError, Result, Watchdog
 from octvideo.errors import DecodeError, UserError
@@ -34,6 +35,14 @@ class Ranked(NamedTuple):
     label: str
     number: int
     probability: float
+
+
+def ranked(scores: NDArray[np.float32], labels: Sequence[str], k: int) -> list[Ranked]:
+    """The k most likely of the classes with these scores; see `Prediction.top`."""
+    if k < 1:
+        raise UserError(f"k must be at least 1, got {k}")
+    order = np.argsort(-scores, kind="stable")[:k]
+    return [Ranked(labels[number], int(number), float(scores[number])) for number in order]
 
 
 class Segment(NamedTuple):
@@ -75,10 +84,7 @@ class Prediction:
 
     def top(self, k: int = 5) -> list[Ranked]:
         """The k most likely classes, or all if there are fewer; most likely first. UserError for k below 1."""
-        if k < 1:
-            raise UserError(f"k must be at least 1, got {k}")
-        order = np.argsort(-self.scores, kind="stable")[:k]
-        return [Ranked(self.labels[number], int(number), float(self.scores[number])) for number in order]
+        return ranked(self.scores, self.labels, k)
 
     def segments(self, most: int = 5) -> list[Segment]:
         """Stretches, which may overlap, in which a class scores at least half of its peak, sorted by start.
@@ -109,6 +115,7 @@ class Predictor:
         device: where the network moves. Default: for a checkpoint cuda if available, else cpu; for others, where it is.
         backend: decoder: pyav, torchcodec, decord, or auto: PyAV, then the others for a file that PyAV cannot read.
         decode_timeout_seconds: time limit for decoding a video's views, or a stretch of its timeline; None: no limit.
+        source: where videos are. Default: `AnySource`, for files, folders of frames, URIs, members of tar files.
 
     Raises FileNotFoundError for a missing checkpoint, UserError for another file or an invalid option.
     """
@@ -124,6 +131,7 @@ class Predictor:
         device: str | torch.device | None = None,
         backend: Backend = "auto",
         decode_timeout_seconds: float | None = 60,
+        source: Source | None = None,
     ) -> None:
         for name, count in (("num_clips", num_clips), ("num_crops", num_crops)):
             if count < 1:
@@ -144,7 +152,8 @@ class Predictor:
         self.device = torch.device(device or next(trained.network.parameters(), torch.empty(0)).device)
         self.num_clips, self.num_crops, self.backend = num_clips, num_crops, backend
         self._timeout_seconds = decode_timeout_seconds
-        how = known, backend  # not bound methods, which would keep this predictor and its network alive
+        self.source = source
+        how = known, backend, source  # not bound methods, which would keep this predictor and its network alive
         self._read_views = self.watched(partial(_views, *how, num_clips, num_crops))
         self._read_windows = self.watched(partial(_windows, *how))
 
@@ -159,8 +168,8 @@ class Predictor:
         output is not (B, num_classes), not finite, or does not match the labels.
         """
         path = os.fspath(path)
-        scores = self._scores(self.views(path)[1]).mean(0)
-        parts = [(edges, self._scores(clips), note) for edges, clips, note in self.windows(path)]
+        scores = self.scores(self.views(path)[1]).mean(0)
+        parts = [(edges, self.scores(clips), note) for edges, clips, note in self.windows(path)]
         edges, _, note = parts[0]
         timeline = torch.cat([part for _, part, _ in parts])
         labels = self.trained.labels or [f"class {number}" for number in range(len(scores))]
@@ -198,7 +207,8 @@ class Predictor:
             for module in training:
                 module.training = True
 
-    def _scores(self, clips: NDArray[np.uint8]) -> Tensor:
+    def scores(self, clips: NDArray[np.uint8]) -> Tensor:
+        """Probabilities (N, num_classes) of uint8 clips (N, C, T, H, W), on the CPU; UserError as `__call__`."""
         with self.evaluating():
             scores = score_clips(self.logits, torch.from_numpy(clips), self.trained.task).cpu()
         if not scores.isfinite().all():
@@ -225,20 +235,20 @@ def _hanging_is_bad(path: str) -> Iterator[None]:
 
 
 def _views(
-    how: Preprocessing, backend: Backend, num_clips: int, num_crops: int, path: str
+    how: Preprocessing, backend: Backend, source: Source | None, num_clips: int, num_crops: int, path: str
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    with Video(path, backend) as video:
+    with Video(path, backend, source=source) as video:
         numbers = how.sampler.test_clips(video.num_frames, video.fps, num_clips)
         middles = (numbers.min(1) + numbers.max(1) + 1) / (2 * video.fps)
         return middles, read_clips(video, numbers, how.test_crop_size, num_crops)
 
 
 def _windows(
-    how: Preprocessing, backend: Backend, job: tuple[str, int]
+    how: Preprocessing, backend: Backend, source: Source | None, job: tuple[str, int]
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8], str]:
     """Edges of a video's seconds, clips (N, C, T, H, W) for some of them, starting at second job[1], and its note."""
     path, start = job
-    with Video(path, backend) as video:
+    with Video(path, backend, source=source) as video:
         edges = second_edges(video.duration_seconds)
         middles = ((edges[:-1] + edges[1:]) / 2)[start:][: max(1, FRAMES_TOGETHER // how.clip_frames)]
         return edges, clips_around(video, middles.tolist(), how), video.note
