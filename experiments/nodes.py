@@ -155,7 +155,7 @@ def train(
         done = steps(run)
         old = {pid for _, pid, _ in done[:before]}
         again = [when for when, pid, _ in done if pid not in old]
-        found["seconds until training went on"] = round(again[0] - struck, 1)
+        found["seconds until training went on"] = round(again[0] - struck, 1) if again else None  # it was over by then
         found["steps repeated"] = len(done) - len({step for *_, step in done})
     return found
 
