@@ -677,6 +677,18 @@ def test_a_run_that_stops_amid_an_epoch_keeps_what_follows_and_can_be_prolonged(
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), whole.parameters(), strict=True))
 
 
+def test_a_run_under_torchrun_waits_until_the_one_before_has_died(tmp_path, monkeypatch):
+    held, waits, real = iter([True, True]), [], checkpoints.lock
+    monkeypatch.setattr(checkpoints, "lock", lambda path: None if next(held, False) else real(path))
+    monkeypatch.setattr(checkpoints.time, "sleep", waits.append)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    saves = RunCheckpoints(tmp_path)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda value: value), is_global_zero=True)
+    saves.setup(trainer, None, "fit")
+    assert len(waits) == 2
+    saves.teardown(trainer, None)
+
+
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     """Locks are a process's own, so another process has to hold it."""
     code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"

@@ -169,6 +169,8 @@ class Reader:
                 self.tool(script, options)
             case ["PYTHONPATH=experiments", "python", script, *options]:
                 self.tool(script, options, PYTHONPATH="experiments")
+            case ["export", assignment]:
+                assert re.fullmatch(r"[A-Z_]+=\w+", assignment)
             case ["torchrun", *options]:
                 self.torchrun(options)
             case ["sbatch", script, *options]:

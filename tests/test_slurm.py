@@ -9,7 +9,7 @@ from conftest import ROOT
 
 SRUN = """#!/bin/bash
 trap 'echo saved; exit 75' TERM
-echo "srun $*" > "$CALLS.srun"
+echo "srun $*" >> "$CALLS.srun"
 echo ready
 [ "$ENDS" = now ] && exit "$CODE"
 while :; do sleep 0.02; done
@@ -48,6 +48,15 @@ def test_a_job_that_saved_and_left_is_requeued_and_no_other(slurm, tmp_path, cod
     assert (tmp_path / "calls.srun").read_text() == f"srun {options}\n"
     calls = (tmp_path / "calls").read_text() if (tmp_path / "calls").exists() else ""
     assert calls == ("scontrol requeue 17\n" if requeued else "")
+
+
+def test_a_killed_process_is_started_again_in_the_same_job_but_not_for_ever(slurm, tmp_path):
+    job = start(slurm, ENDS="now", CODE="137")
+    output, _ = job.communicate()
+    assert job.returncode == 137
+    assert output.count("a process died (exit code 137); starting again from the newest checkpoint") == 3
+    assert len((tmp_path / "calls.srun").read_text().splitlines()) == 4
+    assert not (tmp_path / "calls").exists()
 
 
 def test_a_signal_to_the_job_reaches_its_processes_which_save_before_it_is_requeued(slurm, tmp_path):

@@ -7,6 +7,7 @@ import math
 import re
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.nn.parallel import DistributedDataParallel
 
 from octvideo.errors import DamagedCheckpointError, StoreError, UserError
 from octvideo.files import lock, point_to, replacing, seal, verify
@@ -23,6 +25,7 @@ from octvideo.stores import Mirror
 
 log = logging.getLogger(__name__)
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the run stopped on a signal and waits to be started again
+LOCK_SECONDS = 60.0  # for processes to die whose torchrun was killed; a new torchrun's must not fail until then
 
 
 class Preempted(SystemExit):
@@ -114,7 +117,10 @@ class RunCheckpoints(Checkpoint):
             return
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self.folder / ".lock")
+            deadline = time.monotonic() + (LOCK_SECONDS if torch.distributed.is_torchelastic_launched() else 0)
+            while (found := lock(self.folder / ".lock")) is None and time.monotonic() < deadline:
+                time.sleep(0.5)
+            self._lock = found
             for path in self.folder.glob("*.ckpt.tmp") if self._lock is not None else ():
                 path.unlink()
         if not trainer.strategy.broadcast(self._lock is not None):
@@ -151,6 +157,8 @@ class RunCheckpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_sanity_check_start(trainer, pl_module)  # where no sanity check runs
         self._step_seen = trainer.global_step
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            _order_buckets(trainer.strategy.model)
         if trainer.ckpt_path is not None:
             self.last_good = Path(trainer.ckpt_path)
             self._take_best(self.last_good)
@@ -294,6 +302,18 @@ def push_or_warn(mirror: Mirror) -> None:
         mirror.push()
     except (OSError, StoreError) as error:
         log.warning("%s could not be written, and has an older state until the next time: %s", mirror.uri, error)
+
+
+def _order_buckets(model: DistributedDataParallel) -> None:
+    """Lets DDP sort its gradients into buckets before the first step, in an order that depends on the network alone.
+
+    It sorts them anew after the first step of a process. Where three or more processes are summed, a place in a bucket
+    decides the order of the sum and so its last bits: a resumed run's first step would differ from the whole run's.
+    """
+    if not model.find_unused_parameters:  # else DDP never sorts them
+        model.reducer.prepare_for_backward([])
+        torch.stack([x.sum() for x in model.parameters() if x.requires_grad]).sum().backward()
+        model.zero_grad()
 
 
 def _validates_next(trainer: Trainer, batch_idx: int) -> bool:
