@@ -189,6 +189,10 @@ def stat(path: str | os.PathLike[str]) -> Stat:
     about = _request(path, "info", HERE)
     if about.get("type") == "directory":
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    return _version(about)
+
+
+def _version(about: dict[str, Any]) -> Stat:
     changed = next((about[key] for key in ("LastModified", "mtime", "updated", "last_modified") if about.get(key)), 0)
     seconds = changed.timestamp() if hasattr(changed, "timestamp") else changed
     return Stat(int(about["size"] or 0), int(seconds * 1e9) if isinstance(seconds, int | float) else 0)
@@ -210,7 +214,7 @@ def files_below(uri: str) -> dict[str, Stat]:
     found = _request(uri.rstrip("/"), "find", HERE, detail=True, size=2**28)
     root = _file_system(uri.rstrip("/"))[1].rstrip("/")
     names = {path[len(root) + 1 :]: about for path, about in found.items() if path.startswith(f"{root}/")}
-    return {name: Stat(int(about["size"] or 0), 0) for name, about in sorted(names.items()) if name}
+    return {name: _version(about) for name, about in sorted(names.items()) if name}
 
 
 def expand(path: str) -> list[str]:

@@ -134,12 +134,15 @@ def _shards(pattern: str) -> Iterator[str]:
     for shard in stores.expand(pattern):
         for key, group in itertools.groupby(members(shard).items(), lambda item: re.sub(r"\.[^/]*$", "", item[0])):
             found = {name[len(key) + 1 :].lower(): (name, member) for name, member in group}
-            label = found["cls"][1].note.decode() if "cls" in found else "missing"
+            label, spans = found["cls"][1].note.decode() if "cls" in found else "missing", []
             if "json" in found:
                 about = json.loads(found["json"][1].note or b"{}")
-                label = str(about.get("cls", about.get("label", label)))
+                label, spans = str(about.get("cls", about.get("label", label))), about.get("spans", [])
             for name, (start, size, _) in (item for suffix, item in found.items() if suffix not in BESIDE):
-                yield f"tar://{name}::{shard}#bytes={start},{size} {label.strip()}"
+                entry = f"tar://{name}::{shard}#bytes={start},{size}"
+                for first, last, of_span in spans or [(None, None, label.strip())]:
+                    span = "" if first is None else f"#t={first}" if last is None else f"#t={first},{last}"
+                    yield f"{entry}{span} {of_span}"
 
 
 def _rows(name: str) -> Iterator[str]:

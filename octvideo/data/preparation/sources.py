@@ -24,9 +24,10 @@ class Entry(NamedTuple):
     """A video that a source names."""
 
     path: str  # relative to the folder of videos, or absolute; without extension if it is missing
-    label: int | None  # class number; None where the source has none, as in the official test splits
+    label: int | str | None  # class number, or several with commas; None for none, as in the official test splits
     split: str  # train, val or test
     note: str = ""  # what is doubtful about the source's line
+    span: str = ""  # of the video: #t=START,END in seconds; empty for all of it
 
 
 class Catalogue(NamedTuple):
