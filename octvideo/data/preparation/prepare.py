@@ -100,6 +100,8 @@ def prepare(
         stores.check(stores.child(place, "journal.jsonl"))
     paths = list(dict.fromkeys(entry.path for entry in catalogue.entries))
     work = Work(videos, output, short_side, frames_fps)
+    for path in {stores.store_of(path): path for path in paths if "://" in path}.values():
+        work.source.check(path)
     if short_side is not None:
         written, base = _real(stores.child(output, "videos")), _real(videos)
         inside = (path for path in paths if f"{written}/" in (full := rooted(base, path)) + os.path.normpath(full))
@@ -185,7 +187,7 @@ def _fetch(output: str, journal: Path) -> None:
 def _join_parts(output: str, folder: Path, journal: Path, options: Facts) -> list[str]:
     """Adds the journals of all parts to the whole's; returns their names."""
     names = stores.files_below(output) if is_uri(output) else os.listdir(folder)
-    found = [match for name in names if (match := re.fullmatch(r"journal\.part-(\d+)-of-(\d+)\.jsonl", name))]
+    found = [match for name in sorted(names) if (match := re.fullmatch(r"journal\.part-(\d+)-of-(\d+)\.jsonl", name))]
     if len(counts := sorted({int(match[2]) for match in found})) != 1:
         what = f"parts of {' and of '.join(map(str, counts))}: remove the journals of one" if counts else "no parts"
         raise PreparationError(f"{output}: there are {what}")
