@@ -79,7 +79,7 @@ def test_shards_hold_the_videos_of_each_split_in_order_and_clips_are_one_read(vi
     rows, reads, read_range = index.rows(names), [], source.read_range
     monkeypatch.setattr(source, "read_range", lambda *place: reads.append(place) or read_range(*place))
     for name, row in zip(names, rows, strict=True):
-        member = name.removeprefix("tar://").partition("::")[0]
+        member = name.removeprefix("tar://").partition("::")[0].replace("v3_avi", "v3.avi")
         reads.clear()
         with Video(rooted(out, name), known=index[row]) as packed, Video(out / "videos" / member) as plain:
             assert (packed.frames_at([0, 0.5, 0.9]) == plain.frames_at([0, 0.5, 0.9])).all()

@@ -105,7 +105,7 @@ def prepare(
     if short_side is not None:
         written, base = _real(stores.child(output, "videos")), _real(videos)
         inside = (path for path in paths if f"{written}/" in (full := rooted(base, path)) + os.path.normpath(full))
-        if path := next(inside, None):
+        for path in inside:
             cure = f"but {path} is there: give another output folder"
             raise PreparationError(f"{written} is for re-encoded videos, {cure}")
     folder = Path(output)
@@ -140,11 +140,11 @@ def prepare(
         names = _write_results(folder, catalogue, outcomes, run.in_shards, short_side is not None or is_uri(videos))
         journal.write_in_order([*paths, *(shard.path for shard in run.shards)])
         if is_uri(output):
-            for file in names:
-                if (folder / file).exists():
-                    stores.put(folder / file, stores.child(output, file))
+            for result in names:
+                if (folder / result).exists():
+                    stores.put(folder / result, stores.child(output, result))
                 else:
-                    stores.remove(stores.child(output, file))
+                    stores.remove(stores.child(output, result))
             run.save()
         run.remove_other_shards()
         for left in parts:
@@ -339,12 +339,12 @@ class _Run:
         """Writes the shards that are not there yet."""
         there = _below(stores.child(self.work.output, "shards")) if self.shards else {}
         for shard in self.shards:
-            self.files[shard.path] = self.journal.known(shard.path, shard.bytes, 0)
+            self.files[shard.path] = self.journal.known(shard.path, shard.size, 0)
         left = {
             shard.path: shard
             for shard in self.shards
             if self.files[shard.path].get("digest") != shard.digest
-            or there.get(shard.path.removeprefix("shards/"), Stat(-1, 0)).bytes != shard.bytes
+            or there.get(shard.path.removeprefix("shards/"), Stat(-1, 0)).bytes != shard.size
         }
         if self.shards:
             self._work("packing", self.work.pack, left, len(self.shards))

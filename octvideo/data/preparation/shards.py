@@ -15,7 +15,7 @@ class Packed(NamedTuple):
     """A video to pack, and a note beside it."""
 
     name: str  # as lists name its file
-    bytes: int
+    size: int
     mtime_ns: int  # of the source's file
     member: str  # its path in the tar
     note: str  # likewise; empty for none
@@ -36,7 +36,7 @@ def _padded(size: int, block: int = tarfile.BLOCKSIZE) -> int:
 def _bytes(video: Packed) -> int:
     """What a video takes of a tar."""
     note = len(_header(video.note, 0)) + _padded(len(video.content)) if video.note else 0
-    return len(_header(video.member, video.bytes)) + _padded(video.bytes) + note
+    return len(_header(video.member, video.size)) + _padded(video.size) + note
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Shard:
     videos: Sequence[Packed]
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Size of the file."""
         return _padded(sum(map(_bytes, self.videos)) + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
 
@@ -61,15 +61,15 @@ class Shard:
         """Each video's name, and how lists name it in the shard."""
         place = 0
         for video in self.videos:
-            start = place + len(_header(video.member, video.bytes))
-            yield video.name, f"tar://{video.member}::{self.path}#bytes={start},{video.bytes}"
+            start = place + len(_header(video.member, video.size))
+            yield video.name, f"tar://{video.member}::{self.path}#bytes={start},{video.size}"
             place += _bytes(video)
 
     def write(self, file: Path, read: Callable[[str], Iterable[bytes]]) -> None:
         """Writes it; `read` gives the content of the file that lists name."""
         with open(file, "wb") as tar:
             for video in self.videos:
-                parts = [(video.member, video.bytes, read(video.name))]
+                parts = [(video.member, video.size, read(video.name))]
                 parts += [(video.note, len(video.content), [video.content])] if video.note else []
                 for name, size, content in parts:
                     tar.write(_header(name, size))
@@ -80,7 +80,7 @@ class Shard:
                     if tar.tell() != start + size:
                         raise OSError(errno.EIO, f"{video.name} has changed: {tar.tell() - start} bytes, not {size}")
                     tar.write(bytes(_padded(size) - size))
-            tar.write(bytes(self.bytes - tar.tell()))
+            tar.write(bytes(self.size - tar.tell()))
 
 
 def plan(split: str, videos: Iterable[Packed], most_bytes: int) -> list[Shard]:

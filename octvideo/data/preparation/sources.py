@@ -301,7 +301,9 @@ class _Reader:
                     segments = [(annotations["label"], None)] if annotations.get("label") is not None else []
                 if not all(isinstance(label, str) for label, _ in segments):
                     raise TypeError(f"a label that is not text: {segments}")
-                spans = [(label, _span(*of_video, where) if of_video else "") for label, of_video in segments]
+                spans = [
+                    (label, _span(of_video[0], of_video[1], where) if of_video else "") for label, of_video in segments
+                ]
             except (KeyError, IndexError, TypeError, AttributeError) as error:
                 wanted = "expected 'subset', and 'annotations' with 'label' and 'segment'"
                 raise ListError(f"{where}: {wanted}") from error
