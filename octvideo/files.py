@@ -86,7 +86,8 @@ def appearing(path: Path) -> Iterator[Path]:
             return
         if target is path:
             path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{os.getpid()}{PARTIAL}")
+        # Another machine that writes into the folder may have a process of this number.
+        temporary = target.with_name(f".{os.uname().nodename}.{os.getpid()}{PARTIAL}")
         with replacing(target, temporary):
             yield temporary
             if target.exists():

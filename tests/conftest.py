@@ -1,5 +1,6 @@
 """What several test files share: videos written by the tests, the folder of real ones, and a trained network."""
 
+import contextlib
 import fcntl
 import multiprocessing
 import multiprocessing.connection
@@ -127,6 +128,38 @@ def browser():
         chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """The address of an S3 server of this machine."""
+    pytest.importorskip("moto", reason="pip install 'moto[server]'")
+    pytest.importorskip("s3fs", reason="pip install s3fs")
+    port, folder = free_port(), tmp_path_factory.mktemp("s3")
+    process = start_tool("s3_server.py", [f"--port={port}"], folder)
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            break
+        process.join(0.1)
+        assert process.exitcode is None, (folder / "stderr").read_text()
+    yield f"http://127.0.0.1:{port}"
+    process.kill()
+    process.join()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch, tmp_path):
+    """The URI of a new bucket, with the environment of its clients."""
+    from fsspec.core import url_to_fs
+
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {"AWS_ENDPOINT_URL": s3_server, **keys}.items():
+        monkeypatch.setenv(name, value)
+    system, _ = url_to_fs(f"s3://b{os.urandom(4).hex()}", use_listings_cache=False)
+    system.clear_instance_cache()
+    bucket = f"s3://b{os.urandom(4).hex()}"
+    url_to_fs(bucket)[0].mkdir(bucket)
+    return bucket
 
 
 def settle(network):

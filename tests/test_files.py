@@ -18,7 +18,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_folder_after(tmp_p
         os, "fsync", lambda number: synced.append((os.readlink(f"/proc/self/fd/{number}"), path.exists()))
     )
     with appearing(path) as partial:
-        assert partial == path.with_name(f".{os.getpid()}.partial")
+        assert partial == path.with_name(f".{os.uname().nodename}.{os.getpid()}.partial")
         partial.write_text("a")
     assert synced == [(str(partial), False), (str(path.parent), True)]
     assert [file.name for file in path.parent.iterdir()] == ["a.csv"]

@@ -22,6 +22,7 @@ from octvideo.data.index import VideoIndex
 from octvideo.data.lists import read_class_names, read_list
 from octvideo.data.motions import write_video
 from octvideo.data.preparation import prepare as preparation
+from octvideo.data.preparation import work
 from octvideo.data.preparation.journal import Journal
 from octvideo.data.preparation.prepare import prepare
 from octvideo.data.preparation.reencode import measure
@@ -193,7 +194,7 @@ def test_missing_videos_folders_and_names_that_no_list_can_hold_are_reported(vid
     outcomes = prepare(catalogue, videos, tmp_path / "out")
     assert [outcome[1:3] for outcome in outcomes] == [
         ("missing", "no such file"),
-        ("bad", "a folder"),
+        ("bad", "a folder without numbered pictures"),
         ("bad", "a list cannot hold its name: rename it"),
         ("missing", "no such file"),
         ("bad", "File name too long"),
@@ -221,8 +222,8 @@ def test_a_run_after_a_complete_one_opens_no_video_and_changes_nothing(videos, t
         run(videos, output, **options)
         before = content(output)
         with monkeypatch.context() as patch:
-            patch.setattr(preparation._Run, "_check", refuse_to_work)
-            patch.setattr(preparation._Run, "_fingerprint", refuse_to_work)
+            patch.setattr(work.Work, "check", refuse_to_work)
+            patch.setattr(work.Work, "fingerprint", refuse_to_work)
             assert not any(outcome.failed for outcome in run(videos, output, **options))
         assert content(output) == before
 
@@ -259,7 +260,7 @@ def test_what_is_known_of_other_sources_stays_known(videos, tmp_path, monkeypatc
     run(videos, tmp_path / "out", tmp_path / "val.csv")
     assert len(report(tmp_path / "out")) == 1
     assert not (tmp_path / "out" / "train.csv").exists()
-    monkeypatch.setattr(preparation._Run, "_check", refuse_to_work)
+    monkeypatch.setattr(work.Work, "check", refuse_to_work)
     assert not any(outcome.failed for outcome in run(videos, tmp_path / "out"))
     assert len(report(tmp_path / "out")) == 6
 
@@ -292,8 +293,8 @@ def test_a_journal_of_version_0_1_continues(videos, tmp_path, monkeypatch):
         lines += ["", *(json.dumps({**identity, **part}) for part in parts)]
     assert len(lines) == 1 + 7 + 8  # seven files, of which one original has two lines
     journal.write_text("".join(f"{line}\n" for line in lines))
-    monkeypatch.setattr(preparation._Run, "_check", refuse_to_work)
-    monkeypatch.setattr(preparation._Run, "_fingerprint", refuse_to_work)
+    monkeypatch.setattr(work.Work, "check", refuse_to_work)
+    monkeypatch.setattr(work.Work, "fingerprint", refuse_to_work)
     assert not any(outcome.failed for outcome in run(videos, tmp_path / "out", short_side=32))
     assert content(tmp_path / "out") == before
 
@@ -405,20 +406,20 @@ def test_a_file_that_cannot_be_compared_is_checked_all_the_same(videos, tmp_path
     def fail(path):
         raise OSError("the memory is full")
 
-    monkeypatch.setattr(preparation, "blocks", fail)
+    monkeypatch.setattr(work, "blocks", fail)
     found = statuses(run(videos, tmp_path / "out"))
     assert found["train/yoga/a.mp4"] == found["val/archery/copy.mp4"] == "ok"
 
 
 def test_a_decoder_that_hung_is_tried_again_only_with_more_time(videos, tmp_path, monkeypatch):
-    def hang(path):
-        if path.endswith("b.mkv"):
+    def hang(media):
+        if media.name.endswith("b.mkv"):
             signal.pause()
-        return measure(path)
+        return measure(media)
 
-    monkeypatch.setattr(preparation, "measure", hang)
+    monkeypatch.setattr(work, "measure", hang)
     assert statuses(run(videos, tmp_path / "out", timeout_seconds=0.5))["train/yoga/b.mkv"] == "bad"
-    monkeypatch.setattr(preparation, "measure", measure)
+    monkeypatch.setattr(work, "measure", measure)
     assert statuses(run(videos, tmp_path / "out", timeout_seconds=0.5))["train/yoga/b.mkv"] == "bad"
     assert statuses(run(videos, tmp_path / "out", timeout_seconds=9.0))["train/yoga/b.mkv"] == "ok"
 
@@ -427,20 +428,20 @@ def test_a_decoder_that_hung_is_tried_again_only_with_more_time(videos, tmp_path
     ("death", "failed"), [(signal.SIGSEGV, False), (signal.SIGKILL, True)], ids=["crashed", "killed"]
 )
 def test_a_decoder_that_dies_takes_only_its_video_with_it(videos, tmp_path, monkeypatch, death, failed):
-    def die(path):
-        if path.endswith("b.mkv"):
+    def die(media):
+        if media.name.endswith("b.mkv"):
             faulthandler.disable()  # pytest's would print where
             os.kill(os.getpid(), death)
-        return measure(path)
+        return measure(media)
 
-    monkeypatch.setattr(preparation, "measure", die)
+    monkeypatch.setattr(work, "measure", die)
     outcomes = run(videos, tmp_path / "out")
     (dead,) = [outcome for outcome in outcomes if outcome.entry.path == "train/yoga/b.mkv"]
     assert dead.status == "bad"
     assert death.name in dead.reason
     assert dead.failed == failed  # who is killed may be innocent
     assert list(statuses(outcomes).values()).count("ok") == 3
-    monkeypatch.setattr(preparation, "measure", measure)
+    monkeypatch.setattr(work, "measure", measure)
     assert statuses(run(videos, tmp_path / "out"))["train/yoga/b.mkv"] == ("ok" if failed else "bad")
 
 
@@ -454,17 +455,17 @@ def test_a_decoder_that_dies_takes_only_its_video_with_it(videos, tmp_path, monk
     ids=["permission", "space", "unforeseen"],
 )
 def test_what_no_video_is_to_blame_for_is_reported_and_tried_again(videos, tmp_path, monkeypatch, error, reason):
-    def fail(path):
-        if path.endswith("b.mkv"):
+    def fail(media):
+        if media.name.endswith("b.mkv"):
             raise error
-        return measure(path)
+        return measure(media)
 
     run(videos, tmp_path / "whole")
-    monkeypatch.setattr(preparation, "measure", fail)
+    monkeypatch.setattr(work, "measure", fail)
     outcomes = run(videos, tmp_path / "out")
     assert [outcome[1:3] for outcome in outcomes if outcome.failed] == [("bad", reason)]
     assert report(tmp_path / "out")["train/yoga/b.mkv"]["reason"] == reason
-    monkeypatch.setattr(preparation, "measure", measure)
+    monkeypatch.setattr(work, "measure", measure)
     assert not any(outcome.failed for outcome in run(videos, tmp_path / "out"))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 

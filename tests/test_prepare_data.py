@@ -1,6 +1,7 @@
 """octvideo prepare as a user runs it."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -11,11 +12,18 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, run_tool
+from PIL import Image
 
+from octvideo import stores
 from octvideo.commands import options
 from octvideo.commands import prepare as command
 from octvideo.data.lists import read_class_names, read_list
 from octvideo.data.motions import write_video
+from octvideo.data.preparation import work
+from octvideo.data.preparation.prepare import prepare
+from octvideo.data.preparation.sources import read_sources
+from octvideo.data.video import Video
+from octvideo.errors import StoreError
 
 CLIPS = {"using segway": ("R6llTwEh07w", "SOX5yA1l24A", "WUzgd7C1pWA")}
 STAND_INS = {"arm wrestling": "arm_wrestling.mp4", "flipping pancake": "flipping_a_pancake.mkv"}
@@ -72,6 +80,11 @@ def test_a_run_says_what_it_found_and_how_to_train(videos, tmp_path):
         (["videos", "--output=out", "--reencode=odd"], "argument --reencode: invalid int value: 'odd'"),
         (["videos", "--output=out", "--reencode=255"], "the short side must be an even number of pixels"),
         (["videos", "--output=out", "--workers=0"], "workers and timeout must be positive, got 0 and 60.0"),
+        (["videos", "--output=out", "--shards=9"], "argument --shards: must be a size such as 256MB or 1GB, got '9'"),
+        (["videos", "--output=out", "--part=3/2"], "argument --part: must be I/N with I from 1 to N, such as 3/8"),
+        (["videos", "--output=out", "--part=1/2", "--merge"], "--merge comes after all parts, without --part"),
+        (["videos", "--output=out", "--merge"], "out: there are no parts"),
+        (["videos", "--output=out", "--scheduler=here"], "--scheduler must be tcp://HOST:PORT, local[:WORKERS] or"),
         (["videos", "--output=out", "--out=x"], "unrecognized arguments: --out=x"),
         (["nothing", "--videos=videos", "--output=out"], "nothing: No such file or directory"),
         (["l.csv", "--videos=nothing", "--output=out"], "nothing: no folder of videos"),
@@ -189,19 +202,118 @@ def test_a_source_is_not_overwritten_by_a_result(run_here, videos, tmp_path):
     assert (tmp_path / "lists" / "train.csv").read_text() == "yoga/a.mp4 0\n"
 
 
-def test_addresses_are_missing_as_they_were_typed_and_folders_of_frames_are_explained(run_here, videos, tmp_path):
-    address = "https://example.org/a.mp4"
-    (tmp_path / "list.csv").write_text(f"{address} 0\n")
-    status, printed, _ = run_here(tmp_path / "list.csv", "--videos", videos, "--output", tmp_path / "out")
-    assert status == 0, printed
-    line = f'{address},missing,"an address, not a file: download it first"'
-    assert (tmp_path / "out" / "report.csv").read_text().splitlines()[1].startswith(line)
-    status, _, errors = run_here(address, "--videos", videos, "--output", tmp_path / "out")
-    wanted = f"argument SOURCE: must be a file or folder of this machine, got '{address}'"
-    assert (status, errors) == (2, f"prepare_data.py: error: {wanted}\n")
-    frames = tmp_path / "frames" / "yoga" / "a"
-    frames.mkdir(parents=True)
-    (frames / "img_0007.jpg").touch()
-    status, _, errors = run_here(tmp_path / "frames", "--output", tmp_path / "out")
+def test_addresses_and_folders_of_frames_are_videos_too(run_here, videos, tmp_path):
+    frames = videos / "frames"
+    frames.mkdir()
+    for number in range(5):
+        Image.new("RGB", (48, 32), (50 * number, 0, 0)).save(frames / f"img_{number:03d}.png")
+    address = f"file://{videos}/yoga"
+    (tmp_path / "list.csv").write_text(f"{address}/a.mp4 0\n{address}/gone.mp4 0\nframes 1\narchery 1\n")
+    words = (tmp_path / "list.csv", "--videos", videos, "--output", tmp_path / "out", "--frames-fps=10")
+    assert run_here(*words)[0] == 0
+    rows = (tmp_path / "out" / "report.csv").read_text().splitlines()[1:]
+    assert rows == [
+        f"{address}/a.mp4,ok,,20,20.0,64,48,h264,1.0",
+        f"{address}/gone.mp4,missing,no such file,,,,,,",
+        "frames,ok,,5,10.0,48,32,png,0.5",
+        "archery,bad,a folder without numbered pictures,,,,,,",
+    ]
+    status, _, errors = run_here(*words[:-1])
     assert (status, errors.count("\n")) == (2, 1)
-    assert f"{tmp_path / 'frames'}: no video in it; {frames} holds still images, of which this makes a video" in errors
+    assert "was prepared with other options" in errors
+    run_here(*words[:-2], tmp_path / "re", "--reencode=32")
+    listed = read_list(tmp_path / "re" / "train.csv", root=tmp_path / "re" / "videos")
+    with Video(listed.paths[1]) as video:
+        assert (video.fps, video.num_frames) == (25, 5)
+        red = video.frames_at(np.arange(5) / 25)[..., 0].mean((1, 2))
+    assert red == pytest.approx(50 * np.arange(5), abs=4)
+
+
+def test_spans_of_a_video_are_lines_and_it_is_checked_once(run_here, videos, tmp_path):
+    segments = [{"label": "yoga", "segment": [0, 0.4]}, {"label": "dance", "segment": [0.3, 1]}]
+    late = {"label": "yoga", "segment": [1.5, 2]}
+    database = {"a": {"subset": "training", "annotations": [*segments, late, segments[0]]}}
+    (tmp_path / "net.json").write_text(json.dumps({"database": database}))
+    words = (tmp_path / "net.json", "--videos", videos, "--reencode=32", "--shards=1MB", "--output")
+    status, printed, _ = run_here(*words, tmp_path / "out")
+    assert status == 0, printed
+    start = (tmp_path / "out" / "train.csv").read_text().split(",")[0]
+    size = (tmp_path / "out" / "videos" / "yoga" / "a.mp4").stat().st_size
+    assert start == "tar://yoga/a.mp4::shards/train-00000.tar#bytes=512"
+    lines = [f"{start},{size}#t=0.0,0.4 1", f"{start},{size}#t=0.3,1.0 0"]
+    assert (tmp_path / "out" / "train.csv").read_text().splitlines() == lines
+    rows = (tmp_path / "out" / "report.csv").read_text().splitlines()
+    assert rows[3].startswith('"yoga/a.mp4#t=1.5,2.0",bad,"the span starts at 1.5 s, and the video ends after 1.00 s"')
+    assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == 3  # options, the video, the shard
+    listed = read_list(tmp_path / "out" / "train.csv", root=tmp_path / "out")
+    again = read_list(str(tmp_path / "out" / "shards" / "train-00000.tar"))
+    assert (list(again.paths), again.labels.tolist()) == (list(listed.paths), [1, 0])
+    with Video(listed.paths[1]) as video:
+        assert video.duration_seconds == pytest.approx(0.7)
+    assert run_here(*words, tmp_path / "whole", "--whole")[0] == 0
+    assert (tmp_path / "whole" / "train.csv").read_text().endswith(" 0,1\n")
+    several = read_list(str(tmp_path / "whole" / "shards" / "train-00000.tar"), num_classes=2, task="multi")
+    assert several.labels.tolist() == [[1, 1]]
+
+
+def test_parts_and_their_merging_from_the_command_line(run_here, videos, tmp_path):
+    words = (videos, "--output", tmp_path / "out")
+    status, printed, _ = run_here(*words, "--part=1/2")
+    assert (status, printed.splitlines()[-1]) == (
+        0,
+        "part 1 of 2 is complete; when all are: the same command with --merge",
+    )
+    status, _, errors = run_here(*words, "--merge")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "some parts are missing or not complete, run --part 2/2" in errors
+    assert run_here(*words, "--part=2/2")[0] == 0
+    assert run_here(*words, "--merge")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *(".lock", "index.bin", "journal.jsonl", "labels.txt", "report.csv", "train.csv")
+    ]
+
+
+def test_from_a_store_to_a_store(run_here, videos, tmp_path, s3, monkeypatch):
+    monkeypatch.setenv("OCTVIDEO_CACHE", str(tmp_path / "cache"))
+    for path in videos.rglob("*.*"):
+        stores.put(path, f"{s3}/raw/{path.relative_to(videos)}")
+    words = ("--reencode=32", "--shards=1MB", "--workers=1")
+    status, printed, errors = run_here(f"{s3}/raw", "--output", f"{s3}/prepared", *words)
+    assert status == 0, errors
+    root = f"--data.root={s3}/prepared --data.labels={s3}/prepared/labels.txt"
+    assert f"train with  --data.train_list={s3}/prepared/train.csv {root} --model.num_classes=2" in printed
+    assert run_here(videos, "--output", tmp_path / "here", *words)[0] == 0
+    made = {path.relative_to(tmp_path / "here").as_posix(): path for path in (tmp_path / "here").rglob("*.*")}
+    there = stores.files_below(f"{s3}/prepared")
+    assert sorted(there) == sorted(name for name, path in made.items() if path.is_file() and name != ".lock")
+    same = [name for name in there if stores.read(f"{s3}/prepared/{name}") == made[name].read_bytes()]
+    assert {*there} - {*same} == {"journal.jsonl"}  # where files have other times
+    listed = read_list(f"{s3}/prepared/train.csv", root=f"{s3}/prepared")
+    with Video(listed.paths[0]) as remote, Video(tmp_path / "here" / "videos" / "archery" / "b c.mp4") as local:
+        assert (remote.frames_at([0, 0.5]) == local.frames_at([0, 0.5])).all()
+    # Another machine, after this one was killed: it knows what the store's journal knows.
+    monkeypatch.setenv("OCTVIDEO_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(work.Work, "check", None)
+    stores.remove(f"{s3}/prepared/train.csv")
+    _, printed, _ = run_here(f"{s3}/raw", "--output", f"{s3}/prepared", *words)
+    assert "3 of 3 files are known from an earlier run" in printed
+    assert stores.files_below(f"{s3}/prepared").keys() == there.keys()
+    stores.put(tmp_path / "here" / "train.csv", f"{s3}/lists/train.csv")
+    named = (f"{s3}/lists/train.csv", "--videos", f"{s3}/raw", "--output", f"{s3}/lists")
+    status, _, errors = run_here(*named)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "train.csv would be overwritten by the result of that name" in errors
+    status, _, errors = run_here("s3://no-such-bucket/raw", "--output", f"{s3}/prepared")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "no-such-bucket" in errors
+
+
+def test_a_store_that_gives_no_video_any_more_ends_the_run(videos, tmp_path, monkeypatch):
+    def lose(media):
+        raise StoreError("s3://bucket cannot be used")
+
+    monkeypatch.setattr(work, "measure", lose)
+    outcomes = prepare(read_sources([videos / "archery"], videos), videos, tmp_path / "out")
+    assert [outcome[1:3] for outcome in outcomes if outcome.failed] == [("bad", "s3://bucket cannot be used")] * 2
+    with pytest.raises(StoreError, match="s3://bucket cannot be used; the same command continues"):
+        prepare(read_sources([videos], videos), videos, tmp_path / "out")

@@ -206,10 +206,10 @@ def test_kinetics_files_are_found_by_id_and_seconds_anywhere_below_the_folder(tm
     assert read(unlabelled, videos=tmp_path / "videos") == ([("yoga/A_1-x_000004_000014.mkv", None, "test")], [])
 
 
-def test_activitynet_takes_whole_videos_and_says_where_labels_differ(tmp_path, write):
+def test_activitynets_segments_are_spans(tmp_path, write):
     for name in ("v_a.mp4", "b.mkv"):
         write(f"videos/{name}")
-    segments = [{"label": "yoga", "segment": [0, 5]}, {"label": "archery", "segment": [5, 9]}]
+    segments = [{"label": "yoga", "segment": [0, 5.25]}, {"label": "archery", "segment": [5, 9]}]
     content = {
         "a": {"subset": "training", "annotations": [segments[0], segments[0]]},
         "b": {"subset": "validation", "annotations": segments},
@@ -217,12 +217,98 @@ def test_activitynet_takes_whole_videos_and_says_where_labels_differ(tmp_path, w
     }
     source = write("activity_net.json", json.dumps({"version": "1.3", "database": content}))
     entries, names = read_sources([source], tmp_path / "videos")
-    assert names == ["yoga"]  # the label that is listed
+    assert names == ["archery", "yoga"]
     assert entries == [
-        Entry("v_a.mp4", 0, "train"),
-        Entry("b.mkv", 0, "val", "its labels are 'yoga', 'archery': listed with the first"),
+        Entry("v_a.mp4", 1, "train", span="#t=0.0,5.25"),
+        Entry("b.mkv", 1, "val", span="#t=0.0,5.25"),
+        Entry("b.mkv", 0, "val", span="#t=5.0,9.0"),
         Entry("v_c", None, "test"),
     ]
+    assert read(source, videos=tmp_path / "videos", whole=True)[0] == [
+        ("v_a.mp4", 1, "train"),
+        ("b.mkv", "0,1", "val"),
+        ("v_c", None, "test"),
+    ]
+
+
+def spans(*arguments, **named):
+    return [(*entry[:2], entry.span) for entry in read_sources(*arguments, **named).entries]
+
+
+def test_actions_of_charades_are_spans_and_keep_their_numbers(tmp_path, write):
+    write("videos/46GP8.mp4")
+    header = "id,subject,scene,actions,length\n"
+    rows = "46GP8,HR43,Kitchen,c092 11.90 21.20;c147 0.00 12.60;c003 0.0 12.6,24.83\nN11GT,7BQ9,Stairs,,18.33\n"
+    source, videos = write("Charades_v1_train.csv", header + rows), tmp_path / "videos"
+    wanted = [("46GP8.mp4", 92, "#t=11.9,21.2"), ("46GP8.mp4", "3,147", "#t=0.0,12.6"), ("N11GT", None, "")]
+    assert spans([source], videos) == wanted
+    assert len(read_sources([source], videos).class_names) == 148
+    assert spans([source], videos, whole=True) == [("46GP8.mp4", "3,92,147", ""), ("N11GT", None, "")]
+    with pytest.raises(ListError, match=r"train.csv:2: expected actions such as 'c092 11.90 21.20', got 'c92 1 2'"):
+        read_sources([write("Charades_train.csv", header + "a,b,c,c92 1 2,3\n")], videos)
+
+
+def test_avas_people_act_around_a_timestamp_and_kinetics_clips_start_later(tmp_path, write):
+    write("videos/-5KQ66BBWC4.mkv")
+    write("videos/abc_000010_000020.mp4")
+    rows = "-5KQ66BBWC4,0902,0.077,0.151,0.283,0.811,80,1\n-5KQ66BBWC4,0902,0.3,0.2,0.5,0.8,9,0\n"
+    rows += "-5KQ66BBWC4,0903,0.3,0.2,0.5,0.8,9,0\nabc,12.5,0.1,0.2,0.3,0.4,1,0\n"
+    source, videos = write("ava_val_v2.2.csv", rows), tmp_path / "videos"
+    assert spans([source], videos) == [
+        ("-5KQ66BBWC4.mkv", "8,79", "#t=901.0,903.0"),
+        ("-5KQ66BBWC4.mkv", 8, "#t=902.0,904.0"),
+        ("abc_000010_000020.mp4", 0, "#t=1.5,3.5"),
+    ]
+    assert {entry.split for entry in read_sources([source], videos).entries} == {"val"}
+    with pytest.raises(ListError, match=r"ava_val.csv:2: expected 'video,second,x1,y1,x2,y2,action,person', got 'a,b"):
+        read_sources([write("ava_val.csv", rows[:46] + "a,b,0,0,0,0,1,1\n")], videos)
+
+
+def test_something_something_has_templates_and_numbers_in_json(tmp_path, write):
+    write("videos/78687.webm")
+    videos = [
+        {"id": "78687", "label": "putting a cup on a table", "template": "Putting [something] on [a table]"},
+        {"id": "2", "template": "Opening [something]"},
+    ]
+    source = write("something-something-v2-validation.json", json.dumps(videos))
+    labels = write("labels.json", json.dumps({"Putting something on a table": "1", "Opening something": "0"}))
+    entries, names = read(source, videos=tmp_path / "videos", labels=labels)
+    assert entries == [("78687.webm", 1, "val"), ("2", 0, "val")]
+    assert names == ["Opening something", "Putting something on a table"]
+    with pytest.raises(ListError, match=r"odd.json: expected an object of class names with their numbers, from 0"):
+        read_sources([source], tmp_path / "videos", labels=write("odd.json", '{"a": "1"}'))
+
+
+def test_folders_of_frames_are_videos(tmp_path, write):
+    for name in ("yoga/a/img_00001.jpg", "yoga/a/img_00002.jpg", "yoga/b.mp4", "yoga/thumb1.jpg", "archery/c/1.png"):
+        write(name)
+    write("archery/c/about.txt")
+    write("archery/pictures/notes/1.txt")
+    write("archery/pictures/5.jpg")  # a folder with a folder in it is no video
+    assert read(tmp_path, videos=tmp_path)[0] == [
+        ("archery/c", 0, "train"),
+        ("yoga/a", 1, "train"),
+        ("yoga/b.mp4", 1, "train"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "label", "span"),
+    [
+        ("a b.mp4 3 1.5 20", "a b.mp4", 3, "#t=1.5,20.0"),
+        ("a b.mp4,3,1.5,20", "a b.mp4", 3, "#t=1.5,20.0"),
+        ("a.mp4,arm wrestling,1,2", "a.mp4", 0, "#t=1.0,2.0"),
+        ("a.mp4#t=1.5,20 3,17", "a.mp4", "3,17", "#t=1.5,20.0"),
+        ("frames/a#t=4 3", "frames/a", 3, "#t=4.0"),
+        ("a.mp4#t=1,2,yoga", "a.mp4", 0, "#t=1.0,2.0"),
+        ("a.mp4 17,3", "a.mp4", "3,17", ""),
+        ("frames/a 17,3", "frames/a", "3,17", ""),
+        ("s3://b/raw/a.mp4 3", "s3://b/raw/a.mp4", 3, ""),
+        ("tar://a.mp4::x.tar#bytes=512,99 3", "tar://a.mp4::x.tar#bytes=512,99", 3, ""),
+    ],
+)
+def test_lines_may_have_a_span_and_several_classes(tmp_path, write, line, path, label, span):
+    assert spans([write("l.csv", line)], tmp_path) == [(path, label, span)]
 
 
 def test_kinetics_json_names_clips(tmp_path, write):
@@ -239,6 +325,7 @@ def test_kinetics_json_names_clips(tmp_path, write):
     ("name", "text", "message"),
     [
         ("nothing.csv", None, r"nothing.csv: No such file"),
+        ("l.csv", "a.mp4 0 7 5\n", r"l.csv:1: expected seconds where the span starts and ends, got '7', '5'"),
         ("l.csv", "", r"l.csv: no video in it"),
         ("l.csv", "a.mp4 0\nb.mp4\n", r"l.csv:2: expected 'path label', got 'b.mp4'"),
         ("l.csv", "a.mp4,0\nb.mp4 1\n", r"l.csv:2: expected 'path,label', got 'b.mp4 1'"),

@@ -134,12 +134,15 @@ def _shards(pattern: str) -> Iterator[str]:
     for shard in stores.expand(pattern):
         for key, group in itertools.groupby(members(shard).items(), lambda item: re.sub(r"\.[^/]*$", "", item[0])):
             found = {name[len(key) + 1 :].lower(): (name, member) for name, member in group}
-            label = found["cls"][1].note.decode() if "cls" in found else "missing"
+            label, spans = found["cls"][1].note.decode() if "cls" in found else "missing", []
             if "json" in found:
                 about = json.loads(found["json"][1].note or b"{}")
-                label = str(about.get("cls", about.get("label", label)))
+                label, spans = str(about.get("cls", about.get("label", label))), about.get("spans", [])
             for name, (start, size, _) in (item for suffix, item in found.items() if suffix not in BESIDE):
-                yield f"tar://{name}::{shard}#bytes={start},{size} {label.strip()}"
+                entry = f"tar://{name}::{shard}#bytes={start},{size}"
+                for first, last, of_span in spans or [(None, None, label.strip())]:
+                    span = "" if first is None else f"#t={first}" if last is None else f"#t={first},{last}"
+                    yield f"{entry}{span} {of_span}"
 
 
 def _rows(name: str) -> Iterator[str]:
@@ -173,22 +176,35 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
         raise ListError(f"{path}: {reason}") from error
 
 
-def video_files(folder: str | os.PathLike[str], *, skip: Collection[tuple[int, int]] = ()) -> Iterator[str]:
-    """Paths, relative to a folder, of the files at any depth below it that may be videos, sorted by name.
+def video_files(
+    folder: str | os.PathLike[str], *, skip: Collection[tuple[int, int]] = (), frames: bool = False
+) -> list[str]:
+    """Paths, relative to a folder or URI, of the files at any depth below it that may be videos, sorted by name.
 
-    Hidden files, files without an extension, text files and pictures are left out. Folders whose (device, inode) are in
-    `skip` are not entered, nor is a link to a folder that contains it. ListError if a folder cannot be read.
+    Hidden files, files without an extension, text files and pictures are left out, except that, with `frames`, a folder
+    of numbered pictures alone is a video. Folders whose (device, inode) are in `skip` are not entered, nor is a link to
+    a folder that contains it. ListError if a folder cannot be read.
     """
+    names = stores.files_below(folder) if is_uri(folder := os.fspath(folder)) else _files(folder, skip)
+    visible = sorted(tuple(name.split("/")) for name in names if not name.startswith(".") and "/." not in name)
+    suffixes = {parts: os.path.splitext(parts[-1])[1].lower() for parts in visible}
+    found = [parts for parts, suffix in suffixes.items() if suffix and suffix not in NOT_VIDEOS]
+    if frames:
+        others = {parts[:-1][:n] for parts in found for n in range(len(parts))} | {()}
+        others |= {parts[:-2][:n] for parts in suffixes for n in range(len(parts) - 1)}
+        kept = (parts for parts, kind in suffixes.items() if kind in PICTURES and re.search(r"\d\.\w+$", parts[-1]))
+        found = sorted({*found, *(parts[:-1] for parts in kept if parts[:-1] not in others)})
+    return ["/".join(parts) for parts in found]
+
+
+def _files(folder: str, skip: Collection[tuple[int, int]]) -> Iterator[str]:
     try:
-        status = os.stat(folder)
-        children = sorted(os.scandir(folder), key=lambda child: child.name)
+        status, children = os.stat(folder), list(os.scandir(folder))
     except OSError as error:
         raise ListError(f"{folder}: {error.strerror}") from error
     here = (status.st_dev, status.st_ino)
     for child in children if here not in skip else ():
-        if child.name.startswith("."):
-            continue
-        if child.is_dir():
-            yield from (f"{child.name}/{path}" for path in video_files(child.path, skip=(*skip, here)))
-        elif (suffix := os.path.splitext(child.name)[1].lower()) and suffix not in NOT_VIDEOS:
+        if child.is_dir() and not child.name.startswith("."):
+            yield from (f"{child.name}/{path}" for path in _files(child.path, (*skip, here)))
+        elif not child.is_dir():
             yield child.name

@@ -28,7 +28,7 @@ ROW = re.compile(r"(hf://.+)[?&]row=(\d+)$")
 WHOLE_BYTES = 16 * 2**20
 PART_BYTES, PARTS_KEPT = 4 * 2**20, 16  # of larger ones
 HEADER_BYTES = 512  # before a member of a tar file
-MOST_NOTE_BYTES = 4096  # of a member that is read on the way: a class, say
+MOST_NOTE_BYTES, NOTES = 2**16, (".cls", ".json", ".txt")  # of members that are read on the way
 CLEANING_SHARE = 0.02  # of its bound, which a process writes into the cache between two looks at its size
 
 
@@ -180,6 +180,17 @@ class AnySource(Source):
         if stat.S_ISCHR(found.st_mode):
             raise DecodeError(name, "a device, not a video file")
         return LocalFile(name, _if_same(known, stores.Stat(found.st_size, found.st_mtime_ns)))
+
+    def version(self, name: str) -> stores.Stat:
+        """What tells the file, the member or the folder of frames that an entry names from its earlier versions."""
+        media = self.find(name) if MEMBER.match(name) or ROW.match(name) or os.path.isdir(name) else None
+        if isinstance(media, Pictures):
+            found = [stores.stat(stores.child(name, file)) for file in media.files]
+            return stores.Stat(sum(one.bytes for one in found), max(one.mtime_ns for one in found))
+        if isinstance(media, Ranges):
+            match = MEMBER.match(name)
+            return stores.Stat(media.size, stores.stat(match["shard"]).mtime_ns if match else 0)
+        return stores.stat(name)
 
     def _remote(self, uri: str, known: IndexedVideo | None) -> Media:
         if known is not None and known.bytes <= WHOLE_BYTES:  # one more byte would tell that it has grown
@@ -352,7 +363,8 @@ def members(shard: str) -> dict[str, Member]:
         with tarfile.open(fileobj=ranges.open(), mode="r:") as tar:
             found = {}
             for entry in filter(tarfile.TarInfo.isfile, tar):
-                note = tar.extractfile(entry) if entry.size <= MOST_NOTE_BYTES else None
+                is_note = entry.size <= MOST_NOTE_BYTES and entry.name.lower().endswith(NOTES)
+                note = tar.extractfile(entry) if is_note else None
                 found[entry.name] = Member(entry.offset_data, entry.size, note.read() if note else b"")
             return found
     except tarfile.TarError as error:

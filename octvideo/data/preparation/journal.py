@@ -10,6 +10,7 @@ from octvideo.errors import PreparationError
 from octvideo.files import appearing
 
 Facts = dict[str, Any]  # what is known of a file, as JSON has it
+COMPLETE = b'\n{"complete": true}\n'  # ends the journal of a part whose files are all done
 IDENTITY = {"path": str, "bytes": int, "mtime_ns": int}  # a file with other values is another file
 
 
@@ -20,7 +21,7 @@ class Journal:
     to the earlier ones.
     """
 
-    def __init__(self, path: Path, options: Facts) -> None:
+    def __init__(self, path: Path, options: Facts, where: str | None = None) -> None:
         self.path, self.options = path, options
         self._known: dict[str, Facts] = {}
         records = []
@@ -31,7 +32,7 @@ class Journal:
         if records and records[0] != options:
             before, now = (", ".join(f"{key} {value}" for key, value in one.items()) for one in (records[0], options))
             changed = f"was prepared with other options ({before}; now {now})"
-            raise PreparationError(f"{path.parent} {changed}: give the same ones, or another folder")
+            raise PreparationError(f"{where or path.parent} {changed}: give the same ones, or another folder")
         for record in records[1:]:
             if all(isinstance(record.get(key), kind) for key, kind in IDENTITY.items()):
                 self._known[record["path"]] = self.known(*(record[key] for key in IDENTITY)) | record
@@ -56,9 +57,13 @@ class Journal:
         # The line before may be torn, by a full disk or a killed run.
         self._file.write(b"\n" + json.dumps(record).encode() + b"\n")
 
-    def write_in_order(self, paths: Sequence[str]) -> None:
-        """Rewrites the journal with a line per file: first these, then files of other sources, sorted by path."""
+    def write_in_order(self, paths: Sequence[str], complete: bool = False) -> None:
+        """Rewrites the journal with a line per file: first these, then files of other sources, sorted by path.
+
+        That of a part says at its end that it is complete.
+        """
         ordered = dict.fromkeys((*paths, *sorted(self._known)))
         lines = [json.dumps(self._known[path], sort_keys=True) for path in ordered if path in self._known]
         with appearing(self.path) as partial:
-            partial.write_text("\n".join([json.dumps(self.options), *lines, ""]), encoding="ascii", newline="\n")
+            text = "\n".join([json.dumps(self.options), *lines, ""])
+            partial.write_bytes(text.encode("ascii") + (COMPLETE if complete else b""))

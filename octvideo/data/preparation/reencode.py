@@ -3,9 +3,10 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import av
@@ -15,9 +16,10 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from octvideo.data.index import SPLICED
+from octvideo.data.pictures_reader import PicturesReader
 from octvideo.data.reader import EARLY_END_SECONDS, Orientation, shown_as, square_pixels
-from octvideo.data.source import LocalFile
-from octvideo.data.stream import decode_all, open_timed
+from octvideo.data.source import LocalFile, Media, Pictures
+from octvideo.data.stream import Timing, decode_all, open_timed
 from octvideo.data.watchdog import still_alive
 from octvideo.errors import DecodeError
 from octvideo.files import appearing, blocks
@@ -48,15 +50,18 @@ class Measurements(NamedTuple):
 
 
 class _Reader:
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, media: Media) -> None:
+        self.media, self.path = media, media.name
         self.frames = self.damaged = self.interlaced = 0
         self.size, self.keyframes = (0, 0), list[float]()  # upright width and height; seconds
         self.last = self.end = self.last_packet = 0.0  # seconds of the last frame, its end, and that of any stream
+        self._open()
+
+    def _open(self) -> None:
         with self._named_errors():
-            self._container, self.stream, self.timing = open_timed(LocalFile(self.path))
+            self._container, self.stream, self.timing = open_timed(self.media)
         self.time_base = cast(Fraction, self.stream.time_base)
-        self.close = self._container.close
+        self.close: Callable[[], None] = self._container.close
 
     def decode(self) -> Iterator[tuple[float, av.VideoFrame]]:
         def see_packet(packet: "av.Packet[Any]") -> None:
@@ -111,10 +116,42 @@ class _Reader:
             after = f" (after {self.frames} frames)" if self.frames else ""
             reason = f"{error.strerror or type(error).__name__}{after}"
             if machine_error(error) is not None:
-                for _ in blocks(self.path):  # raises if the machine is to blame
+                for _ in blocks(self.path) if isinstance(self.media, LocalFile) else ():  # raises if it is to blame
                     still_alive()
                 reason += ", though its bytes can be read"
             raise DecodeError(self.path, reason) from error
+
+
+class _PicturesReader(_Reader):
+    """A folder of frames, each shown as long as the others."""
+
+    media: Pictures
+
+    def _open(self) -> None:
+        self._pictures, rate = PicturesReader(self.media), Fraction(self.media.fps).limit_denominator(1001)
+        self.timing, self.time_base = Timing(rate, len(self.media.files) / float(rate), 0), 1 / rate
+        self.stream = cast(av.VideoStream, SimpleNamespace(sample_aspect_ratio=None))
+        self.close = lambda: None
+
+    def decode(self) -> Iterator[tuple[float, av.VideoFrame]]:
+        for name in self.media.files:
+            still_alive()
+            seconds = float(self.frames * self.time_base)
+            try:
+                image = self._pictures.read(np.array([seconds]), None)[0]
+            except DecodeError as error:
+                raise DecodeError(self.path, f"{name} cannot be read as a picture") from error
+            self.size, self.frames = (image.shape[1], image.shape[0]), self.frames + 1
+            yield seconds, av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24").reformat(format="yuv420p")
+
+    def measurements(self) -> Measurements:
+        kind, seconds = os.path.splitext(self.media.files[0])[1][1:].lower(), float(self.frames * self.time_base)
+        return Measurements(self.frames, float(self.timing.rate), *self.size, kind, seconds, [0.0], "")
+
+
+def _read(video: str | os.PathLike[str] | Media) -> _Reader:
+    media = video if isinstance(video, Media) else LocalFile(os.fspath(video))
+    return _PicturesReader(media) if isinstance(media, Pictures) else _Reader(media)
 
 
 def machine_error(error: av.error.FFmpegError | OSError) -> OSError | None:
@@ -122,15 +159,15 @@ def machine_error(error: av.error.FFmpegError | OSError) -> OSError | None:
     return OSError(error.errno, os.strerror(error.errno)) if error.errno in ENVIRONMENT else None
 
 
-def measure(path: str | os.PathLike[str]) -> Measurements:
+def measure(video: str | os.PathLike[str] | Media) -> Measurements:
     """Decodes a video to its end; DecodeError if it is not one, broken or truncated, OSError if it cannot be read."""
-    with contextlib.closing(_Reader(path)) as reader:
+    with contextlib.closing(_read(video)) as reader:
         for _ in reader.decode():
             pass
         return reader.measurements()
 
 
-def reencode(path: str | os.PathLike[str], output: Path, short_side: int) -> tuple[Measurements, Measurements]:
+def reencode(video: str | os.PathLike[str] | Media, output: Path, short_side: int) -> tuple[Measurements, Measurements]:
     """Re-encodes a video so that random clips of it decode fast; returns the measurements of both files.
 
     The output is an mp4 file of H.264 with a key frame at least every 32 frames, without sound: all frames at their
@@ -140,7 +177,7 @@ def reencode(path: str | os.PathLike[str], output: Path, short_side: int) -> tup
 
     Raises DecodeError for a video that is broken, truncated or cannot be encoded; OSError if the disk is full, or so.
     """
-    with contextlib.closing(_Reader(path)) as reader, appearing(output) as partial:
+    with contextlib.closing(_read(video)) as reader, appearing(output) as partial:
         flags = {"movflags": "+faststart", "fflags": "+bitexact"}
         try:
             with av.open(os.fspath(partial), "w", format="mp4", options=flags) as container:
