@@ -5,6 +5,7 @@ three: FileNotFoundError, for what is not there; PermissionError; and StoreError
 that it does not answer, or that there are no credentials.
 """
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -16,6 +17,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +65,8 @@ class Stat(NamedTuple):
 
 
 HERE = object()
+MOST_AHEAD = 4  # requests that nobody has asked for yet
+_ahead: "dict[tuple[str, int | None, int | None], Future[bytes]]" = {}
 _traffic = Traffic()
 _answered: set[str] = set()  # stores; processes that this one starts know them, too
 
@@ -186,11 +190,28 @@ def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     wanted = None if end is None else end - (start or 0)
     if wanted == 0:
         return b""
-    content: bytes = _request(uri, "cat_file", HERE, start=start, end=end, size=wanted or 0)
+    content: bytes | None = None
+    if (asked := _ahead.pop((uri, start, end), None)) is not None:
+        began = time.monotonic()
+        with contextlib.suppress(Exception):  # the request below says what is wrong, or is not
+            content = asked.result(TIMEOUT_SECONDS)
+        asked.cancel()
+        _count(Traffic(store_of(uri), 1, int(content is None), 0, time.monotonic() - began))
+    if content is None:
+        content = _request(uri, "cat_file", HERE, start=start, end=end, size=wanted or 0)
     if wanted is not None and len(content) > wanted:  # a web server that does not know ranges
         content = content[start:end]
     _count(Traffic(bytes=len(content)))
     return content
+
+
+def read_ahead(uri: str, start: int, end: int) -> None:
+    """Starts a request, so that a `read` of the same bytes finds it done or under way; does nothing if it cannot."""
+    with contextlib.suppress(OSError, UserError):
+        system, path = _file_system(uri)
+        if isinstance(system, AsyncFileSystem) and len(_ahead) < MOST_AHEAD:
+            asked = system._cat_file(path, start=start, end=end)
+            _ahead[uri, start, end] = asyncio.run_coroutine_threadsafe(asked, system.loop)
 
 
 def stat(path: str | os.PathLike[str]) -> Stat:

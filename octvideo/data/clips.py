@@ -1,6 +1,6 @@
 """Data sets: random clips of videos for training, evenly spread views for testing."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from octvideo.data.index import VideoIndex
+from octvideo.data.index import IndexedVideo, VideoIndex
 from octvideo.data.lists import VideoList
 from octvideo.data.multigrid import ClipShape
 from octvideo.data.reader import Backend, Image
@@ -65,9 +65,34 @@ class Decoding(NamedTuple):
 
     def open(self, index: int) -> Video:
         """Opens a video of the list, with what is known of it."""
-        indexed = self.known is not None and self.rows is not None and self.rows[index] >= 0
-        known = self.known[int(self.rows[index])] if indexed else None  # type: ignore[index]
-        return Video(self.videos.paths[index], self.backend, known=known, source=self.source)
+        return Video(self.videos.paths[index], self.backend, known=self._known(index), source=self.source)
+
+    def expect(self, index: int) -> None:
+        """Tells the source which video comes next."""
+        if self.source is not None and index != NO_VIDEO:
+            self.source.expect(self.videos.paths[index], self._known(index))
+
+    def _known(self, index: int) -> IndexedVideo | None:
+        if self.known is None or self.rows is None or self.rows[index] < 0:
+            return None
+        return self.known[int(self.rows[index])]
+
+
+class Clips(Dataset[Sample]):
+    """A data set of draws, which knows in a batch which video comes next."""
+
+    decoding: Decoding
+
+    def make(self, draw: Draw, following: int) -> Sample:
+        """The sample of a draw, after which one of the video `following` comes, or NO_VIDEO."""
+        raise NotImplementedError
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        return self.make(draw, NO_VIDEO)
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[Sample]:
+        following = [*(draw.video for draw in draws[1:]), NO_VIDEO]
+        return [self.make(draw, video) for draw, video in zip(draws, following, strict=True)]
 
 
 def clips_of(video: Video, frame_numbers: NDArray[np.int64], short_side: int) -> list[list[Image]]:
@@ -80,7 +105,7 @@ def clips_of(video: Video, frame_numbers: NDArray[np.int64], short_side: int) ->
 
 
 @dataclass(eq=False)
-class TrainingClips(Dataset[Sample]):
+class TrainingClips(Clips):
     """Random clips: start, short side and crop are random, half are mirrored, and bad videos are named and replaced.
 
     The num_clips of a video come from one pass of decoding (repeated augmentation, Hoffer et al., CVPR 2020).
@@ -96,14 +121,14 @@ class TrainingClips(Dataset[Sample]):
     def __post_init__(self) -> None:
         self._read_clips = Watchdog(self._clips, self.decoding.timeout_seconds)
 
-    def __getitem__(self, draw: Draw) -> Sample:
+    def make(self, draw: Draw, following: int) -> Sample:
         """Clips (num_clips, C, T, H, W), of the draw's shape if it has one; DecodeError after 10 bad videos."""
         videos, video = self.decoding.videos, draw.video
         bad: list[BadVideo] = []
         for attempt in range(REPLACEMENTS):
             path, seed = videos.paths[video], (self.seed, draw.epoch, draw.position, attempt)
             try:
-                clips, traffic = self._read_clips((video, seed, draw.shape or self.shape))
+                clips, traffic = self._read_clips((video, seed, draw.shape or self.shape, following))
                 return Sample(torch.from_numpy(clips), videos.labels[video], path, bad, draw, traffic)
             except (DecodeError, HungError) as error:
                 bad.append(BadVideo(path, error.reason))
@@ -111,11 +136,12 @@ class TrainingClips(Dataset[Sample]):
         reason = f"{bad[-1].reason} (and the {REPLACEMENTS - 1} videos tried before it cannot be decoded either)"
         raise DecodeError(path, reason)
 
-    def _clips(self, job: tuple[int, tuple[int, ...], ClipShape]) -> tuple[NDArray[np.uint8], Traffic]:
-        index, seed, shape = job
+    def _clips(self, job: tuple[int, tuple[int, ...], ClipShape, int]) -> tuple[NDArray[np.uint8], Traffic]:
+        index, seed, shape, following = job
         rng, (least, most), size = np.random.default_rng(seed), shape.short_side, shape.crop_size
         sampling = replace(self.decoding.sampling, clip_frames=shape.clip_frames, frame_stride=shape.frame_stride)
         with self.decoding.open(index) as video:
+            self.decoding.expect(following)
             numbers = sampling.train_clips(video.num_frames, video.fps, self.num_clips, rng)
             clips = clips_of(video, numbers, int(rng.integers(least, most + 1)))
         height, width, _ = clips[0][0].shape
@@ -125,7 +151,7 @@ class TrainingClips(Dataset[Sample]):
 
 
 @dataclass(eq=False)
-class TestViews(Dataset[Sample]):
+class TestViews(Clips):
     """All views of each video: the protocol's test clips, times crops spread evenly along the longer side.
 
     A single clip is the centre clip. Bad videos are named, never replaced. With shuffle_frames each clip's frames are
@@ -145,22 +171,24 @@ class TestViews(Dataset[Sample]):
     def __post_init__(self) -> None:
         self._read_clips = Watchdog(self._clips, self.decoding.timeout_seconds)
 
-    def __getitem__(self, draw: Draw) -> Sample:
+    def make(self, draw: Draw, following: int) -> Sample:
         """All clips (num_clips * num_crops, C, T, H, W) of a video, or None and the reason."""
         if draw.video == NO_VIDEO:
             return Sample(None, np.int64(0), "", [], draw)
         path, label = self.decoding.videos.paths[draw.video], self.decoding.videos.labels[draw.video]
         try:
-            clips, traffic = self._read_clips(draw.video)
+            clips, traffic = self._read_clips((draw.video, following))
         except (DecodeError, HungError) as error:
             return Sample(None, label, path, [BadVideo(path, error.reason)], draw)
         crops = even_crops(clips.shape[2], clips.shape[3], self.crop_size, self.num_crops)
         views = [cut(clip, crop, self.crop_size) for clip in clips for crop in crops]
         return Sample(torch.from_numpy(np.stack(views)), label, path, [], draw, traffic)
 
-    def _clips(self, index: int) -> tuple[NDArray[np.uint8], Traffic]:
+    def _clips(self, job: tuple[int, int]) -> tuple[NDArray[np.uint8], Traffic]:
         """The clips (num_clips, T, H, W, C) of a video, not yet cropped."""
+        index, following = job
         with self.decoding.open(index) as video:
+            self.decoding.expect(following)
             numbers = self.decoding.sampling.test_clips(video.num_frames, video.fps, self.num_clips)
             if self.shuffle_frames:
                 numbers = np.random.default_rng((self.seed, index)).permuted(numbers, axis=1)

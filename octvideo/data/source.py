@@ -138,6 +138,9 @@ class Source(ABC):
         Raises FileNotFoundError or DecodeError for a bad entry, and StoreError where the source cannot be used at all.
         """
 
+    def expect(self, name: str, known: IndexedVideo | None = None) -> None:  # noqa: B027
+        """Told which entry will be asked for next, so that reading it can begin."""
+
     def check(self, name: str) -> None:  # noqa: B027
         """Raises StoreError, soon, where what holds an entry cannot be used; called once before a run starts."""
 
@@ -180,6 +183,19 @@ class AnySource(Source):
         if stat.S_ISCHR(found.st_mode):
             raise DecodeError(name, "a device, not a video file")
         return LocalFile(name, _if_same(known, stores.Stat(found.st_size, found.st_mtime_ns)))
+
+    def expect(self, name: str, known: IndexedVideo | None = None) -> None:
+        name = SPAN.sub("", name)
+        if (match := MEMBER.match(name)) is not None and match["start"] and int(match["size"]) <= WHOLE_BYTES:
+            start = int(match["start"])
+            uri, start, end = match["shard"], start - HEADER_BYTES, start + int(match["size"])
+        elif match is None and known is not None and known.bytes <= WHOLE_BYTES:
+            uri, start, end = name, 0, known.bytes + 1
+        else:
+            return
+        kept = self._cache is not None and self._cache.has(uri if match is None else (uri, start, end))
+        if is_uri(uri) and not kept:
+            stores.read_ahead(uri, start, end)
 
     def version(self, name: str) -> stores.Stat:
         """What tells the file, the member or the folder of frames that an entry names from its earlier versions."""
@@ -269,6 +285,10 @@ class Cache:
         except OSError:
             return None
         return content if len(content) == size else None
+
+    def has(self, key: object) -> bool:
+        """Whether something was put there."""
+        return self._path(key).exists()
 
     def put(self, key: object, content: bytes) -> None:
         """Keeps bytes, and makes room for them; a full disk keeps nothing."""
