@@ -156,8 +156,8 @@ class Live(Reader):
                 return None
             (seconds, stamp, arrival, _), times = self._kept[-1], self._times()
             images = self.read(times, size)
-            due = seconds if self._due == -math.inf else self._due
-            self._due = max(due + every_seconds, seconds + 2 * ROUNDING_SECONDS)
+            self._due += every_seconds
+            self._due = self._due if self._due > seconds + ROUNDING_SECONDS else seconds + every_seconds
             self._unseen_from = max(seconds, self._due - self._length() / self.fps) + ROUNDING_SECONDS
         height, width, _ = images[0].shape
         return Window(cut(images, even_crops(height, width, size, 1)[0], size), times, seconds, stamp, arrival)
