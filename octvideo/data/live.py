@@ -1,6 +1,7 @@
 """Live video: the newest clip of a camera, a network stream or a pipe, in bounded memory."""
 
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -250,6 +251,7 @@ class Live(Reader):
             if not self.lost:
                 log.warning("%s is lost: %s; trying for %.0f s to reach it again", self.path, reason, remaining)
             self.lost = reason
+            gc.collect()  # PyAV's container and streams refer to each other, and keep the decoder's memory
             self._stopped.wait(min(retry, remaining))
             retry = min(2 * retry, RETRY_SECONDS[1])
 
