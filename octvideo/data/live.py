@@ -207,10 +207,6 @@ class Live(Reader):
                 self.dropped += self._kept.popleft().seconds >= self._unseen_from
             self._changed.notify_all()
 
-    def _forget(self) -> None:
-        with self._changed:
-            self._kept.clear()
-
     def _run(self) -> None:
         try:
             self._receive()
@@ -281,9 +277,10 @@ class Live(Reader):
                     before, stamp = stamp, None if guessed else frame.pts
                     gap = 0.0 if before is None or stamp is None else (stamp - before) * base
                     if first or not 0 <= gap <= JUMP_SECONDS:
-                        self._forget()
+                        with self._changed:
+                            self._kept.clear()
                     if not 0 < gap <= JUMP_SECONDS:
-                        gap = 1 / self._stated if self._paced else arrival - self._arrived
+                        gap = 1 / self._stated if self._paced and not first else arrival - self._arrived
                     self.seconds += max(gap, 2 * ROUNDING_SECONDS) if self.frames_decoded else 0.0
                     self._arrived, self.frames_decoded, first = arrival, self.frames_decoded + 1, False
                     yield self.seconds, None if stamp is None else stamp * base, arrival, frame, shown_as(frame, stream)
