@@ -212,13 +212,17 @@ def test_a_server_that_was_killed_is_found_again(loop):
 
 
 def test_a_server_that_falls_silent_is_lost(silent):
+    gc.collect()
+    gc.disable()
     live = Live(silent, HOW, silence_seconds=0.3, reconnect_seconds=60)
     for window in windows(live, 0.2):
         assert window.clip.shape == (3, 4, 32, 32)
         if live.reconnects == 3:
             break
     assert live.received > 90
-    assert sum(type(one) is av.VideoStream for one in gc.get_objects()) <= 2  # those of lost connections are freed
+    kept = sum(type(one) is av.VideoFrame for one in gc.get_objects())
+    gc.enable()
+    assert kept < live.received / 2  # so memory does not depend on when the garbage collector runs
 
 
 def test_a_source_that_does_not_come_back_is_an_error(loop):

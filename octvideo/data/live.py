@@ -1,7 +1,6 @@
 """Live video: the newest clip of a camera, a network stream or a pipe, in bounded memory."""
 
 import contextlib
-import gc
 import logging
 import math
 import os
@@ -247,7 +246,6 @@ class Live(Reader):
             if not self.lost:
                 log.warning("%s is lost: %s; trying for %.0f s to reach it again", self.path, reason, remaining)
             self.lost = reason
-            gc.collect()  # PyAV's container and streams refer to each other, and keep the decoder's memory
             self._stopped.wait(min(retry, remaining))
             retry = min(2 * retry, RETRY_SECONDS[1])
 
@@ -266,7 +264,7 @@ class Live(Reader):
         with container:
             base, guessed = float(stream.time_base or Fraction(1)), has_guessed_times(container, stream)
             self._stated = float(stream.average_rate or stream.guessed_rate or self._stated)
-            stamp, first = None, True
+            stamp, first, shown = None, True, (Orientation(), 1.0)
             for arrival, packet in self._packets(container, stream):
                 try:
                     frames = packet.decode()
@@ -283,7 +281,9 @@ class Live(Reader):
                         gap = 1 / self._stated if self._paced and not first else arrival - self._arrived
                     self.seconds += max(gap, 2 * ROUNDING_SECONDS) if self.frames_decoded else 0.0
                     self._arrived, self.frames_decoded, first = arrival, self.frames_decoded + 1, False
-                    yield self.seconds, None if stamp is None else stamp * base, arrival, frame, shown_as(frame, stream)
+                    if frame.key_frame:  # a frame that was asked for its side data lives on until gc finds it
+                        shown = shown_as(frame, stream)
+                    yield self.seconds, None if stamp is None else stamp * base, arrival, frame, shown
 
     def _packets(self, container: InputContainer, stream: av.VideoStream) -> Iterator[tuple[float, Packet]]:
         """The packets to decode, and when they arrived, which for a file's is when they are due.
