@@ -188,6 +188,7 @@ def test_clips_do_not_mix_sizes_or_reach_across_a_jump_of_the_clock(transport, t
     assert all((np.diff(numbers) > 0).all() for numbers in shown)
     assert {window.clip.shape for window in found} == {(3, 4, 32, 32)}
     assert {int(window.seconds) for window in found} == {0, 1, 2}
+    assert live._kept[-1].image.shape == (64, 32, 3)  # not stretched to the shape of the first frames
 
 
 def test_a_server_that_was_killed_is_found_again(loop):
