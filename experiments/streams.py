@@ -11,6 +11,7 @@ killed, and comes back after --outage seconds. Measured, on the clock of this ma
 A frame's timestamp says when it was due at the server, so that the lag needs no trust in the command.
 """
 
+import argparse
 import itertools
 import json
 import multiprocessing
@@ -157,8 +158,9 @@ def summary(records: Sequence[dict[str, Any]], memory: Sequence[dict[str, float]
     return found | {"memory_most_mb": round(max(sizes), 1)}
 
 
-def measure(arguments: Any, port: int, console: Console) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Runs server and command, and returns all that was seen."""
+    port = arguments.port
     server, seconds = Server(port, loop_of_movements(arguments.size)), 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as folder:
         steps = Path(folder, "steps.jsonl")
@@ -212,8 +214,8 @@ def measure(arguments: Any, port: int, console: Console) -> dict[str, Any]:
     return found | {"steps": [list(pair) for pair in zip(moments, lags, strict=True)], "memory": memory[::10]}
 
 
-def main() -> None:
-    """The script."""
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="checkpoint of the quickstart")
@@ -224,10 +226,14 @@ def main() -> None:
     add("--port", type=number, default=8765, help="default: 8765")
     add("--save-video", action="store_true", help="have the command write segments too")
     add("--json", metavar="FILE", type=Path, help="file for all that was measured")
-    arguments = parser.parse_args()
-    console = Console(highlight=False)
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    """The script."""
+    arguments, console = parse(), Console(highlight=False)
     with one_line_errors():
-        found = measure(arguments, arguments.port, console)
+        found = measure(arguments, console)
         table = Table("", "whole", "first minute", "last minute", "before the outage", "after it")
         for row in found["whole"]:
             names = ("whole", "first_minute", "last_minute", "before_outage", "after_outage")

@@ -10,6 +10,7 @@ make the work small (SMALL). What stands in for what a reader has:
 - a sweep: its last alpha with one seed, each training of one step, in forks of it; a study: likewise, one trial
 - sbatch: the script in bash, with an srun that notes its command, which then runs as Slurm's only task
 - the Hugging Face hub: nothing; commands for it are not run
+- live video: a file in its place; for cameras and addresses, options are parsed, no more
 - make: `make -n`; pip: a look at what is installed, and at the extras of pyproject.toml
 
 A `text` block right behind a `python` block is what that block prints; others are no code. A `yaml` block is mine.yaml.
@@ -46,9 +47,9 @@ from pytorchvideo.models import resnet
 from torch.distributed.run import get_args_parser
 
 import octvideo
-from experiments import real_weights, serving, speed
+from experiments import real_weights, serving, speed, streams
 from octvideo import MODELS, create_model
-from octvideo.commands import runs
+from octvideo.commands import runs, stream
 from octvideo.models.choose_alpha import choose_alpha
 from octvideo.training.recognizer import Recognizer
 
@@ -190,8 +191,11 @@ class Reader:
         if name == "speed.py" and {"--compile", "--suite"} & set(options):
             (gpu_suite if "--suite" in options else speed).parse(options)
             return None
-        if name in ("real_weights.py", "serving.py"):
-            {"real_weights.py": real_weights, "serving.py": serving}[name].parse(options)
+        if name in ("real_weights.py", "serving.py", "streams.py"):
+            {"real_weights.py": real_weights, "serving.py": serving, "streams.py": streams}[name].parse(options)
+            return None
+        if name == "predict.py" and "--stream" in options and not Path(options[0]).exists():
+            stream.parse(options)
             return None
         if name == "push.py" and "--hub" in options:  # tests/test_push.py has a stand-in for it
             return None
@@ -224,7 +228,7 @@ class Reader:
         if name == "tune.py":
             searched = {f"--{word.split('=')[0]}" for word in options}
             return ["--trials=1", *(word for word in SMALL["train_net.py"] if word.split("=")[0] not in searched)]
-        small = SMALL[name]
+        small = [] if "--stream" in options else SMALL[name]
         if name == "export.py" and "--free" not in given:  # tests/test_export.py has all that are free
             small = [*small, "--free=batch"]
         if name == "prepare_data.py":

@@ -59,7 +59,7 @@ def test_python_m_is_the_same_and_errors_name_the_command():
 
 def test_every_command_has_a_module_and_a_script_of_a_few_lines():
     commands = {path.stem for path in (ROOT / "octvideo" / "commands").glob("*.py")}
-    assert set(COMMANDS) == commands - {"__init__", "main", "options", "command_line", "runs"}
+    assert set(COMMANDS) == commands - {"__init__", "main", "options", "command_line", "runs", "stream"}
     assert {path.stem for path in (ROOT / "tools").glob("*.py")} == set(SCRIPTS)
     for script, command in SCRIPTS.items():
         lines = (ROOT / "tools" / f"{script}.py").read_text().splitlines()

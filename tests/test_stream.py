@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import http.server
 import io
 import json
@@ -187,6 +188,7 @@ def test_clips_do_not_mix_sizes_or_reach_across_a_jump_of_the_clock(transport, t
     assert all((np.diff(numbers) > 0).all() for numbers in shown)
     assert {window.clip.shape for window in found} == {(3, 4, 32, 32)}
     assert {int(window.seconds) for window in found} == {0, 1, 2}
+    assert live._kept[-1].image.shape == (64, 32, 3)  # not stretched to the shape of the first frames
 
 
 def test_a_server_that_was_killed_is_found_again(loop):
@@ -211,12 +213,17 @@ def test_a_server_that_was_killed_is_found_again(loop):
 
 
 def test_a_server_that_falls_silent_is_lost(silent):
-    live = Live(silent, HOW, silence_seconds=0.5, reconnect_seconds=60)
+    gc.collect()
+    gc.disable()
+    live = Live(silent, HOW, silence_seconds=0.3, reconnect_seconds=60)
     for window in windows(live, 0.2):
-        if live.reconnects == 2:
-            assert window.clip.shape == (3, 4, 32, 32)
+        assert window.clip.shape == (3, 4, 32, 32)
+        if live.reconnects == 3:
             break
-    assert live.received > 60
+    assert live.received > 90
+    kept = sum(type(one) is av.VideoFrame for one in gc.get_objects())
+    gc.enable()
+    assert kept < live.received / 2  # so memory does not depend on when the garbage collector runs
 
 
 def test_a_source_that_does_not_come_back_is_an_error(loop):

@@ -10,7 +10,7 @@ COMMANDS = {
     "prepare": "check, re-encode, list and index the videos of a data set",
     "train": "train a network from a YAML recipe, or resume a run",
     "test": "test a checkpoint on many views of each video",
-    "predict": "predict the classes of videos, folders and lists",
+    "predict": "predict the classes of videos, folders and lists, or of live video",
     "features": "write embeddings of videos, to search or cluster them",
     "report": "write one HTML page about one or several runs",
     "cost": "multiply-adds, bytes, kernels and time at several alphas",

@@ -24,6 +24,7 @@ Exit status: 0 if the stream ended or was ended; 1 if it was lost for good; 2 fo
 that could not be read from the start, or results that cannot be written; 130 after a second Ctrl-C.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -85,7 +86,7 @@ def ended_by_signals(stream: Stream) -> Iterator[None]:
             signal.signal(name, handler)
 
 
-def follow(arguments: Any, written: IO[str] | None, said: IO[str]) -> int:
+def follow(arguments: argparse.Namespace, written: IO[str] | None, said: IO[str]) -> int:
     device, trained = device_of(arguments.device), load_trained(arguments.ckpt, arguments.alpha)
     compile_network(trained.network, arguments.compile)
     segments = None if arguments.save_video is None else Segments(arguments.save_video, arguments.segment)
@@ -123,7 +124,7 @@ def follow(arguments: Any, written: IO[str] | None, said: IO[str]) -> int:
     return int(lost is not None)
 
 
-def main(words: list[str]) -> int:
+def parse(words: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="number of a camera, address, - or file")
@@ -143,6 +144,11 @@ def main(words: list[str]) -> int:
     arguments, others = parser.parse_known_args(words)
     if others:
         fail(f"--stream takes one source and no {' '.join(others)}; see octvideo predict --stream --help")
+    return arguments
+
+
+def main(words: list[str]) -> int:
+    arguments = parse(words)
     with contextlib.ExitStack() as stack, one_line_errors():
         written = sys.stdout if arguments.json == "-" else None
         if isinstance(arguments.json, Path):

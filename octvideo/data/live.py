@@ -157,8 +157,8 @@ class Live(Reader):
                 return None
             (seconds, stamp, arrival, _), times = self._kept[-1], self._times()
             images = self.read(times, size)
-            due = seconds if self._due == -math.inf else self._due
-            self._due = max(due + every_seconds, seconds + 2 * ROUNDING_SECONDS)
+            self._due += every_seconds
+            self._due = self._due if self._due > seconds + ROUNDING_SECONDS else seconds + every_seconds
             self._unseen_from = max(seconds, self._due - self._length() / self.fps) + ROUNDING_SECONDS
         height, width, _ = images[0].shape
         return Window(cut(images, even_crops(height, width, size, 1)[0], size), times, seconds, stamp, arrival)
@@ -206,10 +206,6 @@ class Live(Reader):
             while len(self._kept) > 1 and self._kept[1].seconds <= start:
                 self.dropped += self._kept.popleft().seconds >= self._unseen_from
             self._changed.notify_all()
-
-    def _forget(self) -> None:
-        with self._changed:
-            self._kept.clear()
 
     def _run(self) -> None:
         try:
@@ -269,7 +265,7 @@ class Live(Reader):
         with container:
             base, guessed = float(stream.time_base or Fraction(1)), has_guessed_times(container, stream)
             self._stated = float(stream.average_rate or stream.guessed_rate or self._stated)
-            stamp, first = None, True
+            stamp, first, shown = None, True, (Orientation(), 1.0)
             for arrival, packet in self._packets(container, stream):
                 try:
                     frames = packet.decode()
@@ -280,12 +276,15 @@ class Live(Reader):
                     before, stamp = stamp, None if guessed else frame.pts
                     gap = 0.0 if before is None or stamp is None else (stamp - before) * base
                     if first or not 0 <= gap <= JUMP_SECONDS:
-                        self._forget()
+                        with self._changed:
+                            self._kept.clear()
                     if not 0 < gap <= JUMP_SECONDS:
-                        gap = 1 / self._stated if self._paced else arrival - self._arrived
+                        gap = 1 / self._stated if self._paced and not first else arrival - self._arrived
                     self.seconds += max(gap, 2 * ROUNDING_SECONDS) if self.frames_decoded else 0.0
                     self._arrived, self.frames_decoded, first = arrival, self.frames_decoded + 1, False
-                    yield self.seconds, None if stamp is None else stamp * base, arrival, frame, shown_as(frame, stream)
+                    if frame.key_frame:  # a frame that was asked for its side data lives on until gc finds it
+                        shown = shown_as(frame, stream)
+                    yield self.seconds, None if stamp is None else stamp * base, arrival, frame, shown
 
     def _packets(self, container: InputContainer, stream: av.VideoStream) -> Iterator[tuple[float, Packet]]:
         """The packets to decode, and when they arrived, which for a file's is when they are due.
