@@ -87,9 +87,11 @@ def tasks(
             yield key, task.result()
         elif task.status == "error":
             yield key, {"status": "bad", "reason": _one_line(task.exception()), "failed": True}
-        else:
+        elif task.status == "cancelled":
             raise PreparationError("the cluster's scheduler is gone: the same command continues")
-        task.release()
+        else:  # its result was lost with a worker, and is being found again
+            keys[task] = key
+            running.add(task)
 
 
 def _one_line(error: BaseException) -> str:
