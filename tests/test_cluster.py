@@ -3,15 +3,20 @@
 import os
 import shutil
 import signal
+import subprocess
 
 import pytest
+import yaml
+from conftest import ROOT
 from test_prepare import content, refuse_to_work, run, statuses, write_noise
 
+from octvideo.commands import prepare as command
 from octvideo.data import source
 from octvideo.data.index import VideoIndex
 from octvideo.data.lists import read_list, rooted
 from octvideo.data.preparation import work
 from octvideo.data.preparation.cluster import tasks
+from octvideo.data.preparation.sources import Catalogue
 from octvideo.data.video import Video
 from octvideo.errors import PreparationError, UserError
 
@@ -180,3 +185,27 @@ def test_schedulers_that_cannot_be_used_are_an_error_of_one_line(videos, tmp_pat
     monkeypatch.setattr("octvideo.data.preparation.cluster.CONNECT_SECONDS", 1.0)
     with pytest.raises(UserError, match=message):
         run(videos, tmp_path / "out", scheduler=scheduler)
+
+
+def test_the_examples_for_clusters_give_options_that_there_are(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "read_sources", lambda *sources, **named: seen.append(sources) or Catalogue([], []))
+    monkeypatch.setattr(command, "prepare", lambda *given, **named: seen.append((named["part"], named["merge"])) or [])
+    for task, how in (("3", ((3, 64), False)), ("0", (None, True))):
+        slurm = {"SLURM_ARRAY_TASK_ID": task, "SLURM_CPUS_PER_TASK": "2", "PYTHON": "echo"}
+        line = ["bash", ROOT / "tools" / "slurm_prepare.sbatch", tmp_path, "--output", tmp_path / "out"]
+        printed = subprocess.run(line, env=os.environ | slurm, capture_output=True, text=True, check=True).stdout
+        script, *words = printed.split()
+        assert script == "tools/prepare_data.py"
+        assert command.main(words) == 0
+        assert seen[-1] == how
+    monkeypatch.setattr(command, "exists", lambda path: False)
+    jobs = list(yaml.safe_load_all((ROOT / "tools" / "kubernetes_prepare.yaml").read_text()))
+    for job, how in zip(jobs, [((8, 64), False), (None, True)], strict=True):
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        arguments = container["args"][0].replace("octvideo prepare", "echo", 1)
+        environment = os.environ | {"JOB_COMPLETION_INDEX": "7"}
+        line = [*container["command"], arguments]
+        printed = subprocess.run(line, env=environment, capture_output=True, text=True, check=True).stdout
+        assert command.main(printed.split()) == 0
+        assert seen[-1] == how
