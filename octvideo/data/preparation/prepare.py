@@ -104,10 +104,10 @@ def prepare(
         work.source.check(path)
     if short_side is not None:
         written, base = _real(stores.child(output, "videos")), _real(videos)
-        inside = (path for path in paths if f"{written}/" in (full := rooted(base, path)) + os.path.normpath(full))
-        for path in inside:
-            cure = f"but {path} is there: give another output folder"
-            raise PreparationError(f"{written} is for re-encoded videos, {cure}")
+        for path in paths:
+            if (full if is_uri(full := rooted(base, path)) else os.path.normpath(full)).startswith(f"{written}/"):
+                cure = f"but {path} is there: give another output folder"
+                raise PreparationError(f"{written} is for re-encoded videos, {cure}")
     folder = Path(output)
     if is_uri(output):
         folder = stores.cache_folder() / "prepared" / hashlib.sha256(output.encode()).hexdigest()[:16]
@@ -139,18 +139,17 @@ def prepare(
         _clean(folder, short_side is not None)  # what killed decoders left, and the reserve
         names = _write_results(folder, catalogue, outcomes, run.in_shards, short_side is not None or is_uri(videos))
         journal.write_in_order([*paths, *(shard.path for shard in run.shards)])
-        if is_uri(output):
-            for result in names:
-                if (folder / result).exists():
-                    stores.put(folder / result, stores.child(output, result))
-                else:
-                    stores.remove(stores.child(output, result))
-            run.save()
+        for result in names if is_uri(output) else ():
+            if (folder / result).exists():
+                stores.put(folder / result, stores.child(output, result))
+            else:
+                stores.remove(stores.child(output, result))
+        run.save()
         run.remove_other_shards()
         for left in parts:
             _remove(stores.child(output, left))
-            (folder / left).unlink(missing_ok=True)
-            (folder / f".{left.removeprefix('journal.').removesuffix('.jsonl')}.lock").unlink(missing_ok=True)
+            for local in (left, f".{left.removeprefix('journal.').removesuffix('.jsonl')}.lock"):
+                (folder / local).unlink(missing_ok=True)
     return outcomes
 
 
@@ -197,8 +196,8 @@ def _join_parts(output: str, folder: Path, journal: Path, options: Facts) -> lis
         content = stores.read(path) if is_uri(path) else Path(path).read_bytes()
         if content.endswith(COMPLETE):
             contents[name] = content
-        if json.loads(content.split(b"\n")[0] or content.split(b"\n")[1]) != options:
-            raise PreparationError(f"{path}: this part was prepared with other options")
+            if json.loads(content.partition(b"\n")[0]) != options:
+                raise PreparationError(f"{path}: this part was prepared with other options")
     every = {f"journal.part-{number}-of-{counts[0]}.jsonl": number for number in range(1, counts[0] + 1)}
     if missing := [f"--part {number}/{counts[0]}" for name, number in every.items() if name not in contents]:
         raise PreparationError(f"{output}: some parts are missing or not complete, run {', '.join(missing)}")
