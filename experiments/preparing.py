@@ -73,7 +73,7 @@ def main(words: list[str]) -> None:
         catalogue = read_sources([folder], folder)
         options = {"timeout_seconds": given.timeout, "size": given.size, "shard_bytes": 10**6}
         print(f"one process: {(one := run(catalogue, folder, Path(root, 'one'), None, 0, **options))}")
-        quiet: dict[str, Any] = {"dashboard_address": None, "silence_logs": 50}
+        quiet: dict[str, Any] = {"dashboard_address": "127.0.0.1:0", "silence_logs": 50}
         with distributed.LocalCluster(n_workers=given.workers, threads_per_worker=1, **quiet) as cluster:
             options["scheduler"] = cluster.scheduler_address
             many = run(catalogue, folder, Path(root, "many"), cluster, given.kill, **options)

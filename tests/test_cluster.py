@@ -15,7 +15,7 @@ from octvideo.data import source
 from octvideo.data.index import VideoIndex
 from octvideo.data.lists import read_list, rooted
 from octvideo.data.preparation import work
-from octvideo.data.preparation.cluster import tasks
+from octvideo.data.preparation.cluster import tasks, workers_of
 from octvideo.data.preparation.sources import Catalogue
 from octvideo.data.video import Video
 from octvideo.errors import PreparationError, UserError
@@ -122,7 +122,9 @@ def test_right_shards_are_kept_and_others_removed(videos, tmp_path, monkeypatch)
 def cluster():
     """Two workers of dask."""
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as made:
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50
+    ) as made:
         yield made
 
 
@@ -170,6 +172,21 @@ def test_a_hung_video_costs_its_timeout_once(tmp_path, cluster):
     assert found["yoga/pipe.mp4"][1:3] == ("bad", "no result within 1 s: the decoder was killed")
     assert not found["yoga/pipe.mp4"].failed
     assert list(statuses(outcomes).values()).count("ok") == 3
+
+
+def test_a_scheduler_that_is_gone_ends_the_run_with_one_line(monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr("octvideo.data.preparation.cluster.CONNECT_SECONDS", 1.0)
+    options = {"n_workers": 1, "threads_per_worker": 1, "protocol": "tcp", "dashboard_address": "127.0.0.1:0"}
+    with (
+        distributed.LocalCluster(processes=False, silence_logs=50, **options) as made,
+        workers_of(made.scheduler_address, 1, 60.0) as at_work,
+    ):
+        found = at_work(Deadly().check, [(str(number), number) for number in range(100)])
+        assert next(found)[1] == {"status": "ok"}
+        made.close()
+        with pytest.raises(PreparationError, match="the cluster's scheduler is gone: the same command continues"):
+            list(found)
 
 
 @pytest.mark.parametrize(

@@ -79,19 +79,22 @@ def tasks(
             keys[task] = key
             running.add(task)
 
-    submit()
-    for task in running:
-        key = keys.pop(task)
+    try:
         submit()
-        if task.status == "finished":
-            yield key, task.result()
-        elif task.status == "error":
-            yield key, {"status": "bad", "reason": _one_line(task.exception()), "failed": True}
-        elif task.status == "cancelled":
-            raise PreparationError("the cluster's scheduler is gone: the same command continues")
-        else:  # its result was lost with a worker, and is being found again
-            keys[task] = key
-            running.add(task)
+        for task in running:
+            key = keys.pop(task)
+            submit()
+            if task.status == "finished":
+                yield key, task.result()
+            elif task.status == "error":
+                yield key, {"status": "bad", "reason": _one_line(task.exception()), "failed": True}
+            elif task.status == "cancelled":
+                raise ConnectionError
+            else:  # its result was lost with a worker, and is being found again
+                keys[task] = key
+                running.add(task)
+    except OSError as error:
+        raise PreparationError("the cluster's scheduler is gone: the same command continues") from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -117,7 +120,7 @@ def workers_of(scheduler: str | None, workers: int, timeout_seconds: float) -> I
         address: Any = scheduler
         if kind == "local":
             local = {"n_workers": int(count or os.cpu_count() or 1), "threads_per_worker": 1}
-            quiet: dict[str, Any] = {"dashboard_address": None, "silence_logs": 50}
+            quiet: dict[str, Any] = {"dashboard_address": "127.0.0.1:0", "silence_logs": 50}
             address = stack.enter_context(distributed.LocalCluster(**local, **quiet))
         elif kind == "slurm":
             try:

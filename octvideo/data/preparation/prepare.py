@@ -371,7 +371,7 @@ class _Run:
             )
         earlier = listed.setdefault((original, entry.span), entry)
         if earlier is entry:
-            notes = (facts["reason"], entry.note, "" if entry.label is not None else "no label: in no list")
+            notes = (facts["reason"], "" if entry.label is not None else "no label: in no list")
             return Outcome(entry, "ok", "; ".join(filter(None, notes)), facts)
         reason = "listed before" if entry.path == earlier.path else f"same content as {earlier.path}"
         reason += f", which is in {earlier.split}, not {entry.split}" if entry.split != earlier.split else ""
