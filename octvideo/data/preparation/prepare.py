@@ -328,7 +328,7 @@ class _Run:
             for name in (name for name in entries if entries[name][0].split == split):
                 facts, key = good[name].facts, keys[name]
                 suffix = os.path.splitext(re.sub(r"::.*", "", name))[1] or ".mp4"
-                note, content = _note(entries[name])
+                note, content = _note([entry for entry in entries[name] if entry.split == split])
                 versions = facts["listed"]["bytes"], facts["mtime_ns"]
                 packed.append(Packed(name, *versions, f"{key}{suffix}", f"{key}{note}" if note else "", content))
             shards += plan(split, packed, self.shard_bytes or 0)
