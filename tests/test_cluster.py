@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT
 from test_prepare import content, refuse_to_work, run, statuses, write_noise
 
+from octvideo import stores
 from octvideo.commands import prepare as command
 from octvideo.data import source
 from octvideo.data.index import VideoIndex
@@ -58,6 +59,20 @@ def test_parts_merge_to_the_bytes_of_one_run(videos, tmp_path, short_side, monke
     outcomes = run(videos, tmp_path / "parts", merge=True, **options)
     assert sorted(statuses(outcomes).values()) == ["bad"] + ["duplicate"] * 2 + ["ok"] * 10
     assert content(tmp_path / "parts") == content(tmp_path / "one")
+
+
+def test_parts_in_a_store_merge_on_another_machine(videos, tmp_path, s3, monkeypatch):
+    options = {"short_side": 32, "shard_bytes": 10**6}
+    run(videos, tmp_path / "one", **options)
+    for number in (1, 2):
+        monkeypatch.setenv("OCTVIDEO_CACHE", str(tmp_path / f"machine {number}"))
+        run(videos, f"{s3}/out", part=(number, 2), **options)
+    monkeypatch.setenv("OCTVIDEO_CACHE", str(tmp_path / "machine 3"))
+    monkeypatch.setattr(work.Work, "check", refuse_to_work)
+    assert not any(outcome.failed for outcome in run(videos, f"{s3}/out", merge=True, **options))
+    files = {path.relative_to(tmp_path / "one").as_posix(): path for path in (tmp_path / "one").rglob("*.*")}
+    expected = {name: path.read_bytes() for name, path in files.items() if path.is_file() and name != ".lock"}
+    assert {name: stores.read(f"{s3}/out/{name}") for name in stores.files_below(f"{s3}/out")} == expected
 
 
 @pytest.mark.parametrize("part", [(0, 2), (3, 2)])

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ from octvideo.errors import PreparationError, StoreError, UserError
 
 Function = Callable[[Any], Facts]
 CONNECT_SECONDS = 30.0
+COUNTING_SECONDS = 5.0  # between two looks at how many workers there are
 TASKS_A_WORKER = 4  # that wait at the scheduler or the worker, so that none is idle
 _thread = threading.local()
 
@@ -72,9 +75,13 @@ def tasks(
     todo, keys = iter(arguments), dict[Any, str]()
     running = as_completed(loop=client.loop)
 
+    wanted, counted = 0, -math.inf
+
     def submit() -> None:
-        wanted = TASKS_A_WORKER * max(4, sum(client.nthreads().values())) - len(keys)
-        for _, (key, argument) in zip(range(wanted), todo, strict=False):
+        nonlocal wanted, counted
+        if time.monotonic() > counted + COUNTING_SECONDS:
+            wanted, counted = TASKS_A_WORKER * max(4, sum(client.nthreads().values())), time.monotonic()
+        for _, (key, argument) in zip(range(wanted - len(keys)), todo, strict=False):
             task = client.submit(_watched, function.__name__, function.__self__, timeout_seconds, argument, pure=False)
             keys[task] = key
             running.add(task)
