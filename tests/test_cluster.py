@@ -17,9 +17,10 @@ from octvideo.data.index import VideoIndex
 from octvideo.data.lists import read_list, rooted
 from octvideo.data.preparation import work
 from octvideo.data.preparation.cluster import tasks, workers_of
-from octvideo.data.preparation.sources import Catalogue
+from octvideo.data.preparation.prepare import prepare
+from octvideo.data.preparation.sources import Catalogue, Entry
 from octvideo.data.video import Video
-from octvideo.errors import PreparationError, UserError
+from octvideo.errors import DecodeError, PreparationError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,6 @@ def test_right_shards_are_kept_and_others_removed(videos, tmp_path, monkeypatch)
     run(videos, out, short_side=32, shard_bytes=40_000)
     before, times = content(out), {path: path.stat().st_mtime_ns for path in (out / "shards").iterdir()}
     (out / "shards" / "train-00001.tar").write_bytes(b"cut")
-    (out / "shards" / "train-00099.tar").touch()
     (out / "shards" / ".7.partial").touch()
     monkeypatch.setattr(work.Work, "check", refuse_to_work)
     run(videos, out, short_side=32, shard_bytes=40_000)
@@ -131,6 +131,11 @@ def test_right_shards_are_kept_and_others_removed(videos, tmp_path, monkeypatch)
     assert [path.name for path, time in times.items() if path.stat().st_mtime_ns != time] == ["train-00001.tar"]
     run(videos, out, short_side=32, shard_bytes=10**9)
     assert sorted(path.name for path in (out / "shards").iterdir()) == ["train-00000.tar", "val-00000.tar"]
+    monkeypatch.undo()
+    run(videos, tmp_path / "anew", short_side=32, shard_bytes=10**9)
+    assert content(out) == content(tmp_path / "anew")
+    with pytest.raises(PreparationError, match=r"shards is for shards, but tar://a.mp4::shards/a.tar is there"):
+        prepare(Catalogue([Entry("tar://a.mp4::shards/a.tar", 0, "train")], ["a"]), out, out, shard_bytes=10**9)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +170,11 @@ class Deadly:
     def check(self, path):
         if path == "deadly":
             os.kill(os.getppid(), signal.SIGKILL)
+        if path == "full":
+            try:
+                raise DecodeError("a", "b")
+            except DecodeError as error:
+                raise OSError(28, "No space left on device") from error
         return {"status": "ok"}
 
 
@@ -175,7 +185,9 @@ def test_who_takes_every_worker_with_it_failed_and_is_no_bad_video(cluster, monk
         found = dict(tasks(client, 60.0, Deadly().check, [("deadly", "deadly")]))
         reason = "every worker that took it up died"
         assert found == {"deadly": {"status": "bad", "reason": reason, "failed": True}}
-        assert dict(tasks(client, 60.0, Deadly().check, [("a", "good")])) == {"a": {"status": "ok"}}
+        found = dict(tasks(client, 60.0, Deadly().check, [("a", "good"), ("b", "full")]))
+        assert found["a"] == {"status": "ok"}
+        assert found["b"] == {"status": "bad", "reason": "No space left on device", "failed": True}
 
 
 def test_a_hung_video_costs_its_timeout_once(tmp_path, cluster):
