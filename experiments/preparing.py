@@ -4,7 +4,7 @@ python experiments/preparing.py [--videos 500] [--workers 4] [--kill 2] [--timeo
 
 Makes a motions data set, with a pipe that nobody writes to among the videos, for which a decoder waits for ever. It is
 re-encoded and packed into shards twice: by one process, and by a local cluster of dask.distributed, some of whose
-workers are killed on the way, at even distances. Writes experiments/results/preparing.json.
+workers are killed on the way, once the pipe has been given up. Writes experiments/results/preparing.json.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def run(catalogue: Catalogue, videos: Path, output: Path, cluster: Any, kills: i
     def see(stage: str, done: int, total: int, status: str | None) -> None:
         if status == "bad":
             hung.append(round(time.perf_counter() - began, 1))
-        if len(killed) < kills and stage == "checking" and done > total * (len(killed) + 1) / (kills + 1):
+        if hung and len(killed) < kills and stage == "checking" and done > total * (len(killed) + 1) / (kills + 1):
             alive = [worker.pid for worker in cluster.workers.values() if worker.pid not in (None, *killed)]
             killed.append(alive[len(killed) % len(alive)])
             os.kill(killed[-1], signal.SIGKILL)
@@ -73,7 +73,7 @@ def main(words: list[str]) -> None:
         catalogue = read_sources([folder], folder)
         options = {"timeout_seconds": given.timeout, "size": given.size, "shard_bytes": 10**6}
         print(f"one process: {(one := run(catalogue, folder, Path(root, 'one'), None, 0, **options))}")
-        quiet: dict[str, Any] = {"dashboard_address": None, "silence_logs": 50}
+        quiet: dict[str, Any] = {"dashboard_address": "127.0.0.1:0", "silence_logs": 50}
         with distributed.LocalCluster(n_workers=given.workers, threads_per_worker=1, **quiet) as cluster:
             options["scheduler"] = cluster.scheduler_address
             many = run(catalogue, folder, Path(root, "many"), cluster, given.kill, **options)

@@ -3,17 +3,24 @@
 import os
 import shutil
 import signal
+import subprocess
 
 import pytest
+import yaml
+from conftest import ROOT
 from test_prepare import content, refuse_to_work, run, statuses, write_noise
 
+from octvideo import stores
+from octvideo.commands import prepare as command
 from octvideo.data import source
 from octvideo.data.index import VideoIndex
 from octvideo.data.lists import read_list, rooted
 from octvideo.data.preparation import work
-from octvideo.data.preparation.cluster import tasks
+from octvideo.data.preparation.cluster import tasks, workers_of
+from octvideo.data.preparation.prepare import prepare
+from octvideo.data.preparation.sources import Catalogue, Entry
 from octvideo.data.video import Video
-from octvideo.errors import PreparationError, UserError
+from octvideo.errors import DecodeError, PreparationError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,20 @@ def test_parts_merge_to_the_bytes_of_one_run(videos, tmp_path, short_side, monke
     assert content(tmp_path / "parts") == content(tmp_path / "one")
 
 
+def test_parts_in_a_store_merge_on_another_machine(videos, tmp_path, s3, monkeypatch):
+    options = {"short_side": 32, "shard_bytes": 10**6}
+    run(videos, tmp_path / "one", **options)
+    for number in (1, 2):
+        monkeypatch.setenv("OCTVIDEO_CACHE", str(tmp_path / f"machine {number}"))
+        run(videos, f"{s3}/out", part=(number, 2), **options)
+    monkeypatch.setenv("OCTVIDEO_CACHE", str(tmp_path / "machine 3"))
+    monkeypatch.setattr(work.Work, "check", refuse_to_work)
+    assert not any(outcome.failed for outcome in run(videos, f"{s3}/out", merge=True, **options))
+    files = {path.relative_to(tmp_path / "one").as_posix(): path for path in (tmp_path / "one").rglob("*.*")}
+    expected = {name: path.read_bytes() for name, path in files.items() if path.is_file() and name != ".lock"}
+    assert {name: stores.read(f"{s3}/out/{name}") for name in stores.files_below(f"{s3}/out")} == expected
+
+
 @pytest.mark.parametrize("part", [(0, 2), (3, 2)])
 def test_parts_that_are_none_are_refused(videos, tmp_path, part):
     with pytest.raises(PreparationError, match="a part must be i of N with i from 1 to N"):
@@ -63,11 +84,11 @@ def test_parts_that_are_none_are_refused(videos, tmp_path, part):
 
 def test_shards_hold_the_videos_of_each_split_in_order_and_clips_are_one_read(videos, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    run(videos, out, short_side=32, shard_bytes=40_000)
+    run(videos, out, short_side=32, shard_bytes=50_000)
     shards = sorted(path.name for path in (out / "shards").iterdir())
     assert shards[:2] == ["train-00000.tar", "train-00001.tar"]
     assert shards[-1] == "val-00000.tar"
-    assert all((out / "shards" / name).stat().st_size <= 40_000 for name in shards)
+    assert all((out / "shards" / name).stat().st_size <= 50_000 for name in shards)
     listed = read_list(out / "train.csv", root=out)
     again = read_list(f"{out}/shards/train-{{00000..{len(shards) - 2:05d}}}.tar")
     assert list(again.paths) == list(listed.paths)
@@ -103,7 +124,6 @@ def test_right_shards_are_kept_and_others_removed(videos, tmp_path, monkeypatch)
     run(videos, out, short_side=32, shard_bytes=40_000)
     before, times = content(out), {path: path.stat().st_mtime_ns for path in (out / "shards").iterdir()}
     (out / "shards" / "train-00001.tar").write_bytes(b"cut")
-    (out / "shards" / "train-00099.tar").touch()
     (out / "shards" / ".7.partial").touch()
     monkeypatch.setattr(work.Work, "check", refuse_to_work)
     run(videos, out, short_side=32, shard_bytes=40_000)
@@ -111,13 +131,20 @@ def test_right_shards_are_kept_and_others_removed(videos, tmp_path, monkeypatch)
     assert [path.name for path, time in times.items() if path.stat().st_mtime_ns != time] == ["train-00001.tar"]
     run(videos, out, short_side=32, shard_bytes=10**9)
     assert sorted(path.name for path in (out / "shards").iterdir()) == ["train-00000.tar", "val-00000.tar"]
+    monkeypatch.undo()
+    run(videos, tmp_path / "anew", short_side=32, shard_bytes=10**9)
+    assert content(out) == content(tmp_path / "anew")
+    with pytest.raises(PreparationError, match=r"shards is for shards, but tar://a.mp4::shards/a.tar is there"):
+        prepare(Catalogue([Entry("tar://a.mp4::shards/a.tar", 0, "train")], ["a"]), out, out, shard_bytes=10**9)
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """Two workers of dask."""
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as made:
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=50
+    ) as made:
         yield made
 
 
@@ -143,6 +170,11 @@ class Deadly:
     def check(self, path):
         if path == "deadly":
             os.kill(os.getppid(), signal.SIGKILL)
+        if path == "full":
+            try:
+                raise DecodeError("a", "b")
+            except DecodeError as error:
+                raise OSError(28, "No space left on device") from error
         return {"status": "ok"}
 
 
@@ -153,7 +185,9 @@ def test_who_takes_every_worker_with_it_failed_and_is_no_bad_video(cluster, monk
         found = dict(tasks(client, 60.0, Deadly().check, [("deadly", "deadly")]))
         reason = "every worker that took it up died"
         assert found == {"deadly": {"status": "bad", "reason": reason, "failed": True}}
-        assert dict(tasks(client, 60.0, Deadly().check, [("a", "good")])) == {"a": {"status": "ok"}}
+        found = dict(tasks(client, 60.0, Deadly().check, [("a", "good"), ("b", "full")]))
+        assert found["a"] == {"status": "ok"}
+        assert found["b"] == {"status": "bad", "reason": "No space left on device", "failed": True}
 
 
 def test_a_hung_video_costs_its_timeout_once(tmp_path, cluster):
@@ -165,6 +199,21 @@ def test_a_hung_video_costs_its_timeout_once(tmp_path, cluster):
     assert found["yoga/pipe.mp4"][1:3] == ("bad", "no result within 1 s: the decoder was killed")
     assert not found["yoga/pipe.mp4"].failed
     assert list(statuses(outcomes).values()).count("ok") == 3
+
+
+def test_a_scheduler_that_is_gone_ends_the_run_with_one_line(monkeypatch):
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr("octvideo.data.preparation.cluster.CONNECT_SECONDS", 1.0)
+    options = {"n_workers": 1, "threads_per_worker": 1, "protocol": "tcp", "dashboard_address": "127.0.0.1:0"}
+    with (
+        distributed.LocalCluster(processes=False, silence_logs=50, **options) as made,
+        workers_of(made.scheduler_address, 1, 60.0) as at_work,
+    ):
+        found = at_work(Deadly().check, [(str(number), number) for number in range(100)])
+        assert next(found)[1] == {"status": "ok"}
+        made.close()
+        with pytest.raises(PreparationError, match="the cluster's scheduler is gone: the same command continues"):
+            list(found)
 
 
 @pytest.mark.parametrize(
@@ -180,3 +229,27 @@ def test_schedulers_that_cannot_be_used_are_an_error_of_one_line(videos, tmp_pat
     monkeypatch.setattr("octvideo.data.preparation.cluster.CONNECT_SECONDS", 1.0)
     with pytest.raises(UserError, match=message):
         run(videos, tmp_path / "out", scheduler=scheduler)
+
+
+def test_the_examples_for_clusters_give_options_that_there_are(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "read_sources", lambda *sources, **named: seen.append(sources) or Catalogue([], []))
+    monkeypatch.setattr(command, "prepare", lambda *given, **named: seen.append((named["part"], named["merge"])) or [])
+    for task, how in (("3", ((3, 64), False)), ("0", (None, True))):
+        slurm = {"SLURM_ARRAY_TASK_ID": task, "SLURM_CPUS_PER_TASK": "2", "PYTHON": "echo"}
+        line = ["bash", ROOT / "tools" / "slurm_prepare.sbatch", tmp_path, "--output", tmp_path / "out"]
+        printed = subprocess.run(line, env=os.environ | slurm, capture_output=True, text=True, check=True).stdout
+        script, *words = printed.split()
+        assert script == "tools/prepare_data.py"
+        assert command.main(words) == 0
+        assert seen[-1] == how
+    monkeypatch.setattr(command, "exists", lambda path: False)
+    jobs = list(yaml.safe_load_all((ROOT / "tools" / "kubernetes_prepare.yaml").read_text()))
+    for job, how in zip(jobs, [((8, 64), False), (None, True)], strict=True):
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        arguments = container["args"][0].replace("octvideo prepare", "echo", 1)
+        environment = os.environ | {"JOB_COMPLETION_INDEX": "7"}
+        line = [*container["command"], arguments]
+        printed = subprocess.run(line, env=environment, capture_output=True, text=True, check=True).stdout
+        assert command.main(printed.split()) == 0
+        assert seen[-1] == how

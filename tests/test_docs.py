@@ -231,7 +231,7 @@ class Reader:
         small = [] if "--stream" in options else SMALL[name]
         if name == "export.py" and "--free" not in given:  # tests/test_export.py has all that are free
             small = [*small, "--free=batch"]
-        if name == "prepare_data.py":
+        if name == "prepare_data.py" and not {"--part", "--merge"} & {*options}:
             shutil.rmtree(self.workspace / given["--output"], ignore_errors=True)
         if name == "train_net.py" and given.get("--ckpt_path") in (None, "auto"):
             recipe = yaml.safe_load((self.workspace / options[options.index("--cfg") + 1]).read_text())

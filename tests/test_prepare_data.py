@@ -221,6 +221,11 @@ def test_addresses_and_folders_of_frames_are_videos_too(run_here, videos, tmp_pa
     status, _, errors = run_here(*words[:-1])
     assert (status, errors.count("\n")) == (2, 1)
     assert "was prepared with other options" in errors
+    status, _, errors = run_here(*words, "--shards=1MB")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert (
+        "train-00000.tar cannot be packed: frames is a folder of frames: --reencode makes a file of it; the" in errors
+    )
     run_here(*words[:-2], tmp_path / "re", "--reencode=32")
     listed = read_list(tmp_path / "re" / "train.csv", root=tmp_path / "re" / "videos")
     with Video(listed.paths[1]) as video:
@@ -278,8 +283,20 @@ def test_from_a_store_to_a_store(run_here, videos, tmp_path, s3, monkeypatch):
     for path in videos.rglob("*.*"):
         stores.put(path, f"{s3}/raw/{path.relative_to(videos)}")
     words = ("--reencode=32", "--shards=1MB", "--workers=1")
+
+    def stop(stage, done, total, status):
+        if stage == "checking" and done == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("octvideo.data.preparation.prepare.SAVING_SECONDS", 0)
+        patch.setenv("OCTVIDEO_CACHE", str(tmp_path / "lost"))
+        read = read_sources([f"{s3}/raw"], f"{s3}/raw", output=f"{s3}/prepared")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(read, f"{s3}/raw", f"{s3}/prepared", short_side=32, progress=stop)
     status, printed, errors = run_here(f"{s3}/raw", "--output", f"{s3}/prepared", *words)
     assert status == 0, errors
+    assert "2 of 3 files are known from an earlier run" in printed
     root = f"--data.root={s3}/prepared --data.labels={s3}/prepared/labels.txt"
     assert f"train with  --data.train_list={s3}/prepared/train.csv {root} --model.num_classes=2" in printed
     assert run_here(videos, "--output", tmp_path / "here", *words)[0] == 0

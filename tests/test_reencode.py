@@ -17,7 +17,6 @@ from octvideo.data import stream as streams
 from octvideo.data.preparation import reencode as reencoding
 from octvideo.data.preparation.reencode import measure, reencode
 from octvideo.data.reader import Orientation
-from octvideo.data.source import LocalFile
 from octvideo.data.stream import decode_all, open_stream
 from octvideo.errors import DecodeError
 
@@ -258,8 +257,8 @@ def test_streams_that_appear_on_the_way_do_not_spoil_a_file(numbered_video, monk
             yield from demux(self.container)
             raise IndexError("list index out of range")
 
-    def open_late(path):
-        container, stream = open_stream(LocalFile(str(path)))
+    def open_late(media):
+        container, stream = open_stream(media)
         return Late(container), stream
 
     expected = measure(numbered_video)

@@ -107,7 +107,7 @@ def main(words: list[str]) -> int:
     add("--reencode", metavar="SHORT_SIDE", type=int, help="pixels, such as 256 or 320")
     add("--shards", metavar="SIZE", type=size, help="pack the videos into tar files of at most SIZE, such as 256MB")
     add("--workers", type=int, default=os.cpu_count() or 1, help="files processed at once; default: CPU cores")
-    add("--labels", help="file with a class name on each line, class 0 first")
+    add("--labels", help="file with a class name on each line, class 0 first, or JSON of their numbers")
     add("--whole", action="store_true", help="take spans of a video as one entry, with all their classes")
     add("--frames-fps", metavar="FPS", type=positive, default=25.0, help="of folders of frames; default: 25")
     add("--timeout", type=float, default=60.0, help="seconds that a decoder may hang; default: 60")

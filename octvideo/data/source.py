@@ -1,5 +1,6 @@
 """Where videos come from: what the entries of lists name, and how each is opened."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -199,14 +200,14 @@ class AnySource(Source):
 
     def version(self, name: str) -> stores.Stat:
         """What tells the file, the member or the folder of frames that an entry names from its earlier versions."""
-        media = self.find(name) if MEMBER.match(name) or ROW.match(name) or os.path.isdir(name) else None
+        if not (match := MEMBER.match(name)) and not ROW.match(name) and not os.path.isdir(name):
+            with contextlib.suppress(IsADirectoryError):
+                return stores.stat(name)
+        media = self.find(name)
         if isinstance(media, Pictures):
             found = [stores.stat(stores.child(name, file)) for file in media.files]
             return stores.Stat(sum(one.bytes for one in found), max(one.mtime_ns for one in found))
-        if isinstance(media, Ranges):
-            match = MEMBER.match(name)
-            return stores.Stat(media.size, stores.stat(match["shard"]).mtime_ns if match else 0)
-        return stores.stat(name)
+        return stores.Stat(getattr(media, "size", 0), stores.stat(match["shard"]).mtime_ns if match else 0)
 
     def _remote(self, uri: str, known: IndexedVideo | None) -> Media:
         if known is not None and known.bytes <= WHOLE_BYTES:  # one more byte would tell that it has grown

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import io
 import itertools
 import os
 import pickle
@@ -164,11 +165,17 @@ def _serve(function: Callable[[Any], Any], connection: Connection, memory: IO[by
             pickle.dump((function(argument), None), memory, protocol=5)
         except Exception as error:  # it is raised again in the parent
             memory.seek(0)  # the result may have been written in part
-            pickle.dump((None, _portable(error)), memory, protocol=5)
+            _ErrorPickler(memory, 5).dump((None, _portable(error)))
         memory.flush()
         connection.send_bytes(_ANSWER)
         if call % 20 == 0 and hasattr(library, "malloc_trim"):
             library.malloc_trim(0)  # else glibc keeps what is free between used pieces, some 40 MB after 20,000 clips
+
+
+class _ErrorPickler(pickle.Pickler):
+    """Pickles errors alone: in a worker of dask, tblib adds causes and tracebacks, with which many cannot travel."""
+
+    dispatch_table: dict[type, Any] = {}  # noqa: RUF012  (in place of copyreg's)
 
 
 def _portable(error: Exception) -> Exception:
@@ -176,7 +183,8 @@ def _portable(error: Exception) -> Exception:
     trace = "".join(traceback.format_exception(error))
     error.add_note(trace)
     with contextlib.suppress(Exception):  # whatever its class makes of a pickle
-        if isinstance(pickle.loads(pickle.dumps(error)), Exception):
+        _ErrorPickler(pickled := io.BytesIO(), 5).dump(error)
+        if isinstance(pickle.loads(pickled.getvalue()), Exception):
             return error
     return RuntimeError(f"{type(error).__name__}: {error}\n{trace}")
 

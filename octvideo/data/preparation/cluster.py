@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import Any, Protocol
@@ -14,6 +16,7 @@ from octvideo.errors import PreparationError, StoreError, UserError
 
 Function = Callable[[Any], Facts]
 CONNECT_SECONDS = 30.0
+COUNTING_SECONDS = 5.0  # between two looks at how many workers there are
 TASKS_A_WORKER = 4  # that wait at the scheduler or the worker, so that none is idle
 _thread = threading.local()
 
@@ -72,24 +75,33 @@ def tasks(
     todo, keys = iter(arguments), dict[Any, str]()
     running = as_completed(loop=client.loop)
 
+    wanted, counted = 0, -math.inf
+
     def submit() -> None:
-        wanted = TASKS_A_WORKER * max(4, sum(client.nthreads().values())) - len(keys)
-        for _, (key, argument) in zip(range(wanted), todo, strict=False):
+        nonlocal wanted, counted
+        if time.monotonic() > counted + COUNTING_SECONDS:
+            wanted, counted = TASKS_A_WORKER * max(4, sum(client.nthreads().values())), time.monotonic()
+        for _, (key, argument) in zip(range(wanted - len(keys)), todo, strict=False):
             task = client.submit(_watched, function.__name__, function.__self__, timeout_seconds, argument, pure=False)
             keys[task] = key
             running.add(task)
 
-    submit()
-    for task in running:
-        key = keys.pop(task)
+    try:
         submit()
-        if task.status == "finished":
-            yield key, task.result()
-        elif task.status == "error":
-            yield key, {"status": "bad", "reason": _one_line(task.exception()), "failed": True}
-        else:
-            raise PreparationError("the cluster's scheduler is gone: the same command continues")
-        task.release()
+        for task in running:
+            key = keys.pop(task)
+            submit()
+            if task.status == "finished":
+                yield key, task.result()
+            elif task.status == "error":
+                yield key, {"status": "bad", "reason": _one_line(task.exception()), "failed": True}
+            elif task.status == "cancelled":
+                raise ConnectionError
+            else:  # its result was lost with a worker, and is being found again
+                keys[task] = key
+                running.add(task)
+    except OSError as error:
+        raise PreparationError("the cluster's scheduler is gone: the same command continues") from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -115,7 +127,7 @@ def workers_of(scheduler: str | None, workers: int, timeout_seconds: float) -> I
         address: Any = scheduler
         if kind == "local":
             local = {"n_workers": int(count or os.cpu_count() or 1), "threads_per_worker": 1}
-            quiet: dict[str, Any] = {"dashboard_address": None, "silence_logs": 50}
+            quiet: dict[str, Any] = {"dashboard_address": "127.0.0.1:0", "silence_logs": 50}
             address = stack.enter_context(distributed.LocalCluster(**local, **quiet))
         elif kind == "slurm":
             try:

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,13 @@ class Journal:
         self._known[facts["path"]] = facts
         with contextlib.suppress(OSError):  # a full disk; write_in_order has another go
             self._append(facts)
+
+    def forget(self, which: Callable[[str, Facts], bool]) -> list[str]:
+        """Leaves some files out of what `write_in_order` writes; returns their paths."""
+        left = [path for path, facts in self._known.items() if which(path, facts)]
+        for path in left:
+            del self._known[path]
+        return left
 
     def _append(self, record: Facts) -> None:
         # The line before may be torn, by a full disk or a killed run.

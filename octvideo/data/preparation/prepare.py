@@ -102,32 +102,34 @@ def prepare(
     work = Work(videos, output, short_side, frames_fps)
     for path in {stores.store_of(path): path for path in paths if "://" in path}.values():
         work.source.check(path)
-    if short_side is not None:
-        written, base = _real(stores.child(output, "videos")), _real(videos)
-        inside = (path for path in paths if f"{written}/" in (full := rooted(base, path)) + os.path.normpath(full))
-        for path in inside:
-            cure = f"but {path} is there: give another output folder"
-            raise PreparationError(f"{written} is for re-encoded videos, {cure}")
-    folder = Path(output)
+    made = {"videos": "re-encoded videos"} if short_side is not None else {}
+    made |= {"shards": "shards"} if shard_bytes else {}
+    for folder, what in made.items():
+        written, base = _real(stores.child(output, folder)), _real(videos)
+        for path in paths:
+            full = rooted(base, path).rpartition("::")[2]
+            if (full if is_uri(full) else os.path.normpath(full)).startswith(f"{written}/"):
+                raise PreparationError(f"{written} is for {what}, but {path} is there: give another output folder")
+    local = Path(output)
     if is_uri(output):
-        folder = stores.cache_folder() / "prepared" / hashlib.sha256(output.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+        local = stores.cache_folder() / "prepared" / hashlib.sha256(output.encode()).hexdigest()[:16]
+    local.mkdir(parents=True, exist_ok=True)
     name = "" if part is None else f".part-{part[0]}-of-{part[1]}"
-    if (locked := lock(folder / f"{name}.lock")) is None:
+    if (locked := lock(local / f"{name}.lock")) is None:
         raise PreparationError(f"{output}: another run is working on it")
     with locked, workers_of(scheduler, workers, timeout_seconds) as at_work:
         if part is None:
-            _clean(folder, short_side is not None)
+            _clean(local, short_side is not None, bool(shard_bytes))
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 # Keeps room for the results on a disk that the videos fill, where the file system can.
-                with open(folder / f".reserve{PARTIAL}", "wb") as file, contextlib.suppress(OSError):
+                with open(local / f".reserve{PARTIAL}", "wb") as file, contextlib.suppress(OSError):
                     os.posix_fallocate(file.fileno(), 0, (1 << 16) + 1000 * len(paths))
         # The version is that of the journal and of how videos are encoded.
         options = {"version": 1, "reencode": short_side} | ({} if frames_fps == 25 else {"frames_fps": frames_fps})
-        journal_path = folder / f"journal{name}.jsonl"
+        journal_path = local / f"journal{name}.jsonl"
         if is_uri(output):
             _fetch(output, journal_path)
-        parts = _join_parts(output, folder, journal_path, options) if merge else []
+        parts = _join_parts(output, local, journal_path, options) if merge else []
         journal = Journal(journal_path, options, output)
         run = _Run(work, at_work, timeout_seconds, progress, journal, shard_bytes, part, merge)
         with contextlib.closing(journal):
@@ -136,21 +138,21 @@ def prepare(
             journal.write_in_order(paths, complete=True)
             run.save()
             return []
-        _clean(folder, short_side is not None)  # what killed decoders left, and the reserve
-        names = _write_results(folder, catalogue, outcomes, run.in_shards, short_side is not None or is_uri(videos))
+        _clean(local, short_side is not None, bool(shard_bytes))  # what killed decoders left, and the reserve
+        names = _write_results(local, catalogue, outcomes, run.in_shards, short_side is not None or is_uri(videos))
+        unwanted = run.forget_other_shards()
         journal.write_in_order([*paths, *(shard.path for shard in run.shards)])
-        if is_uri(output):
-            for result in names:
-                if (folder / result).exists():
-                    stores.put(folder / result, stores.child(output, result))
-                else:
-                    stores.remove(stores.child(output, result))
-            run.save()
-        run.remove_other_shards()
-        for left in parts:
+        for result in names if is_uri(output) else ():
+            if (local / result).exists():
+                stores.put(local / result, stores.child(output, result))
+            else:
+                stores.remove(stores.child(output, result))
+        run.save()
+        for left in (*unwanted, *parts):
             _remove(stores.child(output, left))
-            (folder / left).unlink(missing_ok=True)
-            (folder / f".{left.removeprefix('journal.').removesuffix('.jsonl')}.lock").unlink(missing_ok=True)
+        for left in parts:
+            for beside in (left, f".{left.removeprefix('journal.').removesuffix('.jsonl')}.lock"):
+                (local / beside).unlink(missing_ok=True)
     return outcomes
 
 
@@ -197,8 +199,8 @@ def _join_parts(output: str, folder: Path, journal: Path, options: Facts) -> lis
         content = stores.read(path) if is_uri(path) else Path(path).read_bytes()
         if content.endswith(COMPLETE):
             contents[name] = content
-        if json.loads(content.split(b"\n")[0] or content.split(b"\n")[1]) != options:
-            raise PreparationError(f"{path}: this part was prepared with other options")
+            if json.loads(content.partition(b"\n")[0]) != options:
+                raise PreparationError(f"{path}: this part was prepared with other options")
     every = {f"journal.part-{number}-of-{counts[0]}.jsonl": number for number in range(1, counts[0] + 1)}
     if missing := [f"--part {number}/{counts[0]}" for name, number in every.items() if name not in contents]:
         raise PreparationError(f"{output}: some parts are missing or not complete, run {', '.join(missing)}")
@@ -209,11 +211,11 @@ def _join_parts(output: str, folder: Path, journal: Path, options: Facts) -> lis
     return list(every)
 
 
-def _clean(output: Path, reencode: bool) -> None:
+def _clean(output: Path, reencode: bool, shards: bool) -> None:
     """Removes what killed runs left half-written, only where runs write."""
     for left in output.glob(f".*{PARTIAL}"):
         left.unlink()
-    for folder in ("videos", "shards") if reencode else ("shards",):
+    for folder in ["videos"] * reencode + ["shards"] * shards:
         remove_partial(output / folder)
 
 
@@ -329,7 +331,7 @@ class _Run:
             for name in (name for name in entries if entries[name][0].split == split):
                 facts, key = good[name].facts, keys[name]
                 suffix = os.path.splitext(re.sub(r"::.*", "", name))[1] or ".mp4"
-                note, content = _note(entries[name])
+                note, content = _note([entry for entry in entries[name] if entry.split == split])
                 versions = facts["listed"]["bytes"], facts["mtime_ns"]
                 packed.append(Packed(name, *versions, f"{key}{suffix}", f"{key}{note}" if note else "", content))
             shards += plan(split, packed, self.shard_bytes or 0)
@@ -354,12 +356,10 @@ class _Run:
             )
         self.in_shards = dict(entry for shard in self.shards for entry in shard.entries)
 
-    def remove_other_shards(self) -> None:
-        """Removes shards of earlier runs that this one's lists do not name."""
+    def forget_other_shards(self) -> list[str]:
+        """The paths of shards that earlier runs have written, and that this one's lists do not name."""
         wanted = {shard.path for shard in self.shards}
-        for name in _below(stores.child(self.work.output, "shards")) if wanted else ():
-            if f"shards/{name}" not in wanted:
-                _remove(stores.child(self.work.output, f"shards/{name}"))
+        return self.journal.forget(lambda path, facts: bool(wanted) and "digest" in facts and path not in wanted)
 
     def _outcome(self, entry: Entry, original: str, listed: dict[tuple[str, str], Entry]) -> Outcome:
         facts = self.files[original]
@@ -372,7 +372,7 @@ class _Run:
             )
         earlier = listed.setdefault((original, entry.span), entry)
         if earlier is entry:
-            notes = (facts["reason"], entry.note, "" if entry.label is not None else "no label: in no list")
+            notes = (facts["reason"], "" if entry.label is not None else "no label: in no list")
             return Outcome(entry, "ok", "; ".join(filter(None, notes)), facts)
         reason = "listed before" if entry.path == earlier.path else f"same content as {earlier.path}"
         reason += f", which is in {earlier.split}, not {entry.split}" if entry.split != earlier.split else ""

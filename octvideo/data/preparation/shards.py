@@ -90,6 +90,6 @@ def plan(split: str, videos: Iterable[Packed], most_bytes: int) -> list[Shard]:
         room -= _bytes(video)
         if room < 0 or not groups:
             groups.append([])
-            room = most_bytes - tarfile.RECORDSIZE - _bytes(video)
+            room = most_bytes - tarfile.RECORDSIZE - 2 * tarfile.BLOCKSIZE - _bytes(video)
         groups[-1].append(video)
     return [Shard(f"shards/{split}-{number:05d}.tar", group) for number, group in enumerate(groups)]

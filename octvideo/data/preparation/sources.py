@@ -30,7 +30,6 @@ class Line(NamedTuple):
     labels: Sequence[int | str]  # class numbers or names
     split: str
     where: str  # it stands
-    note: str = ""  # what is doubtful
     span: str = ""
 
 
@@ -40,7 +39,6 @@ class Entry(NamedTuple):
     path: str  # relative to the folder of videos, or absolute; without extension if it is missing
     label: int | str | None  # class number, or several with commas; None for none, as in the official test splits
     split: str  # train, val or test
-    note: str = ""  # what is doubtful about the source's line
     span: str = ""  # of the video: #t=START,END in seconds; empty for all of it
 
 
@@ -90,26 +88,21 @@ def read_sources(
         named = {label for line in lines for label in line.labels if isinstance(label, str)}
         names = list(map(str, range(max(numbers) + 1))) if numbers else sorted(named)
     number_of, found = {name: number for number, name in enumerate(names)}, dict[tuple[str, str, str, int], list[int]]()
-    notes, every = {}, len(names)
-    for place, (path, of_line, split, where, note, span) in enumerate(lines):
-        classes = [number_of.get(label, -1) if isinstance(label, str) else label for label in of_line]
-        for label, number in zip(of_line, classes, strict=True):
-            if not 0 <= number < every:
-                what = f"label {str(label)!r} is not one of the {every} classes of {labels or 'labels.txt'}"
+    for place, (path, of_line, split, where, span) in enumerate(lines):
+        # A span's classes may be on several lines, and with `whole` those of all spans are one video's.
+        classes = found.setdefault((path, split, "" if whole else span, -1 if span else place), [])
+        for label in of_line:
+            number = number_of.get(label, -1) if isinstance(label, str) else label
+            if not 0 <= number < len(names):
+                what = f"label {str(label)!r} is not one of the {len(names)} classes of {labels or 'labels.txt'}"
                 raise ListError(f"{where}: {what}")
-        # Spans of a video's segments that are the same are one, as are all of them with `whole`.
-        key = (path, split, "" if whole else span, -1 if span else place)
-        found.setdefault(key, []).extend(number for number in classes if number not in found.get(key, ()))
-        notes[key] = note
-    entries = [
-        Entry(path, _label(classes), split, notes[path, split, span, place], span)
-        for (path, split, span, place), classes in found.items()
-    ]
+            classes += [number] if number not in classes else []
+    entries = [Entry(path, _label(classes), split, span) for (path, split, span, _), classes in found.items()]
     return Catalogue(entries, names)
 
 
 def _label(classes: Sequence[int]) -> int | str | None:
-    return None if not classes else classes[0] if len(classes) == 1 else ",".join(map(str, sorted(classes)))
+    return (classes[0] if len(classes) == 1 else ",".join(map(str, sorted(classes)))) if classes else None
 
 
 def _read_labels(path: str) -> list[str]:

@@ -1,6 +1,7 @@
 """What is done with one video of a preparation, or one shard, in whatever process: pickled on the way there."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -76,8 +77,14 @@ class Work:
 
     def pack(self, shard: Shard) -> Facts:
         """Writes a shard."""
+
+        def read(name: str) -> Iterator[bytes]:
+            if isinstance(media := self.source.find(self.place(name)), Pictures):
+                raise OSError(errno.EISDIR, f"{name} is a folder of frames: --reencode makes a file of it")
+            return _blocks(media)
+
         with _writing(stores.child(self.output, shard.path)) as file, appearing(file) as partial:
-            shard.write(partial, lambda name: _blocks(self.source.find(self.place(name))))
+            shard.write(partial, read)
         return {"digest": shard.digest}
 
 
