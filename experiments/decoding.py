@@ -43,7 +43,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from octvideo.commands.options import Parser, fail, number, several
-from octvideo.data.clips import Decoding, Draw, TestViews, TrainingClips, clips_of, cut
+from octvideo.data.clips import Draw, TestViews, TrainingClips, cut
+from octvideo.data.decoding import Decoding, clips_of
 from octvideo.data.lists import VideoList, read_list
 from octvideo.data.multigrid import ClipShape
 from octvideo.data.reader import Backend

@@ -85,7 +85,9 @@ def train(run: Path, *words: str, kill: bool = False) -> Path:
     if (run / "done").exists():
         return last
     run.mkdir(parents=True, exist_ok=True)
-    words = (*words, f"--trainer.default_root_dir={run}", "--save_every_n_steps=3", "--keep_checkpoints=99")
+    words = (*words, f"--trainer.default_root_dir={run}")
+    if kill:
+        words = (*words, "--save_every_n_steps=3", "--keep_checkpoints=99")
     if kill and not last.exists():
         with (run / "log.txt").open("a") as log:
             killed = subprocess.Popen(process("train", *words), stdout=log, stderr=log, cwd=HERE)

@@ -45,7 +45,8 @@ import octvideo
 from octvideo import MODELS, create_model
 from octvideo.commands import export
 from octvideo.commands.options import Parser, clip_size, fail, number, one_line_errors, several
-from octvideo.data.clips import Decoding, Draw, TestViews
+from octvideo.data.clips import Draw, TestViews
+from octvideo.data.decoding import Decoding
 from octvideo.data.lists import read_list
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.files import appearing

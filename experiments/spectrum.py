@@ -34,7 +34,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from octvideo.commands.options import Parser, number, one_line_errors
-from octvideo.data.clips import clips_of, cut
+from octvideo.data.clips import cut
+from octvideo.data.decoding import clips_of
 from octvideo.data.sampling import even_crops
 from octvideo.data.video import Video
 from octvideo.errors import UserError

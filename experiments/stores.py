@@ -1,12 +1,14 @@
 """Videos in stores, measured: clips a second from local files, tar files and S3, how much of a file to read, start-up.
 
-python experiments/stores.py speed|parts|entries [--videos N] [--seconds S] [--json FILE]
+python experiments/stores.py speed|parts|entries|whole [--videos N] [--seconds S] [--json FILE]
 
 speed     training clips a second of one process, from local files, shards on disk, and files and shards in S3 on the
           loopback address, in turn; each also as a share of local files'
 parts     the time of a clip of 8 frames out of 10 seconds in S3, its file read whole, in parts, or from the cache, at
           several delays of a request
 entries   20,000 entries of a list in S3: seconds to start, and the growth of memory over an epoch
+whole     prepare, shard, train, kill -9 and resume, test and predict in S3, and again with 5 % of the requests failing
+          and 1 % never answered: are all files, weights and scores those of the same commands on local files?
 
 The server is `s3_server.py`, a process of its own; videos are made, 320 x 256 pixels, and prepared by octvideo.
 """
@@ -14,6 +16,7 @@ The server is `s3_server.py`, a process of its own; videos are made, 320 x 256 p
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -35,24 +38,25 @@ from octvideo import stores
 from octvideo.commands.options import Parser, number
 from octvideo.data import source
 from octvideo.data.clips import Draw, TrainingClips
+from octvideo.data.lists import read_list
 from octvideo.data.module import VideoData
-from octvideo.data.motions import write_video
+from octvideo.data.motions import make_data_set, write_video
 from octvideo.data.source import AnySource
 from octvideo.data.video import Video
 from octvideo.files import appearing
 
 HERE = Path(__file__).parent
-PARTS = ("speed", "parts", "entries")
+PARTS = ("speed", "parts", "entries", "whole")
 KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @contextlib.contextmanager
-def server(slow: float = 0.0) -> Iterator[str]:
-    """A bucket of an S3 server whose requests wait so many seconds."""
+def server(slow: float = 0.0, *faults: str | Path) -> Iterator[str]:
+    """A bucket of an S3 server whose requests wait so many seconds, with other options of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command: list[str | Path] = [sys.executable, HERE / "s3_server.py", f"--port={port}", f"--slow={slow}"]
+    command: list[str | Path] = [sys.executable, HERE / "s3_server.py", f"--port={port}", f"--slow={slow}", *faults]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.environ.update(KEYS, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
     while True:
@@ -63,7 +67,13 @@ def server(slow: float = 0.0) -> Iterator[str]:
 
     system = fsspec.filesystem("s3", use_listings_cache=False)
     system.clear_instance_cache()
-    fsspec.filesystem("s3", use_listings_cache=False).mkdir("s3://videos")
+    for attempt in itertools.count():
+        try:
+            fsspec.filesystem("s3", use_listings_cache=False).mkdir("s3://videos")
+            break
+        except OSError:
+            if attempt == 20:
+                raise
     try:
         yield "s3://videos"
     finally:
@@ -188,6 +198,77 @@ def parts(folder: Path, videos: int, seconds: float) -> dict[str, Any]:
             ]
     source.WHOLE_BYTES, source.PART_BYTES = 16 * 2**20, 4 * 2**20
     return {"rows": rows, "mean bytes": round(statistics.mean(path.stat().st_size for path in paths))}
+
+
+def weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint."""
+    found: dict[str, torch.Tensor] = torch.load(stores.local(path), weights_only=True)["state_dict"]
+    return found
+
+
+def pipeline(raw: str, out: str, work: Path, *, kill: bool = False) -> dict[str, Any]:
+    """Prepares, shards, trains, tests and predicts; what came of it. A training that is to be killed is resumed."""
+    octvideo(
+        *("prepare", f"{raw}/train.csv", f"{raw}/val.csv", "--videos", raw, "--output", f"{out}/prepared"),
+        *("--reencode", "72", "--shards", "1MB", "--workers", "2"),
+    )
+    prepared, run = f"{out}/prepared", f"{out}/run"
+    data = [f"--data.{name}_list={prepared}/{name}.csv" for name in ("train", "val")]
+    options = ["--cfg", "quickstart", *data, f"--data.root={prepared}", "--data.num_workers=1", "--model.width=8"]
+    options += ["--trainer.max_epochs=2", "--save_every_n_steps=2", f"--trainer.default_root_dir={run}"]
+    if kill:
+        training = subprocess.Popen([sys.executable, "-m", "octvideo", "train", *options], stdout=subprocess.DEVNULL)
+        while training.poll() is None and not stores.exists(f"{run}/checkpoints/step_00000004.ckpt"):
+            time.sleep(0.2)
+        training.kill()
+        training.wait()
+        os.environ["OCTVIDEO_CACHE"] = str(work / "another machine")
+    octvideo("train", *options, "--ckpt_path=auto")
+    last = f"{run}/checkpoints/step_00000012.ckpt"
+    octvideo("test", *options, f"--ckpt={last}", f"--output={work / 'test'}")
+    video = read_list(f"{prepared}/val.csv", root=prepared).paths[0]
+    octvideo("predict", video, f"--ckpt={stores.local(last)}", f"--json={work / 'predicted.json'}")
+    listed = {
+        name: stores.read(f"{prepared}/{name}") if stores.is_uri(prepared) else Path(prepared, name).read_bytes()
+        for name in ("train.csv", "val.csv", "labels.txt", "index.bin", "shards/train-00000.tar")
+    }
+    (predicted,) = json.loads((work / "predicted.json").read_text())["videos"]
+    tested = json.loads((work / "test" / "predictions.json").read_text())
+    scores = [predicted["scores"], *(one["scores"] for one in tested["videos"])]
+    return {"files": listed, "weights": weights(last), "scores": scores, "videos": len(tested["videos"])}
+
+
+def whole(folder: Path, videos: int, seconds: float) -> dict[str, Any]:
+    """Whether a pipeline in S3, with and without faults, ends as on local files."""
+    make_data_set(folder / "motions", 96, 32)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        here = pipeline(str(folder / "motions"), f"{name}/local", Path(name))
+        for faults in ((), ("--fail=0.05", "--hang=0.01")):
+            log = Path(name, "server.json")
+            with server(0.0, f"--log={log}", *faults) as bucket:
+                os.environ["OCTVIDEO_CACHE"] = f"{name}/cache{len(faults)}"
+                for path in sorted((folder / "motions").rglob("*.*")):
+                    if path.is_file():
+                        stores.put(path, f"{bucket}/raw/{path.relative_to(folder / 'motions')}")
+                there = pipeline(f"{bucket}/raw", f"{bucket}/out", Path(name), kill=True)
+                logs = [file for file in stores.files_below(f"{bucket}/out/run/csv") if file.endswith("metrics.csv")]
+                metrics = stores.read(f"{bucket}/out/run/csv/{logs[-1]}").decode().splitlines()
+            column = metrics[0].split(",").index("train/store_retries")
+            rows.append(
+                {
+                    "faults": bool(faults),
+                    "files equal": [key for key in here["files"] if here["files"][key] == there["files"][key]],
+                    "weights equal": all(
+                        torch.equal(here["weights"][key], there["weights"][key]) for key in here["weights"]
+                    ),
+                    "scores equal": here["scores"] == there["scores"],
+                    "videos tested": there["videos"],
+                    "retries logged in training": sum(float(line.split(",")[column] or 0) for line in metrics[1:]),
+                    "server": json.loads(log.read_text()),
+                }
+            )
+    return {"rows": rows}
 
 
 def resident() -> float:

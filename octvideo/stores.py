@@ -12,33 +12,40 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import random
 import re
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
-from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.asyn import AsyncFileSystem
 
 from octvideo.errors import StoreError, UserError
-from octvideo.files import appearing
+from octvideo.files import appearing, lock
 
+log = logging.getLogger(__name__)
+STEP = re.compile(r"step_\d+\.ckpt$")
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://")  # how URIs start
 PATIENCE_SECONDS = 300.0  # how long a request is repeated before the store counts as lost
 START_PATIENCE_SECONDS = 20.0  # of a store that has never answered, so that a wrong address shows soon
 TIMEOUT_SECONDS, SLOWEST = 10.0, 2**20  # of a request: for its answer, and in bytes a second from then on
 LONGEST_WAIT_SECONDS = 15.0
-TRANSIENT = {errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH, None}
+TRANSIENT = {errno.EBUSY, errno.EIO, errno.ETIMEDOUT, errno.EPIPE, errno.EHOSTUNREACH, errno.ENETUNREACH}
 TRANSIENT |= {errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, getattr(errno, "EREMOTEIO", errno.EIO)}
-NETWORKING = {"botocore", "aiobotocore", "aiohttp", "asyncio", "azure", "gcsfs"}  # whose other errors are the network's
+NETWORKING = {"aiohttp", "asyncio", "azure"}  # packages whose errors without a status are the network's
+BOTOCORE = {"HTTPClientError", "ConnectionError", "IncompleteReadError"}  # likewise, and their subclasses
+GONE = {404, 410, 451}  # status of what is not there, 451 for legal reasons
 PACKAGES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"}  # an extra of this package each
 # Stores' own repetitions are off, as nobody could count them, and so are listings from memory.
 OPTIONS: dict[str, dict[str, Any]] = {scheme: {"use_listings_cache": False} for scheme in PACKAGES}
 OPTIONS["s3"] |= {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": TIMEOUT_SECONDS}}
+OPTIONS["s3a"] = OPTIONS["s3"]
 on_wait: Callable[[], None] = lambda: None  # noqa: E731  (called now and then in long waits; a watched process sets it)
 
 
@@ -61,7 +68,7 @@ class Stat(NamedTuple):
     """What tells a file from its earlier versions."""
 
     bytes: int
-    mtime_ns: int  # 0 where a store does not tell
+    mtime_ns: int  # or another number that versions differ in; 0 where a store tells nothing
 
 
 HERE = object()
@@ -105,9 +112,10 @@ def beside(path: str | os.PathLike[str], name: str) -> str:
 
 
 def _file_system(uri: str) -> tuple[Any, str]:
-    scheme = uri.partition("://")[0]
+    scheme, *inner = (part.partition("://")[0] for part in uri.split("::"))
     try:
-        system, path = fsspec.core.url_to_fs(uri, **OPTIONS.get(scheme, {}))
+        options: dict[str, Any] = {name: OPTIONS.get(name, {}) for name in inner}
+        system, path = fsspec.core.url_to_fs(uri, **OPTIONS.get(scheme, {}), **options)
     except ImportError as error:
         extra = PACKAGES.get(scheme)
         cure = f"pip install 'octvideo[{extra}]'" if extra else str(error)
@@ -130,7 +138,7 @@ def _request(uri: str, method: str, *arguments: Any, size: int = 0, **named: Any
             given = [path if argument is HERE else argument for argument in arguments]
             if isinstance(system, AsyncFileSystem) and hasattr(system, f"_{method}"):
                 limit = (TIMEOUT_SECONDS + size / SLOWEST) * 2 ** min(attempt, 2)
-                result = sync(system.loop, getattr(system, f"_{method}"), *given, timeout=limit, **named)
+                result = _wait(system, getattr(system, f"_{method}")(*given, **named), limit)
             else:
                 result = getattr(system, method)(*given, **named)
             _answered.add(store_of(uri))
@@ -146,6 +154,10 @@ def _request(uri: str, method: str, *arguments: Any, size: int = 0, **named: Any
             raise
         except Exception as error:
             failure = error
+        if _status(failure) in GONE:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from failure
+        if _status(failure) == 416:  # the range starts behind the end
+            return b""
         why = " ".join(str(failure).split()) or type(failure).__name__
         if not _is_transient(failure):
             raise StoreError(f"{uri}: {why}") from failure
@@ -162,27 +174,40 @@ def _request(uri: str, method: str, *arguments: Any, size: int = 0, **named: Any
             wait -= 1.0
 
 
-def _is_transient(error: Exception) -> bool:
-    """Whether another try may help."""
-    if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError"):
-        return False
+def _wait(system: Any, coroutine: Coroutine[Any, Any, Any], limit: float) -> Any:
+    """The result of a request, or TimeoutError; says meanwhile that this process is alive."""
+    asked = asyncio.run_coroutine_threadsafe(asyncio.wait_for(coroutine, limit), system.loop)
+    try:
+        while True:
+            try:
+                return asked.result(0.5)
+            except TimeoutError:
+                if asked.done():
+                    return asked.result()
+            on_wait()
+    finally:
+        asked.cancel()  # at Ctrl-C
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error stands for, by the names that stores give it."""
     response = getattr(error, "response", None)  # of S3
     about = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-    status = about.get("HTTPStatusCode") or getattr(error, "status", None)
+    found = [about.get("HTTPStatusCode"), *(getattr(error, name, None) for name in ("status", "status_code", "code"))]
+    status = next((int(str(one)) for one in found if str(one).isdecimal()), None)
+    return _status(error.__cause__) if error is not None and not status else status
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether another try may help."""
     if isinstance(error, FileNotFoundError | PermissionError):
         return False
-    if isinstance(status, int) and status:
+    if (status := _status(error)) is not None:
         return status >= 500 or status in (408, 425, 429)
     if isinstance(error, OSError):
-        return error.errno in TRANSIENT
-    return type(error).__module__.partition(".")[0] in (
-        "botocore",
-        "aiobotocore",
-        "aiohttp",
-        "asyncio",
-        "azure",
-        "gcsfs",
-    )
+        return error.errno in TRANSIENT or isinstance(error, TimeoutError | ConnectionError)
+    names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("botocore")}
+    return bool(names & BOTOCORE) or type(error).__module__.partition(".")[0] in NETWORKING
 
 
 def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
@@ -194,11 +219,10 @@ def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
     if (asked := _ahead.pop((uri, start, end), None)) is not None:
         began = time.monotonic()
         with contextlib.suppress(Exception):  # the request below says what is wrong, or is not
-            content = asked.result(TIMEOUT_SECONDS)
-        asked.cancel()
+            content = _wait(_file_system(uri)[0], _result(asked), TIMEOUT_SECONDS + (wanted or 0) / SLOWEST)
         _count(Traffic(store_of(uri), 1, int(content is None), 0, time.monotonic() - began))
     if content is None:
-        content = _request(uri, "cat_file", HERE, start=start, end=end, size=wanted or 0)
+        content = _request(uri, "cat_file", HERE, start=start, end=end, size=wanted or 2**24)
     if wanted is not None and len(content) > wanted:  # a web server that does not know ranges
         content = content[start:end]
     _count(Traffic(bytes=len(content)))
@@ -209,9 +233,16 @@ def read_ahead(uri: str, start: int, end: int) -> None:
     """Starts a request, so that a `read` of the same bytes finds it done or under way; does nothing if it cannot."""
     with contextlib.suppress(OSError, UserError):
         system, path = _file_system(uri)
-        if isinstance(system, AsyncFileSystem) and len(_ahead) < MOST_AHEAD:
-            asked = system._cat_file(path, start=start, end=end)
-            _ahead[uri, start, end] = asyncio.run_coroutine_threadsafe(asked, system.loop)
+        if not isinstance(system, AsyncFileSystem) or (uri, start, end) in _ahead:
+            return
+        if len(_ahead) == MOST_AHEAD:  # nobody has asked for the oldest
+            _ahead.pop(next(iter(_ahead))).cancel()
+        asked = system._cat_file(path, start=start, end=end)
+        _ahead[uri, start, end] = asyncio.run_coroutine_threadsafe(asked, system.loop)
+
+
+async def _result(asked: "Future[bytes]") -> bytes:
+    return await asyncio.wrap_future(asked)
 
 
 def stat(path: str | os.PathLike[str]) -> Stat:
@@ -226,9 +257,11 @@ def stat(path: str | os.PathLike[str]) -> Stat:
 
 
 def _version(about: dict[str, Any]) -> Stat:
-    changed = next((about[key] for key in ("LastModified", "mtime", "updated", "last_modified") if about.get(key)), 0)
+    names = ("LastModified", "Last-Modified", "mtime", "updated", "last_modified", "ETag", "etag")
+    changed = next((about[key] for key in names if about.get(key)), 0)
     seconds = changed.timestamp() if hasattr(changed, "timestamp") else changed
-    return Stat(int(about["size"] or 0), int(seconds * 1e9) if isinstance(seconds, int | float) else 0)
+    version = int(seconds * 1e9) if isinstance(seconds, int | float) else zlib.crc32(str(seconds).encode())
+    return Stat(int(about["size"] or 0), version)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
@@ -237,7 +270,9 @@ def exists(path: str | os.PathLike[str]) -> bool:
         return os.path.exists(path)
     try:
         stat(path)
-    except FileNotFoundError:
+    except IsADirectoryError:
+        return True
+    except (FileNotFoundError, PermissionError):  # S3 refuses what is missing where listing is not allowed
         return False
     return True
 
@@ -271,7 +306,7 @@ def put(file: Path, uri: str) -> None:
 
 def copy(uri: str, other: str) -> None:
     """Copies a file within its store."""
-    _request(uri, "cp_file", HERE, _file_system(other)[1])
+    _request(uri, "cp_file", HERE, _file_system(other)[1], size=2**32)
 
 
 def remove(uri: str) -> None:
@@ -302,10 +337,13 @@ def cache_folder() -> Path:
 def check(uri: str) -> None:
     """Whether the store of a file can be used at all, found out in seconds: StoreError, with the reason, if not."""
     try:
-        if not exists(uri):
-            bucket = store_of(uri)
-            if uri.partition("://")[0] in PACKAGES and not _request(bucket, "exists", HERE):
-                raise StoreError(f"{bucket} does not exist, or these credentials may not see it")
+        stat(uri)
+    except IsADirectoryError:
+        return
+    except FileNotFoundError as error:
+        bucket = store_of(uri)
+        if uri.partition("://")[0] in PACKAGES and not _request(bucket, "exists", HERE):
+            raise StoreError(f"{bucket} does not exist, or these credentials may not see it") from error
     except PermissionError as error:
         raise StoreError(f"{store_of(uri)}: no access: {error}") from error
 
@@ -324,7 +362,15 @@ class Mirror:
         self._record = self.folder.with_name("record.json")  # the version in the store of each file that is here
 
     def fetch(self) -> None:
-        """Makes the folder what the store has."""
+        """Makes the folder what the store has; step checkpoints that are newer, because it did not answer, stay.
+
+        UserError where a run of this machine is using the folder.
+        """
+        checkpoints = self.folder / "checkpoints"
+        if checkpoints.is_dir():
+            if (in_use := lock(checkpoints / ".lock")) is None:
+                raise UserError(f"another run is writing to {self.uri}: choose another folder, or wait for its end")
+            in_use.close()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._record.with_suffix(".lock").open("w") as locked:
             fcntl.lockf(locked, fcntl.LOCK_EX)  # another process of this machine may be at it
@@ -338,8 +384,12 @@ class Mirror:
                     with appearing(self.folder / name) as partial:
                         _request(child(self.uri, name), "get_file", HERE, str(partial), size=version.bytes)
                     record[name] = [*version, *self._version(name)]
+            newest = max((name for name in there if STEP.search(name)), default="")
             for name in self._files() - there.keys():
-                (self.folder / name).unlink()
+                if STEP.search(name) and name not in known and name > newest:
+                    log.warning("%s did not reach %s before: it is the newest checkpoint", name, self.uri)
+                else:
+                    (self.folder / name).unlink()
             self._write(record)
 
     def push(self) -> None:

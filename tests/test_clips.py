@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import frame_numbers
 
-from octvideo.data.clips import NO_VIDEO, BadVideo, Decoding, Draw, TestViews, TrainingClips, clips_of, cut
+from octvideo.data.clips import BadVideo, Draw, TestViews, TrainingClips, cut
+from octvideo.data.decoding import NO_VIDEO, Decoding, clips_of
 from octvideo.data.index import IndexedVideo
 from octvideo.data.lists import Paths, VideoList
 from octvideo.data.loading import collate

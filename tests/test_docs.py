@@ -484,7 +484,7 @@ def test_the_api_reference_has_every_module_and_every_public_name(pages):
         "models.scoring",
         "evaluation.charts",
     }
-    readers = ("stream", "pyav_reader", "torchcodec_reader", "decord_reader")
+    readers = ("stream", "pictures_reader", "pyav_reader", "torchcodec_reader", "decord_reader")
     internal |= {"data.preparation.journal", *(f"data.{name}" for name in readers)}
     for file in (ROOT / "octvideo").rglob("*.py"):
         module = ".".join(file.relative_to(ROOT / "octvideo").with_suffix("").parts)

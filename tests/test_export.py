@@ -19,7 +19,8 @@ from pytorchvideo.models import resnet
 
 from octvideo.commands import export
 from octvideo.commands import options as command_options
-from octvideo.data.clips import Decoding, Draw, TestViews
+from octvideo.data.clips import Draw, TestViews
+from octvideo.data.decoding import Decoding
 from octvideo.data.lists import VideoList
 from octvideo.data.motions import write_video
 from octvideo.data.sampling import Sampling

@@ -6,7 +6,8 @@ from test_clips import decoding, training
 from torch.utils.data import DataLoader
 
 from octvideo.data import loading
-from octvideo.data.clips import NO_VIDEO, BadVideo, Draw, Sample
+from octvideo.data.clips import BadVideo, Draw, Sample
+from octvideo.data.decoding import NO_VIDEO
 from octvideo.data.loading import EpochSampler, Loader, TrainingBatches, collate
 from octvideo.data.multigrid import ClipShape
 

@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from octvideo.data.augmentation import BatchAugmentation
-from octvideo.data.clips import NO_VIDEO, BadVideo, TrainingClips
+from octvideo.data.clips import BadVideo, TrainingClips
+from octvideo.data.decoding import NO_VIDEO
 from octvideo.data.index import IndexedVideo, write_index
 from octvideo.data.module import VideoData
 from octvideo.data.multigrid import Multigrid
@@ -422,7 +423,7 @@ def test_the_smallest_clips_are_those_that_a_network_is_tried_on(lists):
 def test_more_waiting_clips_than_shared_memory_holds_are_refused(lists, monkeypatch):
     clip, view = 3 * 4 * 32**2, 3 * 4 * 40**2
     free = SimpleNamespace(free=max(4 * clip, 5 * view))  # 2 batches of 2 clips, or all 5 videos of the validation
-    monkeypatch.setattr("octvideo.data.module.shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr("octvideo.data.shared_memory.shutil.disk_usage", lambda path: free)
     VideoData(**lists, **SMALL, num_workers=1).setup("fit")
     VideoData(**lists, **SMALL, num_workers=0).setup("test")
     for stage, wanted in (("fit", 5 * view), ("test", 5 * 6 * view)):

@@ -132,14 +132,15 @@ def test_balanced_drawing_makes_classes_as_frequent(tmp_path):
     assert len(draws) == 1000
     assert 0.45 < np.mean([draw.video >= 900 for draw in draws]) < 0.55
     assert draws == list(data._sampler("train_list", shuffle=True))
-    halves = [list(EpochSampler(1000, 1, True, rank, 2, chances=data._chances())) for rank in (0, 1)]
+    halves = [list(EpochSampler(1000, 1, True, rank, 2, chances=data.read("train_list").chances(3))) for rank in (0, 1)]
     assert sorted(halves[0] + halves[1]) == sorted(draws)
     assert isinstance(draws[0], Draw)
     assert data._dealt(0)["balanced"]
     assert "balanced" not in VideoData(str(tmp_path / "train.csv"), num_classes=3)._dealt(0)
     (tmp_path / "train.csv").write_text("a.mp4 0,1\nb.mp4 0\nc.mp4 0\nd.mp4 -\n")
     several = VideoData(str(tmp_path / "train.csv"), num_classes=3, task="multi", balanced=True)
-    assert several._chances().tolist() == pytest.approx(np.array([1, 1 / 3, 1 / 3, 1 / 4]) / (1 + 2 / 3 + 1 / 4))
+    found = several.read("train_list").chances(several.num_classes).tolist()
+    assert found == pytest.approx(np.array([1, 1 / 3, 1 / 3, 1 / 4]) / (1 + 2 / 3 + 1 / 4))
 
 
 def trained_file(path, **options):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from octvideo import stores
 from octvideo.data import source
+from octvideo.data.clips import Draw
 from octvideo.data.index import IndexedVideo, write_index
 from octvideo.data.lists import read_list
 from octvideo.data.module import VideoData
@@ -212,6 +213,74 @@ def test_videos_in_a_store_are_those_on_this_machine(s3, numbered_video, texture
         Video(f"{s3}/none.mp4")
 
 
+def test_folders_of_frames_in_a_store_train_whatever_their_names(s3, textured, tmp_path):
+    for number, image in enumerate(frames(textured)[:8]):
+        Image.fromarray(image).save(tmp_path / "a.png")
+        stores.put(tmp_path / "a.png", f"{s3}/clip.001/{number}.png")
+    (tmp_path / "list.csv").write_text("clip.001 0\n" * 2)
+    how = {"root": s3, "frame_stride": 1, "num_workers": 0, "batch_size": 2, "crop_size": 32, "short_side": (32, 32)}
+    data = VideoData(str(tmp_path / "list.csv"), **how)
+    data.setup("fit")
+    assert next(iter(data.train_dataloader())).bad == []
+
+
+def test_tar_files_of_every_format_are_read(numbered_video, tmp_path):
+    content = numbered_video.read_bytes()
+    for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        name = "häuser.mp4" if kind == tarfile.PAX_FORMAT else f"{'x' * 80}/{'y' * 60}.mp4"
+        with tarfile.open(tmp_path / f"{kind}.tar", "w", format=kind) as tar:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+            label = tarfile.TarInfo(f"{name.removesuffix('.mp4')}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"1"))
+        (path,) = read_list(str(tmp_path / f"{kind}.tar")).paths
+        assert frame_numbers(frames(path, [1.01])) == [30]
+
+
+def test_the_next_video_is_read_ahead_and_what_nobody_asks_for_is_let_go(s3, textured, tmp_path):
+    write_index(tmp_path, {f"{n}.mp4": IndexedVideo(60, 30.0, 2.0, np.arange(5) * 0.4, 0) for n in range(3)})
+    size = textured.stat().st_size
+    known = {f"{n}.mp4": IndexedVideo(60, 30.0, 2.0, np.arange(5) * 0.4, size) for n in range(3)}
+    write_index(tmp_path, known)
+    (tmp_path / "list.csv").write_text("".join(f"{n}.mp4 {n}\n" for n in range(3)))
+    for n in range(3):
+        stores.put(textured, f"{s3}/{n}.mp4")
+    how = {"root": s3, "frame_stride": 1, "num_workers": 0, "decode_timeout_seconds": None}
+    clips = VideoData(str(tmp_path / "list.csv"), **how, batch_size=3).train_dataloader().dataset
+    stores.take_traffic()
+    samples = clips.__getitems__([Draw(0, n, n) for n in range(3)])
+    assert [sample.traffic.requests for sample in samples] == [1, 1, 1]
+    assert [sample.label for sample in samples] == [0, 1, 2]
+    assert not stores._ahead
+    for start in range(stores.MOST_AHEAD + 2):
+        stores.read_ahead(f"{s3}/0.mp4", start, 100)
+        stores.read_ahead(f"{s3}/0.mp4", start, 100)
+    assert len(stores._ahead) == stores.MOST_AHEAD
+    assert stores.read(f"{s3}/0.mp4", 5, 100) == textured.read_bytes()[5:100]
+    stores._ahead.clear()
+
+
+def test_a_range_behind_the_end_and_what_is_gone_are_no_faults_of_the_store(s3, tmp_path):
+    (tmp_path / "empty").touch()
+    stores.put(tmp_path / "empty", f"{s3}/empty.mp4")
+    assert stores.read(f"{s3}/empty.mp4", 0, 100) == b""
+    with pytest.raises(DecodeError, match=f"^{s3}/empty.mp4: "):
+        Video(f"{s3}/empty.mp4", known=IndexedVideo(60, 30.0, 2.0, np.empty(0), 1000))
+
+    class Gone(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(410)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with pytest.raises(FileNotFoundError):
+        stores.read(f"{serve(Gone)}/v.mp4", 0, 10)
+
+
 def test_a_known_video_is_one_request_and_a_changed_one_is_seen(s3, textured, numbered_video):
     stores.put(textured, f"{s3}/v.mp4")
     known = IndexedVideo(60, 30.0, 2.0, np.arange(5) * 0.4, textured.stat().st_size)
@@ -311,7 +380,7 @@ def test_a_request_that_hangs_is_given_up_and_repeated(monkeypatch):
         def log_message(self, *_):
             pass
 
-    assert stores.read(f"{serve(Hanging)}/v") == b"content"
+    assert stores.read(f"{serve(Hanging)}/v", 0, 7) == b"content"
     assert (len(calls), len(waits) > 1) == (2, True)
 
 
@@ -379,11 +448,18 @@ def test_a_mirror_is_what_the_store_has(s3, tmp_path, monkeypatch):
     (there / "step_2.ckpt").write_bytes(b"2" * 100)
     (there / "step_1.ckpt").unlink()
     other.push()
-    (folder / "step_3.ckpt").write_bytes(b"3")  # not pushed before this machine was lost
+    (folder / "step_0.ckpt").write_bytes(b"0")  # of no use to anyone
+    (folder / "step_3.ckpt").write_bytes(b"3")  # the store did not answer: the run goes on from here
     mirror.fetch()
-    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".ckpt" and not path.is_symlink()) == [
-        *("best.ckpt", "step_2.ckpt"),
-    ]
+    kept = {path.name for path in folder.iterdir() if path.suffix == ".ckpt" and not path.is_symlink()}
+    assert kept == {"best.ckpt", "step_2.ckpt", "step_3.ckpt"}
+    code = f"from octvideo.files import lock; from pathlib import Path\nheld = lock(Path({str(folder)!r}, '.lock'))\n"
+    code += "print('locked', flush=True); input()"
+    other_run = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other_run.stdout.readline()
+    with pytest.raises(UserError, match=f"^another run is writing to {s3}/run: choose another folder"):
+        mirror.fetch()
+    other_run.communicate(b"\n")
 
 
 def test_a_checkpoint_may_be_in_a_store(s3, tmp_path, monkeypatch):

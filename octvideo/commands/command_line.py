@@ -252,13 +252,14 @@ class CommandLine(LightningCLI):
             raise UserError("trainer.default_root_dir must name a folder")
         return Path(folder)
 
-    def take_run_folder(self) -> None:
+    def take_run_folder(self, fetch: bool = True) -> None:
         """Makes a run folder in a store a folder of this machine, with what the store has."""
         folder = self.config["trainer"]["default_root_dir"]
         if folder is not None and stores.is_uri(folder):
             self.mirror = stores.Mirror(folder)
             stores.check(stores.child(folder, "config.yaml"))
-            self.mirror.fetch()
+            if fetch:
+                self.mirror.fetch()
             self.config["trainer"]["default_root_dir"] = str(self.mirror.folder)
 
 
@@ -266,5 +267,5 @@ def start(command_line: Callable[[], Cli]) -> Cli:
     """Builds a command line; a mistake in it ends the program with one line."""
     try:
         return command_line()
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         fail(in_one_line(str(error)))

@@ -36,13 +36,12 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from octvideo import stores
 from octvideo.commands.options import Parser, device_of, fail, number, one_line_errors
 from octvideo.commands.predict import add_videos, find_videos, reading, refuse_overwriting, shown
 from octvideo.data.clips import BadVideo
 from octvideo.data.lists import MOST_CLASSES
 from octvideo.data.preparation.journal import Journal
-from octvideo.data.source import split_span
+from octvideo.data.source import AnySource, split_span
 from octvideo.errors import PreparationError, UserError
 from octvideo.evaluation.features import Extractor, Features, VideoFeatures, collected
 from octvideo.evaluation.prediction import Predictor
@@ -64,8 +63,8 @@ def fingerprint(trained: Trained) -> str:
 def identity(path: str) -> tuple[str, int, int]:
     """A file's path, bytes and time of change; zeros if it is missing."""
     try:
-        return path, *stores.stat(split_span(path)[0])
-    except OSError:  # a folder of frames in a store, too
+        return path, *AnySource().version(split_span(path)[0])
+    except (OSError, UserError):
         return path, 0, 0
 
 

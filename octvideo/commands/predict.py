@@ -6,9 +6,9 @@ octvideo predict SOURCE --stream ...    predicts live video; octvideo predict --
 
 An input is a video (a file, a URI such as s3://bucket/clip.mp4, a member of a tar file), of which VIDEO#t=START,END
 is a stretch in seconds, or
-  a folder, searched for videos at any depth, in natural order (clip2 before clip10); hidden files, files without an
-           extension, texts, pictures and copies written by --save-video (*.predicted.mp4) are skipped; or, without
-           videos in it, the numbered frames of one (--frames-fps)
+  a folder (of a store: with a / at its end), searched for videos at any depth, in natural order (clip2 before clip10);
+           hidden files, files without an extension, texts, pictures and copies written by --save-video
+           (*.predicted.mp4) are skipped; or, without videos in it, the numbered frames of one (--frames-fps)
   a list   *.csv or *.txt with a line 'path' or 'path class-number' for each video. Given classes are shown beside the
            predictions and accuracies are computed. Paths start from --root; by default from the current folder, or from
            the list's folder if the current one does not have them
@@ -29,7 +29,7 @@ likely one in some second keeps at least half of its highest score.
 --thumbnail    writes DIR/NAME.predicted.jpg: eight evenly spaced frames with their times, and the most likely class
 
 Exit status: 0 if all videos were predicted; 1 if some are bad (they are listed with the reason); 2 for a mistake in the
-command, or if results cannot be written; 130 on Ctrl-C.
+command, if results cannot be written, or if a store fails (what was predicted before is written); 130 on Ctrl-C.
 """
 
 import argparse
@@ -68,7 +68,7 @@ from octvideo.data.lists import HEADERS, read_lines, rooted, video_files, withou
 from octvideo.data.source import PICTURES, AnySource, split_span
 from octvideo.data.video import READERS
 from octvideo.data.watchdog import HungError
-from octvideo.errors import DecodeError, ListError, UserError
+from octvideo.errors import DecodeError, ListError, StoreError, UserError
 from octvideo.evaluation.drawing import ANNOTATED, THUMBNAIL, annotate, clock, contact_sheet, read_stills
 from octvideo.evaluation.prediction import Prediction, Predictor
 from octvideo.files import appearing
@@ -96,7 +96,8 @@ def find_videos(
         if path.lower().endswith((".csv", ".txt")) and not os.path.isdir(path):
             found += read_list(path, root, num_classes)
         else:
-            found += [(video, None) for video in (search(path) if os.path.isdir(path) else [path])]
+            is_folder = os.path.isdir(path) or (is_uri(path) and path.endswith("/"))
+            found += [(video, None) for video in (search(path) if is_folder else [path])]
     if not any(is_uri(video) or os.path.exists(split_span(video)[0]) for video, _ in found):
         missing = f": none of the {len(found)} files named exist, such as {found[0][0]}" if found else ""
         raise ListError(f"no videos found in {', '.join(map(str, inputs))}{missing}")
@@ -114,8 +115,8 @@ def search(folder: str) -> list[str]:
         return [[int(text) if index % 2 else text for index, text in enumerate(texts)] for texts in parts]
 
     names = [name for name in video_files(folder) if not name.endswith(ANNOTATED)]
-    if not names and any(os.path.splitext(name)[1].lower() in PICTURES for name in os.listdir(folder)):
-        return [folder]
+    if not names and (is_uri(folder) or {os.path.splitext(name)[1].lower() for name in os.listdir(folder)} & PICTURES):
+        return [folder.rstrip("/")]
     return [os.path.join(folder, name) for name in sorted(names, key=natural)]
 
 
@@ -172,6 +173,9 @@ def predict_all(
                 with appearing(Path(files["thumbnail"])) as written:
                     sheet.save(written, "JPEG", quality=90)
             yield Outcome(path, truth, prediction, "", files)
+        except StoreError as error:  # nothing is known of the videos behind it: what is known is written
+            print(f"stopped: {error}", file=sys.stderr)
+            return
         except (DecodeError, HungError) as error:
             yield Outcome(path, truth, None, error.reason if isinstance(error, DecodeError) else str(error), {})
 
@@ -290,6 +294,8 @@ def predict(arguments: argparse.Namespace) -> int:
         csv.writer(text := io.StringIO(newline="")).writerows(rows)
         with appearing(arguments.csv) as written:
             written.write_text(text.getvalue(), "utf-8", "surrogateescape", newline="")
+    if len(outcomes) < len(videos):
+        return 2
     return int(any(outcome.prediction is None for outcome in outcomes))
 
 

@@ -38,7 +38,17 @@ from typing import IO, Any
 
 import numpy as np
 
-from octvideo.commands.options import COMPILE, Parser, device_of, fail, local_path, number, one_line_errors, positive
+from octvideo.commands.options import (
+    COMPILE,
+    Parser,
+    checkpoint,
+    device_of,
+    fail,
+    local_path,
+    number,
+    one_line_errors,
+    positive,
+)
 from octvideo.errors import DecodeError
 from octvideo.evaluation.drawing import clock
 from octvideo.evaluation.prediction import Predictor
@@ -129,7 +139,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="number of a camera, address, - or file")
     add("--stream", action="store_true", required=True, help="predict live video")
-    add("--ckpt", type=Path, required=True, help="checkpoint of octvideo train, or a published network")
+    add("--ckpt", type=checkpoint, required=True, help="checkpoint of octvideo train, or a published network")
     add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
     add("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
     add("--compile", choices=("blocks", "true"), help=COMPILE)

@@ -47,7 +47,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from octvideo.commands import runs
-from octvideo.commands.options import Parser, fail, number, several
+from octvideo.commands.options import Parser, checkpoint, fail, number, several
 from octvideo.commands.runs import RunFailedError
 from octvideo.files import appearing
 from octvideo.models.checkpoint import load_trained, restore
@@ -105,7 +105,7 @@ def read_arguments(words: list[str]) -> Namespace:
     what = "with commas between them; default: %(default)s"
     add("--alphas", type=several(read_variant), default="0,0:pool,.125,.25,.5", metavar="LIST", help=what)
     add("--seeds", type=several(read_seed), default="0,1,2", metavar="LIST", help="of training; default: %(default)s")
-    add("--ckpt", type=Path, nargs="+", metavar="FILE", help="test these checkpoints, train nothing")
+    add("--ckpt", type=checkpoint, nargs="+", metavar="FILE", help="test these checkpoints, train nothing")
     add("--statistics_batches", type=number, default=200, metavar="N", help="with --ckpt; default: %(default)s")
     add("--rounds", type=number, default=20, metavar="N", help="timings of each network; default: %(default)s")
     cure = "a sweep sets {} itself: give --alphas, --seeds and --output"

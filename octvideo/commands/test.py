@@ -94,7 +94,7 @@ class Testing(CommandLine):
 
     def before_instantiate_classes(self) -> None:
         self.take_processes_of_launcher()
-        self.take_run_folder()
+        self.take_run_folder(fetch=False)
         if stores.is_uri(self.config["ckpt"]):
             self.config["ckpt"] = str(stores.local(self.config["ckpt"]))
         self.take_network_of(self.config["ckpt"], "--ckpt")
@@ -133,7 +133,7 @@ class Testing(CommandLine):
         if self.statistics_batches == 0:
             return
         train_list = self.datamodule.lists["train_list"]
-        if train_list is not None and Path(train_list).is_file():
+        if train_list is not None and (stores.is_uri(train_list) or "*" in train_list or Path(train_list).is_file()):
             self.datamodule.read("train_list")
             return
         self.statistics_batches = 0
@@ -224,5 +224,6 @@ def main(words: list[str]) -> None:
             checkpoint = Path(cli.config["ckpt"])
             folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else cli.run_folder
             write_report([read_run(folder, results=output, checkpoint=checkpoint)], output / "report.html")
-        if cli.mirror is not None and cli.trainer.is_global_zero:
-            cli.mirror.push()
+        if cli.mirror is not None and cli.config["output"] is None and cli.trainer.is_global_zero:
+            for path in output.iterdir():
+                stores.put(path, stores.child(cli.mirror.uri, f"test/{path.name}"))

@@ -50,6 +50,18 @@ class VideoList(NamedTuple):
     paths: Sequence[str]
     labels: NDArray[Any]  # int64, or float32 where a list has several classes of a video
 
+    def class_counts(self, num_classes: int) -> NDArray[np.float64]:
+        """(num_classes,) videos of each class, parts of them where there are shares."""
+        counts = self.labels.sum(0) if self.labels.ndim > 1 else np.bincount(self.labels, minlength=num_classes)
+        return counts.astype(np.float64)
+
+    def chances(self, num_classes: int) -> NDArray[np.float64]:
+        """(N,) how likely each video is to be drawn, as its rarest class is rare: so all classes are as frequent."""
+        rarity = 1 / np.maximum(self.class_counts(num_classes), 1)
+        chances = rarity[self.labels] if self.labels.ndim == 1 else (self.labels * rarity).max(1)
+        chances = np.where(chances > 0, chances, 1 / len(self.labels))  # videos of no class
+        return np.asarray(chances / chances.sum(), np.float64)
+
 
 def read_list(
     path: str | os.PathLike[str],

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from octvideo.data.clips import NO_VIDEO, BadVideo, Draw, Sample
+from octvideo.data.clips import BadVideo, Draw, Sample
+from octvideo.data.decoding import NO_VIDEO
 from octvideo.data.multigrid import ClipShape, whole_batches
 from octvideo.stores import Traffic
 

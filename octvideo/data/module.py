@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import shutil
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,19 +13,18 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from octvideo import stores
 from octvideo.data.augmentation import BatchAugmentation
-from octvideo.data.clips import Decoding, Sample, TestViews, TrainingClips
+from octvideo.data.clips import Sample, TestViews, TrainingClips
+from octvideo.data.decoding import Decoding
 from octvideo.data.index import FILE, VideoIndex
 from octvideo.data.lists import Paths, VideoList, read_class_names, read_list, rooted
 from octvideo.data.loading import Batch, EpochSampler, Loader, TrainingBatches, collate
 from octvideo.data.multigrid import ClipShape, Multigrid, share_of_side
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.data.reader import Backend
+from octvideo.data.shared_memory import check_shared_memory
 from octvideo.data.source import SPAN, AnySource, Source
 from octvideo.data.watchdog import outlive_signals
 from octvideo.errors import ListError, UserError
-
-SHARED_MEMORY = "/dev/shm"  # on Linux
-ENLARGE = f"enlarge {SHARED_MEMORY} (docker run --shm-size or --ipc=host)"
 
 
 # Lightning keeps a data module's state in checkpoints under the name of its class: renaming it would break resuming.
@@ -153,9 +151,6 @@ class VideoData(LightningDataModule):
         self._check_shared_memory(stage)
 
     def _check_shared_memory(self, stage: str) -> None:
-        """Refuses more waiting clips than /dev/shm, where loader processes put them, has room for."""
-        if not os.path.isdir(SHARED_MEMORY):
-            return
         tested, views = ("test_list", self.test_clips * self.test_crops) if stage == "test" else ("val_list", 1)
         videos = self.batch_size // self.clips_per_video
         # Lists, videos in a batch, and bytes of the clips of each.
@@ -164,15 +159,12 @@ class VideoData(LightningDataModule):
             size = 3 * shape.clip_frames * shape.crop_size**2
             loads.append(("train_list", videos * shape.factor, self.clips_per_video * size))
         waiting = self.num_workers * self.prefetch_batches
-        most = max(
+        sizes = [
             min(waiting * batch, len(self.read(name).paths)) * size
             for name, batch, size in loads
             if self.lists[name] is not None
-        )
-        wanted, free = most * getattr(self.trainer, "num_devices", 1), shutil.disk_usage(SHARED_MEMORY).free
-        if wanted > free:
-            sizes = f"need {wanted / 2**20:.0f} MiB of {SHARED_MEMORY}, where {free / 2**20:.0f} MiB are free"
-            raise UserError(f"waiting clips {sizes}: {ENLARGE}, or lower data.num_workers or data.prefetch_batches")
+        ]
+        check_shared_memory(max(sizes, default=0) * getattr(self.trainer, "num_devices", 1))
 
     def state_dict(self) -> dict[str, Any]:
         """Class names, preprocessing, and in training the position; the end of an epoch is the next one's start."""
@@ -203,9 +195,7 @@ class VideoData(LightningDataModule):
 
     def class_counts(self, name: str) -> NDArray[np.float64]:
         """(num_classes,) videos of each class in a list, parts of them where it has shares."""
-        labels, classes = self.read(name).labels, self.num_classes or 0
-        counts = labels.sum(0) if labels.ndim > 1 else np.bincount(labels, minlength=classes)
-        return counts.astype(np.float64)
+        return self.read(name).class_counts(self.num_classes or 0)
 
     def _decoding(self, name: str) -> Decoding:
         if name not in self._read:
@@ -316,16 +306,8 @@ class VideoData(LightningDataModule):
     def _sampler(self, name: str, shuffle: bool) -> EpochSampler:
         processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
         repeats = getattr(self.trainer, "overfit_batches", 0) > 0
-        chances = self._chances() if self.balanced and shuffle else None
+        chances = self.read(name).chances(self.num_classes or 0) if self.balanced and shuffle else None
         return EpochSampler(len(self.read(name).paths), self.seed, shuffle, *processes, 0, repeats, chances)
-
-    def _chances(self) -> NDArray[np.float64]:
-        """(N,) how likely each training video is drawn: as its rarest class is rare, so that all are as frequent."""
-        labels, counts = self.read("train_list").labels, self.class_counts("train_list")
-        rarity = 1 / np.maximum(counts, 1)
-        chances = rarity[labels] if labels.ndim == 1 else (labels * rarity).max(1)
-        chances = np.where(chances > 0, chances, 1 / len(labels))  # videos of no class
-        return np.asarray(chances / chances.sum(), np.float64)
 
     def _training_loader(self, batches: TrainingBatches, persistent: bool) -> DataLoader[Sample]:
         mirror, seed, num_clips = self.preprocessing.mirror, batches.sampler.seed, self.clips_per_video

@@ -216,8 +216,9 @@ class AnySource(Source):
                 return Ranges(uri, known.bytes, lambda start, end: content[start:end], known)
         try:
             found = stores.stat(uri)
-        except (FileNotFoundError, IsADirectoryError):
-            if os.path.splitext(uri)[1] or not (names := [*stores.files_below(uri)]):
+        except (FileNotFoundError, IsADirectoryError) as error:
+            missing = isinstance(error, FileNotFoundError) and os.path.splitext(uri)[1]
+            if missing or not (names := [*stores.files_below(uri)]):
                 raise
             return Pictures(uri, frames_of(uri, [name for name in names if "/" not in name]), self.frames_fps)
         if not found.bytes:  # a web server that tells no size
@@ -243,7 +244,7 @@ class AnySource(Source):
             front = HEADER_BYTES if first == 0 else 0
             whole = first - front + start, last + start
             content = self._kept((shard, *whole), last - first + front, lambda: read_range(shard, *whole))
-            if front and content[: min(100, len(os.fsencode(member)))] != os.fsencode(member)[:100]:
+            if front and not _is_header_of(content[:HEADER_BYTES], member, size):
                 raise DecodeError(name, f"{shard} has changed: another member is there")
             return content[front:]
 
@@ -355,6 +356,16 @@ def split_span(name: str) -> tuple[str, float, float | None]:
     if match is None or match[0] == "#t=" or (not is_uri(name) and os.path.exists(name)):
         return name, 0.0, None
     return name[: match.start()], float(match[1] or 0), None if match[2] is None else float(match[2])
+
+
+def _is_header_of(header: bytes, member: str, size: int) -> bool:
+    """Whether 512 bytes are what comes before a member in a tar; other formats than GNU's may spell its name anew."""
+    try:
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    is_gnu = header[257:265] == tarfile.GNU_MAGIC
+    return found.size == size and (not is_gnu or os.fsencode(member)[:100] == os.fsencode(found.name)[:100])
 
 
 def read_range(path: str, start: int, end: int) -> bytes:

@@ -122,6 +122,10 @@ def shown_frames(path: str, source: Source | None) -> tuple[Fraction, Fraction, 
 
     def decoded() -> Shown:
         with container:
+            if start and timing.clock == "steady":
+                with contextlib.suppress(av.error.FFmpegError):
+                    first = round(start / cast(Fraction, stream.time_base)) + timing.start
+                    container.seek(first, stream=stream)
             for seconds, frame in decode_all(container, stream, timing):
                 if end is not None and seconds >= end:
                     return

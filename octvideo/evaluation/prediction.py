@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from octvideo.data.clips import clips_of, cut
+from octvideo.data.clips import cut
+from octvideo.data.decoding import clips_of
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.data.reader import Backend
 from octvideo.data.sampling import ROUNDING, Sampling, even_crops

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from octvideo.data.loading import Batch
-from octvideo.data.module import ENLARGE, VideoData
+from octvideo.data.module import VideoData
+from octvideo.data.shared_memory import ENLARGE
 from octvideo.errors import LoaderKilledError, NotFiniteError, UserError
 from octvideo.stores import Traffic
 

@@ -182,8 +182,10 @@ def _fetch(output: str, journal: Path) -> None:
     except FileNotFoundError:
         journal.unlink(missing_ok=True)
         return
-    with open(journal, "ab") as file:
-        file.write(b"\n" + content)
+    own = journal.read_bytes() if journal.exists() else b""
+    if own and own.split(b"\n", 1)[0] != content.split(b"\n", 1)[0]:
+        own = b""  # of another preparation, on this machine; what counts is in the store
+    journal.write_bytes(content + b"\n" + own)
 
 
 def _join_parts(output: str, folder: Path, journal: Path, options: Facts) -> list[str]:
@@ -350,7 +352,7 @@ class _Run:
         }
         if self.shards:
             self._work("packing", self.work.pack, left, len(self.shards))
-        if bad := [path for path in left if "failed" in self.files[path]]:
+        if bad := [path for path, shard in left.items() if self.files[path].get("digest") != shard.digest]:
             raise PreparationError(
                 f"{bad[0]} cannot be packed: {self.files[bad[0]]['reason']}; the same command continues"
             )
