@@ -606,3 +606,13 @@ def test_the_journal_holds_a_line_for_each_file_in_the_sources_order(videos, tmp
     records = [json.loads(line) for line in (tmp_path / "out" / "journal.jsonl").read_text().splitlines()]
     assert records[0] == {"version": 1, "reencode": None}
     assert [record["path"] for record in records[1:]] == list(report(tmp_path / "out"))
+
+
+def test_a_shard_that_cannot_be_packed_in_time_ends_the_run(numbered_video, tmp_path, monkeypatch):
+    monkeypatch.setattr(work.Work, "pack", lambda work, shard: time.sleep(60))
+    (tmp_path / "videos").mkdir()
+    shutil.copy(numbered_video, tmp_path / "videos" / "a.mp4")
+    catalogue = Catalogue([Entry("a.mp4", 0, "train")], ["a"])
+    with pytest.raises(PreparationError, match=r"^shards/train-00000.tar cannot be packed: no result within 2 s"):
+        prepare(catalogue, tmp_path / "videos", tmp_path / "out", shard_bytes=10**6, timeout_seconds=2)
+    assert not (tmp_path / "out" / "train.csv").exists()
