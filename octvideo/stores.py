@@ -210,8 +210,12 @@ def _is_transient(error: Exception) -> bool:
     return bool(names & BOTOCORE) or type(error).__module__.partition(".")[0] in NETWORKING
 
 
-def read(uri: str, start: int | None = None, end: int | None = None) -> bytes:
-    """The bytes of a file, or those from start to end, fewer where it ends before."""
+def read(path: str | os.PathLike[str], start: int | None = None, end: int | None = None) -> bytes:
+    """The bytes of a local or remote file, or those from start to end, fewer where it ends before."""
+    if not is_uri(uri := os.fspath(path)):
+        with open(uri, "rb") as file:
+            file.seek(start or 0)
+            return file.read() if end is None else file.read(end - (start or 0))
     wanted = None if end is None else end - (start or 0)
     if wanted == 0:
         return b""
@@ -277,8 +281,23 @@ def exists(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def files_below(uri: str) -> dict[str, Stat]:
-    """The files of a remote folder at any depth, by their paths from it on, sorted; none where it does not exist."""
+def is_folder(path: str) -> bool:
+    """Whether there is a local or remote folder."""
+    if not is_uri(path):
+        return os.path.isdir(path)
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            stat(path)
+        except IsADirectoryError:
+            return True
+    return False
+
+
+def files_below(folder: str) -> dict[str, Stat]:
+    """The files of a local or remote folder at any depth, by their paths from it on, sorted; none if it is missing."""
+    if not is_uri(uri := folder):
+        paths = sorted(Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+        return {path.relative_to(folder).as_posix(): stat(path) for path in paths}
     found = _request(uri.rstrip("/"), "find", HERE, detail=True, size=2**28)
     root = _file_system(uri.rstrip("/"))[1].rstrip("/")
     names = {path[len(root) + 1 :]: about for path, about in found.items() if path.startswith(f"{root}/")}
@@ -309,10 +328,10 @@ def copy(uri: str, other: str) -> None:
     _request(uri, "cp_file", HERE, _file_system(other)[1], size=2**32)
 
 
-def remove(uri: str) -> None:
-    """Removes a remote file, if it is there."""
+def remove(path: str) -> None:
+    """Removes a local or remote file, if it is there."""
     with contextlib.suppress(FileNotFoundError):
-        _request(uri, "rm_file", HERE)
+        _request(path, "rm_file", HERE) if is_uri(path) else os.unlink(path)
 
 
 def local(path: str | os.PathLike[str]) -> Path:

@@ -96,7 +96,7 @@ def find_videos(
         if path.lower().endswith((".csv", ".txt")) and not os.path.isdir(path):
             found += read_list(path, root, num_classes)
         else:
-            is_folder = os.path.isdir(path) or (is_uri(path) and path.endswith("/"))
+            is_folder = path.endswith("/") if is_uri(path) else os.path.isdir(path)
             found += [(video, None) for video in (search(path) if is_folder else [path])]
     if not any(is_uri(video) or os.path.exists(split_span(video)[0]) for video, _ in found):
         missing = f": none of the {len(found)} files named exist, such as {found[0][0]}" if found else ""

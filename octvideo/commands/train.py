@@ -54,8 +54,7 @@ class Training(CommandLine):
         model, folder = self.config["model"], self.run_folder / "checkpoints"
         if ckpt_path is not None and stores.is_uri(ckpt_path):
             own = self.mirror and ckpt_path.startswith(f"{self.mirror.uri}/checkpoints/")
-            ckpt_path = str(folder / ckpt_path.rpartition("/")[2] if own else stores.local(ckpt_path))
-            self.ckpt_path = ckpt_path
+            self.ckpt_path = ckpt_path = str(folder / ckpt_path.rpartition("/")[2] if own else stores.local(ckpt_path))
         begun, named = any(folder.glob("*.ckpt")), ckpt_path in ("last", "auto")
         if begun and not named and (ckpt_path is None or Path(ckpt_path).absolute().parent != folder.absolute()):
             ways = "resume it with --ckpt_path last, or choose another folder by --trainer.default_root_dir"

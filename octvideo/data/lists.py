@@ -5,7 +5,6 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,7 +180,7 @@ def read_class_names(path: str | os.PathLike[str], num_classes: int | None = Non
 def read_lines(path: str | os.PathLike[str]) -> list[str]:
     """The lines of a text file in UTF-8, with or without a byte-order mark; ListError if it cannot be read."""
     try:
-        content = stores.read(os.fspath(path)) if is_uri(path) else Path(path).read_bytes()
+        content = stores.read(path)
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else "not a text file in UTF-8"

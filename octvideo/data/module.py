@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from octvideo import stores
@@ -188,14 +187,6 @@ class VideoData(LightningDataModule):
     def read(self, name: str) -> VideoList:
         """The videos of train_list, val_list or test_list; ListError if they are not named, missing or wrong."""
         return self._decoding(name).videos
-
-    def reads_stores(self, name: str) -> bool:
-        """Whether the videos of a list are behind URIs."""
-        return "://" in self.read(name).paths[0]
-
-    def class_counts(self, name: str) -> NDArray[np.float64]:
-        """(num_classes,) videos of each class in a list, parts of them where it has shares."""
-        return self.read(name).class_counts(self.num_classes or 0)
 
     def _decoding(self, name: str) -> Decoding:
         if name not in self._read:

@@ -121,8 +121,7 @@ class Pictures(Media):
 
     def picture(self, number: int) -> bytes:
         """The content of a picture's file."""
-        path = stores.child(self.name, self.files[number])
-        return stores.read(path) if is_uri(path) else Path(path).read_bytes()
+        return stores.read(stores.child(self.name, self.files[number]))
 
 
 class Source(ABC):
@@ -243,7 +242,7 @@ class AnySource(Source):
             # With the header before it, one request tells whether this is the member that was meant.
             front = HEADER_BYTES if first == 0 else 0
             whole = first - front + start, last + start
-            content = self._kept((shard, *whole), last - first + front, lambda: read_range(shard, *whole))
+            content = self._kept((shard, *whole), last - first + front, lambda: stores.read(shard, *whole))
             if front and not _is_header_of(content[:HEADER_BYTES], member, size):
                 raise DecodeError(name, f"{shard} has changed: another member is there")
             return content[front:]
@@ -368,14 +367,6 @@ def _is_header_of(header: bytes, member: str, size: int) -> bool:
     return found.size == size and (not is_gnu or os.fsencode(member)[:100] == os.fsencode(found.name)[:100])
 
 
-def read_range(path: str, start: int, end: int) -> bytes:
-    """The bytes of a local or remote file from start to end."""
-    if is_uri(path):
-        return stores.read(path, start, end)
-    with open(path, "rb") as file:
-        return os.pread(file.fileno(), end - start, start)
-
-
 class Member(NamedTuple):
     """Where a file in a tar is."""
 
@@ -388,7 +379,7 @@ class Member(NamedTuple):
 def members(shard: str) -> dict[str, Member]:
     """The files in a local or remote tar, by name. DecodeError if it is no tar file, or a compressed one."""
     size = stores.stat(shard).bytes
-    parts = functools.lru_cache(8)(lambda start, end: read_range(shard, start, end))
+    parts = functools.lru_cache(8)(lambda start, end: stores.read(shard, start, end))
     ranges = Ranges(shard, size, parts)
     ranges.part_bytes = 2**14 if is_uri(shard) else 2**20
     try:
@@ -409,8 +400,7 @@ def _row(name: str, row: int) -> bytes:
     video: dict[str, Any] = rows[row][column]
     if video["bytes"] is not None:
         return bytes(video["bytes"])
-    path = str(video["path"])
-    return stores.read(path) if is_uri(path) else Path(path).read_bytes()
+    return stores.read(str(video["path"]))
 
 
 @functools.lru_cache(maxsize=8)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from octvideo import stores
 from octvideo.data.loading import Batch
 from octvideo.data.module import VideoData
 from octvideo.data.shared_memory import ENLARGE
@@ -82,7 +83,7 @@ class StoreTraffic(Callback):
         stage, batch = _stage(trainer), rest[1]
         self._read[stage] = self._read[stage].plus(batch.traffic)
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, VideoData) and data.reads_stores(f"{stage}_list"):
+        if isinstance(data, VideoData) and stores.is_uri(data.read(f"{stage}_list").paths[0].rpartition("::")[2]):
             how: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": 1, "reduce_fx": "sum"}
             pl_module.log(f"{stage}/store_megabytes", batch.traffic.bytes / 1e6, **how, sync_dist=True)
             pl_module.log(f"{stage}/store_retries", float(batch.traffic.retries), **how, sync_dist=True)

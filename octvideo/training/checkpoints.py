@@ -88,9 +88,7 @@ class RunCheckpoints(Checkpoint):
     keep: int = 3  # newest step checkpoints
     monitor: str | None = "val/top1"  # metric whose highest finite value makes best.ckpt; None: no best.ckpt
     start: str | Path | None = None  # the file that this process resumes from
-    mirror: Mirror | None = (
-        None  # of the run's folder in a store, to which every save is copied before training goes on
-    )
+    mirror: Mirror | None = None  # of a run's folder in a store, which each save reaches before training goes on
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
@@ -264,8 +262,11 @@ class RunCheckpoints(Checkpoint):
                 self._publish(path, trainer.global_step, is_best)
             except OSError as error:
                 log.warning("%s is saved, but last.ckpt, best.ckpt or old files could not be changed: %s", path, error)
-            if self.mirror is not None:
-                push_or_warn(self.mirror)
+            try:
+                if self.mirror is not None:
+                    self.mirror.push()
+            except (OSError, StoreError) as error:
+                log.warning("%s did not reach its store, which the next save tries again: %s", path, error)
         return True
 
     def _publish(self, path: Path, step: int, is_best: bool) -> None:
@@ -282,26 +283,14 @@ class RunCheckpoints(Checkpoint):
 
 
 class Mirrored(Callback):
-    """Copies a run's folder to its store after each validation, and at the end, when it must work."""
+    """Copies a run's folder to its store at the end, when it must work."""
 
     def __init__(self, mirror: Mirror) -> None:
         self.mirror = mirror
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking:
-            push_or_warn(self.mirror)
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
             self.mirror.push()
-
-
-def push_or_warn(mirror: Mirror) -> None:
-    """Copies what is new to the store; a store that fails is a warning, as the next time tries again."""
-    try:
-        mirror.push()
-    except (OSError, StoreError) as error:
-        log.warning("%s could not be written, and has an older state until the next time: %s", mirror.uri, error)
 
 
 def _order_buckets(model: DistributedDataParallel) -> None:

@@ -312,7 +312,8 @@ class Recognizer(ScheduleFree):
         if self.objective.balanced:
             if not isinstance(data, VideoData):
                 raise UserError("model.class_weights balanced counts the classes of octvideo's VideoData: give numbers")
-            self.objective.balance(data.class_counts("train_list"), len(data.read("train_list").paths))
+            videos = data.read("train_list")
+            self.objective.balance(videos.class_counts(data.num_classes or 0), len(videos.paths))
 
     def on_train_start(self) -> None:
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)

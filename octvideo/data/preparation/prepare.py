@@ -149,7 +149,7 @@ def prepare(
                 stores.remove(stores.child(output, result))
         run.save()
         for left in (*unwanted, *parts):
-            _remove(stores.child(output, left))
+            stores.remove(stores.child(output, left))
         for left in parts:
             for beside in (left, f".{left.removeprefix('journal.').removesuffix('.jsonl')}.lock"):
                 (local / beside).unlink(missing_ok=True)
@@ -158,21 +158,6 @@ def prepare(
 
 def _real(path: str) -> str:
     return path if is_uri(path) else os.path.realpath(path)
-
-
-def _remove(path: str) -> None:
-    if is_uri(path):
-        stores.remove(path)
-    else:
-        Path(path).unlink(missing_ok=True)
-
-
-def _below(folder: str) -> dict[str, Stat]:
-    """The files below a folder or URI of the output, by their paths from it on."""
-    if is_uri(folder):
-        return stores.files_below(folder)
-    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
-    return {path.relative_to(folder).as_posix(): stores.stat(path) for path in found}
 
 
 def _fetch(output: str, journal: Path) -> None:
@@ -198,7 +183,7 @@ def _join_parts(output: str, folder: Path, journal: Path, options: Facts) -> lis
     contents = {}
     for name in (match[0] for match in found):
         path = stores.child(output, name)
-        content = stores.read(path) if is_uri(path) else Path(path).read_bytes()
+        content = stores.read(path)
         if content.endswith(COMPLETE):
             contents[name] = content
             if json.loads(content.partition(b"\n")[0]) != options:
@@ -250,7 +235,9 @@ class _Run:
         originals = [path for path in mine if "bytes" in self.files[path] and path not in first]
         # Of all files: a part knows no copies.
         self.names = {path: path for path in paths} if self.work.short_side is None else _output_names(paths)
-        self.there = {} if self.work.short_side is None else _below(stores.child(self.work.output, "videos"))
+        self.there = (
+            {} if self.work.short_side is None else stores.files_below(stores.child(self.work.output, "videos"))
+        )
         if self.merge:
             self._forget(path for path in first if "status" in self.files[path])
         left = {path: (path, self.names[path]) for path in originals if not self._is_done(path)}
@@ -291,7 +278,7 @@ class _Run:
         for path in copies:
             facts = self.files[path]
             if "listed" in facts and self.work.short_side is not None:
-                _remove(self.work.place(facts["listed"]["path"]))
+                stores.remove(self.work.place(facts["listed"]["path"]))
             self.files[path] = {key: facts[key] for key in (*IDENTITY, "sha256")}
             self.journal.add(self.files[path])
 
@@ -341,7 +328,7 @@ class _Run:
 
     def _pack(self) -> None:
         """Writes the shards that are not there yet."""
-        there = _below(stores.child(self.work.output, "shards")) if self.shards else {}
+        there = stores.files_below(stores.child(self.work.output, "shards")) if self.shards else {}
         for shard in self.shards:
             self.files[shard.path] = self.journal.known(shard.path, shard.size, 0)
         left = {

@@ -121,18 +121,6 @@ def _json(path: str) -> Any:
         raise ListError(f"{path}:{error.lineno}: invalid JSON: {error.msg}") from error
 
 
-def _is_folder(path: str) -> bool:
-    if not is_uri(path):
-        return os.path.isdir(path)
-    try:
-        stores.stat(path)
-    except IsADirectoryError:
-        return True
-    except FileNotFoundError:
-        return False
-    return False
-
-
 class _Reader:
     def __init__(self, videos: str, output: str | None, labels: list[str] | None) -> None:
         self.videos, self.labels, self.output = videos, labels, output
@@ -171,7 +159,7 @@ class _Reader:
         return path if inside.split(os.sep)[0] == os.pardir else inside
 
     def read(self, source: str) -> list[Line]:
-        folder = _is_folder(source)
+        folder = stores.is_folder(source)
         lists = [stores.child(source, f"{split}.csv") for split in ("train", "val", "test") if folder]
         if lists := [path for path in lists if stores.exists(path)]:
             return [line for path in lists for line in self.read(path)]
