@@ -204,10 +204,10 @@ def _is_transient(error: Exception) -> bool:
         return False
     if (status := _status(error)) is not None:
         return status >= 500 or status in (408, 425, 429)
-    if isinstance(error, OSError):
-        return error.errno in TRANSIENT or isinstance(error, TimeoutError | ConnectionError)
     names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("botocore")}
-    return bool(names & BOTOCORE) or type(error).__module__.partition(".")[0] in NETWORKING
+    if names & BOTOCORE or isinstance(error, TimeoutError | ConnectionError):
+        return True
+    return getattr(error, "errno", None) in TRANSIENT or type(error).__module__.partition(".")[0] in NETWORKING
 
 
 def read(path: str | os.PathLike[str], start: int | None = None, end: int | None = None) -> bytes:

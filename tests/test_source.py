@@ -384,6 +384,25 @@ def test_a_request_that_hangs_is_given_up_and_repeated(monkeypatch):
     assert (len(calls), len(waits) > 1) == (2, True)
 
 
+def test_errors_of_stores_are_the_networks_or_last():
+    exceptions = pytest.importorskip("botocore.exceptions", reason="pip install s3fs")
+    from s3fs.errors import translate_boto_error
+
+    def of_s3(code, status):
+        about = {"Error": {"Code": code, "Message": "m"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        return translate_boto_error(exceptions.ClientError(about, "GetObject"))
+
+    names = ("ReadTimeoutError", "ConnectTimeoutError", "EndpointConnectionError", "ConnectionClosedError")
+    lost = [translate_boto_error(getattr(exceptions, name)(endpoint_url="u")) for name in names]
+    lost += [of_s3("SlowDown", 503), of_s3("InternalError", 500), of_s3("RequestTimeout", 408), TimeoutError()]
+    lost += [ConnectionResetError(), OSError(110, "timed out")]
+    last = [of_s3("AccessDenied", 403), of_s3("NoSuchKey", 404), of_s3("InvalidRange", 416), of_s3("Odd", 400)]
+    last += [exceptions.NoCredentialsError(), exceptions.ProfileNotFound(profile="p"), OSError("forbidden")]
+    last += [FileNotFoundError(), PermissionError(), ValueError()]
+    assert [stores._is_transient(error) for error in lost] == [True] * len(lost)
+    assert [stores._is_transient(error) for error in last] == [False] * len(last)
+
+
 def test_a_lost_store_is_no_bad_video(monkeypatch, tmp_path):
     monkeypatch.setattr(stores, "START_PATIENCE_SECONDS", 0.2)
     (tmp_path / "list.csv").write_text("http://127.0.0.1:9/v.mp4 0\n" * 2)
