@@ -145,6 +145,8 @@ def _request(uri: str, method: str, *arguments: Any, size: int = 0, **named: Any
             _count(Traffic(store_of(uri), 1, 0, 0, time.monotonic() - start))
             return result
         except (FileNotFoundError, NotADirectoryError) as error:
+            if _status(error.__cause__) in (401, 403):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), uri) from error
             if not (isinstance(error.__cause__, Exception) and _is_transient(error.__cause__)):
                 _answered.add(store_of(uri))
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), uri) from error

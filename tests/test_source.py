@@ -271,14 +271,19 @@ def test_a_range_behind_the_end_and_what_is_gone_are_no_faults_of_the_store(s3, 
 
     class Gone(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(410)
+            self.send_response(403 if "secret" in self.path else 410)
             self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815
 
         def log_message(self, *_):
             pass
 
+    address = serve(Gone)
     with pytest.raises(FileNotFoundError):
-        stores.read(f"{serve(Gone)}/v.mp4", 0, 10)
+        stores.read(f"{address}/v.mp4", 0, 10)
+    with pytest.raises(DecodeError, match=r"secret.mp4: Permission denied$"):
+        Video(f"{address}/secret.mp4")
 
 
 def test_a_known_video_is_one_request_and_a_changed_one_is_seen(s3, textured, numbered_video):

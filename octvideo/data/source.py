@@ -175,6 +175,8 @@ class AnySource(Source):
             try:
                 return self._remote(name, known)
             except PermissionError as error:
+                if name.startswith("http"):  # each address has rights of its own
+                    raise
                 why = f"no access to {name}, or, where listing is not allowed either, no such file: {error}"
                 raise StoreError(why) from error
         found = os.stat(name)
