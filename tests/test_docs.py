@@ -485,7 +485,7 @@ def test_the_api_reference_has_every_module_and_every_public_name(pages):
         "evaluation.charts",
     }
     readers = ("stream", "pictures_reader", "pyav_reader", "torchcodec_reader", "decord_reader")
-    internal |= {"data.preparation.journal", *(f"data.{name}" for name in readers)}
+    internal |= {"data.preparation.journal", "data.shared_memory", *(f"data.{name}" for name in readers)}
     for file in (ROOT / "octvideo").rglob("*.py"):
         module = ".".join(file.relative_to(ROOT / "octvideo").with_suffix("").parts)
         if file.stem not in ("__init__", "__main__") and module not in internal and not module.startswith("commands."):
