@@ -12,7 +12,6 @@ from test_prepare import content, refuse_to_work, run, statuses, write_noise
 
 from octvideo import stores
 from octvideo.commands import prepare as command
-from octvideo.data import source
 from octvideo.data.index import VideoIndex
 from octvideo.data.lists import read_list, rooted
 from octvideo.data.preparation import work
@@ -97,8 +96,8 @@ def test_shards_hold_the_videos_of_each_split_in_order_and_clips_are_one_read(vi
     names = [line.rsplit(" ", 1)[0] for line in (out / "train.csv").read_text().splitlines()]
     assert names[0].startswith("tar://train/class 0/v0.mp4::shards/train-00000.tar#bytes=512,")
     assert list(listed.paths) == [rooted(out, name) for name in names]
-    rows, reads, read_range = index.rows(names), [], source.read_range
-    monkeypatch.setattr(source, "read_range", lambda *place: reads.append(place) or read_range(*place))
+    rows, reads, read = index.rows(names), [], stores.read
+    monkeypatch.setattr(stores, "read", lambda *place: reads.append(place) or read(*place))
     for name, row in zip(names, rows, strict=True):
         member = name.removeprefix("tar://").partition("::")[0].replace("v3_avi", "v3.avi")
         reads.clear()

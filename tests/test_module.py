@@ -312,9 +312,9 @@ def test_a_training_that_goes_on_gets_what_one_that_never_stopped_gets(
 
 
 def test_going_on_decodes_no_video_that_was_seen(lists, monkeypatch):
-    data, decoded, read = VideoData(**lists, **SMALL, num_workers=0), [], TrainingClips.__getitem__
+    data, decoded, read = VideoData(**lists, **SMALL, num_workers=0), [], TrainingClips.make
     monkeypatch.setattr(
-        TrainingClips, "__getitem__", lambda self, draw: decoded.append(draw.position) or read(self, draw)
+        TrainingClips, "make", lambda self, draw, next: decoded.append(draw.position) or read(self, draw, next)
     )
     data.load_state_dict({"position": {"epoch": 0, "batches": 1, "dealt": data._dealt(0)}})
     loader = data.train_dataloader()

@@ -11,6 +11,7 @@ from octvideo.data.reader import Backend, Image
 from octvideo.data.sampling import Sampling
 from octvideo.data.source import Source
 from octvideo.data.video import Video
+from octvideo.stores import take_traffic
 
 NO_VIDEO = -1
 
@@ -27,7 +28,8 @@ class Decoding(NamedTuple):
     source: Source | None = None  # where the videos are; None: `AnySource`
 
     def open(self, index: int) -> Video:
-        """Opens a video of the list, with what is known of it."""
+        """Opens a video of the list, with what is known of it; traffic counts from here on."""
+        take_traffic()
         return Video(self.videos.paths[index], self.backend, known=self._known(index), source=self.source)
 
     def expect(self, index: int) -> None:
