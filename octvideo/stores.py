@@ -95,6 +95,11 @@ def is_uri(path: str | os.PathLike[str]) -> bool:
     return bool(ADDRESS.match(os.fspath(path)))
 
 
+def real(path: str) -> str:
+    """A path without links; an address as it is."""
+    return path if is_uri(path) else os.path.realpath(path)
+
+
 def store_of(uri: str) -> str:
     """The store in messages: scheme and bucket or host."""
     match = re.match(r"([\w+.-]+://[^/?#]*)", uri.rpartition("::")[2])

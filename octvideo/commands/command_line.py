@@ -177,9 +177,8 @@ class CommandLine(LightningCLI):
             counts = f"{world} in all and {local} on this one"
             raise UserError(f"every node must have the same number of processes, got {counts}")
         shares = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        if (
-            shares and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-        ):  # torch 2.14: restarted processes would find the dead ones' addresses
+        # In torch 2.14 restarted processes would find the dead ones' addresses.
+        if shares and environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             cure = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
             raise UserError(f"torchrun cannot restart processes that share its store: {cure}, or --max-restarts 0")
         trainer = self.config["trainer"]

@@ -109,7 +109,7 @@ def features(arguments: argparse.Namespace, partial: Path) -> int:
     inputs = (arguments.ckpt, *arguments.inputs, *paths)
     refuse_overwriting([("output", arguments.output), ("output", partial)], inputs)
     extractor = Extractor(Predictor(trained, device=device, **reading(arguments)), arguments.per, arguments.batch)
-    known = {key: getattr(arguments, key) for key in ("per", "clips", "crops", "backend")}
+    known = {key: getattr(arguments, key) for key in ("per", "clips", "crops", "backend", "frames_fps")}
     known |= {"weights": fingerprint(trained), "alpha": trained.options["alpha"], **asdict(trained.preprocessing)}
     try:
         journal = Journal(partial, json.loads(json.dumps(known)))

@@ -46,7 +46,7 @@ from octvideo.commands.options import Parser, fail, positive
 from octvideo.data.preparation.prepare import SPLITS, prepare
 from octvideo.data.preparation.sources import read_sources
 from octvideo.errors import UserError
-from octvideo.stores import child, exists, is_uri
+from octvideo.stores import child, exists, is_uri, real
 
 STATUSES = ("ok", "bad", "missing", "duplicate")
 SECONDS_A_LINE = 10.0  # between two lines where there is no terminal, and so no bar
@@ -77,10 +77,6 @@ class Display:
             left += "" if not speed else f", {speed:.1f} files/s"
             self.console.print(f"{stage} {done}/{total} files, {counts}{left}")
             self._printed = time.monotonic()
-
-
-def _real(path: str) -> str:
-    return path if is_uri(path) else os.path.realpath(path)
 
 
 def size(text: str) -> int:
@@ -121,10 +117,10 @@ def main(words: list[str]) -> int:
         fail("--merge comes after all parts, without --part")
     if options.videos is None and (len(options.sources) != 1 or not (is_uri(videos) or os.path.isdir(videos))):
         fail("--videos DIR is needed, the folder of the videos, unless SOURCE is one folder")
-    results = {_real(file): file for split in SPLITS if is_uri(file := child(output, f"{split}.csv")) or exists(file)}
+    results = {real(file): file for split in SPLITS if is_uri(file := child(output, f"{split}.csv")) or exists(file)}
     for source in options.sources:
         for file in (source, *(child(source, f"{split}.csv") for split in SPLITS)):
-            if _real(file) in results and exists(file):
+            if real(file) in results and exists(file):
                 fail(f"{file} would be overwritten by the result of that name: give another --output")
     console = Console(highlight=False)
     display = Display(console)

@@ -35,6 +35,7 @@ from rich.table import Column, Table
 from octvideo import stores
 from octvideo.commands.command_line import CommandLine, start
 from octvideo.commands.report import write_report
+from octvideo.data.lists import may_be_list
 from octvideo.data.module import VideoData
 from octvideo.errors import ListError, UserError
 from octvideo.evaluation.report import read_run
@@ -133,7 +134,7 @@ class Testing(CommandLine):
         if self.statistics_batches == 0:
             return
         train_list = self.datamodule.lists["train_list"]
-        if train_list is not None and (stores.is_uri(train_list) or "*" in train_list or Path(train_list).is_file()):
+        if train_list is not None and may_be_list(train_list):
             self.datamodule.read("train_list")
             return
         self.statistics_batches = 0

@@ -11,7 +11,6 @@ from octvideo.data.reader import Backend, Image
 from octvideo.data.sampling import Sampling
 from octvideo.data.source import Source
 from octvideo.data.video import Video
-from octvideo.stores import take_traffic
 
 NO_VIDEO = -1
 
@@ -28,8 +27,7 @@ class Decoding(NamedTuple):
     source: Source | None = None  # where the videos are; None: `AnySource`
 
     def open(self, index: int) -> Video:
-        """Opens a video of the list, with what is known of it; traffic counts from here on."""
-        take_traffic()
+        """Opens a video of the list, with what is known of it."""
         return Video(self.videos.paths[index], self.backend, known=self._known(index), source=self.source)
 
     def expect(self, index: int) -> None:

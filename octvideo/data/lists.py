@@ -133,6 +133,11 @@ def without_span(line: str, separator: str) -> str:
     return f"{match[1].strip()}#t={match[3]},{match[4]}{separator}{match[2]}" if match else line
 
 
+def may_be_list(path: str) -> bool:
+    """Whether a path is worth reading as a list: a file that is there, or what only reading tells of."""
+    return is_uri(path) or path.endswith(".tar") or os.path.isfile(path)
+
+
 def rooted(root: str | os.PathLike[str], video: str) -> str:
     """An entry whose relative path starts from a folder, local or remote; the others stay."""
     if match := MEMBER.match(video):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,7 +14,7 @@ from octvideo.data.augmentation import BatchAugmentation
 from octvideo.data.clips import Sample, TestViews, TrainingClips
 from octvideo.data.decoding import Decoding
 from octvideo.data.index import FILE, VideoIndex
-from octvideo.data.lists import Paths, VideoList, read_class_names, read_list, rooted
+from octvideo.data.lists import Paths, VideoList, may_be_list, read_class_names, read_list, rooted
 from octvideo.data.loading import Batch, EpochSampler, Loader, TrainingBatches, collate
 from octvideo.data.multigrid import ClipShape, Multigrid, share_of_side
 from octvideo.data.preprocessing import Preprocessing
@@ -111,9 +110,6 @@ class VideoData(LightningDataModule):
         self.backend, self.decode_timeout_seconds = backend, decode_timeout_seconds
         try:  # pixels are normalised by the model: jsonargparse makes options of all arguments but those named here
             self.preprocessing = clips = Preprocessing(**preprocessing, mean=0, std=1)
-        except UserError as error:
-            raise UserError(f"data.{error}") from error
-        try:
             self.source = source or AnySource(frames_fps, cache, cache_gb)
         except UserError as error:
             raise UserError(f"data.{error}") from error
@@ -195,7 +191,7 @@ class VideoData(LightningDataModule):
             looks = f"a text file with a line {line} for each video, named by --data.{name}"
             if path is None:
                 raise ListError(f"no {name.removesuffix('_list')} videos are named: expected {looks} FILE")
-            if not (stores.is_uri(path) or path.endswith(".tar") or os.path.isfile(path)):
+            if not may_be_list(path):
                 raise ListError(f"{path} does not exist: expected {looks} FILE (its paths start from --data.root DIR)")
             how_read: dict[str, Any] = {"num_classes": self.num_classes, "task": self.task}
             listed = read_list(path, separator=self.separator, header=self.header, **how_read)
@@ -309,6 +305,7 @@ class VideoData(LightningDataModule):
     def _loader(self, clips: Dataset[Sample], persistent: bool = True, **options: Any) -> DataLoader[Sample]:
         if self.num_workers > 0:
             options |= {"persistent_workers": persistent, "prefetch_factor": self.prefetch_batches}
+        stores.take_traffic()  # what lists have cost is no clip's
         options |= {"num_workers": self.num_workers, "worker_init_fn": outlive_signals}
         return Loader(clips, collate_fn=collate, pin_memory=torch.cuda.is_available(), **options)
 

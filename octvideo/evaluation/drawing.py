@@ -108,13 +108,11 @@ def shown_frames(path: str, source: Source | None) -> tuple[Fraction, Fraction, 
     media = (source or AnySource()).find(name)
     if isinstance(media, Pictures):
         rate = Fraction(media.fps).limit_denominator(1000)
-        with Video(path, source=source) as video:
-            times = [(number + 0.5) / video.fps for number in range(video.num_frames)]
 
         def pictures() -> Shown:
             with Video(path, source=source) as video:
-                for number, seconds in enumerate(times):
-                    image = np.ascontiguousarray(video.images_at([seconds])[0])
+                for number in range(video.num_frames):
+                    image = np.ascontiguousarray(video.images_at([(number + 0.5) / video.fps])[0])
                     yield number / video.fps, av.VideoFrame.from_ndarray(image, "rgb24"), (Orientation(), 1.0)
 
         return rate, 1 / rate, pictures()

@@ -105,7 +105,7 @@ def prepare(
     made = {"videos": "re-encoded videos"} if short_side is not None else {}
     made |= {"shards": "shards"} if shard_bytes else {}
     for folder, what in made.items():
-        written, base = _real(stores.child(output, folder)), _real(videos)
+        written, base = stores.real(stores.child(output, folder)), stores.real(videos)
         for path in paths:
             full = rooted(base, path).rpartition("::")[2]
             if (full if is_uri(full) else os.path.normpath(full)).startswith(f"{written}/"):
@@ -154,10 +154,6 @@ def prepare(
             for beside in (left, f".{left.removeprefix('journal.').removesuffix('.jsonl')}.lock"):
                 (local / beside).unlink(missing_ok=True)
     return outcomes
-
-
-def _real(path: str) -> str:
-    return path if is_uri(path) else os.path.realpath(path)
 
 
 def _fetch(output: str, journal: Path) -> None:
