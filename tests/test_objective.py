@@ -240,7 +240,7 @@ def test_several_labels_from_training_to_the_report(motions, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "16 videos predicted, 0 bad" in done.stdout
     assert "with a given class" not in done.stdout
-    exported = [f"--ckpt={checkpoint}", f"--output={tmp_path / 'n.onnx'}", "--softmax"]
+    exported = [f"--ckpt={checkpoint}", f"--output={tmp_path / 'n.onnx'}", "--softmax", "--free=batch"]
     assert run_tool("export.py", *exported).returncode == 0
     done = run_tool("test_net.py", *words, f"--ckpt={checkpoint}", "--alphas=0")
     assert "--alphas is for task single" in done.stderr

@@ -72,7 +72,7 @@ def test_it_is_tested_predicted_and_exported(motions, tmp_path):
     for video in tested["videos"]:
         np.testing.assert_allclose(predicted[video["path"].split("/")[-1]], video["scores"], atol=1e-5)
     exported = tmp_path / "network.pt2"
-    finished = run_tool("export.py", "--ckpt", CHECKPOINT, "--output", exported, "--rounds", 1)
+    finished = run_tool("export.py", "--ckpt", CHECKPOINT, "--output", exported, "--free=none", "--rounds=1")
     assert finished.returncode == 0, finished.stderr
     assert "logits differ by" in finished.stdout
 
