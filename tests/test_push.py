@@ -156,7 +156,9 @@ def test_commands_take_a_folder_as_a_checkpoint(folder, checkpoint, motions, tmp
     assert found.labels == wanted.labels
     rows = [octvideo.features(ckpt, video, num_clips=1, num_crops=1).features for ckpt in (checkpoint, str(folder))]
     np.testing.assert_array_equal(*rows)
-    finished = run_tool("export.py", "--ckpt", folder, "--output", tmp_path / "network.pt2", "--free=none", "--rounds=1")
+    finished = run_tool(
+        "export.py", "--ckpt", folder, "--output", tmp_path / "network.pt2", "--free=none", "--rounds=1"
+    )
     assert finished.returncode == 0, finished.stderr
 
 
