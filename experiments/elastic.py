@@ -1,0 +1,148 @@
+"""One network trained for all alphas against one trained for each: accuracy and training time, on made videos.
+
+python experiments/elastic.py [--setups motions,few] [--seeds 3] [--folder runs/elastic] [--json FILE] [--plot FILE]
+
+motions    the quickstart's recipe and 480 training videos, strides pooled at every alpha
+few        the same with 120 videos and 20 epochs, where the vanilla network stays below 90 %
+
+Of each set-up and seed: a network trained alone at each of the alphas 0, .125, .25 and .5; an elastic one; and the
+network of alpha 0 run at the others without training, with batch-norm statistics of its own alpha or re-estimated. All
+are tested on 800 videos that no training saw. Seconds are processor time of training, loader included. Rows are added
+to the JSON file as they come, and finished trainings are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from choices import one_of
+from own_networks import HERE, data_words, octvideo, train
+from rich.console import Console
+
+from octvideo.commands.options import Parser, number, several
+from octvideo.data.motions import make_data_set
+from octvideo.files import appearing
+
+ALPHAS = (0.0, 0.125, 0.25, 0.5)
+SETUPS = {"motions": (480, 10), "few": (120, 20)}  # training videos, epochs
+RESULTS = HERE / "results" / "elastic.json"
+Row = dict[str, Any]
+
+
+def processor_seconds() -> float:
+    """Of all child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def trained(run: Path, words: Sequence[str]) -> tuple[Path, float]:
+    """The last checkpoint of a training, and its processor time in seconds."""
+    kept, before = run / "seconds.json", processor_seconds()
+    checkpoint = train(run, *words)
+    if not kept.exists():
+        kept.write_text(json.dumps(processor_seconds() - before))
+    seconds: float = json.loads(kept.read_text())
+    return checkpoint, seconds
+
+
+def tested(checkpoint: Path, run: Path, words: Sequence[str], alphas: Sequence[float], statistics: int) -> list[Row]:
+    """The rows of `octvideo test --alphas`: each alpha with the checkpoint's statistics and with re-estimated ones."""
+    output = run / "test"
+    if not (output / "alphas.json").exists():
+        asked = [f"--alphas={','.join(map(str, alphas))}", f"--statistics_batches={statistics}"]
+        octvideo("test", *words, *asked, f"--ckpt={checkpoint}", f"--output={output}", log=run / "log.txt")
+    rows: list[Row] = json.loads((output / "alphas.json").read_text())
+    return [{key: row[key] for key in ("alpha", "gmacs", "statistics", "top1")} for row in rows]
+
+
+def measure(setup: str, seed: int, folder: Path) -> Iterator[Row]:
+    """The rows of one seed."""
+    num_train, epochs = SETUPS[setup]
+    data, unseen = folder / setup, folder / "unseen"
+    make_data_set(data, num_train)
+    make_data_set(unseen, 8, 800, seed=1)
+    words = ["--cfg=quickstart", *data_words(data), "--model.downsample=pool", f"--trainer.max_epochs={epochs}"]
+    words += [f"--seed_everything={seed}"]
+    listed = (unseen / "val.csv").read_text().splitlines()
+    (unseen / "absolute.csv").write_text("".join(f"{unseen / line}\n" for line in listed))
+    test = [*words, f"--data.test_list={unseen / 'absolute.csv'}"]
+    of_run: Row = {"setup": setup, "seed": seed}
+    for alpha in ALPHAS:
+        run = folder / f"{setup}_alone_{alpha:g}_{seed}"
+        checkpoint, seconds = trained(run, [*words, f"--model.alpha={alpha:g}"])
+        alphas = ALPHAS if alpha == 0 else [alpha]
+        for row in tested(checkpoint, run, test, alphas, 20):
+            own = row["alpha"] == alpha
+            if not own or row["statistics"] == "checkpoint":
+                yield of_run | row | {"kind": "alone" if own else "untrained", "seconds": seconds}
+    run = folder / f"{setup}_elastic_{seed}"
+    asked = f"--model.elastic.alphas={list(ALPHAS)}"
+    checkpoint, seconds = trained(run, [*words, "--model.alpha=0.25", asked])
+    for row in tested(checkpoint, run, test, ALPHAS, 20):
+        yield of_run | row | {"kind": "elastic", "seconds": seconds}
+
+
+def summary(rows: Sequence[Row], setup: str) -> Iterator[Row]:
+    """For each kind, statistics and alpha: mean top-1 in percent, half its 95 % interval over seeds, cost."""
+    of_setup = [row for row in rows if row["setup"] == setup]
+    t95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's, of n - 1 degrees of freedom
+    for kind, statistics, alpha in sorted({(row["kind"], row["statistics"], row["alpha"]) for row in of_setup}):
+        key = {"kind": kind, "statistics": statistics, "alpha": alpha}
+        chosen = [row for row in of_setup if key.items() <= row.items()]
+        top1 = 100 * np.array([row["top1"] for row in chosen])
+        half = t95[len(top1)] * top1.std(ddof=1) / len(top1) ** 0.5 if len(top1) in t95 else float("nan")
+        numbers = {"top1": round(float(top1.mean()), 2), "half": round(float(half), 2), "seeds": len(top1)}
+        yield key | numbers | {"gmacs": chosen[0]["gmacs"], "seconds": round(np.mean([r["seconds"] for r in chosen]))}
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy over multiply-adds of each kind, a panel for each set-up."""
+    setups = list(dict.fromkeys(row["setup"] for row in rows))
+    figure, panels = plt.subplots(1, len(setups), figsize=(5 * len(setups), 3.5), squeeze=False)
+    for panel, setup in zip(panels[0], setups, strict=True):
+        found = list(summary(rows, setup))
+        for kind, statistics in dict.fromkeys((row["kind"], row["statistics"]) for row in found):
+            line = [row for row in found if (row["kind"], row["statistics"]) == (kind, statistics)]
+            x, y, half = ([row[key] for row in line] for key in ("gmacs", "top1", "half"))
+            label = f"trained {kind}" if kind == "alone" else f"{kind}, statistics {statistics}"
+            panel.errorbar(x, y, half, marker="o", capsize=3, label=label)
+        panel.set(title=setup, xlabel="GMACs a clip", ylabel="top-1, %")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures what is missing, and writes the rows after each seed."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--setups", type=several(one_of(SETUPS, "set-up")), default=tuple(SETUPS), metavar="A,B")
+    add("--seeds", type=number, default=3, metavar="N", help="default: 3")
+    add("--folder", type=Path, default=Path("runs/elastic"), help="for data and runs; default: runs/elastic")
+    add("--json", type=Path, default=RESULTS, metavar="FILE", help="default: experiments/results/elastic.json")
+    add("--plot", type=Path, metavar="FILE", help="write a PNG of accuracy over multiply-adds there")
+    options = parser.parse_args(arguments)
+    folder, console = options.folder.absolute(), Console()
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []
+    for setup in options.setups:
+        for seed in range(options.seeds):
+            new = list(measure(setup, seed, folder))
+            rows = [row for row in rows if (row["setup"], row["seed"]) != (setup, seed)] + new
+            with appearing(options.json) as partial:
+                partial.write_text(json.dumps(rows, indent=1))
+        for row in summary(rows, setup):
+            console.print(setup, row)
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
