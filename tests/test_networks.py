@@ -19,13 +19,15 @@ from octvideo import MODELS, OctConv2d, OctConv3d, create_model, octavize
 from octvideo.layers.octaves import Octaves
 from octvideo.models.cost import count_macs, count_parameters
 
+# Deeper networks of the same blocks, which only their multiply-adds are tested of.
+DEEPER = {"resnet101", "resnet152", "resnext101_32x4d", "timm_resnet200", "slowfast_r101", "x3d_l"}
+IMAGES, CLIPS = ([name for name in names if name not in DEEPER] for names in (IMAGE_NETWORKS, VIDEO_NETWORKS))
 # 40 x 56 and 72 x 72 have odd maps in most stages: 10 x 14, 5 x 7, 3 x 4, 2 x 2 and 9, 5, 3.
 IMAGE_SIZES = [(64, 64), (40, 56)]
-SMALL = dict.fromkeys(VIDEO_NETWORKS, IMAGE_SIZES) | {
+SMALL = dict.fromkeys(CLIPS, IMAGE_SIZES) | {
     "s3d": [(224, 224)],  # the least that its head takes; 28, 14, 7
     "i3d": [(64, 64), (120, 152)],
-    "slowfast_r50": [(64, 64), (120, 152)],
-    **{name: [(64, 64), (72, 72)] for name in ("x3d_xs", "x3d_s", "x3d_m", "x3d_l")},
+    **{name: [(64, 64), (72, 72)] for name in ("x3d_xs", "x3d_s", "x3d_m")},
 }
 
 
@@ -57,7 +59,7 @@ def image_network(name):
 
 
 @pytest.mark.parametrize("size", IMAGE_SIZES, ids=["even", "odd"])
-@pytest.mark.parametrize("name", IMAGE_NETWORKS)
+@pytest.mark.parametrize("name", IMAGES)
 def test_an_image_constant_in_space_has_the_same_logits_at_every_alpha(name, size):
     torch.manual_seed(0)
     image = torch.randn(1, 3, 1, 1, dtype=torch.float64).expand(1, 3, *size)
@@ -74,7 +76,7 @@ def test_a_clip_constant_in_space_has_the_same_logits_at_every_alpha(name, size)
     assert_same_logits_at_every_alpha(in_circles(build(size)), clip)
 
 
-@pytest.mark.parametrize("name", VIDEO_NETWORKS)
+@pytest.mark.parametrize("name", CLIPS)
 def test_a_clip_constant_in_space_and_time_has_the_same_logits_with_temporal(name):
     torch.manual_seed(0)
     build, frames = VIDEO_NETWORKS[name]

@@ -29,21 +29,14 @@ def whole(motions, built_once):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strike", "supervised", "starts"),
-    [
-        (lambda both: nodes.kill(both[1].workers()[0]), False, [1, 1]),
-        (lambda both: both[1].kill(), True, [1, 2]),
-    ],
-    ids=["a process", "a node"],
-)
-def test_a_killed_process_or_node_is_started_again_and_goes_on_to_the_same_weights(
-    motions, whole, tmp_path, strike, supervised, starts
-):
+def test_a_killed_node_is_started_again_and_goes_on_to_the_same_weights(motions, whole, tmp_path):
+    """experiments/nodes.py kills single processes too."""
     options = [*small(motions, tmp_path / "run"), *OPTIONS, "--ckpt_path=auto", "--trainer.callbacks+=nodes.Steps"]
     launch = ["--nproc_per_node=1"]
-    found = nodes.train(tmp_path / "run", options, strike, launch, supervised, after=3, limit_seconds=300)
-    assert found["torchruns started"] == starts
+    found = nodes.train(
+        tmp_path / "run", options, lambda both: both[1].kill(), launch, True, after=3, limit_seconds=300
+    )
+    assert found["torchruns started"] == [1, 2]
     assert found["steps repeated"] >= 1
     assert nodes.same_weights(tmp_path / "run", whole)
 

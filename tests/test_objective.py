@@ -223,6 +223,7 @@ def test_several_labels_from_training_to_the_report(motions, tmp_path):
         (tmp_path / f"{split}.csv").write_text(text)
     words = [*small(motions, tmp_path / "run"), "--model.task=multi", "--trainer.max_epochs=1"]
     words += [f"--data.train_list={tmp_path / 'train.csv'}", f"--data.val_list={tmp_path / 'val.csv'}"]
+    words += ["--data.test_clips=1"]
     done = run_tool("train_net.py", *words, "--model.class_weights=balanced", "--data.balanced=true")
     assert done.returncode == 0, done.stderr
     assert "mAP" in done.stdout
@@ -236,7 +237,8 @@ def test_several_labels_from_training_to_the_report(motions, tmp_path):
     assert found["map"] == pytest.approx(np.mean([ap for ap in found["ap"] if ap is not None]))
     assert any(sum(video["scores"]) > 1.05 for video in found["videos"])  # sigmoid, not softmax
     assert "Mean average precision" in (tmp_path / "test" / "report.html").read_text()
-    done = run_tool("predict.py", tmp_path / "val.csv", f"--root={motions}", f"--ckpt={checkpoint}")
+    views = ["--clips=1", "--crops=1"]
+    done = run_tool("predict.py", tmp_path / "val.csv", f"--root={motions}", f"--ckpt={checkpoint}", *views)
     assert done.returncode == 0, done.stderr
     assert "16 videos predicted, 0 bad" in done.stdout
     assert "with a given class" not in done.stdout

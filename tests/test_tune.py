@@ -413,7 +413,7 @@ def test_real_trainings_are_tuned(motions, tmp_path):
     recipe = [word for word in small(motions, "unused") if not word.startswith("--trainer.default_root_dir")]
     quick = ["--trainer.limit_train_batches=2", "--model.warmup_epochs=0", "--trainer.max_epochs=2"]
     search = ["--search", "model.learning_rate=log:.01..0.1", "model.alpha=0,.25", f"--output={tmp_path}"]
-    finished = run_tool("tune.py", *recipe, *quick, *search, "--trials=3")
+    finished = run_tool("tune.py", *recipe, *quick, *search, "--trials=2")
     assert finished.returncode == 0, finished.stderr
     rows = rows_of(tmp_path)
     for row in rows:
