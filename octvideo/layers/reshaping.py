@@ -12,7 +12,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from octvideo.layers.functions import grows, spelled
-from octvideo.layers.octaves import Features, Function, Octaves, apply, define, features_among, on_merged, record
+from octvideo.layers.octaves import (
+    Features,
+    Function,
+    Octaves,
+    apply,
+    define,
+    features_among,
+    merged,
+    on_merged,
+    record,
+)
 from octvideo.layers.parts import Parts, join_pieces
 
 Positions = tuple[int, ...]
@@ -36,7 +46,9 @@ def _runs(positions: Positions) -> bool:
     return not positions or positions == tuple(range(positions[0], positions[0] + len(positions)))
 
 
-def _take(x: Tensor, positions: Positions, dim: int) -> Tensor:
+def _take(x: Any, positions: Positions, dim: int) -> Any:
+    if isinstance(x, Octaves):
+        return _channels(x, positions)
     if _runs(positions):
         return x if len(positions) == x.shape[dim] else x.narrow(dim, positions[0] if positions else 0, len(positions))
     return x.index_select(dim, torch.tensor(positions, device=x.device))
@@ -385,7 +397,8 @@ def _viewed(input: Octaves, shape: Sequence[int]) -> Any:
             lows.append(counts[1] * before * after)
         else:
             return NotImplemented
-    y = Octaves(input.high.reshape(highs), input.low.reshape(lows), parts, new_axis)
+    low = input.low.reshape(lows)  # lower octaves whose parts differ between the groups of channels are merged
+    y = Octaves(input.high.reshape(highs), merged(low) if isinstance(low, Regrouped) else low, parts, new_axis)
     if grid is None:
         return y
     dims = (*range(new_axis), *(-1 - i for i in range(len(grid))), *range(new_axis + 1, y.dim()))
