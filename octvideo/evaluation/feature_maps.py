@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from octvideo.layers.octaves import Octaves
 from octvideo.layers.resampling import upsample
 from octvideo.models.zoo import residual_stages
 
@@ -54,9 +53,7 @@ def maps_of(network: nn.Module, layer: str, clip: Tensor) -> list[list[Maps]]:
     (output,) = outputs
     for features in output if isinstance(output, list) else [output]:
         maps = tree_leaves(features)
-        kinds = (
-            ["high", "low", *(f"1/{4 << i}" for i in range(len(maps)))] if isinstance(features, Octaves) else ["all"]
-        )
+        kinds = ("high", "low", *(f"1/{4 << i}" for i in range(len(maps)))) if len(maps) > 1 else ("all",)
         found = []
         for i, (kind, x) in enumerate(zip(kinds, maps, strict=False)):
             if x.shape[1]:

@@ -208,7 +208,7 @@ def _covered(input: Octaves, dims: Iterable[int]) -> Tensor | int:
     for dim in dims:
         if input.ratios[dim] == 2:
             size, covered = input.high.shape[dim], input.low.shape[dim]
-            two: Tensor | int = 2
+            two: Any = 2
             if size % 2:
                 two = input.low.new_full((covered,), 2)
                 two[-1] = 1

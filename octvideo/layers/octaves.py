@@ -118,7 +118,7 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Any)])):
         size[self.axis] += low.shape[self.axis]
         return torch.Size(size)
 
-    def maps_like(self) -> Sequence[Any]:
+    def maps_like(self) -> tuple[Tensor, Any]:
         """Two maps of the maps' shapes, types and devices: the maps themselves, unless they are yet to be made."""
         return self
 
@@ -172,7 +172,7 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Any)])):
 
     def upsampled(self, low: Tensor | Octaves) -> Tensor:
         """A map of the low one's size at the high one's."""
-        low = merged(low)
+        low = low.merge() if isinstance(low, Octaves) else low
         if self.axis == 1 and self.high.shape[0] == self.low.shape[0]:
             return upsample(low, self.high.shape[2:])
         size = [n for dim, n in enumerate(self.high.shape) if dim != self.axis]  # any of them may be halved

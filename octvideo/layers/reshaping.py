@@ -243,7 +243,7 @@ def _cat(func: Function, tensors: Any, dim: int = 0, **named: Any) -> Any:
     if (x.ratios[dim] == 2 and any(y.shape[dim] % 2 for y in tensors[:-1])) or grows(x, dim, len(tensors)):
         return NotImplemented
     pairs = [y if isinstance(y, Octaves) else x.alike(y) for y in tensors]
-    return x.of(*(torch.cat(maps, dim) for maps in zip(*pairs, strict=True)))
+    return x.of(*(torch.cat(list(maps), dim) for maps in zip(*pairs, strict=True)))
 
 
 def _stack(func: Function, tensors: Any, dim: int = 0) -> Any:

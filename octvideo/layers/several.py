@@ -109,7 +109,7 @@ def _convolve(
         return output
     if high.shape[1]:
         beside = average_pool(high, paths.factors)
-        low = torch.cat((beside, low), 1) if low.shape[1] else beside  # type: ignore[arg-type]
+        low = torch.cat([beside, low], 1) if low.shape[1] else beside  # type: ignore[list-item]
     weight = weight[rows:] if len(parts) == 1 else torch.cat((of_high[rows:], of_low[rows:]), 1)
     return Octaves(output, _convolve(*_maps(low), weight, bias_low, levels[1:], half))
 

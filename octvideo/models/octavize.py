@@ -85,9 +85,9 @@ def octavize(
     or not initialised yet, and for a sample that the network does not take with octaves or without.
     """
     _refuse(model)
-    alpha = {regex: shares_of(one) for regex, one in alpha.items()} if isinstance(alpha, Mapping) else shares_of(alpha)
+    found = {key: shares_of(one) for key, one in alpha.items()} if isinstance(alpha, Mapping) else shares_of(alpha)
     defaults = OctaveOptions(0, temporal, downsample, channels_last, round_to, strided)
-    plan = _plan(model, alpha, (skip,) if isinstance(skip, str) else tuple(skip), defaults, sample is not None)
+    plan = _plan(model, found, (skip,) if isinstance(skip, str) else tuple(skip), defaults, sample is not None)
     wanted = _changes(plan)
     report = Report(original_class(model).__name__, (), strict=strict, parameters=count_parameters(model))
     if wanted and sample is not None:
