@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octvideo.errors import UserError
-from octvideo.layers.octaves import Features, Function, Octaves, apply, define, merged, on_merged, record
+from octvideo.layers.octaves import Features, Function, Octaves, apply, define, merged, on_map, on_merged, record
 from octvideo.layers.parts import join_by_parts, split_by_parts
 from octvideo.layers.resampling import halved
 
@@ -92,7 +92,7 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     highs, lows = zip(*(_maps_beside(value, x) for value in values), strict=True)
     n = len(args)
-    high, low = (func(*maps[:n], **dict(zip(kwargs, maps[n:], strict=True))) for maps in (highs, lows))
+    high, low = (on_map(func, *maps[:n], **dict(zip(kwargs, maps[n:], strict=True))) for maps in (highs, lows))
     return x.of(high, low)
 
 
@@ -110,7 +110,7 @@ def _prelu(func: Function, input: Octaves, weight: Tensor) -> Any:
     if input.axis != 1:
         return NotImplemented
     high, low = (weight, weight) if weight.numel() == 1 else split_by_parts(weight, input.parts, 0)
-    return input.of(func(input.high, high), func(input.low, low))
+    return input.of(func(input.high, high), on_map(func, input.low, low))
 
 
 def _per_channel(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -236,7 +236,7 @@ def _reduce(func: Function, input: Octaves, dim: Any = None, keepdim: bool = Fal
     if name in ("amax", "amin"):
         if not (input.high.numel() and input.low.numel()):
             return NotImplemented
-        high, low = (func(x, dims, True) for x in input)
+        high, low = (on_map(func, x, dims, True) for x in input)
         return _of_maps(input, high, low, dims, keepdim, torch.maximum if name == "amax" else torch.minimum)
     if kwargs.get("out") is not None:
         return NotImplemented
@@ -261,7 +261,7 @@ def _extremum(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
     dim = kwargs.get("dim", args[0] if args else None)
     if dim is None or dim % input.dim() == input.axis or input.ratios[dim] == 2:
         return NotImplemented
-    (high, at_high), (low, at_low) = (func(x, *args, **kwargs) for x in input)
+    (high, at_high), (low, at_low) = (on_map(func, x, *args, **kwargs) for x in input)
     keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
     axis = input.axis - (not keepdim and dim % input.dim() < input.axis)
     results = [Octaves(high, low, input.parts, axis), Octaves(at_high, at_low, input.parts, axis)]
@@ -301,7 +301,7 @@ def _along(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(dim, int) or input.ratios[dim] == 2:
         return NotImplemented
     if dim % input.dim() != input.axis:
-        return input.of(*(func(x, *args, **kwargs) for x in input))
+        return input.of(*(on_map(func, x, *args, **kwargs) for x in input))
     return input.alike(func(input.merge(), *args, **kwargs))
 
 

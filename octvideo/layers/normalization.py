@@ -96,7 +96,8 @@ class SubBatchNorm(_BatchNorm):
             return keep_layout(torch.cat([normalize_part(part) for part in input.chunk(splits)]), input)
         pairs = zip(input.high.chunk(splits), input.low.chunk(splits), strict=True)
         parts = [normalize_part(Octaves(high, low, input.parts)) for high, low in pairs]
-        high, low = (keep_layout(torch.cat(list(maps)), x) for maps, x in zip(zip(*parts, strict=True), input, strict=True))
+        pairs = zip(map(list, zip(*parts, strict=True)), input, strict=True)
+        high, low = (keep_layout(torch.cat(maps), x) for maps, x in pairs)
         return Octaves(high, low, input.parts)
 
 

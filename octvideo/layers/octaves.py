@@ -323,6 +323,12 @@ def apply(func: Function, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
+def on_map(func: Function, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Applies a function to one map, which may be octave features: a method of Tensor's would not take them."""
+    features = func in _HANDLER_OF and any(isinstance(value, Octaves) for value in (x, *args, *kwargs.values()))
+    return apply(func, x, *args, **kwargs) if features else func(x, *args, **kwargs)
+
+
 def _written(x: Octaves, result: Tensor, func: Function) -> Octaves:
     """Writes into both maps what a function made of the merged tensor in place; low channels are averaged."""
     if result.shape != x.shape:

@@ -82,7 +82,8 @@ class Kernel:
     def _transposed(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, size: tuple[int, ...]) -> Tensor:
         function: Any = F.conv_transpose2d if len(self.size) == 2 else F.conv_transpose3d
         missing = self.output_padding
-        size = self.output_size(x) if missing and min(missing) < 0 else size
+        if not size and missing and min(missing) < 0:
+            size = self.output_size(x)
         if size:
             missing = tuple([max(0, n - have) for n, have in zip(size, self._grown(x.shape[2:]), strict=True)])
         weight = swap_sides(weight, groups)

@@ -20,6 +20,7 @@ from octvideo.layers.octaves import (
     define,
     features_among,
     merged,
+    on_map,
     on_merged,
     record,
 )
@@ -469,7 +470,7 @@ class Regrouped(Features):
 
 def _view(func: Function, input: Any, *sizes: Any, **named: Any) -> Any:
     if sizes and isinstance(sizes[0], torch.dtype):
-        return input.of(*(func(x, *sizes) for x in input)) if isinstance(input, Octaves) else NotImplemented
+        return input.of(*(on_map(func, x, *sizes) for x in input)) if isinstance(input, Octaves) else NotImplemented
     shape = _shape_of(sizes, named.get("shape", named.get("size")))
     return _viewed(input, shape) if isinstance(input, Octaves) else input.viewed(shape)
 
