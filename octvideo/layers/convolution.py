@@ -30,8 +30,7 @@ class OctaveOptions:
     """How a convolution handles octaves: everything that nn.Conv3d does not know. Raises UserError for bad values.
 
     Args:
-        alpha: share of the output channels held at low resolution, in [0, 1]; or several shares, at half the
-            resolution, a quarter ... together at most 1.
+        alpha: share of the output channels held at low resolution, in [0, 1]; or several: at half, at a quarter ...
         temporal: halve time as well as height and width (3-D only); once, however many octaves there are.
         downsample: for a spatial stride of 2 between plain Tensors: "conv" strides as nn.Conv3d does, "pool" averages
             first, as it does wherever octaves are on either side (the fair control at alpha 0).

@@ -78,8 +78,7 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Any)])):
 
     Args:
         high: (B, C_high, T, H, W) or (B, C_high, H, W).
-        low: the same with C_low channels; H and W halved and rounded up, for a temporal layer T too. Or Octaves of that
-            shape, whose own low map has H and W halved once more.
+        low: the same with C_low channels; H and W halved and rounded up, for a temporal layer T too. Or Octaves of it.
         parts: (high, low) channels of each piece that was concatenated, or of each group of a convolution. Weights are
             read in the vanilla order: piece 1's high channels, piece 1's low ones, piece 2's ... Default: one piece.
         axis: the dimension of the channels; others after a permutation or where time was folded into the batch.
@@ -266,10 +265,9 @@ def _vanilla_gradient(gradients: Sequence[Tensor | None], shapes: Sequence[torch
 
 
 def _shared_out(gradients: Octaves) -> Tensor:
-    high, low, parts = gradients.high, gradients.low, gradients.parts
-    low = _shared_out(low) if isinstance(low, Octaves) else low
+    high, low = gradients.high, _shared_out(gradients.low) if isinstance(gradients.low, Octaves) else gradients.low
     low, scale = pool_gradient(low, high, factors_between(high.shape[2:], low.shape[2:]))
-    return Octaves(high, low * scale, parts).merge()
+    return Octaves(high, low * scale, gradients.parts).merge()
 
 
 def _is_features(value: Any) -> bool:
