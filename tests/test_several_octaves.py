@@ -1,13 +1,17 @@
 """Several octaves: shares of the channels at half, a quarter, an eighth ... of the resolution."""
 
 import copy
+import inspect
 import itertools
+import json
 import pickle
 import warnings
 
 import pytest
+import several_octaves
 import torch
 import torch.nn.functional as F
+from jsonargparse import ArgumentParser
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,10 +27,12 @@ from octvideo import (
     octavize,
 )
 from octvideo.evaluation.feature_maps import maps_of
+from octvideo.evaluation.report import say_alpha
 from octvideo.layers import normalize
 from octvideo.layers.shares import split_octaves
 from octvideo.models.cost import count_cost, count_macs_of
 from octvideo.training.precise_bn import estimate_statistics
+from octvideo.training.recognizer import Recognizer
 
 ALPHAS = [0.25, (0.25, 0.125), (0.25, 0.125, 0.125), (0, 0.25), (0.5, 0.25, 0.25)]
 SHAPES = [
@@ -466,6 +472,23 @@ def test_bad_shares_are_refused(alpha, message):
             build()
     with pytest.raises(ValueError, match="one number or four"):
         create_model("c2d_r50", alpha=(0.25, 0.125))
+
+
+def test_yaml_may_give_shares_for_each_stage_or_name():
+    parser = ArgumentParser()
+    parser.add_argument("--alpha", type=inspect.signature(Recognizer.__init__).parameters["alpha"].annotation)
+    assert parser.parse_args(["--alpha=[[.25,.125],.25,.25,0]"]).alpha == [[0.25, 0.125], 0.25, 0.25, 0]
+    assert parser.parse_args(['--alpha={"conv": [.25,.125]}']).alpha == {"conv": [0.25, 0.125]}
+    assert say_alpha([[0.25, 0.125], 0.25, 0.25, 0]) == "0.25 + 0.125, 0.25, 0.25, 0"
+
+
+def test_the_experiment_measures_two_octaves_beside_one(tmp_path, capsys):
+    options = ["--models", "c2d_r50", "--alphas", ".5,.25+.25", "--size", "2x32x32", "--width", "8", "--rounds", "1"]
+    several_octaves.main([*options, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["alpha"] for row in rows] == [0, 0.5, [0.25, 0.25]]
+    assert 1 > rows[1]["mac_ratio"] > rows[2]["mac_ratio"]
+    assert "| c2d_r50 | 0.25 + 0.25 | " in capsys.readouterr().out
 
 
 def test_shares_are_rounded_from_the_lowest_resolution_on():
