@@ -321,10 +321,10 @@ def apply(func: Function, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-def on_map(func: Function, x: Any, *args: Any, **kwargs: Any) -> Any:
+def on_map(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Applies a function to one map, which may be octave features: a method of Tensor's would not take them."""
-    features = func in _HANDLER_OF and any(isinstance(value, Octaves) for value in (x, *args, *kwargs.values()))
-    return apply(func, x, *args, **kwargs) if features else func(x, *args, **kwargs)
+    features = func in _HANDLER_OF and any(isinstance(value, Octaves) for value in (*args, *kwargs.values()))
+    return apply(func, *args, **kwargs) if features else func(*args, **kwargs)
 
 
 def _written(x: Octaves, result: Tensor, func: Function) -> Octaves:
