@@ -52,7 +52,7 @@ class AlphaSchedule(Callback):
         """
         way = max(0.0, (progress - self.begin_epoch) / (self.end_epoch - self.begin_epoch))
         share = int(way * self.num_steps + 1e-6) / self.num_steps  # 3 * (1 / 3) may be just below 1
-        pairs = zip(stage_alphas(self.start), stage_alphas(target), strict=True)
+        pairs: Any = zip(stage_alphas(self.start), stage_alphas(target), strict=True)
         stages = tuple(b if progress >= self.end_epoch else a + (b - a) * share for a, b in pairs)
         return stages if isinstance(self.start, Sequence) or isinstance(target, Sequence) else stages[0]
 
@@ -60,6 +60,8 @@ class AlphaSchedule(Callback):
         """Raises UserError for an alpha on the way to `target` that a network of `create_model` cannot have."""
         if isinstance(target, Mapping):
             raise UserError("an alpha schedule needs a model.alpha of one number or four, got one for each layer")
+        if any(isinstance(one, tuple) for one in (*stage_alphas(self.start), *stage_alphas(target))):
+            raise UserError(f"an alpha schedule is for one octave, got {self.start} and {target}")
         for k in range(self.num_steps + 1):
             share = k / self.num_steps
             alpha = self.alpha_at(self.begin_epoch * (1 - share) + self.end_epoch * share, target)

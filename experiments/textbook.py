@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from octvideo import Octaves, OctConv3d
-from octvideo.layers.convolution import split_channels
 from octvideo.layers.parts import Parts, split_by_parts
+from octvideo.layers.shares import split_channels
 
 
 class NoTextbookError(ValueError):

@@ -15,8 +15,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from octvideo import Octaves, OctConv2d, OctConv3d
-from octvideo.layers.convolution import OctaveOptions, split_channels
+from octvideo.layers.convolution import OctaveOptions
 from octvideo.layers.parts import groups_alike
+from octvideo.layers.shares import split_channels
 
 PAD = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 

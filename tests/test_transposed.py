@@ -11,7 +11,8 @@ from test_convolution import reference_pool, reference_upsample
 from torch import nn
 
 from octvideo import Octaves, OctConv1d, OctConv2d, OctConvTranspose2d, OctConvTranspose3d
-from octvideo.layers.convolution import OctaveOptions, split_channels
+from octvideo.layers.convolution import OctaveOptions
+from octvideo.layers.shares import split_channels
 
 DOUBLE = {"dtype": torch.float64}
 

@@ -1,13 +1,14 @@
 """Feature maps as pictures: the high- and low-resolution outputs of a layer for one clip."""
 
+from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from octvideo.layers.octaves import Octaves
 from octvideo.layers.resampling import upsample
 from octvideo.models.zoo import residual_stages
 
@@ -18,7 +19,7 @@ COLOURS = np.array([(8, 5, 30), (74, 12, 107), (150, 38, 102), (218, 72, 62), (2
 class Maps(NamedTuple):
     """A layer's feature maps of one resolution, for one clip."""
 
-    kind: str  # high, low, or all for a layer without low maps
+    kind: str  # high, low (of several octaves: 1/4 ... of the resolution too), or all for a layer without low maps
     values: Tensor  # (C, T, H, W); low maps are upsampled to the size of the high ones
     size: tuple[int, ...]  # (T, H, W) before that
 
@@ -51,9 +52,14 @@ def maps_of(network: nn.Module, layer: str, clip: Tensor) -> list[list[Maps]]:
         network(clip[None])
     (output,) = outputs
     for features in output if isinstance(output, list) else [output]:
-        parts = {"high": features.high, "low": features.low} if isinstance(features, Octaves) else {"all": features}
-        size = next(iter(parts.values())).shape[2:]
-        pathways.append([Maps(k, upsample(x, size)[0], tuple(x.shape[2:])) for k, x in parts.items() if x.shape[1]])
+        maps = tree_leaves(features)
+        kinds = ("high", "low", *(f"1/{4 << i}" for i in range(len(maps)))) if len(maps) > 1 else ("all",)
+        found = []
+        for i, (kind, x) in enumerate(zip(kinds, maps, strict=False)):
+            if x.shape[1]:
+                full = reduce(upsample, [larger.shape[2:] for larger in maps[:i][::-1]], x)
+                found.append(Maps(kind, full[0], tuple(x.shape[2:])))
+        pathways.append(found)
     return pathways
 
 

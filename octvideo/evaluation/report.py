@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from octvideo.errors import UserError
 from octvideo.evaluation.charts import Chart, Series, draw_heat_map, to_svg
+from octvideo.layers.shares import say_shares
 from octvideo.models.checkpoint import Trained, load_trained, read_training_checkpoint
 from octvideo.models.cost import Cost, count_cost, count_parameters, time_interleaved, total
 from octvideo.models.octave_report import MACHINE
@@ -149,7 +150,7 @@ def say_alpha(alpha: Alpha) -> str:
     """An alpha in words: one number, one for each stage, or "per layer"."""
     if isinstance(alpha, Mapping):
         return "per layer"
-    return ", ".join(f"{value:g}" for value in (alpha if isinstance(alpha, Sequence) else [alpha]))
+    return ", ".join(map(say_shares, alpha if isinstance(alpha, Sequence) else [alpha]))
 
 
 def read_run(folder: Path, *, results: Path | None = None, checkpoint: Path | None = None) -> Run:

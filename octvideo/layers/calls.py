@@ -27,7 +27,8 @@ from octvideo.layers.convolution import (
     sizes,
 )
 from octvideo.layers.octaves import Function, Octaves, define, merged, on_merged, record
-from octvideo.layers.resampling import halved
+from octvideo.layers.several import misfit
+from octvideo.layers.shares import shares_of
 from octvideo.layers.swapping import original_class, swap_class
 
 _ARGUMENTS = ["input", "weight", "bias", "stride", "padding", "dilation", "groups"]
@@ -118,12 +119,10 @@ def _is_octaves(x: Any) -> bool:
 
 
 def _like(x: Octaves) -> OctaveOptions | None:
-    """Options that keep the share of low channels that features have; None where their low map suits no layer."""
-    extent, low = x.high.shape[2:], tuple(x.low.shape[2:])
-    alpha = x.low.shape[1] / max(1, x.shape[1])
-    if halved(extent, (1, 2, 2)[-len(extent) :]) == low:
-        return OctaveOptions(alpha)
-    return OctaveOptions(alpha, temporal=True) if halved(extent, (2,) * len(extent)) == low else None
+    """Options that keep the shares of low channels that features have; None where their low maps suit no layer."""
+    alpha = shares_of([count / max(1, x.shape[1]) for count in x.counts[1:]])
+    ways = ((OctaveOptions(alpha, temporal=time == 2), (time, 2, 2)[2 - x.dim() :]) for time in (1, 2))
+    return next((options for options, factors in ways if not misfit(x, factors)), None)
 
 
 def _on_octaves(func: Function, *args: Any, **kwargs: Any) -> Any:

@@ -13,31 +13,16 @@ from torch.fx import Proxy
 from octvideo.errors import UserError
 from octvideo.layers.finishing import passes_fused
 from octvideo.layers.octaves import Octaves, merged, record
-from octvideo.layers.parts import Parts, groups_alike, join_by_parts, split_by_parts
+from octvideo.layers.parts import Parts, groups_alike
 from octvideo.layers.paths import Kernel, Paths, swap_sides
 from octvideo.layers.pending import Pending
-from octvideo.layers.resampling import average_pool, halved, keep_layout, lay_channels_last, upsample
+from octvideo.layers.resampling import keep_layout, lay_channels_last
+from octvideo.layers.several import Level, convolve_each, convolve_several, levels_of, misfit, pool_octaves
+from octvideo.layers.shares import Shares, shares_of, split_octaves
 from octvideo.layers.tracing import OneNode
 
 Pairs = tuple[tuple[int, int], ...]  # padding (before, behind) each dimension
 Sizes = tuple[int, ...]
-
-
-def split_channels(channels: int, alpha: float, round_to: int = 1) -> tuple[int, int]:
-    """How many of `channels` are (high, low): low = floor(alpha * channels); the only place that rounds.
-
-    `round_to` takes the nearest multiple of it instead of the floor, and leaves some channels of either kind. 16, the
-    floats in an AVX-512 vector, made I3D up to 17 % faster at alphas such as .1, .2 and .3 for the same arithmetic.
-    """
-    if not 0 <= alpha <= 1:
-        raise UserError(f"alpha must lie in [0, 1], got {alpha}")
-    if channels < 1 or round_to < 1:
-        raise UserError(f"channels and round_to must be at least 1, got {channels} and {round_to}")
-    if round_to > 1 and 0 < alpha < 1 and channels >= 2 * round_to:
-        low = round_to * max(1, min(int(alpha * channels / round_to + 0.5), channels // round_to - 1))
-    else:
-        low = int(alpha * channels + 1e-6)  # 0.2 * 15 is just below 3
-    return channels - low, low
 
 
 @dataclass(frozen=True)
@@ -45,18 +30,18 @@ class OctaveOptions:
     """How a convolution handles octaves: everything that nn.Conv3d does not know. Raises UserError for bad values.
 
     Args:
-        alpha: share of the output channels held at low resolution, in [0, 1].
-        temporal: halve time as well as height and width (3-D only).
+        alpha: share of the output channels held at low resolution, in [0, 1]; or several: at half, at a quarter ...
+        temporal: halve time as well as height and width (3-D only); once, however many octaves there are.
         downsample: for a spatial stride of 2 between plain Tensors: "conv" strides as nn.Conv3d does, "pool" averages
             first, as it does wherever octaves are on either side (the fair control at alpha 0).
         channels_last: between plain Tensors too, use that memory format and run factorised convolutions as 2-D ones:
             faster, and equal to nn.Conv3d up to rounding.
-        round_to: rounds the number of low channels to a multiple; see `split_channels`.
+        round_to: rounds the number of low channels to a multiple; see `octvideo.layers.shares.split_channels`.
         strided: for a spatial stride above 1: "pool" averages first, "keep" leaves the convolution vanilla:
             it strides, reads merged octaves and gives a Tensor. Transposed convolutions never pool.
     """
 
-    alpha: float = 0.25
+    alpha: Shares = 0.25
     temporal: bool = False
     downsample: Literal["conv", "pool"] = "conv"
     channels_last: bool = False
@@ -64,15 +49,16 @@ class OctaveOptions:
     strided: Literal["pool", "keep"] = "pool"
 
     def __post_init__(self) -> None:
-        self.split(1)
+        object.__setattr__(self, "alpha", shares_of(self.alpha))
+        self.octaves(1)
         if self.downsample not in ("conv", "pool"):
             raise UserError(f'downsample must be "conv" or "pool", got {self.downsample!r}')
         if self.strided not in ("pool", "keep"):
             raise UserError(f'strided must be "pool" or "keep", got {self.strided!r}')
 
-    def split(self, channels: int) -> tuple[int, int]:
-        """How many of `channels` are (high, low)."""
-        return split_channels(channels, self.alpha, self.round_to)
+    def octaves(self, channels: int) -> tuple[int, ...]:
+        """How many of `channels` are at the full resolution, at half, a quarter ...; alone if all are."""
+        return split_octaves(channels, self.alpha, self.round_to)
 
     def check(self, convolution: nn.modules.conv._ConvNd) -> None:
         """Raises UserError if a convolution cannot have these options."""
@@ -90,14 +76,15 @@ class OctaveOptions:
 
     def misfit(self, channels_in: int, channels: int, groups: int) -> str:
         """Why a convolution of these channels cannot be split so; empty if it can."""
-        (high, low), low_in, depthwise = self.split(channels), self.split(channels_in)[1], groups == channels_in > 1
-        if depthwise and low * channels_in != channels * low_in:
+        (high, *lows), (_, *lows_in) = self.octaves(channels), self.octaves(channels_in)
+        depthwise, low, low_in = groups == channels_in > 1, *(" + ".join(map(str, n or [0])) for n in (lows, lows_in))
+        if depthwise and [n * channels_in for n in lows] != [n * channels for n in lows_in]:
             gives = f"alpha {self.alpha} with round_to {self.round_to} gives {low} low output channels"
             low_inputs = f"{low_in} low input channels of a depthwise convolution"
             return f"{gives}, but {low_inputs} with {channels // channels_in} outputs for each"
-        if not depthwise and low % groups:
+        if not depthwise and any(n % groups for n in lows):
             splits = f"alpha {self.alpha} splits {channels} output channels into {high} high and {low} low ones"
-            return f"{splits}: groups {groups} must divide both"
+            return f"{splits}: groups {groups} must divide {'all' if len(lows) > 1 else 'both'}"
         return ""
 
 
@@ -115,7 +102,8 @@ class Plan(NamedTuple):
     weight_shape: tuple[int, ...]
     paths: Paths  # between octaves, of one group
     kernel: Kernel  # between plain Tensors, with the spatial stride
-    split_in: tuple[int, int]  # (high, low) channels that a depthwise layer makes of a plain input
+    levels: tuple[Level, ...]  # the same for each resolution of the output
+    split_in: tuple[int, ...]  # channels at each resolution that a depthwise layer makes of a plain input
     keeps_low: bool
     plain: bool  # the vanilla convolution serves between plain Tensors
     depthwise: bool
@@ -185,7 +173,8 @@ def plan_convolution(
     if len(size) == 1:
         size, stride, pairs, dilation = (1, *size), (1, *stride), ((0, 0), *pairs), (1, *dilation)
         output_padding = output_padding and (0, *output_padding)
-    high, low = options.split(channels[1])
+    counts = options.octaves(channels[1])
+    high, low = counts[0], sum(counts[1:])
     uneven = any(before != behind for before, behind in pairs)
     mode = "constant" if uneven and padding_mode == "zeros" else padding_mode
     amounts = () if mode == "zeros" else tuple([n for pair in reversed(pairs) for n in pair])
@@ -196,14 +185,16 @@ def plan_convolution(
     inner = kernel if output_padding is not None else replace(kernel, stride=(*time, 1, 1))
     height = 1 if len(weight_shape) == 3 else 2
     factors = (2, 2, 2) if options.temporal else (*ones, height, 2)
+    paths = Paths(inner, pool, factors, (high // groups, low // groups))
     return Plan(
         options=options,
         channels=channels,
         groups=groups,
         weight_shape=weight_shape,
-        paths=Paths(inner, pool, factors, (high // groups, low // groups)),
+        paths=paths,
         kernel=kernel,
-        split_in=options.split(channels[0]),
+        levels=levels_of(paths, [count // groups for count in counts]),
+        split_in=options.octaves(channels[0]),
         keeps_low=low > 0,
         plain=low == 0 and (options.downsample == "conv" or max(pool) == 1),
         depthwise=groups == channels[0] > 1,
@@ -251,9 +242,15 @@ def convolve(input: Tensor | Octaves, weight: Tensor, bias: Tensor | None, plan:
         output: Tensor | Octaves = plan.kernel.convolve(lay_channels_last(input), weight, bias, plan.groups)
     else:
         high, low, parts = _maps(input, plan)
-        if _waits(high, plan):
+        if plan.depthwise:
+            lower = plan.levels[1].paths if plan.keeps_low else plan.levels[0].below
+            output = convolve_each(Octaves(high, low, parts), weight, bias, plan.paths, lower, plan.keeps_low)
+        elif len(plan.levels) > 2 or isinstance(low, Octaves):
+            output = convolve_several(Octaves(high, low, parts), weight, bias, plan.levels, plan.groups)
+        elif _waits(high, plan):
             return _waiting(input, high, low, parts, weight, bias, plan)
-        output = (_depthwise if plan.depthwise else _by_groups)(high, low, parts, weight, bias, plan)
+        else:
+            output = _by_groups(high, low, parts, weight, bias, plan)
     if len(plan.weight_shape) > 3:
         return output
     if isinstance(output, Octaves):
@@ -300,31 +297,6 @@ def _by_groups(
     return Octaves(out_high, out_low, (paths.rows,) * plan.groups) if plan.keeps_low else out_high
 
 
-def _depthwise(
-    high: Tensor, low: Tensor, parts: Parts, weight: Tensor, bias: Tensor | None, plan: Plan
-) -> Tensor | Octaves:
-    """One filter a channel: high stays high and low stays low, or is upsampled at the end; no path joins them."""
-    kernel, pool, multiplier = plan.paths.kernel, plan.paths.pool, plan.channels[1] // plan.channels[0]
-    parts = tuple((of_high * multiplier, of_low * multiplier) for of_high, of_low in parts)
-    weight_high, weight_low = split_by_parts(weight, parts, 0)
-    bias_high, bias_low = (None, None) if bias is None else split_by_parts(bias, parts, 0)
-    high, low = average_pool(lay_channels_last(high), pool), lay_channels_last(low)
-    out_high = kernel.convolve(high, weight_high, bias_high, high.shape[1])
-    if not plan.keeps_low and low.shape[1] == 0:
-        return out_high
-    low = average_pool(low, pool) if plan.keeps_low else low
-    out_low = kernel.convolve(low, weight_low, bias_low, low.shape[1], _low_size(high, plan))
-    if plan.keeps_low:
-        return Octaves(out_high, out_low, parts)
-    return join_by_parts(out_high, upsample(out_low, out_high.shape[2:]), parts, 1)
-
-
-def _low_size(high: Tensor, plan: Plan) -> tuple[int, ...]:
-    """The size to which a transposed convolution must take low maps; () for others, which take them there."""
-    kernel = plan.paths.kernel
-    return halved(kernel.output_size(high), plan.paths.factors) if kernel.output_padding is not None else ()
-
-
 def _check_input(input: Any, plan: Plan) -> None:
     if not isinstance(input, (Tensor, Octaves)):
         raise TypeError(f"expected a Tensor or Octaves, got {type(input).__name__}")
@@ -336,19 +308,14 @@ def _check_input(input: Any, plan: Plan) -> None:
 
 def _maps(input: Tensor | Octaves, plan: Plan) -> tuple[Tensor, Tensor, Parts]:
     """The input's maps and parts, checked; a depthwise layer splits a plain one, any other takes it as high."""
-    split_alike = plan.depthwise and plan.keeps_low
+    if not isinstance(input, Octaves) and plan.depthwise and plan.keeps_low:
+        input = pool_octaves(input, plan.split_in, plan.paths.factors)
     if not isinstance(input, Octaves):
-        if not split_alike:
-            return input, input[:, :0], ((plan.channels[0], 0),)
-        high, low = input.split(plan.split_in, 1)
-        return high, average_pool(low, plan.paths.factors), (plan.split_in,)
+        return input, input[:, :0], ((plan.channels[0], 0),)
+    if problem := misfit(input, plan.paths.factors):
+        raise UserError(f"a layer with temporal={plan.options.temporal} wants {problem}")
     high, low = input.ready(plan.keeps_low or max(plan.paths.pool) > 1)[:2] if isinstance(input, Pending) else input
-    parts = input.parts
-    wanted, size, got = halved(high.shape[2:], plan.paths.factors), tuple(high.shape[2:]), tuple(low.shape[2:])
-    if got != wanted:
-        beside = f"a low map of size {wanted} beside a high map of {size}, got {got}"
-        raise UserError(f"a layer with temporal={plan.options.temporal} wants {beside}")
-    return high, low, parts
+    return high, low, input.parts
 
 
 class Octave(OneNode, nn.modules.conv._ConvNd):
@@ -396,7 +363,7 @@ class _OctConv(Octave):
         device: Any = None,
         dtype: Any = None,
         *,
-        alpha: float = 0.25,
+        alpha: float | Sequence[float] = 0.25,
         temporal: bool = False,
         downsample: Literal["conv", "pool"] = "conv",
         channels_last: bool = False,
@@ -405,7 +372,7 @@ class _OctConv(Octave):
     ) -> None:
         rest: Any = (kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype)
         super().__init__(in_channels, out_channels, *rest)
-        self.set_options(OctaveOptions(alpha, temporal, downsample, channels_last, round_to, strided))
+        self.set_options(OctaveOptions(shares_of(alpha), temporal, downsample, channels_last, round_to, strided))
 
     def forward(self, input: Tensor | Octaves, **output_size: Any) -> Tensor | Octaves:
         if isinstance(input, Proxy):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from octvideo.errors import UserError
-from octvideo.layers.octaves import Features, Function, Octaves, apply, define, on_merged, record
+from octvideo.layers.octaves import Features, Function, Octaves, apply, define, merged, on_map, on_merged, record
 from octvideo.layers.parts import join_by_parts, split_by_parts
 from octvideo.layers.resampling import halved
 
@@ -92,7 +92,7 @@ def _elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     highs, lows = zip(*(_maps_beside(value, x) for value in values), strict=True)
     n = len(args)
-    high, low = (func(*maps[:n], **dict(zip(kwargs, maps[n:], strict=True))) for maps in (highs, lows))
+    high, low = (on_map(func, *maps[:n], **dict(zip(kwargs, maps[n:], strict=True))) for maps in (highs, lows))
     return x.of(high, low)
 
 
@@ -110,7 +110,7 @@ def _prelu(func: Function, input: Octaves, weight: Tensor) -> Any:
     if input.axis != 1:
         return NotImplemented
     high, low = (weight, weight) if weight.numel() == 1 else split_by_parts(weight, input.parts, 0)
-    return input.of(func(input.high, high), func(input.low, low))
+    return input.of(func(input.high, high), on_map(func, input.low, low))
 
 
 def _per_channel(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -144,18 +144,25 @@ def _pool(names: str, func: Function, input: Octaves, kernel_size: Any, *args: A
             return NotImplemented
         windows = ([x.shape[axis + 2] if axis in whole else kernels[axis] for axis in axes] for x in input)
         high, low = (pool(x, window, ceil_mode=up) for x, window in zip(input, windows, strict=True))
-        return join_by_parts(high, low, input.parts, 1)
+        return join_by_parts(high, merged(low), input.parts, 1)
 
-    high, low = pool(input.high, kernel_size, ceil_mode=up), input.low
-    border: list[int] = []
-    for axis, want in enumerate(halved(high.shape[2:], input.factors)):
-        have, step, start = low.shape[axis + 2], strides[axis], (want - 1) * strides[axis] - paddings[axis]
-        needed = start + dilations[axis] * (kernels[axis] - 1) + 1 - paddings[axis]
-        if (needed > have and (step == 1 or start >= have)) or needed + step <= have:
-            return NotImplemented  # the low map cannot match the high one
-        border = [0, max(0, needed - have), *border]
-    low = _per_channel(F.pad, low, border, mode="replicate") if any(border) else low
-    return input.of(high, pool(low, kernel_size))
+    def lower(low: Any, sizes: Sequence[int]) -> Any:
+        if isinstance(low, Octaves):
+            maps = lower(low.high, sizes), lower(low.low, halved(sizes, low.factors))
+            return NotImplemented if any(x is NotImplemented for x in maps) else low.of(*maps)
+        border: list[int] = []
+        for axis, want in enumerate(sizes):
+            have, step, start = low.shape[axis + 2], strides[axis], (want - 1) * strides[axis] - paddings[axis]
+            needed = start + dilations[axis] * (kernels[axis] - 1) + 1 - paddings[axis]
+            if (needed > have and (step == 1 or start >= have)) or needed + step <= have:
+                return NotImplemented  # the low map cannot match the high one
+            border = [0, max(0, needed - have), *border]
+        low = _per_channel(F.pad, low, border, mode="replicate") if any(border) else low
+        return pool(low, kernel_size)
+
+    high = pool(input.high, kernel_size, ceil_mode=up)
+    low = lower(input.low, halved(high.shape[2:], input.factors))
+    return low if low is NotImplemented else input.of(high, low)
 
 
 def _adaptive(func: Function, input: Octaves, output_size: Any, return_indices: bool = False) -> Any:
@@ -171,7 +178,7 @@ def _adaptive(func: Function, input: Octaves, output_size: Any, return_indices: 
         elif factor == 2 and size > 1 and n % (2 * size):  # else windows start and end where low positions do
             return NotImplemented
     high, low = (_per_channel(func, x, size) for x, size in ((input.high, sizes), (input.low, lows)))
-    return join_by_parts(high, low, input.parts, 1) if lows == sizes else input.of(high, low)
+    return join_by_parts(high, merged(low), input.parts, 1) if lows == sizes else input.of(high, low)
 
 
 def _interpolate(func: Function, input: Octaves, size: Any = None, scale_factor: Any = None, **kwargs: Any) -> Any:
@@ -201,7 +208,7 @@ def _covered(input: Octaves, dims: Iterable[int]) -> Tensor | int:
     for dim in dims:
         if input.ratios[dim] == 2:
             size, covered = input.high.shape[dim], input.low.shape[dim]
-            two: Tensor | int = 2
+            two: Any = 2
             if size % 2:
                 two = input.low.new_full((covered,), 2)
                 two[-1] = 1
@@ -229,7 +236,7 @@ def _reduce(func: Function, input: Octaves, dim: Any = None, keepdim: bool = Fal
     if name in ("amax", "amin"):
         if not (input.high.numel() and input.low.numel()):
             return NotImplemented
-        high, low = (func(x, dims, True) for x in input)
+        high, low = (on_map(func, x, dims, True) for x in input)
         return _of_maps(input, high, low, dims, keepdim, torch.maximum if name == "amax" else torch.minimum)
     if kwargs.get("out") is not None:
         return NotImplemented
@@ -254,7 +261,7 @@ def _extremum(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
     dim = kwargs.get("dim", args[0] if args else None)
     if dim is None or dim % input.dim() == input.axis or input.ratios[dim] == 2:
         return NotImplemented
-    (high, at_high), (low, at_low) = (func(x, *args, **kwargs) for x in input)
+    (high, at_high), (low, at_low) = (on_map(func, x, *args, **kwargs) for x in input)
     keepdim = kwargs.get("keepdim", args[1] if len(args) > 1 else False)
     axis = input.axis - (not keepdim and dim % input.dim() < input.axis)
     results = [Octaves(high, low, input.parts, axis), Octaves(at_high, at_low, input.parts, axis)]
@@ -294,7 +301,7 @@ def _along(func: Function, input: Octaves, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(dim, int) or input.ratios[dim] == 2:
         return NotImplemented
     if dim % input.dim() != input.axis:
-        return input.of(*(func(x, *args, **kwargs) for x in input))
+        return input.of(*(on_map(func, x, *args, **kwargs) for x in input))
     return input.alike(func(input.merge(), *args, **kwargs))
 
 
@@ -319,8 +326,9 @@ def normalize_maps(func: Function, input: Octaves, *args: Any, **kwargs: Any) ->
         shares[:2] = [[None if x is None else x.clone() for x in pair] for pair in shares[:2]]
     maps = []
     for map_, x in enumerate(input):
+        of_map = partial(normalize_maps, func) if isinstance(x, Octaves) else func
         try:
-            maps.append(func(x, *(share[map_] for share in shares), *args[4:], **kwargs) if x.shape[1] else x)
+            maps.append(of_map(x, *(share[map_] for share in shares), *args[4:], **kwargs) if x.shape[1] else x)
         except ValueError as error:  # of one value a channel, which a small low map reaches first
             what = f"octave features of size {' and '.join(str(tuple(x.shape[2:])) for x in input)}"
             raise UserError(f"{what}: {error}; take larger batches or crops, or alpha 0 here") from error
@@ -353,7 +361,7 @@ def _group_norm(
     weights = _covered(input, space)
     maps = [x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in input]
     means, variances = [], []
-    for x, covered in zip(maps, (1, weights), strict=True):
+    for x, covered in zip(map(merged, maps), (1, weights), strict=True):
         if isinstance(covered, int) or not x.shape[1]:
             variance, mean = torch.var_mean(x, space, correction=0)
         else:
@@ -390,7 +398,7 @@ def _layer_norm(
     counts = [x.shape[-1] for x in input]
     if not all(counts):
         return NotImplemented
-    low_variance, low_mean = torch.var_mean(low, -1, correction=0, keepdim=True)
+    low_variance, low_mean = torch.var_mean(merged(low), -1, correction=0, keepdim=True)
     low_variance, low_mean = (input.upsampled(x) for x in (low_variance, low_mean))
     high_mean = high.mean(-1, keepdim=True)
     mean = (high_mean * counts[0] + low_mean * counts[1]) / sum(counts)

@@ -96,8 +96,9 @@ class SubBatchNorm(_BatchNorm):
             return keep_layout(torch.cat([normalize_part(part) for part in input.chunk(splits)]), input)
         pairs = zip(input.high.chunk(splits), input.low.chunk(splits), strict=True)
         parts = [normalize_part(Octaves(high, low, input.parts)) for high, low in pairs]
-        high, low = (keep_layout(torch.cat(maps), x) for maps, x in zip(zip(*parts, strict=True), input, strict=True))
-        return Octaves(high, low, input.parts)
+        whole: Any = torch.cat(parts)
+        high, low = (keep_layout(y, x) for y, x in zip(whole, input, strict=True))
+        return whole.of(high, low)
 
 
 class FrozenBatchNorm(_BatchNorm):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import register_multi_grad_hook
-from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, register_pytree_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
@@ -63,8 +63,8 @@ def _registered(kind: type[Octaves]) -> type[Octaves]:
 
 
 @_registered
-class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])):
-    """A feature map in two octaves: some channels at full resolution, the others at half.
+class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Any)])):
+    """A feature map in two octaves: some channels at full resolution, the others at half; or in several.
 
     `shape`, `size()`, `dim()`, `ndim`, `dtype`, `device` and `requires_grad` are the vanilla Tensor's, and ordinary
     modules (batch norm, activations, dropout, pooling, `+`, `torch.cat`, slices of channels, views that fold time into
@@ -78,7 +78,7 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
 
     Args:
         high: (B, C_high, T, H, W) or (B, C_high, H, W).
-        low: the same with C_low channels; H and W halved and rounded up, for a temporal layer T too.
+        low: the same with C_low channels; H and W halved and rounded up, for a temporal layer T too. Or Octaves of it.
         parts: (high, low) channels of each piece that was concatenated, or of each group of a convolution. Weights are
             read in the vanilla order: piece 1's high channels, piece 1's low ones, piece 2's ... Default: one piece.
         axis: the dimension of the channels; others after a permutation or where time was folded into the batch.
@@ -90,7 +90,7 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
     __array_ufunc__ = None  # numpy numbers leave `number * features` to __rmul__
     _make = None  # type: ignore[assignment]  # pytree rebuilds what has a namedtuple's _make from its two fields alone
 
-    def __new__(cls, high: Tensor, low: Tensor, parts: Parts | None = None, axis: int = 1) -> Octaves:
+    def __new__(cls, high: Tensor, low: Tensor | Octaves, parts: Parts | None = None, axis: int = 1) -> Octaves:
         if cls._own_context is not None and parts is None:
             parts, axis = cls._own_context
         elif parts is None:
@@ -102,10 +102,10 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
         self.parts, self.axis = parts, axis
         return self
 
-    def __reduce__(self) -> tuple[type[Octaves], tuple[Tensor, Tensor, Parts, int]]:
+    def __reduce__(self) -> tuple[type[Octaves], tuple[Any, ...]]:
         return Octaves, (self.high, self.low, self.parts, self.axis)
 
-    def of(self, high: Tensor, low: Tensor) -> Octaves:
+    def of(self, high: Tensor, low: Tensor | Octaves) -> Octaves:
         """Other maps with the same order of channels."""
         return Octaves(high, low, self.parts, self.axis)
 
@@ -117,9 +117,15 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
         size[self.axis] += low.shape[self.axis]
         return torch.Size(size)
 
-    def maps_like(self) -> Sequence[Tensor]:
-        """Two Tensors of the maps' shapes, types and devices: the maps themselves, unless they are yet to be made."""
+    def maps_like(self) -> tuple[Tensor, Any]:
+        """Two maps of the maps' shapes, types and devices: the maps themselves, unless they are yet to be made."""
         return self
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many channels are at the full resolution, at half, a quarter ..."""
+        high, low = self.maps_like()
+        return high.shape[self.axis], *(low.counts if isinstance(low, Octaves) else (low.shape[self.axis],))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
@@ -163,8 +169,9 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
         """The vanilla-shaped Tensor: the low map upsampled, and the channels in the vanilla order."""
         return join_by_parts(self.high, self.upsampled(self.low), self.parts, self.axis)
 
-    def upsampled(self, low: Tensor) -> Tensor:
+    def upsampled(self, low: Tensor | Octaves) -> Tensor:
         """A map of the low one's size at the high one's."""
+        low = low.merge() if isinstance(low, Octaves) else low
         if self.axis == 1 and self.high.shape[0] == self.low.shape[0]:
             return upsample(low, self.high.shape[2:])
         size = [n for dim, n in enumerate(self.high.shape) if dim != self.axis]  # any of them may be halved
@@ -181,7 +188,8 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
     def alike(self, x: Tensor) -> Octaves:
         """A vanilla-shaped Tensor as octaves of the same parts; its low channels are averaged."""
         high, low = split_by_parts(x, self.parts, self.axis)
-        return self.of(high, self.pooled(low))
+        low = self.pooled(low)
+        return self.of(high, self.low.alike(low) if isinstance(self.low, Octaves) else low)
 
     def register_hook(self, hook: Function) -> RemovableHandle:
         """Calls hook(gradient of the vanilla tensor) in the backward pass; what it returns must be None.
@@ -190,13 +198,14 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
         """
         if not self.requires_grad:
             raise RuntimeError("cannot register a hook on octave features that require no gradient")
-        shapes, parts = [x.shape for x in self], self.parts  # not self, which the hook would keep alive
+        maps, spec = tree_flatten(self)
+        shapes = [x.shape for x in maps]  # not self, which the hook would keep alive
 
         def call(gradients: Sequence[Tensor | None]) -> None:
-            if hook(_vanilla_gradient(gradients, shapes, parts)) is not None:
+            if hook(_vanilla_gradient(gradients, shapes, spec)) is not None:
                 raise UserError("a hook cannot replace the gradient of octave features: register it on .high and .low")
 
-        return register_multi_grad_hook([x if x.requires_grad else x.detach().requires_grad_() for x in self], call)
+        return register_multi_grad_hook([x if x.requires_grad else x.detach().requires_grad_() for x in maps], call)
 
     def retain_grad(self) -> None:
         for x in self:
@@ -206,9 +215,10 @@ class Octaves(Features, NamedTuple("_Maps", [("high", Tensor), ("low", Tensor)])
     @property
     def grad(self) -> Tensor | None:
         """The gradient that hooks are called with, if the maps kept theirs."""
-        gradients, shapes = [x.grad for x in self], [x.shape for x in self]
+        maps, spec = tree_flatten(self)
+        gradients = [x.grad for x in maps]
         known = any(gradient is not None for gradient in gradients)
-        return _vanilla_gradient(gradients, shapes, self.parts) if known else None
+        return _vanilla_gradient(gradients, [x.shape for x in maps], spec) if known else None
 
     def __getitem__(self, index: Any) -> Any:
         if type(index) is int:
@@ -246,13 +256,18 @@ def _class_of(parts: Parts, axis: int) -> type[Octaves]:
     return _registered(type("Octaves", (Octaves,), {"_own_context": (parts, axis), "__doc__": Octaves.__doc__}))
 
 
-def _vanilla_gradient(gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size], parts: Parts) -> Tensor:
-    """The gradient of the vanilla tensor from those of the two maps, of which one may be missing."""
+def _vanilla_gradient(gradients: Sequence[Tensor | None], shapes: Sequence[torch.Size], spec: TreeSpec) -> Tensor:
+    """The gradient of the vanilla tensor from those of all maps, of which some may be missing."""
     some = next(gradient for gradient in gradients if gradient is not None)
     pairs = zip(gradients, shapes, strict=True)
-    high, low = (some.new_zeros(shape) if gradient is None else gradient for gradient, shape in pairs)
+    found = [some.new_zeros(shape) if gradient is None else gradient for gradient, shape in pairs]
+    return _shared_out(tree_unflatten(found, spec))
+
+
+def _shared_out(gradients: Octaves) -> Tensor:
+    high, low = gradients.high, _shared_out(gradients.low) if isinstance(gradients.low, Octaves) else gradients.low
     low, scale = pool_gradient(low, high, factors_between(high.shape[2:], low.shape[2:]))
-    return Octaves(high, low * scale, parts).merge()
+    return Octaves(high, low * scale, gradients.parts).merge()
 
 
 def _is_features(value: Any) -> bool:
@@ -279,7 +294,7 @@ def record(func: Function, features: Sequence[Any]) -> None:
     """Records that a function has no meaning on these features and merges them, if that costs anything."""
     sized = [x for x in features if not isinstance(x, Octaves) or max(x.ratios) > 1]
     if sized:  # maps of one position are the vanilla tensor, with nothing to upsample
-        merging.record(getattr(func, "__name__", str(func)), sized[0].shape, *(x.low for x in sized))
+        merging.record(getattr(func, "__name__", str(func)), sized[0].shape, *tree_leaves([x.low for x in sized]))
 
 
 _HANDLER_OF: dict[Function, Function] = {}
@@ -304,6 +319,12 @@ def apply(func: Function, *args: Any, **kwargs: Any) -> Any:
         if re.fullmatch(r"[a-z]\w*[a-z0-9]_", getattr(func, "__name__", "")) and isinstance(args[0], Octaves):
             return _written(args[0], result, func)
     return result
+
+
+def on_map(func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Applies a function to one map, which may be octave features: a method of Tensor's would not take them."""
+    features = func in _HANDLER_OF and any(isinstance(value, Octaves) for value in (*args, *kwargs.values()))
+    return apply(func, *args, **kwargs) if features else func(*args, **kwargs)
 
 
 def _written(x: Octaves, result: Tensor, func: Function) -> Octaves:

@@ -82,6 +82,8 @@ class Kernel:
     def _transposed(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, size: tuple[int, ...]) -> Tensor:
         function: Any = F.conv_transpose2d if len(self.size) == 2 else F.conv_transpose3d
         missing = self.output_padding
+        if not size and missing and min(missing) < 0:
+            size = self.output_size(x)
         if size:
             missing = tuple([max(0, n - have) for n, have in zip(size, self._grown(x.shape[2:]), strict=True)])
         weight = swap_sides(weight, groups)
@@ -94,6 +96,11 @@ class Kernel:
         """The size of a transposed convolution's output without its output padding."""
         numbers = zip(size, self.size, self.stride, self.padding, self.dilation, strict=True)
         return [(n - 1) * stride - 2 * padding + dilation * (k - 1) + 1 for n, k, stride, padding, dilation in numbers]
+
+    def reaching(self, x: Tensor, size: Sequence[int]) -> Kernel:
+        """This transposed convolution with an output padding, or a crop, that takes `x` to a size."""
+        missing = tuple([n - have for n, have in zip(size, self._grown(x.shape[2:]), strict=True)])
+        return replace(self, output_padding=missing)
 
     def backward(self, gradient: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
         """The gradients of `convolve` (one group, zero padding) for x, weight and bias; undefined where not wanted."""

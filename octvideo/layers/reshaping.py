@@ -12,7 +12,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from octvideo.layers.functions import grows, spelled
-from octvideo.layers.octaves import Features, Function, Octaves, apply, define, features_among, on_merged, record
+from octvideo.layers.octaves import (
+    Features,
+    Function,
+    Octaves,
+    apply,
+    define,
+    features_among,
+    merged,
+    on_map,
+    on_merged,
+    record,
+)
 from octvideo.layers.parts import Parts, join_pieces
 
 Positions = tuple[int, ...]
@@ -36,7 +47,9 @@ def _runs(positions: Positions) -> bool:
     return not positions or positions == tuple(range(positions[0], positions[0] + len(positions)))
 
 
-def _take(x: Tensor, positions: Positions, dim: int) -> Tensor:
+def _take(x: Any, positions: Positions, dim: int) -> Any:
+    if isinstance(x, Octaves):
+        return _channels(x, positions)
     if _runs(positions):
         return x if len(positions) == x.shape[dim] else x.narrow(dim, positions[0] if positions else 0, len(positions))
     return x.index_select(dim, torch.tensor(positions, device=x.device))
@@ -231,7 +244,7 @@ def _cat(func: Function, tensors: Any, dim: int = 0, **named: Any) -> Any:
     if (x.ratios[dim] == 2 and any(y.shape[dim] % 2 for y in tensors[:-1])) or grows(x, dim, len(tensors)):
         return NotImplemented
     pairs = [y if isinstance(y, Octaves) else x.alike(y) for y in tensors]
-    return x.of(*(torch.cat(maps, dim) for maps in zip(*pairs, strict=True)))
+    return x.of(*(torch.cat(list(maps), dim) for maps in zip(*pairs, strict=True)))
 
 
 def _stack(func: Function, tensors: Any, dim: int = 0) -> Any:
@@ -385,7 +398,8 @@ def _viewed(input: Octaves, shape: Sequence[int]) -> Any:
             lows.append(counts[1] * before * after)
         else:
             return NotImplemented
-    y = Octaves(input.high.reshape(highs), input.low.reshape(lows), parts, new_axis)
+    low = input.low.reshape(lows)  # lower octaves whose parts differ between the groups of channels are merged
+    y = Octaves(input.high.reshape(highs), merged(low) if isinstance(low, Regrouped) else low, parts, new_axis)
     if grid is None:
         return y
     dims = (*range(new_axis), *(-1 - i for i in range(len(grid))), *range(new_axis + 1, y.dim()))
@@ -456,7 +470,7 @@ class Regrouped(Features):
 
 def _view(func: Function, input: Any, *sizes: Any, **named: Any) -> Any:
     if sizes and isinstance(sizes[0], torch.dtype):
-        return input.of(*(func(x, *sizes) for x in input)) if isinstance(input, Octaves) else NotImplemented
+        return input.of(*(on_map(func, x, *sizes) for x in input)) if isinstance(input, Octaves) else NotImplemented
     shape = _shape_of(sizes, named.get("shape", named.get("size")))
     return _viewed(input, shape) if isinstance(input, Octaves) else input.viewed(shape)
 

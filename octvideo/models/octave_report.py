@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from octvideo.layers.merging import CURE
+from octvideo.layers.shares import Shares, say_shares
 from octvideo.models.cost import Cost
 from octvideo.models.roofline import MACHINES, Machine
 
@@ -38,13 +39,14 @@ class Compared:
 
 @dataclass(frozen=True)
 class Assignment(Compared):
-    """What became of one convolution: `low` of its output `channels` are low, or the `reason` why it stayed vanilla."""
+    """What became of one convolution: how many output channels are in each low octave, or why it stayed vanilla."""
 
     name: str
     channels: int
-    alpha: float
-    low: int
+    alpha: Shares
+    lows: tuple[int, ...]  # at half the resolution, a quarter ...
     reason: str = ""
+    low = property(lambda self: sum(self.lows), doc="Number of low channels.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class Report(Compared):
         lines = [f"{self.network}: {octave} of {len(self.assignments)} convolutions are octave"]
         width = max((len(assignment.name) for assignment in self.assignments), default=0)
         for part in self.assignments:
-            what = part.reason or f"alpha {part.alpha:g}: {part.channels - part.low} high + {part.low} low channels"
+            lows = " + ".join(f"{count} at 1/{2 << i}" for i, count in enumerate(part.lows) if part.lows[1:])
+            split = f"{part.channels - part.low} high + {lows or f'{part.low} low'} channels"
+            what = part.reason or f"alpha {say_shares(part.alpha)}: {split}"
             if part.macs and part.bytes_moved and not part.reason:
                 what += f"; MACs {_change(part.macs)}, bytes {_change(part.bytes_moved)}{_slower(part)}"
             lines.append(f"  {part.name:{width}}  {what}")

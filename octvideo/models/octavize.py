@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from octvideo.errors import UserError
 from octvideo.layers.calls import OctaveForward, octave_class, restore
 from octvideo.layers.convolution import Octave, OctaveOptions, misalignment, sizes
+from octvideo.layers.shares import Shares, say_shares, shares_of
 from octvideo.layers.swapping import original_class, swap_class
 from octvideo.models.cost import count_parameters, total
 from octvideo.models.octave_report import Assignment, Report, merge_error
@@ -35,7 +36,7 @@ class _Planned:
 
     def left(self, reason: str) -> "_Planned":
         options = replace(self.options, alpha=0, downsample="conv")
-        return _Planned(options, replace(self.line, alpha=0, low=0, reason=f"left: {reason}"))
+        return _Planned(options, replace(self.line, alpha=0, lows=(), reason=f"left: {reason}"))
 
 
 _Plan = dict[str, _Planned]  # by the names of convolutions
@@ -43,7 +44,7 @@ _Plan = dict[str, _Planned]  # by the names of convolutions
 
 def octavize(
     model: Network,
-    alpha: float | Mapping[str, float] = 0.25,
+    alpha: float | Sequence[float] | Mapping[str, float | Sequence[float]] = 0.25,
     *,
     temporal: bool = False,
     skip: str | Iterable[str] = (),
@@ -61,14 +62,15 @@ def octavize(
     `forward_features` return is merged: outputs are what they were. Hooks of the user's on inner modules see Octaves.
 
     Args:
-        alpha: share of low channels, in [0, 1]: a number for every convolution except those that read the network's
-            input, lie inside attention layers, or have a stride or padding that would misalign the two maps; or
-            {regex: number}, where the first regex found in a convolution's name (`named_modules`) decides, else 0.
+        alpha: share of low channels, in [0, 1], or the shares at half the resolution, a quarter ...: one for every
+            convolution except those that read the network's input, lie inside attention layers, or have a stride or
+            padding that would misalign the maps; or {regex: alpha}, where the first regex found in a convolution's name
+            (`named_modules`) decides, else 0.
         temporal: halve time as well as height and width (3-D convolutions).
         skip: a regex, or several, of names that stay at alpha 0 whatever `alpha` says.
         downsample: "pool" averages for a spatial stride of 2 at alpha 0 too, as octave convolutions do: a fair control.
         channels_last: use that memory format, and run factorised convolutions as 2-D: faster, and equal up to rounding.
-        round_to: rounds the number of low channels to a multiple; see `octvideo.layers.convolution.split_channels`.
+        round_to: rounds the number of low channels to a multiple; see `octvideo.layers.shares.split_channels`.
         strided: "keep" leaves convolutions with a spatial stride vanilla, and they read merged features: for trained
             weights, which pooling in place of strides changes most.
         sample: a clip (B, C, T, H, W), or a tuple or dict of the forward's arguments, with which the network is tried,
@@ -83,8 +85,9 @@ def octavize(
     or not initialised yet, and for a sample that the network does not take with octaves or without.
     """
     _refuse(model)
+    found = {key: shares_of(one) for key, one in alpha.items()} if isinstance(alpha, Mapping) else shares_of(alpha)
     defaults = OctaveOptions(0, temporal, downsample, channels_last, round_to, strided)
-    plan = _plan(model, alpha, (skip,) if isinstance(skip, str) else tuple(skip), defaults, sample is not None)
+    plan = _plan(model, found, (skip,) if isinstance(skip, str) else tuple(skip), defaults, sample is not None)
     wanted = _changes(plan)
     report = Report(original_class(model).__name__, (), strict=strict, parameters=count_parameters(model))
     if wanted and sample is not None:
@@ -213,7 +216,11 @@ def _swishes(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _plan(
-    model: nn.Module, alpha: float | Mapping[str, float], skip: tuple[str, ...], defaults: OctaveOptions, sampled: bool
+    model: nn.Module,
+    alpha: Shares | Mapping[str, Shares],
+    skip: tuple[str, ...],
+    defaults: OctaveOptions,
+    sampled: bool,
 ) -> _Plan:
     """Each convolution with its options and its line of the report; raises what octavize does, and changes nothing."""
     modules: dict[str, Any] = dict(model.named_modules())
@@ -245,7 +252,8 @@ def _plan(
         own_forward = issubclass(octave_class(module) or nn.Module, OctaveForward)
         if own_forward and max(sizes(module.stride, len(module.kernel_size))[-2:]) <= 2:
             problem = ""  # it may pad its input by itself
-        share, reason = 0.0, ""
+        share: Shares = 0.0
+        reason = ""
         if name not in possible:
             reason = f"{type(module).__name__} has no octave form"
         elif any(re.search(pattern, name) for pattern in skip):
@@ -276,11 +284,11 @@ def _plan(
                 raise UserError(f"{name}: {error}; skip it, or choose another alpha for it") from error
             share, reason = 0.0, str(error)
             options = replace(defaults, alpha=0)
-        channels, low = module.out_channels, options.split(module.out_channels)[1]
-        if not low and not reason:
-            reason = f"{channels} channels have no low one at alpha {share:g}" if share else "alpha 0"
-        plan[name] = _Planned(options, Assignment(name, channels, share, low, reason and f"left: {reason}"))
-    if not isinstance(alpha, Mapping) and alpha > 0 and not any(planned.options.alpha for planned in plan.values()):
+        channels, (_, *lows) = module.out_channels, options.octaves(module.out_channels)
+        if not lows and not reason:
+            reason = f"{channels} channels have no low one at alpha {say_shares(share)}" if share else "alpha 0"
+        plan[name] = _Planned(options, Assignment(name, channels, share, tuple(lows), reason and f"left: {reason}"))
+    if not isinstance(alpha, Mapping) and alpha and not any(planned.options.alpha for planned in plan.values()):
         lines = "; ".join(f"{name} is {planned.line.reason}" for name, planned in islice(plan.items(), 3))
         raise UserError(f"{described} has no convolution that could become octave: {lines}")
     return plan

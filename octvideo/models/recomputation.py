@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from pytorchvideo.models.resnet import ResBlock
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from octvideo.errors import UserError
@@ -25,7 +26,8 @@ class _Recomputed(nn.Module):
             return block(x)
         if torch.compiler.is_compiling():  # updates statistics once however often it computes, and has no contexts
             if isinstance(x, Octaves):  # an input of compiled code would be merged
-                return checkpoint(lambda high, low: block(x.of(high, low)), x.high, x.low, use_reentrant=False)
+                maps, spec = tree_flatten(x)
+                return checkpoint(lambda *maps: block(tree_unflatten(maps, spec)), *maps, use_reentrant=False)
             return checkpoint(block, x, use_reentrant=False)
         if isinstance(x, Pending):
             x.ready(pool=True)  # outside of what is computed again

@@ -91,19 +91,20 @@ class Stage:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = next(iter((*args, *kwargs.values())), None)
             if isinstance(module, nn.Linear) and isinstance(x, Octaves):
-                read.append(("", _edge(x.low)))
+                read.extend(("", edge) for edge in _low_edges(x))
             if isinstance(module, nn.modules.conv._ConvNd) and isinstance(x, (Tensor, Octaves)):
                 sizes[names[module]].append(tuple(x.shape[2:]))
                 if isinstance(x, Octaves):
-                    read.append(("" if _gains(module) else f"{names[module]}.forward", _edge(x.low)))
+                    reader = "" if _gains(module) else f"{names[module]}.forward"
+                    read.extend((reader, edge) for edge in _low_edges(x))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
                 maker = names[module] if isinstance(module, nn.modules.conv._ConvNd) else ""
-                octave = isinstance(output, Octaves)
-                for x, name in ((output.high, ""), (output.low, maker)) if octave else ((output, ""),):
-                    if isinstance(x, Tensor):
-                        made[_edge(x)] = name
+                first = output.high if isinstance(output, Octaves) else output
+                if isinstance(first, Tensor):
+                    made[_edge(first)] = ""
+                made.update(dict.fromkeys(_low_edges(output) if isinstance(output, Octaves) else (), maker))
 
         with ExitStack() as stack:
             if self._tensors == "meta":
@@ -123,7 +124,7 @@ class Stage:
         for (name, function), merge in zip(places, merges, strict=True):
             where = f"{name}.{function}".lstrip(".")
             read += [(where, _edge(low)) for low in merge.lows]
-        read += [("the network's output", _edge(x.low)) for x in returned]
+        read += [("the network's output", edge) for x in returned for edge in _low_edges(x)]
         kept = _sources([edge for reader, edge in read if not reader], made)
         wasted: dict[str, str] = {}
         for reader, edge in read:
@@ -182,6 +183,10 @@ def _gains(convolution: nn.Module) -> bool:
 
 def _edge(x: Tensor) -> Edge:
     return x.grad_fn, x.output_nr
+
+
+def _low_edges(x: Octaves) -> list[Edge]:
+    return [_edge(low) for low in tree_leaves(x.low)]
 
 
 def _sources(edges: Iterable[Edge], made: Makers) -> set[str]:

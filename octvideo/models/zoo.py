@@ -23,13 +23,14 @@ with warnings.catch_warnings():  # fvcore, below pytorchvideo, still calls torch
     from pytorchvideo.models.slowfast import PoolConcatPathway, create_slowfast
     from pytorchvideo.models.x3d import ProjectedPool, create_x3d
 from octvideo.layers.octaves import Octaves
+from octvideo.layers.shares import Shares, shares_of
 from octvideo.layers.swapping import swap_class
 from octvideo.layers.tracing import OneNode
 from octvideo.models.octavize import octavize
 from octvideo.models.published import published_folder
 from octvideo.models.weights import load_weights
 
-Alpha = float | Sequence[float] | Mapping[str, float]
+Alpha = float | Sequence[float | Sequence[float]] | Mapping[str, float | Sequence[float]]
 
 
 class HeadPool(OneNode, nn.AvgPool3d):
@@ -236,7 +237,7 @@ def create_model(
             as "user/name": that network with its weights, in evaluation mode; of the options it takes alpha alone.
         alpha: share of channels at low resolution in res2, res3 and res4, from 0 to 1; or four shares, for res2 to
             res5; or {regex: share}, where the first regex found in a convolution's name decides; default: 0, or as
-            published.
+            published. Each of the four, and of the mapping's, may be several shares: at half the resolution, a quarter.
         num_classes: number of classes; default: 400, or as published.
         width: channels of the stem; default: as published, 24 for X3D and 64 for the others.
         depth: 50, 101 or 152 layers; default: as the name says. R(2+1)D and X3D have no choice.
@@ -293,14 +294,12 @@ def create_model(
 DEFAULTS: Mapping[str, Any] = create_model.__kwdefaults__ or {}
 
 
-def stage_alphas(alpha: float | Sequence[float]) -> tuple[float, float, float, float]:
+def stage_alphas(alpha: float | Sequence[float | Sequence[float]]) -> tuple[Shares, ...]:
     """The alphas of res2 to res5, from those or from one for res2 to res4; UserError for others, or outside [0, 1]."""
     alphas = tuple(alpha) if isinstance(alpha, Sequence) else (alpha, alpha, alpha, 0.0)
     if len(alphas) != 4:
         raise UserError(f"alpha must be one number or four (res2, res3, res4, res5), got {len(alphas)}: {alphas}")
-    if any(not 0 <= value <= 1 for value in alphas):
-        raise UserError(f"alpha must lie in [0, 1], got {alpha}")
-    return alphas
+    return tuple(map(shares_of, alphas))
 
 
 def set_alpha(network: nn.Module, alpha: Alpha) -> nn.Module:
@@ -313,7 +312,7 @@ def set_alpha(network: nn.Module, alpha: Alpha) -> nn.Module:
         alpha = {f"^blocks\\.{block}\\.": value for block, value in stages}
     if isinstance(alpha, Sequence):
         raise UserError(f"four alphas, of res2 to res5, are for the zoo's networks, not for {type(network).__name__}")
-    shares = alpha.values() if isinstance(alpha, Mapping) else [alpha]
+    shares = map(shares_of, alpha.values() if isinstance(alpha, Mapping) else [alpha])
     fast = any(shares) if options["channels_last"] is None else options["channels_last"]
     return octavize(network, alpha, **(options | {"channels_last": fast}))
 

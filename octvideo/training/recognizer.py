@@ -49,7 +49,8 @@ class Recognizer(ScheduleFree):
             r2plus1d_r50, x3d_xs, x3d_s, x3d_m or x3d_l.
         alpha: share of octave channels at low resolution in res2 to res4, in [0, 1]; or four, for res2 to res5; or
             {regex of convolutions' names: number}, such as experiments/allocation.py writes. Of `network`: a number for
-            all convolutions that suit, or a mapping.
+            all convolutions that suit, or a mapping. Each of the four, or of a mapping, may be a list of the shares at
+            half the resolution, a quarter ...
         num_classes: number of classes.
         network: a network of your own in place of the zoo's, from clips (B, 3, T, H, W) to logits (B, num_classes): in
             YAML {class_path, init_args}, in Python a module, of `octvideo.build_network` if checkpoints are to build it
@@ -99,7 +100,7 @@ class Recognizer(ScheduleFree):
     def __init__(
         self,
         name: str = "i3d_r50",
-        alpha: float | list[float] | dict[str, float] = 0.1,
+        alpha: float | list[float | list[float]] | dict[str, float | list[float]] = 0.1,
         num_classes: int = 400,
         *,
         network: nn.Module | None = None,
