@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ class AlphaPlans:
             try:
                 set_alpha(network, alpha)
             except UserError as error:
-                raise UserError(f"alpha {alpha:g}: {error}") from error
+                raise UserError(f"{alpha:g}: {error}") from error
             convolutions = [module for module in network.modules() if isinstance(module, Octave)]
             self._plans[alpha] = {x: {"options": x.options, "_plan": x._plan} for x in convolutions}
             self._reports[alpha] = network.__dict__.get("octave_report")
@@ -61,15 +61,15 @@ class AlphaPlans:
 class AlphaStatistics(nn.Module):
     """Batch-norm statistics of a network at further alphas, while the network itself has those of its own alpha.
 
-    Its buffers have a row for each of the other alphas; columns are the channels (or, for counts, the layers) of all
-    batch norms in the order of `modules()`. They start as copies of the network's.
+    Its buffers have a row for each of the others, which may be any keys; columns are the channels of all batch norms
+    (in counts, the batch norms) in the order of `modules()`. They start as copies of the network's.
     """
 
     means: Tensor
     variances: Tensor
     counts: Tensor
 
-    def __init__(self, network: nn.Module, own: float, others: Sequence[float]) -> None:
+    def __init__(self, network: nn.Module, own: Hashable, others: Sequence[Hashable]) -> None:
         super().__init__()
         self.own, self.others = own, list(others)
         self._norms = _norms(network)
@@ -83,7 +83,7 @@ class AlphaStatistics(nn.Module):
             row = torch.cat(rows) if rows else torch.zeros(0)
             self.register_buffer(name, row.repeat(len(self.others), 1))
 
-    def of(self, alpha: float) -> list[tuple[Tensor, ...]]:
+    def of(self, alpha: Hashable) -> list[tuple[Tensor, ...]]:
         """Running mean, variance and number of batches of each batch norm, as views of the buffers that keep them."""
         if alpha == self.own:
             return [_statistics(norm) for norm in self._norms]
@@ -92,7 +92,7 @@ class AlphaStatistics(nn.Module):
         return list(zip(*views, strict=True))
 
     @contextlib.contextmanager
-    def lent(self, alpha: float | None) -> Iterator[None]:
+    def lent(self, alpha: Hashable | None) -> Iterator[None]:
         """Has batch norms use, and in training update, the statistics of an alpha; None: copies of the network's own.
 
         They are lent, not copied: the backward pass of what ran meanwhile finds them unchanged by any other alpha.
@@ -109,7 +109,8 @@ class AlphaStatistics(nn.Module):
 
     def table(self) -> "StatisticsTable":
         """Copies of all statistics, for a network that is deployed."""
-        return StatisticsTable({alpha: _copies(self.of(alpha)) for alpha in sorted([self.own, *self.others])})
+        alphas: Any = [self.own, *self.others]
+        return StatisticsTable({alpha: _copies(self.of(alpha)) for alpha in sorted(alphas)})
 
 
 class StatisticsTable:

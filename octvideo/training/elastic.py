@@ -67,7 +67,7 @@ class ElasticTraining(nn.Module):
         try:
             self.plans = AlphaPlans(network, [self.own, *self.others])
         except UserError as error:
-            raise UserError(f"model.elastic.alphas: {error}") from error
+            raise UserError(f"model.elastic.alphas {error}") from error
         if options.per_stage and not self.plans.has_stages:
             raise UserError(f"model.elastic.per_stage is for the zoo's networks, not for {type(network).__name__}")
         self.statistics = AlphaStatistics(network, self.own, self.others)

@@ -5,7 +5,6 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import asdict
-from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +26,7 @@ from octvideo.layers.normalization import normalize
 from octvideo.models.compilation import compile_network
 from octvideo.models.own_network import adapt_own, entry_of, logits_of, record_of
 from octvideo.models.recomputation import recompute as recompute_blocks
-from octvideo.models.scoring import Task, average_precisions, score_clips, top_hits
+from octvideo.models.scoring import Task
 from octvideo.models.zoo import create_model
 from octvideo.training.elastic import Elastic, ElasticTraining, elastic_options
 from octvideo.training.objective import Objective, Teacher
@@ -39,9 +38,10 @@ from octvideo.training.optimizers import (
     parameter_groups,
 )
 from octvideo.training.schedule import Schedule
+from octvideo.training.testing import MultiViewTest
 
 
-class Recognizer(ScheduleFree):
+class Recognizer(MultiViewTest, ScheduleFree):
     """A network that recognises actions in videos, with the recipe that trains and tests it.
 
     The defaults are the SlowFast project's recipe from scratch. The learning rate follows from the epoch and the batch
@@ -251,48 +251,6 @@ class Recognizer(ScheduleFree):
         self.log_dict({"val/loss": self.val_loss, **metrics}, batch_size=1)
         if self.elastic is not None:
             self.elastic.validate(self, batch)
-
-    def view_scores(self, batch: Batch) -> Tensor:
-        """Probabilities (B, V, num_classes) of each view of a batch's videos."""
-        scores = score_clips(self, batch.clips.flatten(0, 1), self.objective.task)
-        return torch.unflatten(scores, 0, batch.clips.shape[:2])
-
-    def on_test_epoch_start(self) -> None:
-        self._tested: tuple[list[Any], ...] = [], [], []  # videos, their hits, and bad videos
-
-    def test_step(self, batch: Batch, batch_index: int) -> None:
-        """Keeps each video's scores, its views averaged after softmax, and whether it and its views were right."""
-        videos, hits, bad = self._tested
-        bad += [{"path": path, "reason": reason} for path, reason in batch.bad]
-        if len(batch.clips) == 0:
-            return
-        views, labels = self.view_scores(batch), batch.labels
-        scores = views.mean(1)
-        if self.objective.task == "multi":
-            classes = [row.nonzero()[:, 0].tolist() for row in labels > 0.5]
-            rows = zip(batch.paths, classes, scores.tolist(), strict=True)
-            videos += [{"path": path, "label": label, "scores": values} for path, label, values in rows]
-            return
-        labels = labels.argmax(1) if labels.dim() > 1 else labels
-        clip_hits = [top.mean(1) for top in top_hits(views, labels[:, None])]
-        hits += torch.stack((*top_hits(scores, labels), *clip_hits), 1).tolist()
-        names = "path", "label", "scores", "clip_top1", "clip_top5"
-        columns = batch.paths, *(column.tolist() for column in (labels, scores, *clip_hits))
-        videos += [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-    def on_test_epoch_end(self) -> None:
-        # Gathers what all ranks tested into `results`, in the form of predictions.json.
-        parts = [self._tested] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            torch.distributed.all_gather_object(parts, self._tested)
-        videos, hits, bad = (list(itertools.chain(*kind)) for kind in zip(*parts, strict=True))
-        self.results: dict[str, Any]
-        if self.objective.task == "multi":
-            self.results = {"task": "multi"} | average_precisions(videos)
-        else:
-            accuracies = torch.tensor(hits).mean(0).tolist() if hits else [None] * 4
-            self.results = dict(zip(("top1", "top5", "clip_top1", "clip_top5"), accuracies, strict=True))
-        self.results |= {"videos": sorted(videos, key=itemgetter("path")), "bad": sorted(bad, key=itemgetter("path"))}
 
     def configure_model(self) -> None:
         if self.hparams["fused_passes"]:
