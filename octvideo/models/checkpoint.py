@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.files import verify
-from octvideo.models.elastic import AlphaStatistics
+from octvideo.models.elastic import PREFIX, AlphaStatistics
 from octvideo.models.own_network import adapt, build_recorded, fit_classes, give_logits
 from octvideo.models.published import published_folder, read_published
 from octvideo.models.scoring import Task
@@ -23,8 +23,8 @@ NETWORK_OPTIONS = (
     *("network", "skip", "output", "task", "elastic"),
 )
 # Of checkpoints whose version had no choice of these.
-EARLIER = {"downsample": "conv", "round_to": 1, "network": None, "skip": (), "output": None, "task": "single"}
-EARLIER |= {"elastic": None}
+EARLIER = {"downsample": "conv", "round_to": 1, "network": None, "skip": (), "output": None, "elastic": None}
+EARLIER["task"] = "single"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
         own = float(checkpoint.options["alpha"])
         others = sorted(set(options["elastic"]["alphas"]) - {own})
         statistics = AlphaStatistics(network, own, others)
-        statistics.load_state_dict({k: checkpoint.tensors[f"elastic.statistics.{k}"] for k in statistics.state_dict()})
+        statistics.load_state_dict({k: checkpoint.tensors[f"{PREFIX}{k}"] for k in statistics.state_dict()})
         statistics.table().attach(network, options["alpha"])
     if options["output"] is not None:
         give_logits(network, options["output"], options["num_classes"])

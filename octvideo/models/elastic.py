@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pytorchvideo.models.net import Net
@@ -110,14 +110,20 @@ class AlphaStatistics(nn.Module):
     def table(self) -> "StatisticsTable":
         """Copies of all statistics, for a network that is deployed."""
         alphas: Any = [self.own, *self.others]
-        return StatisticsTable({alpha: _copies(self.of(alpha)) for alpha in sorted(alphas)})
+        return StatisticsTable({alpha: _copies(self.of(alpha)) for alpha in sorted(alphas)}, self.state_dict())
 
 
 class StatisticsTable:
-    """Batch-norm statistics for each of several alphas; attached to a network, `set_alpha` gives it the right ones."""
+    """Batch-norm statistics for each of several alphas; attached to a network, `set_alpha` gives it the right ones.
 
-    def __init__(self, statistics: Mapping[float, Sequence[tuple[Tensor, ...]]]) -> None:
-        self.statistics = dict(statistics)
+    `state` is that of the `AlphaStatistics` that it is of, for checkpoints.
+    """
+
+    def __init__(self, statistics: Mapping[float, Sequence[tuple[Tensor, ...]]], state: Mapping[str, Tensor]) -> None:
+        self.statistics, self.state = dict(statistics), {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
+
+    def __deepcopy__(self, memo: Any) -> Self:  # copies of a network share it: nothing changes it
+        return self
 
     def attach(self, network: nn.Module, alpha: Alpha) -> None:
         """Gives a network of this alpha its statistics, and makes `set_alpha` of it do so from now on."""
@@ -143,6 +149,7 @@ class StatisticsTable:
                 buffer.copy_(value)
 
 
+PREFIX = "elastic.statistics."  # of the buffers of `AlphaStatistics` in checkpoints
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
 
