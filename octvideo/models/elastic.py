@@ -22,7 +22,7 @@ class AlphaPlans:
     """The plans of a network's convolutions at several alphas, between which `switch` changes in microseconds.
 
     The network, of `create_model` or `adapt`, is left at the first alpha, and in its octave form even where that is 0:
-    it computes what the vanilla network does. Raises UserError for an alpha that it cannot have.
+    it computes what the vanilla network does, up to rounding. Raises UserError for an alpha that it cannot have.
     """
 
     def __init__(self, network: nn.Module, alphas: Sequence[float]) -> None:
