@@ -4,7 +4,6 @@ import copy
 import csv
 import json
 import signal
-import time
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import run_processes, run_tool, settle, small
 from own_examples import Tiny
-from test_resume import STEPS, assert_same, fault, options_of
+from test_resume import fault, tensors
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,6 +21,7 @@ from octvideo.commands import stream
 from octvideo.data.loading import Batch
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
+from octvideo.evaluation import budget as budget_module
 from octvideo.evaluation import prediction
 from octvideo.evaluation.budget import HEADROOM, PATIENCE, Budget
 from octvideo.models.checkpoint import Trained, load_trained
@@ -102,7 +102,7 @@ def test_a_step_adds_the_losses_of_the_largest_network_and_of_those_drawn(networ
             wanted = wanted + 4 * F.kl_div(taught.log_softmax(1), teacher.softmax(1), reduction="batchmean")
     wanted.backward()
     torch.testing.assert_close(loss, wanted)
-    for (name, ours), theirs in zip(module.network.named_parameters(), alone.parameters(), strict=True):
+    for ours, theirs in zip(module.network.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4 * float(theirs.grad.abs().max()))
     assert all(alpha in (0, 0.25) for alpha in alphas_of(module.network))  # outside of the step it is model.alpha's
 
@@ -268,41 +268,61 @@ def test_mistakes_are_one_line(options, message):
         recognizer(**options)
 
 
+def options_of(data, run, processes=1):
+    """Two epochs of four batches, with averaged weights, precise batch norm and dropout."""
+    return [
+        *small(data, run),
+        f"--data.batch_size={8 // processes}",
+        "--model.name=c2d_r50",
+        "--model.elastic.alphas=[0,.25,.5]",
+        "--model.downsample=pool",
+        "--trainer.limit_val_batches=1",
+        "--trainer.num_sanity_val_steps=0",
+        "--ema_decay=0.9",
+        "--precise_bn=1",
+        "--save_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_epochs=2",
+    ]
+
+
+def run_to_the_end(data, folder, processes, kill_at=None):
+    """Trains, killed once and resumed if a batch is given; returns all tensors and numbers of the last checkpoint."""
+    options = [*options_of(data, folder, processes), "--ckpt_path=auto"]
+    if kill_at is not None:
+        ended = run_processes(processes, "train_net.py", *options, *fault(kill_at, signal.SIGKILL, rank=processes - 1))
+        assert ended[-1].returncode == -signal.SIGKILL, ended[-1].stderr
+    ended = run_processes(processes, "train_net.py", *options)
+    assert ended[0].returncode == 0, ended[0].stderr
+    found = torch.load(folder / "checkpoints" / "step_00000008.ckpt", weights_only=True)
+    return tensors({part: found[part] for part in ("state_dict", "current_model_state", "optimizer_states", "loops")})
+
+
+def assert_same(some, others):
+    assert some.keys() == others.keys()
+    for name, value in some.items():
+        assert torch.equal(value, others[name]) if isinstance(value, torch.Tensor) else value == others[name], name
+
+
 @pytest.fixture(scope="module")
 def whole(motions, tmp_path_factory):
-    """The folder of an elastic run with averaged weights and precise batch norm."""
-    run = tmp_path_factory.mktemp("elastic") / "whole"
-    finished = run_processes(1, "train_net.py", *elastic_options_of(motions, run, 1))
-    assert finished[0].returncode == 0, finished[0].stderr
-    return run
-
-
-def elastic_options_of(data, run, processes):
-    return [*options_of(data, run, processes), "--model.elastic.alphas=[0,.25,.5]", "--model.downsample=pool"]
+    """The folder of a run, and what its last checkpoint holds."""
+    folder = tmp_path_factory.mktemp("elastic") / "whole"
+    return folder, run_to_the_end(motions, folder, 1)
 
 
 def test_a_killed_run_ends_with_the_same_weights(motions, whole, tmp_path):
-    options = [*elastic_options_of(motions, tmp_path / "torn", 1), "--ckpt_path=auto"]
-    ended = run_processes(1, "train_net.py", *options, *fault(13, signal.SIGKILL))
-    assert ended[0].returncode == -signal.SIGKILL, ended[0].stderr
-    ended = run_processes(1, "train_net.py", *options)
-    assert ended[0].returncode == 0, ended[0].stderr
-    assert_same(whole, tmp_path / "torn")
+    assert_same(run_to_the_end(motions, tmp_path / "torn", 1, kill_at=5), whole[1])
 
 
 @pytest.mark.slow
-def test_two_processes_agree_and_a_killed_run_ends_with_the_same_weights(motions, tmp_path):
-    finished = run_processes(2, "train_net.py", *elastic_options_of(motions, tmp_path / "whole", 2))
-    assert finished[0].returncode == 0, finished[0].stderr
-    options = [*elastic_options_of(motions, tmp_path / "torn", 2), "--ckpt_path=auto"]
-    ended = run_processes(2, "train_net.py", *options, *fault(13, signal.SIGKILL, rank=1))
-    assert ended[-1].returncode == -signal.SIGKILL, ended[-1].stderr
-    ended = run_processes(2, "train_net.py", *options)
-    assert ended[0].returncode == 0, ended[0].stderr
-    assert_same(tmp_path / "whole", tmp_path / "torn")
+def test_a_killed_run_of_two_processes_ends_with_the_same_weights(motions, tmp_path):
+    uninterrupted = run_to_the_end(motions, tmp_path / "whole", 2)
+    assert_same(run_to_the_end(motions, tmp_path / "torn", 2, kill_at=5), uninterrupted)
 
 
 def test_a_run_logs_every_alpha_and_is_tested_at_all_from_one_decoding(motions, whole, tmp_path):
+    whole, _ = whole
     with next(whole.glob("csv/**/metrics.csv")).open() as file:
         assert {"val/top1", "val/top1_alpha_0", "val/top1_alpha_0.5", "train/loss_of_others_epoch"} <= set(
             next(csv.reader(file))
@@ -311,7 +331,7 @@ def test_a_run_logs_every_alpha_and_is_tested_at_all_from_one_decoding(motions, 
     means = state["elastic.statistics.means"]
     assert not torch.equal(means[0], means[1])
 
-    ckpt = whole / "checkpoints" / f"step_{STEPS:08d}.ckpt"
+    ckpt = whole / "checkpoints" / "step_00000008.ckpt"
     options = [*small(motions, whole), f"--ckpt={ckpt}", f"--output={tmp_path}", "--data.test_clips=1"]
     finished = run_tool("test_net.py", *options, "--alphas=0,.25,.5")
     assert finished.returncode == 0, finished.stderr
@@ -390,26 +410,25 @@ def test_headroom_keeps_a_network_that_would_just_fit():
 
 def test_a_budget_on_a_stream_switches_under_load_and_back(tmp_path, numbered_video, monkeypatch, caplog):
     """Scoring takes 12 ms at alpha 0 and 4 at .5, three times as long under load; the budget is 20 ms."""
-    path, calls = written(recognizer(), tmp_path / "x.ckpt"), []
-    loaded = range(25, 45)
+    path, calls, clock = written(recognizer(), tmp_path / "x.ckpt"), [], [0.0]
 
     def score(logits, clips, task):
-        network = logits.__self__.trained.network
-        alpha = max(alphas_of(network))
+        alpha = max(alphas_of(logits.__self__.trained.network))
         calls.append(alpha)
-        time.sleep((0.012, 0.004)[alpha > 0.25] * (3 if len(calls) in loaded else 1))
+        clock[0] += {0: 0.012, 0.25: 0.008, 0.5: 0.004}[alpha] * (3 if len(calls) in range(18, 28) else 1)
         return torch.full((len(clips), 4), 0.25)
 
     monkeypatch.setattr(prediction, "score_clips", score)
+    for module in (prediction, budget_module):
+        monkeypatch.setattr(module, "perf_counter", lambda: clock[0])
     words = [str(numbered_video), "--stream", f"--ckpt={path}", f"--json={tmp_path / 'steps.jsonl'}"]
     assert stream.main([*words, "--every=.001", "--budget=20", "--seconds=1.9"]) == 0
-    records = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
-    used = [record["alpha"] for record in records]
-    assert used[0] == 0.0
-    assert 0.5 in used
-    switches = [record.getMessage() for record in caplog.records if "becomes" in record.getMessage()]
-    assert "at alpha 0, which becomes 0.5" in switches[0]
-    assert any("at alpha 0.5, which becomes 0" in line for line in switches[1:])
+    used = [json.loads(line)["alpha"] for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    # After 12 calls to time the alphas and one before the stream begins.
+    assert used[:20] == [0.0] * 7 + [0.5] * 10 + [0.0] * 3
+    starts, *switches = [record.getMessage() for record in caplog.records]
+    assert "alpha 0 takes 12.0 ms, 0.25 takes 8.0 ms, 0.5 takes 4.0 ms; it starts at 0" in starts
+    assert ["at alpha 0, which becomes 0.5" in switches[0], "which becomes 0:" in switches[1]] == [True, True]
 
 
 def test_a_budget_without_elastic_training_warns(caplog):

@@ -13,8 +13,8 @@ clip has no frame from before.
 --json   a line for each step: {"time" (UTC), "seconds" (of the clip's newest frame, from the stream's first),
          "timestamp" (the same by the source's clock, or null), "predictions": [{"label", "class", "probability"}],
          "latency_seconds" (from the arrival of that frame to its label), "received", "dropped" (frames so far),
-         "reconnects"}, with --budget also "alpha". Lines are added to a file that exists; - is standard output, and the
-         lines for readers go to standard error then
+         "reconnects"}, with --budget also "alpha" and "network_seconds" (that it took). Lines are added to a file that
+         exists; - is standard output, and the lines for readers go to standard error then
 --save-video   writes all frames, with the most likely class along the lower edge, to files of --segment seconds that
          are named by the time at which they start, such as DIR/20261128T083039.123Z.mp4
 
@@ -71,7 +71,9 @@ def as_json(step: Step, top: int) -> str:
     record["timestamp"] = step.stamp_seconds and round(step.stamp_seconds, 3)
     record["predictions"] = [dict(zip(names, best, strict=True)) for best in step.top(top)]
     record |= {"latency_seconds": round(step.latency_seconds, 4), "received": step.received, "dropped": step.dropped}
-    record |= {"reconnects": step.reconnects, **({} if step.alpha is None else {"alpha": step.alpha})}
+    record["reconnects"] = step.reconnects
+    if step.alpha is not None and step.network_seconds is not None:
+        record |= {"alpha": step.alpha, "network_seconds": round(step.network_seconds, 4)}
     return json.dumps(record)
 
 

@@ -49,6 +49,7 @@ class Budget:
         self.alpha: float = own
         self.plans = AlphaPlans(trained.network, [own, *(alpha for alpha in self.alphas if alpha != own)])
         self.expected: dict[float, float] = {}  # seconds of a clip, by alpha
+        self.last_seconds = 0.0  # of the newest clip
         self._recent = deque[float](maxlen=WINDOW)
         self._since, self._patience, self._rose, self._told = 0, PATIENCE[0], False, False
 
@@ -68,6 +69,7 @@ class Budget:
 
     def spent(self, seconds: float) -> None:
         """Counts the time that a clip took, and switches where that is called for."""
+        self.last_seconds = seconds
         self._recent.append(seconds)
         self._since += 1
         now = median(self._recent)
