@@ -41,7 +41,9 @@ class Budget:
         if not isinstance(own, float | int):
             raise UserError(f"a budget needs a checkpoint of one alpha in all stages, got {own}")
         self.seconds, self._network = milliseconds / 1000, trained.network
-        self.alphas = sorted(elastic["alphas"] if elastic else {own, *(alpha for alpha in FURTHER if alpha > own)})
+        self.alphas: list[float] = sorted(
+            elastic["alphas"] if elastic else {own, *(alpha for alpha in FURTHER if alpha > own)}
+        )
         if not elastic:
             shown = ", ".join(f"{alpha:g}" for alpha in self.alphas)
             what = f"the network was trained at alpha {own:g} alone: the batch-norm statistics of others are its own"
