@@ -93,7 +93,7 @@ def test_everything_is_read_once(checkpoint, tmp_path):
         "channel_ratio": 8,
         "downsample": "conv",
         "round_to": 1,
-        **{"network": None, "skip": None, "output": None, "task": "single"},
+        **{"network": None, "skip": None, "output": None, "task": "single", "elastic": None},
     }
     assert found.preprocessing == Preprocessing(**PREPROCESSING, mean=0.4, std=0.2)
     assert (found.labels, found.content["epoch"], found.content["global_step"]) == (["run", "jump", "sit"], 3, 12)

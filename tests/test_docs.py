@@ -47,7 +47,7 @@ from pytorchvideo.models import resnet
 from torch.distributed.run import get_args_parser
 
 import octvideo
-from experiments import real_weights, serving, speed, streams
+from experiments import budget, real_weights, serving, speed, streams
 from octvideo import MODELS, create_model
 from octvideo.commands import runs, stream
 from octvideo.models.choose_alpha import choose_alpha
@@ -191,8 +191,14 @@ class Reader:
         if name == "speed.py" and {"--compile", "--suite"} & set(options):
             (gpu_suite if "--suite" in options else speed).parse(options)
             return None
-        if name in ("real_weights.py", "serving.py", "streams.py"):
-            {"real_weights.py": real_weights, "serving.py": serving, "streams.py": streams}[name].parse(options)
+        if name in ("real_weights.py", "serving.py", "streams.py", "budget.py"):
+            parsers = {
+                "real_weights.py": real_weights,
+                "serving.py": serving,
+                "streams.py": streams,
+                "budget.py": budget,
+            }
+            parsers[name].parse(options)
             return None
         if name == "predict.py" and "--stream" in options and not Path(options[0]).exists():
             stream.parse(options)

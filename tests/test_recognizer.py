@@ -54,7 +54,14 @@ def test_checkpoints_record_every_option_with_the_names_of_version_0_1():
         "seed": 0,
     }
     later = {"fused_passes": False, "task": "single", "class_weights": None}  # that version 0.1 did not have
-    later |= {"network": None, "classes_argument": "num_classes", "skip": None, "output": None, "auxiliary": None}
+    later |= {
+        "elastic": None,
+        "network": None,
+        "classes_argument": "num_classes",
+        "skip": None,
+        "output": None,
+        "auxiliary": None,
+    }
     later |= {"teacher": None, "teacher_weight": 0.5, "temperature": 2.0, "layer_decay": 1.0, "no_decay": None}
     given = {"name": "c2d_r50", "alpha": 0.25, "num_classes": 4, "width": 8}
     assert small(mean=0.4).hparams == given | network | training | later

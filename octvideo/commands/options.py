@@ -112,6 +112,18 @@ def add_predictor(parser: Parser, clips: int, crops: int) -> None:
     add(*timeout, metavar="S", type=time_limit, default=60.0, help=f"{limit}; default: 60")
 
 
+def add_budget(parser: Parser) -> None:
+    """Adds the option of a time for each clip."""
+    what = "time that the network may take for a clip: alpha is the smallest that holds it, and changes with the load"
+    parser.add_argument("--budget", metavar="MS", type=positive, help=what)
+
+
+def check_budget(arguments: argparse.Namespace) -> None:
+    """Ends the program where --alpha fixes what --budget chooses."""
+    if arguments.budget is not None and arguments.alpha is not None:
+        fail("--budget chooses alpha: leave out --alpha")
+
+
 def device_of(device: str | None) -> str:
     """The device that --device or this machine names, if it can be used."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,13 +20,15 @@ likely one in some second keeps at least half of its highest score.
 --json   {"checkpoint", "network", "alpha", "labels", "videos": [{"path", "status": "ok", "seconds", "predictions":
          [{"label", "class", "probability"}], "scores": [one per class], "timeline": {"seconds": [middles], "scores":
          [[one per class] per second]}, "segments": [{"start", "end", "label", "class", "mean_score"}]}], "bad":
-         [{"path", "reason"}]}; also a video's "note" if its frame rate or duration had to be derived, "truth" if its
-         class is given, "annotated" and "thumbnail" if it has such files, and "accuracy": {"top1", "top5", "videos"} if
-         classes are given
+         [{"path", "reason"}]}; also a video's "alpha" with --budget, a "note" if its frame rate or duration had to be
+         derived, "truth" if its class is given, "annotated" and "thumbnail" if it has such files, and "accuracy":
+         {"top1", "top5", "videos"} if classes are given
 --csv    path,status,reason,rank,label,probability: one row per rank of a video, or one without a rank for a bad video
 --save-video   writes DIR/NAME.predicted.mp4 (H.264, no sound): upright, with the most likely class of the current
          second and a bar as long as its probability along the lower edge; PyAV reads it, whatever the --backend
 --thumbnail    writes DIR/NAME.predicted.jpg: eight evenly spaced frames with their times, and the most likely class
+--budget       times the alphas of elastic training at the start, then takes the smallest that scores a clip in MS
+               milliseconds, and another where the load changes, with a line on standard error for each switch
 
 Exit status: 0 if all videos were predicted; 1 if some are bad (they are listed with the reason); 2 for a mistake in the
 command, if results cannot be written, or if a store fails (what was predicted before is written); 130 on Ctrl-C.
@@ -57,7 +59,9 @@ from octvideo.commands import stream
 from octvideo.commands.options import (
     COMPILE,
     Parser,
+    add_budget,
     add_predictor,
+    check_budget,
     device_of,
     location,
     number,
@@ -206,6 +210,8 @@ def as_json(outcomes: Sequence[Outcome], trained: Trained, arguments: argparse.N
         }
         if prediction.note:
             video["note"] = prediction.note
+        if prediction.alpha is not None:
+            video["alpha"] = prediction.alpha
         if truth is not None:
             video["truth"] = {"label": trained.labels[truth], "class": truth}
         videos.append(video | dict(files))
@@ -279,7 +285,7 @@ def predict(arguments: argparse.Namespace) -> int:
     for folder in (arguments.save_video, arguments.thumbnail):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-    predictor = Predictor(trained, device=device, **reading(arguments))
+    predictor = Predictor(trained, device=device, budget_ms=arguments.budget, **reading(arguments))
     outcomes = list(shown(predict_all(videos, predictor, arguments), "predicting", len(videos)))
     print_results(outcomes, trained.labels, arguments)
     if arguments.json is not None:
@@ -318,6 +324,7 @@ def main(words: list[str]) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     add_videos(parser, "what to predict")
+    add_budget(parser)
     add("--compile", choices=("blocks", "true"), help=COMPILE)
     add("--top", metavar="K", type=number, default=5, help="most likely classes to show; default: 5")
     add("--timeline", action="store_true", help="print the segments too")
@@ -326,6 +333,7 @@ def main(words: list[str]) -> int:
     add("--save-video", metavar="DIR", type=Path, help="folder for annotated copies of the videos")
     add("--thumbnail", metavar="DIR", type=Path, help="folder for contact sheets")
     arguments = parser.parse_args(words)
+    check_budget(arguments)
     try:
         with one_line_errors():
             return predict(arguments)

@@ -104,7 +104,7 @@ def publish(ckpt: Path, folder: Path, report: Path | None, where: str, data: str
         preprocessing=asdict(trained.preprocessing),
         labels=trained.labels,
         training=training,
-        tensors=trained.network.state_dict(),
+        tensors=trained.network.state_dict() | getattr(trained.network.__dict__.get("alpha_statistics"), "state", {}),
         card=model_card(card, predictions, where, data, license_name),
     )
     print(f"published: {folder}")

@@ -13,8 +13,8 @@ clip has no frame from before.
 --json   a line for each step: {"time" (UTC), "seconds" (of the clip's newest frame, from the stream's first),
          "timestamp" (the same by the source's clock, or null), "predictions": [{"label", "class", "probability"}],
          "latency_seconds" (from the arrival of that frame to its label), "received", "dropped" (frames so far),
-         "reconnects"}. Lines are added to a file that exists; - is standard output, and the lines for readers go to
-         standard error then
+         "reconnects"}, with --budget also "alpha" and "network_seconds" (that it took). Lines are added to a file that
+         exists; - is standard output, and the lines for readers go to standard error then
 --save-video   writes all frames, with the most likely class along the lower edge, to files of --segment seconds that
          are named by the time at which they start, such as DIR/20261128T083039.123Z.mp4
 
@@ -41,6 +41,8 @@ import numpy as np
 from octvideo.commands.options import (
     COMPILE,
     Parser,
+    add_budget,
+    check_budget,
     checkpoint,
     device_of,
     fail,
@@ -69,12 +71,16 @@ def as_json(step: Step, top: int) -> str:
     record["timestamp"] = step.stamp_seconds and round(step.stamp_seconds, 3)
     record["predictions"] = [dict(zip(names, best, strict=True)) for best in step.top(top)]
     record |= {"latency_seconds": round(step.latency_seconds, 4), "received": step.received, "dropped": step.dropped}
-    return json.dumps(record | {"reconnects": step.reconnects})
+    record["reconnects"] = step.reconnects
+    if step.alpha is not None and step.network_seconds is not None:
+        record |= {"alpha": step.alpha, "network_seconds": round(step.network_seconds, 4)}
+    return json.dumps(record)
 
 
 def as_line(step: Step, top: int) -> str:
     best = ", ".join(f"{one.label} {100 * one.probability:.1f} %" for one in step.top(top))
-    return f"{clock(step.seconds):>8}  {best}  ({1000 * step.latency_seconds:.0f} ms)"
+    alpha = "" if step.alpha is None else f", alpha {step.alpha:g}"
+    return f"{clock(step.seconds):>8}  {best}  ({1000 * step.latency_seconds:.0f} ms{alpha})"
 
 
 @contextlib.contextmanager
@@ -102,7 +108,7 @@ def follow(arguments: argparse.Namespace, written: IO[str] | None, said: IO[str]
     segments = None if arguments.save_video is None else Segments(arguments.save_video, arguments.segment)
     limits = {"every_seconds": arguments.every, "reconnect_seconds": arguments.reconnect}
     limits |= {"silence_seconds": arguments.silence, "see": segments and segments.see}
-    stream = Stream(arguments.source, Predictor(trained, device=device), **limits)
+    stream = Stream(arguments.source, Predictor(trained, device=device, budget_ms=arguments.budget), **limits)
     steps, lost, latencies = 0, None, deque[float](maxlen=KEPT_LATENCIES)
     timer = threading.Timer(arguments.seconds or 0, stream.stop)
     with ended_by_signals(stream):
@@ -141,6 +147,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     add("--stream", action="store_true", required=True, help="predict live video")
     add("--ckpt", type=checkpoint, required=True, help="checkpoint of octvideo train, or a published network")
     add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
+    add_budget(parser)
     add("--device", help="such as cpu, cuda or cuda:1; default: cuda if available, else cpu")
     add("--compile", choices=("blocks", "true"), help=COMPILE)
     add("--every", metavar="SECONDS", type=positive, default=1.0, help="from one step to the next; default: 1")
@@ -154,6 +161,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     arguments, others = parser.parse_known_args(words)
     if others:
         fail(f"--stream takes one source and no {' '.join(others)}; see octvideo predict --stream --help")
+    check_budget(arguments)
     return arguments
 
 

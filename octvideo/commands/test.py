@@ -12,16 +12,22 @@ each class, "videos": [{"path", "label": [classes], "scores"}], "bad", "labels"}
 
 With --report it also writes DIR/report.html, as `octvideo report` does.
 
-With --alphas 0,.125,.25,.5 it tests the same weights at several alphas, each with the checkpoint's batch-norm
-statistics and with statistics re-estimated on training clips at that alpha, prints a table and writes DIR/alphas.json:
-[{"alpha", "gmacs" (of one test clip), "statistics" ("checkpoint" or "re-estimated"), "top1", "top5", "clip_top1",
-"clip_top5", "videos" and "bad" (how many)}]. Every row decodes the test videos again. At alpha 0 strides follow the
-checkpoint's model.downsample: a network trained with octaves needs --model.downsample pool there.
+With --alphas 0,.125,.25,.5 it tests the same weights at several alphas, from one decoding of the test videos: each
+with the checkpoint's batch-norm statistics, of that alpha if it was trained elastically (model.elastic), else of the
+trained one; and with statistics re-estimated on training clips at that alpha (by default not after elastic training).
+It prints a table, writes DIR/alphas.json: [{"alpha", "gmacs" (of one test clip), "statistics" ("checkpoint" or
+"re-estimated"), "top1", "top5", "clip_top1", "clip_top5", "videos" and "bad" (how many)}], and each row's
+predictions.json to DIR/alpha_0.25 or DIR/alpha_0.25_re-estimated. At alpha 0 strides follow the checkpoint's
+model.downsample: a network trained with octaves alone needs --model.downsample pool there.
 """
 
+import itertools
 import json
 import math
 from argparse import SUPPRESS
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,8 +48,9 @@ from octvideo.evaluation.report import read_run
 from octvideo.files import appearing
 from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.compilation import compile_network
-from octvideo.models.zoo import set_alpha
+from octvideo.models.elastic import AlphaPlans, AlphaStatistics
 from octvideo.training.precise_bn import estimate_statistics
+from octvideo.training.recognizer import Recognizer
 
 ACCURACIES = ("clip_top1", "clip_top5", "top1", "top5")
 
@@ -56,21 +63,43 @@ def read_alphas(text: str) -> list[float]:
         raise UserError(f"--alphas must be numbers with commas between them, such as 0,.25,.5, got {text!r}") from error
 
 
-class Statistics(Callback):
-    """Sets batch-norm statistics, before a test, to those of the same training clips at the network's current alpha."""
+class Variants(Callback):
+    """Has a test score each batch at several alphas, with the checkpoint's statistics and with re-estimated ones.
 
-    def __init__(self, data: VideoData) -> None:
-        self.data = data
-        self.num_batches = 0  # of each process; 0 leaves the statistics as they are
+    The keys of the results are (alpha, "checkpoint" or "re-estimated").
+    """
+
+    num_batches = 0  # of each process, to re-estimate statistics on
+
+    def __init__(self, model: Recognizer, data: VideoData, alphas: list[float]) -> None:
+        self.data, self.alphas, self.plans = data, alphas, AlphaPlans(model.network, alphas)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.num_batches == 0:
-            return
+        module: Any = pl_module
+        keys = list(itertools.product(self.alphas, ("checkpoint", "re-estimated")[: 1 + bool(self.num_batches)]))
+        self.statistics = AlphaStatistics(module.network, None, keys)
+        known = module.elastic.statistics.table() if module.elastic is not None else None
+        for alpha, kind in keys:
+            with self.entered((alpha, kind)):
+                if kind == "re-estimated":
+                    self._estimate(trainer, pl_module)
+                elif known is not None:
+                    known.give(module.network, alpha)
+        module.variants = {key: partial(self.entered, key) for key in keys}
+
+    @contextmanager
+    def entered(self, key: tuple[float, str]) -> Iterator[None]:
+        """The network of one row of the table."""
+        self.plans.switch(key[0])
+        with self.statistics.lent(key):
+            yield
+
+    def _estimate(self, trainer: Trainer, module: LightningModule) -> None:
         loader = self.data.statistics_dataloader(0, self.num_batches)
-        batches = (batch.clips.flatten(0, 1).to(pl_module.device) for batch in loader)
+        batches = (batch.clips.flatten(0, 1).to(module.device) for batch in loader)
         try:
             with trainer.precision_plugin.forward_context():
-                estimate_statistics(pl_module, batches, pl_module)
+                estimate_statistics(module, batches, module)
         except UserError as error:
             raise ListError(f"{self.data.lists['train_list']}, for --statistics_batches: {error}") from error
 
@@ -87,11 +116,11 @@ class Testing(CommandLine):
         add("--report", action="store_true", help="write report.html there too: curves, mistakes, cost")
         what = "compile the network with torch.compile: blocks, each kind of residual block once, or true, all of it"
         add("--compile", type=bool | Literal["blocks"], default=False, help=what)
-        what = "alphas of res2 to res4 to test at, such as 0,.125,.25,.5; each takes the time of a test or, with "
-        what += "re-estimated statistics, of two and of decoding the training clips for them"
+        what = "alphas of res2 to res4 to test at, such as 0,.125,.25,.5, all from one decoding of the videos"
         add("--alphas", type=str | None, help=what)
-        what = "training batches (of each process) to re-estimate statistics on with --alphas; 0: do not"
-        add("--statistics_batches", type=int, default=200, help=what)
+        what = "training batches (of each process) to re-estimate each alpha's statistics on; 0: do not; default: 200, "
+        what += "or 0 for a checkpoint of elastic training, which has them"
+        add("--statistics_batches", type=int | None, help=what)
 
     def before_instantiate_classes(self) -> None:
         self.take_processes_of_launcher()
@@ -103,7 +132,8 @@ class Testing(CommandLine):
         if self.config["trainer"]["strategy"] == "fsdp":  # testing has no gradients to shard
             self.config["trainer"]["strategy"] = "auto"
         self.alphas = read_alphas(self.config["alphas"]) if self.config["alphas"] is not None else []
-        self.statistics_batches: int = self.config["statistics_batches"] if self.alphas else 0
+        batches, default = self.config["statistics_batches"], 0 if self.config["model"]["elastic"] else 200
+        self.statistics_batches: int = (default if batches is None else batches) if self.alphas else 0
         if self.statistics_batches < 0:
             raise UserError(f"--statistics_batches must be at least 0, got {self.statistics_batches}")
         if self.alphas and self.config["model"]["task"] == "multi":
@@ -123,28 +153,27 @@ class Testing(CommandLine):
         size = clips.clip_frames, clips.test_crop_size
         self.macs: dict[float, int] = {}
         for alpha in self.alphas:
-            try:
-                set_alpha(self.model.network, alpha)
-            except ValueError as error:
-                raise UserError(f"--alphas {alpha:g}: {error}") from error
+            self.variants.plans.switch(alpha)
             (self.macs[alpha],) = self.count_macs([size])
         if not self.alphas:
             self.count_macs([size])
         compile_network(self.model.network, self.config["compile"])
-        if self.statistics_batches == 0:
-            return
         train_list = self.datamodule.lists["train_list"]
-        if train_list is not None and may_be_list(train_list):
+        if self.statistics_batches and train_list is not None and may_be_list(train_list):
             self.datamodule.read("train_list")
-            return
-        self.statistics_batches = 0
-        missing = "no training list is given" if train_list is None else f"{train_list} does not exist"
-        what = "testing with the checkpoint's statistics only; give one by --data.train_list FILE"
-        rank_zero_info(f"{missing}: {what}")
+            self.variants.num_batches = self.statistics_batches
+        elif self.statistics_batches:
+            missing = "no training list is given" if train_list is None else f"{train_list} does not exist"
+            what = "testing with the checkpoint's statistics only; give one by --data.train_list FILE"
+            rank_zero_info(f"{missing}: {what}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        self.statistics = Statistics(self.datamodule)
-        self.trainer_defaults["callbacks"].append(self.statistics)
+        if self.alphas:
+            try:
+                self.variants = Variants(self.model, self.datamodule, self.alphas)
+            except UserError as error:
+                raise UserError(f"--alphas {error}") from error
+            self.trainer_defaults["callbacks"].append(self.variants)
         return super().instantiate_trainer(logger=False, enable_checkpointing=False, **kwargs)
 
 
@@ -162,19 +191,28 @@ def print_results(table: Table, results: dict[str, Any]) -> None:
         console.print(f"  {bad['path']}: {bad['reason']}", style="yellow", markup=False, highlight=False)
 
 
-def run_test(cli: Testing) -> dict[str, Any]:
-    """Tests the checkpoint at the network's current alpha; returns `Recognizer.results`, the same on every rank."""
+def run_test(cli: Testing) -> dict[Any, dict[str, Any]]:
+    """Tests the checkpoint; returns `Recognizer.results_of`, the same on every rank."""
     ckpt = cli.config["ckpt"] if Path(cli.config["ckpt"]).is_file() else None  # Lightning reads no published folder
     cli.trainer.test(cli.model, cli.datamodule, ckpt_path=ckpt, verbose=False, weights_only=True)
-    results: dict[str, Any] = cli.model.results
-    if any(math.isnan(video["scores"][0]) for video in results["videos"]):
+    found: dict[Any, dict[str, Any]] = cli.model.results_of
+    if any(math.isnan(video["scores"][0]) for results in found.values() for video in results["videos"]):
         raise UserError(f"{cli.config['ckpt']} gives scores that are not numbers: its training diverged")
-    return results
+    return found
+
+
+def write_predictions(cli: Testing, results: dict[str, Any], folder: Path) -> Path:
+    """Writes predictions.json to a folder; returns its path."""
+    results |= {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
+    folder.mkdir(exist_ok=True)
+    with appearing(folder / "predictions.json") as written:
+        written.write_text(json.dumps(results))
+    return folder / "predictions.json"
 
 
 def test(cli: Testing, folder: Path) -> None:
     """Tests at the network's own alpha, prints accuracies and writes predictions.json."""
-    results = run_test(cli)
+    (results,) = run_test(cli).values()
     if not cli.trainer.is_global_zero:
         return
     if results.get("task") == "multi":
@@ -185,33 +223,29 @@ def test(cli: Testing, folder: Path) -> None:
         table.add_row("clip", *percent(results, "clip_top1", "clip_top5"))
         table.add_row("video", *percent(results, "top1", "top5"))
     print_results(table, results)
-    results |= {"labels": cli.datamodule.labels} if cli.datamodule.labels else {}
-    with appearing(folder / "predictions.json") as partial:
-        partial.write_text(json.dumps(results))
-    print(f"predictions: {folder / 'predictions.json'}")
+    print(f"predictions: {write_predictions(cli, results, folder)}")
 
 
 def test_alphas(cli: Testing, folder: Path) -> None:
-    """Tests at each of --alphas, writes the rows to alphas.json as they come, and prints them."""
+    """Tests at each of --alphas, prints a table of rows and writes them to alphas.json."""
     rows = []
     statistics = Column("statistics", no_wrap=True)
     table = Table("alpha", "GMACs", statistics, "clip top-1", "clip top-5", "video top-1", "video top-5")
-    for alpha in cli.alphas:
-        set_alpha(cli.model.network, alpha)
-        torch.compiler.reset()  # code for other alphas is of no more use, and torch.compile stops after a few
-        for num_batches in dict.fromkeys((0, cli.statistics_batches)):
-            cli.statistics.num_batches = num_batches
-            results, kind = run_test(cli), "re-estimated" if num_batches else "checkpoint"
-            row = {"alpha": alpha, "gmacs": cli.macs[alpha] / 1e9, "statistics": kind}
-            row |= {key: results[key] for key in ACCURACIES} | {key: len(results[key]) for key in ("videos", "bad")}
-            rows.append(row)
-            table.add_row(f"{alpha:g}", f"{row['gmacs']:.3f}", kind, *percent(results, *ACCURACIES))
-            if cli.trainer.is_global_zero:
-                with appearing(folder / "alphas.json") as partial:
-                    partial.write_text(json.dumps(rows, indent=1))
-    if cli.trainer.is_global_zero:
-        print_results(table, results)
-        print(f"rows: {folder / 'alphas.json'}")
+    # Code for all alphas stays, where torch.compile would stop after 8.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(cli.alphas))
+    found = run_test(cli)
+    if not cli.trainer.is_global_zero:
+        return
+    for (alpha, kind), results in found.items():
+        row = {"alpha": alpha, "gmacs": cli.macs[alpha] / 1e9, "statistics": kind}
+        row |= {key: results[key] for key in ACCURACIES} | {key: len(results[key]) for key in ("videos", "bad")}
+        rows.append(row)
+        table.add_row(f"{alpha:g}", f"{row['gmacs']:.3f}", kind, *percent(results, *ACCURACIES))
+        write_predictions(cli, results, folder / f"alpha_{alpha:g}{'_re-estimated' * (kind == 're-estimated')}")
+    with appearing(folder / "alphas.json") as written:
+        written.write_text(json.dumps(rows, indent=1))
+    print_results(table, results)
+    print(f"rows: {folder / 'alphas.json'}")
 
 
 def main(words: list[str]) -> None:

@@ -80,7 +80,9 @@ class Training(CommandLine):
                 self.datamodule.read(name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        options, data = self.config["trainer"], self.datamodule
+        options, data, elastic = self.config["trainer"], self.datamodule, self.model.elastic
+        if elastic is not None and elastic.options.per_stage and not self.config["precise_bn"]:
+            raise UserError("model.elastic.per_stage needs precise_bn, as its draws leave no batch-norm statistics")
         macs, *_ = self.count_macs(data.clip_sizes())  # so that mistakes in sizes show before anything starts
         if options["logger"] in (None, True):
             kwargs["logger"] = [self._logger(name) for name in self.config["loggers"]] or False

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,6 +24,7 @@ from octvideo.data.source import Source
 from octvideo.data.video import Video
 from octvideo.data.watchdog import Argument, HungError, Result, Watchdog
 from octvideo.errors import DecodeError, UserError
+from octvideo.evaluation.budget import Budget
 from octvideo.models.checkpoint import Trained, load_trained
 from octvideo.models.scoring import score_clips
 
@@ -82,6 +84,7 @@ class Prediction:
     labels: Sequence[str]
     timeline: Timeline
     note: str = ""  # what of the video's times no header says, or a wrong one; see `Video`
+    alpha: float | None = None  # of the network, if a budget chose it
 
     def top(self, k: int = 5) -> list[Ranked]:
         """The k most likely classes, or all if there are fewer; most likely first. UserError for k below 1."""
@@ -117,6 +120,7 @@ class Predictor:
         backend: decoder: pyav, torchcodec, decord, or auto: PyAV, then the others for a file that PyAV cannot read.
         decode_timeout_seconds: time limit for decoding a video's views, or a stretch of its timeline; None: no limit.
         source: where videos are. Default: `AnySource`, for files, folders of frames, URIs, members of tar files.
+        budget_ms: milliseconds that the network may take for a clip: its alpha follows from that; see `Budget`.
 
     Raises FileNotFoundError for a missing checkpoint, UserError for another file or an invalid option.
     """
@@ -133,6 +137,7 @@ class Predictor:
         backend: Backend = "auto",
         decode_timeout_seconds: float | None = 60,
         source: Source | None = None,
+        budget_ms: float | None = None,
     ) -> None:
         for name, count in (("num_clips", num_clips), ("num_crops", num_crops)):
             if count < 1:
@@ -154,6 +159,10 @@ class Predictor:
         self.num_clips, self.num_crops, self.backend = num_clips, num_crops, backend
         self._timeout_seconds = decode_timeout_seconds
         self.source = source
+        self.budget = None if budget_ms is None else Budget(self.trained, budget_ms)
+        if self.budget is not None:
+            clip = torch.zeros((1, *known.clip_size), dtype=torch.uint8)
+            self.budget.calibrate(lambda: self._scored(clip))
         how = known, backend, source  # not bound methods, which would keep this predictor and its network alive
         self._read_views = self.watched(partial(_views, *how, num_clips, num_crops))
         self._read_windows = self.watched(partial(_windows, *how))
@@ -169,12 +178,14 @@ class Predictor:
         output is not (B, num_classes), not finite, or does not match the labels.
         """
         path = os.fspath(path)
-        scores = self.scores(self.views(path)[1]).mean(0)
+        views = self.views(path)[1]
+        alpha = None if self.budget is None else self.budget.alpha
+        scores = self.scores(views).mean(0)
         parts = [(edges, self.scores(clips), note) for edges, clips, note in self.windows(path)]
         edges, _, note = parts[0]
         timeline = torch.cat([part for _, part, _ in parts])
         labels = self.trained.labels or [f"class {number}" for number in range(len(scores))]
-        return Prediction(path, scores.numpy(), labels, Timeline(edges, timeline.numpy()), note)
+        return Prediction(path, scores.numpy(), labels, Timeline(edges, timeline.numpy()), note, alpha)
 
     def views(self, path: str) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
         """The middles of a video's clips in seconds (num_clips,), and its views (num_clips * num_crops, C, T, H, W).
@@ -210,11 +221,17 @@ class Predictor:
 
     def scores(self, clips: NDArray[np.uint8]) -> Tensor:
         """Probabilities (N, num_classes) of uint8 clips (N, C, T, H, W), on the CPU; UserError as `__call__`."""
-        with self.evaluating():
-            scores = score_clips(self.logits, torch.from_numpy(clips), self.trained.task).cpu()
+        start = perf_counter()
+        scores = self._scored(torch.from_numpy(clips))
+        if self.budget is not None:
+            self.budget.spent((perf_counter() - start) / max(1, len(clips)))
         if not scores.isfinite().all():
             raise UserError("the network's scores are not finite: its training diverged")
         return scores
+
+    def _scored(self, clips: Tensor) -> Tensor:
+        with self.evaluating():
+            return score_clips(self.logits, clips, self.trained.task).cpu()
 
     def logits(self, clips: Tensor) -> Tensor:
         """Logits (B, num_classes) of uint8 clips (B, C, T, H, W); UserError for another shape or number of labels."""

@@ -38,6 +38,8 @@ class Step:
     received: int  # frames, since the start
     dropped: int  # of these; see `Live`
     reconnects: int
+    alpha: float | None = None  # of the network, if a budget chose it, and the time that it took
+    network_seconds: float | None = None
 
     def top(self, k: int = 5) -> list[Ranked]:
         """The k most likely classes, or all if there are fewer; most likely first. UserError for k below 1."""
@@ -86,12 +88,14 @@ class Stream:
         with contextlib.closing(live):
             live.start()
             while (window := live.window(self._every_seconds)) is not None:
+                alpha = None if predictor.budget is None else predictor.budget.alpha
                 scores = predictor.scores(window.clip[None])[0].numpy()
                 latency, labels = time.monotonic() - window.arrival, predictor.trained.labels
                 labels = labels or [f"class {number}" for number in range(len(scores))]
                 counts = live.received, live.dropped, live.reconnects
                 clip = window.seconds, window.stamp_seconds, window.times_seconds, scores, labels
-                yield Step(datetime.now(UTC), *clip, latency, *counts)
+                taken = None if predictor.budget is None else predictor.budget.last_seconds
+                yield Step(datetime.now(UTC), *clip, latency, *counts, alpha, taken)
 
     def stop(self) -> None:
         """Ends the iteration at its next step; signal handlers and other threads may call it."""

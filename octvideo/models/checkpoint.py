@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.files import verify
+from octvideo.models.elastic import PREFIX, AlphaStatistics
 from octvideo.models.own_network import adapt, build_recorded, fit_classes, give_logits
 from octvideo.models.published import published_folder, read_published
 from octvideo.models.scoring import Task
@@ -19,10 +20,11 @@ from octvideo.models.zoo import Alpha, create_model
 NETWORK_OPTIONS = (
     *("name", "alpha", "num_classes", "width", "depth"),
     *("frame_ratio", "channel_ratio", "downsample", "round_to"),
-    *("network", "skip", "output", "task"),
+    *("network", "skip", "output", "task", "elastic"),
 )
 # Of checkpoints whose version had no choice of these.
-EARLIER = {"downsample": "conv", "round_to": 1, "network": None, "skip": (), "output": None, "task": "single"}
+EARLIER = {"downsample": "conv", "round_to": 1, "network": None, "skip": (), "output": None, "elastic": None}
+EARLIER["task"] = "single"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,12 @@ def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
     except RuntimeError as error:
         name = (options["network"] or {"class_path": options["name"]})["class_path"]
         raise UserError(f"{path}: its weights do not fit the {name} that it describes: {error}") from error
+    if options["elastic"] is not None:
+        own = float(checkpoint.options["alpha"])
+        others = sorted(set(options["elastic"]["alphas"]) - {own})
+        statistics = AlphaStatistics(network, own, others)
+        statistics.load_state_dict({k: checkpoint.tensors[f"{PREFIX}{k}"] for k in statistics.state_dict()})
+        statistics.table().attach(network, options["alpha"])
     if options["output"] is not None:
         give_logits(network, options["output"], options["num_classes"])
     labels = checkpoint.labels or [f"class {index}" for index in range(options["num_classes"])]
@@ -116,7 +124,7 @@ def restore(options: Mapping[str, Any]) -> nn.Module:
         fit_classes(network, options["num_classes"])
         kept = {key: options[key] for key in ("downsample", "round_to")}
         return adapt(network, options["alpha"], skip=options["skip"] or (), **kept)
-    of_zoo = {key: value for key, value in options.items() if key not in ("network", "skip", "output", "task")}
+    of_zoo = {key: x for key, x in options.items() if key not in ("network", "skip", "output", "task", "elastic")}
     try:
         return create_model(**of_zoo, channels_last=True)
     except TypeError as error:

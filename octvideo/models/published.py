@@ -41,7 +41,7 @@ class Published(NamedTuple):
     preprocessing: dict[str, Any]  # fields of `Preprocessing`
     labels: list[str]  # class names by index
     training: dict[str, Any]  # epoch, global_step and the version of Lightning, as a checkpoint names them
-    tensors: dict[str, Tensor]  # the network's state_dict, its names behind "network."
+    tensors: dict[str, Tensor]  # the network's state_dict, its names behind "network.", and what elastic training adds
 
 
 def published_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -112,7 +112,9 @@ def read_published(folder: Path) -> Published:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS}: damaged: {error}") from error
-    return Published(options, preprocessing, labels, training, {f"network.{key}": x for key, x in tensors.items()})
+    prefix = ("network.", "")  # of the network's tensors, and of its statistics at further alphas
+    tensors = {f"{prefix[key.startswith('elastic.statistics.')]}{key}": x for key, x in tensors.items()}
+    return Published(options, preprocessing, labels, training, tensors)
 
 
 def write_published(

@@ -303,7 +303,11 @@ def stage_alphas(alpha: float | Sequence[float | Sequence[float]]) -> tuple[Shar
 
 
 def set_alpha(network: nn.Module, alpha: Alpha) -> nn.Module:
-    """Gives a network of `create_model` or `adapt` another alpha, in place; UserError, and no change, if impossible."""
+    """Gives a network of `create_model` or `adapt` another alpha, in place; UserError, and no change, if impossible.
+
+    One that was trained elastically (`octvideo.models.elastic`) gets the batch-norm statistics of that alpha too.
+    """
+    given = alpha
     options: Any = getattr(network, "octave_options", None)
     if options is None:
         raise UserError(f"set_alpha takes a network that create_model built, got {type(network).__name__}")
@@ -314,7 +318,10 @@ def set_alpha(network: nn.Module, alpha: Alpha) -> nn.Module:
         raise UserError(f"four alphas, of res2 to res5, are for the zoo's networks, not for {type(network).__name__}")
     shares = map(shares_of, alpha.values() if isinstance(alpha, Mapping) else [alpha])
     fast = any(shares) if options["channels_last"] is None else options["channels_last"]
-    return octavize(network, alpha, **(options | {"channels_last": fast}))
+    octavize(network, alpha, **(options | {"channels_last": fast}))
+    if (statistics := network.__dict__.get("alpha_statistics")) is not None:
+        statistics.give(network, given)
+    return network
 
 
 def residual_stages(network: Net) -> list[int]:

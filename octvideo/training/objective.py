@@ -121,10 +121,20 @@ class Teacher:
         """The loss, mixed with the distance of logits (B, num_classes) from the teacher's for clips in uint8 RGB."""
         network: Any = self.trained.network.to(clips.device)
         with torch.no_grad():
-            wanted = network(self.trained.normalize(clips)).float() / self.temperature
-        logits = logits / self.temperature
-        if self.task == "multi":
-            distance = F.binary_cross_entropy_with_logits(logits, wanted.sigmoid())
-        else:
-            distance = F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
-        return (1 - self.weight) * loss + self.weight * self.temperature**2 * distance
+            wanted = network(self.trained.normalize(clips)).float()
+        distance = distance_of(logits, wanted, self.task, self.temperature)
+        return (1 - self.weight) * loss + self.weight * distance
+
+
+def distance_of(logits: Tensor, wanted: Tensor, task: Task, temperature: float) -> Tensor:
+    """How far logits (B, num_classes) are from a teacher's, both divided by the temperature: the loss that it teaches.
+
+    Kullback-Leibler divergence or, for task "multi", binary cross-entropy; times the temperature's square, so that
+    gradients keep their size.
+    """
+    logits, wanted = logits / temperature, wanted / temperature
+    if task == "multi":
+        distance = F.binary_cross_entropy_with_logits(logits, wanted.sigmoid())
+    else:
+        distance = F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+    return temperature**2 * distance

@@ -157,7 +157,12 @@ class PreciseBatchNorm(Callback):
                     average._swap_models(module)
                     stack.callback(average._swap_models, module)
             stack.enter_context(trainer.precision_plugin.forward_context())
-            clips = estimate_statistics(module, batches(), module)
+            elastic: Any = getattr(module, "elastic", None)
+            for context in (
+                [elastic.at(alpha) for alpha in elastic.options.alphas] if elastic else [contextlib.nullcontext()]
+            ):
+                with context:
+                    clips = estimate_statistics(module, batches(), module)
         if self._estimated_at < 0 and trainer.is_global_zero:
             text = f"{perf_counter() - start:.0f} s an epoch for the statistics of {clips} clips"
             print(f"precise BN: {text}", flush=True)

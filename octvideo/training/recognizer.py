@@ -3,7 +3,8 @@
 import itertools
 import math
 import re
-from operator import itemgetter
+from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
@@ -25,8 +26,9 @@ from octvideo.layers.normalization import normalize
 from octvideo.models.compilation import compile_network
 from octvideo.models.own_network import adapt_own, entry_of, logits_of, record_of
 from octvideo.models.recomputation import recompute as recompute_blocks
-from octvideo.models.scoring import Task, average_precisions, score_clips, top_hits
+from octvideo.models.scoring import Task
 from octvideo.models.zoo import create_model
+from octvideo.training.elastic import Elastic, ElasticTraining, elastic_options
 from octvideo.training.objective import Objective, Teacher
 from octvideo.training.optimizers import (
     OptimizerCallable,
@@ -36,9 +38,10 @@ from octvideo.training.optimizers import (
     parameter_groups,
 )
 from octvideo.training.schedule import Schedule
+from octvideo.training.testing import MultiViewTest
 
 
-class Recognizer(ScheduleFree):
+class Recognizer(MultiViewTest, ScheduleFree):
     """A network that recognises actions in videos, with the recipe that trains and tests it.
 
     The defaults are the SlowFast project's recipe from scratch. The learning rate follows from the epoch and the batch
@@ -51,6 +54,7 @@ class Recognizer(ScheduleFree):
             {regex of convolutions' names: number}, such as experiments/allocation.py writes. Of `network`: a number for
             all convolutions that suit, or a mapping. Each of the four, or of a mapping, may be a list of the shares at
             half the resolution, a quarter ...
+        elastic: alphas that one network is trained for at once, and how; see docs/elastic.md. Default: alpha alone.
         num_classes: number of classes.
         network: a network of your own in place of the zoo's, from clips (B, 3, T, H, W) to logits (B, num_classes): in
             YAML {class_path, init_args}, in Python a module, of `octvideo.build_network` if checkpoints are to build it
@@ -103,6 +107,7 @@ class Recognizer(ScheduleFree):
         alpha: float | list[float | list[float]] | dict[str, float | list[float]] = 0.1,
         num_classes: int = 400,
         *,
+        elastic: Elastic | None = None,
         network: nn.Module | None = None,
         classes_argument: str = "num_classes",
         skip: list[str] | None = None,
@@ -158,13 +163,15 @@ class Recognizer(ScheduleFree):
         self.objective = Objective(
             task, num_classes, loss=loss, class_weights=class_weights, label_smoothing=label_smoothing
         )
+        elastic = elastic_options(elastic)
         self.teacher = Teacher(teacher, teacher_weight, temperature, task, num_classes) if teacher else None
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         # save_hyperparameters reads `network` and `zoo` from here: checkpoints record defaults too, but no file.
         zoo = (create_model.__kwdefaults__ or {}) | zoo | {"alpha": alpha, "num_classes": num_classes}
         network, record = None, None if network is None else record_of(network)
-        self.save_hyperparameters(ignore=["weights", "channels_last", "loss", "optimizer", "lr_scheduler"])
+        self.save_hyperparameters(ignore=["weights", "channels_last", "loss", "optimizer", "lr_scheduler", "elastic"])
         self.hparams["network"] = self.hparams.get("network") or record  # the command line's, or else the object's
+        self.hparams["elastic"] = elastic and asdict(elastic)
         clips_per_part = (sub_batch or batch_size) if normalization == "sub" else None
         normalize(self.network, normalization, clips_per_part=clips_per_part)
         for pattern in freeze or ():
@@ -178,6 +185,9 @@ class Recognizer(ScheduleFree):
                 normalize(part.requires_grad_(False), "frozen")
         if recompute:
             recompute_blocks(self.network)
+        if elastic and (recompute or compile):
+            raise UserError("model.elastic changes alpha within a step: leave out model.recompute and model.compile")
+        self.elastic = ElasticTraining(self.network, elastic, alpha, task, num_classes) if elastic else None
         self.val_loss = MeanMetric()
         if task == "multi":
             self.val_map = MultilabelAveragePrecision(num_classes)
@@ -209,7 +219,8 @@ class Recognizer(ScheduleFree):
         """The loss of a batch; the accuracy of mixed clips counts the class of the larger share."""
         videos, views = batch.clips.shape[:2]
         clips, labels = batch.clips.flatten(0, 1), batch.labels.repeat_interleave(views, 0)
-        outputs = self.outputs(clips)
+        with self.elastic.at(self.elastic.largest) if self.elastic else nullcontext():
+            outputs = self.outputs(clips)
         loss, logits = self.loss(outputs, labels), self.logits(outputs).float()
         if self.teacher is not None:
             loss = self.teacher(clips, logits, loss)
@@ -217,6 +228,8 @@ class Recognizer(ScheduleFree):
         if self.objective.task == "single":
             self.train_top1(logits, labels.argmax(1) if labels.dim() > 1 else labels)
             self.log("train/top1", self.train_top1, on_step=False, on_epoch=True, batch_size=videos)
+        if self.elastic is not None:
+            loss = loss + self.elastic.loss_of_others(self, clips, labels, logits, batch_index)
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -225,7 +238,7 @@ class Recognizer(ScheduleFree):
         metrics: dict[str, Any] = {"val/map": self.val_map} if multi else {}
         metrics |= {} if multi else {"val/top1": self.val_top1, "val/top5": self.val_top5}
         if len(batch.clips) > 0:
-            scores, labels = self._view_scores(batch).mean(1), batch.labels
+            scores, labels = self.view_scores(batch).mean(1), batch.labels
             if multi:
                 loss = F.binary_cross_entropy(scores, labels)
                 labels = (labels > 0.5).long()
@@ -237,48 +250,8 @@ class Recognizer(ScheduleFree):
             for metric in metrics.values():
                 metric.update(scores, labels)
         self.log_dict({"val/loss": self.val_loss, **metrics}, batch_size=1)
-
-    def _view_scores(self, batch: Batch) -> Tensor:  # probabilities (B, V, num_classes)
-        return torch.unflatten(
-            score_clips(self, batch.clips.flatten(0, 1), self.objective.task), 0, batch.clips.shape[:2]
-        )
-
-    def on_test_epoch_start(self) -> None:
-        self._tested: tuple[list[Any], ...] = [], [], []  # videos, their hits, and bad videos
-
-    def test_step(self, batch: Batch, batch_index: int) -> None:
-        """Keeps each video's scores, its views averaged after softmax, and whether it and its views were right."""
-        videos, hits, bad = self._tested
-        bad += [{"path": path, "reason": reason} for path, reason in batch.bad]
-        if len(batch.clips) == 0:
-            return
-        views, labels = self._view_scores(batch), batch.labels
-        scores = views.mean(1)
-        if self.objective.task == "multi":
-            classes = [row.nonzero()[:, 0].tolist() for row in labels > 0.5]
-            rows = zip(batch.paths, classes, scores.tolist(), strict=True)
-            videos += [{"path": path, "label": label, "scores": values} for path, label, values in rows]
-            return
-        labels = labels.argmax(1) if labels.dim() > 1 else labels
-        clip_hits = [top.mean(1) for top in top_hits(views, labels[:, None])]
-        hits += torch.stack((*top_hits(scores, labels), *clip_hits), 1).tolist()
-        names = "path", "label", "scores", "clip_top1", "clip_top5"
-        columns = batch.paths, *(column.tolist() for column in (labels, scores, *clip_hits))
-        videos += [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-    def on_test_epoch_end(self) -> None:
-        # Gathers what all ranks tested into `results`, in the form of predictions.json.
-        parts = [self._tested] * self.trainer.world_size
-        if self.trainer.world_size > 1:
-            torch.distributed.all_gather_object(parts, self._tested)
-        videos, hits, bad = (list(itertools.chain(*kind)) for kind in zip(*parts, strict=True))
-        self.results: dict[str, Any]
-        if self.objective.task == "multi":
-            self.results = {"task": "multi"} | average_precisions(videos)
-        else:
-            accuracies = torch.tensor(hits).mean(0).tolist() if hits else [None] * 4
-            self.results = dict(zip(("top1", "top5", "clip_top1", "clip_top5"), accuracies, strict=True))
-        self.results |= {"videos": sorted(videos, key=itemgetter("path")), "bad": sorted(bad, key=itemgetter("path"))}
+        if self.elastic is not None:
+            self.elastic.validate(self, batch)
 
     def configure_model(self) -> None:
         if self.hparams["fused_passes"]:
