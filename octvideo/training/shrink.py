@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from octvideo.errors import DoesNotPayError, UserError
 from octvideo.files import appearing
@@ -246,11 +247,12 @@ def distil(
         optimizer.param_groups[0]["lr"] = schedule.at(step)
         with evaluating(teacher, device):
             wanted = _run(teacher, batch, device)
-        loss = distance(_run(student, batch, device), wanted)
-        if not loss.isfinite():
-            raise UserError(f"distilling diverged at step {step}: lower the learning rate of {learning_rate:g}")
-        optimizer.zero_grad()
-        loss.backward()
+        with allow_mutation_on_saved_tensors():  # networks for inference alone write where they like
+            loss = distance(_run(student, batch, device), wanted)
+            if not loss.isfinite():
+                raise UserError(f"distilling diverged at step {step}: lower the learning rate of {learning_rate:g}")
+            optimizer.zero_grad()
+            loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
     for module, mode in modes:
@@ -387,8 +389,8 @@ def refuse_slower(seconds: tuple[float, float]) -> None:
 
 
 def first_of(batch: Batch) -> Batch:
-    """The first entry of a batch, as a batch."""
-    return batch[:1] if isinstance(batch, Tensor) else tuple(x[:1] if isinstance(x, Tensor) else x for x in batch)
+    """The first entry of a batch, as a batch; Tensors without dimensions stay."""
+    return batch[:1] if isinstance(batch, Tensor) else tree_map_only(Tensor, lambda x: x[:1] if x.dim() else x, batch)
 
 
 def fingerprint(network: nn.Module, batches: Iterable[Batch]) -> str:
@@ -405,9 +407,7 @@ def _device(network: nn.Module) -> torch.device:
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    return tuple(x.to(device) if isinstance(x, Tensor) else x for x in batch)
+    return tree_map_only(Tensor, lambda x: x.to(device), batch)  # type: ignore[no-any-return]
 
 
 def _run(network: nn.Module, batch: Batch, device: torch.device) -> Any:
