@@ -39,7 +39,7 @@ class _Origins(TorchFunctionMode):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.groups: dict[str, set[str]] = {}
-        self.at_strides: set[str] = set()  # one convolution of each group that has, or is read by, a spatial stride
+        self.sources: dict[str, list[str]] = {}  # by convolution: one of each group that it reads
         self._origins: dict[int, str] = {}  # by id of a tensor: one convolution of the group that it comes from
         self._kept: list[Tensor] = []  # so that no other tensor gets their ids
         for name, module in network.named_modules():
@@ -49,8 +49,7 @@ class _Origins(TorchFunctionMode):
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if max(module.stride[-2:]) > 1:
-                self.at_strides |= {name, *self._of(inputs)}
+            self.sources[name] = self._of(inputs)
             depthwise = module.groups == module.in_channels == module.out_channels > 1
             self._note(output, [name, *(self._of(inputs) if depthwise else ())])
 
@@ -93,26 +92,34 @@ class Trial:
 
     def groups(self) -> list[Group]:
         """The convolutions of the network, in groups that must share an alpha; see `groups_that_add`."""
-        return list(self._groups())
+        return self.flow()[0]
 
     def groups_at_strides(self) -> list[Group]:
         """Those that have a spatial stride, or that one reads: octaves there would make it pool."""
-        return [group for group, at_stride in self._groups().items() if at_stride]
+        groups, sources = self.flow()
+        modules: dict[str, Any] = dict(self._stage.network.named_modules())
+        strided = [name for name in sources if max(modules[name].stride[-2:]) > 1]
+        touched = {name for each in strided for name in (each, *sources[each])}
+        return [group for group in groups if not touched.isdisjoint(group)]
 
-    def _groups(self) -> dict[Group, bool]:
+    def flow(self) -> tuple[list[Group], dict[str, list[str]]]:
+        """The groups, and for each convolution those that its input comes from, by one name of each group."""
         model = octavize(self._stage.network, 0)
         with _Origins(model) as origins:
             self._stage.run()
         report: Any = octavize(model, 1.0).octave_report
         possible = {entry.name for entry in report.assignments if not entry.reason}
         joined = (tuple(name for name in origins.groups if name in group) for group in origins.groups.values())
-        groups = [group for group in dict.fromkeys(joined) if possible.issuperset(group)]
-        return {group: not origins.at_strides.isdisjoint(group) for group in groups}
+        return [group for group in dict.fromkeys(joined) if possible.issuperset(group)], origins.sources
 
     def cost(self, alphas: Mapping[str, float]) -> Cost:
         """What one forward pass runs at the alphas of {regex: alpha}; UserError for channels that they cannot split."""
+        return total(self.costs(alphas))
+
+    def costs(self, alphas: Mapping[str, float]) -> Mapping[str, Cost]:
+        """The same by the names of modules, without their children."""
         octavize(self._stage.network, alphas, **self._options)
-        return total(self._stage.run().costs)
+        return self._stage.run().costs
 
 
 def groups_that_add(network: nn.Module, sample: Any) -> list[Group]:
