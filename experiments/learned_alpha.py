@@ -215,7 +215,7 @@ def evolution(task: Task, arguments: Namespace) -> dict[str, float]:
             shares = repaired(mixed(draw.choice(parents), draw.choice(parents)))
             if shares not in population:
                 population[shares] = task.distance(task.mapping(shares))
-    return task.mapping(min(population, key=lambda one: population[one]))
+    return task.mapping(sorted(population, key=population.__getitem__)[0])
 
 
 WAYS: dict[str, Callable[[Task, Namespace], dict[str, float]]] = {
