@@ -49,3 +49,7 @@ class LoaderKilledError(UserError):
 
 class StoreError(UserError):
     """A store of files that cannot be used: it does not answer, does not exist, or refuses these credentials."""
+
+
+class DoesNotPayError(UserError):
+    """A network that octaves cannot make cheaper as was asked; the message has the numbers."""

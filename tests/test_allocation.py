@@ -8,12 +8,13 @@ import torch
 import torchvision
 from torch import nn
 
-from experiments.allocation import Sensitivity, allocate, groups_that_add, mapping_of, measure_sensitivities
 from octvideo import OctConv3d, create_model, octavize
+from octvideo.models.allocation import Sensitivity, allocate, groups_that_add, mapping_of, measure_sensitivities
 from octvideo.models.cost import count_macs
 from octvideo.models.zoo import set_alpha
 
 CLIP = (3, 4, 32, 32)
+SAMPLE = torch.empty(1, *CLIP)
 MIDDLE = [("1",), ("2",), ("3",)]  # groups of `chain`
 
 
@@ -29,7 +30,7 @@ def chain(channels=8):
 
 
 def test_convolutions_whose_outputs_are_added_are_one_group():
-    groups = groups_that_add(small(), CLIP)
+    groups = groups_that_add(small(), SAMPLE)
     stage = "blocks.3.res_blocks"
     added = [f"{stage}.0.branch1_conv", *(f"{stage}.{block}.branch2.conv_c" for block in range(4))]
     assert tuple(added) in groups
@@ -39,13 +40,13 @@ def test_convolutions_whose_outputs_are_added_are_one_group():
 
 
 def test_a_depthwise_convolution_goes_with_the_one_before_it():
-    groups = groups_that_add(small("x3d_s"), CLIP)
+    groups = groups_that_add(small("x3d_s"), SAMPLE)
     group = next(group for group in groups if "blocks.1.res_blocks.1.branch2.conv_a" in group)
     assert "blocks.1.res_blocks.1.branch2.conv_b" in group
 
 
 def test_what_is_joined_side_by_side_is_alone():
-    groups = groups_that_add(torchvision.models.densenet121(), (3, 64, 64))
+    groups = groups_that_add(torchvision.models.densenet121(), torch.empty(1, 3, 64, 64))
     assert {len(group) for group in groups} == {1}
     assert len(groups) == 119  # of 120, less the stem
 
@@ -62,7 +63,7 @@ def test_functions_of_two_maps_bind_whatever_they_are_called():
             y += self.three(y)
             return y
 
-    assert groups_that_add(Gate(), (3, 2, 8, 8)) == [("one", "two", "three")]
+    assert groups_that_add(Gate(), torch.empty(1, 3, 2, 8, 8)) == [("one", "two", "three")]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_functions_of_two_maps_bind_whatever_they_are_called():
 )
 def test_any_alphas_of_the_groups_run(name, clip):
     network, draw = small(name), random.Random(0)
-    groups = groups_that_add(network, clip)
+    groups = groups_that_add(network, torch.empty(1, *clip))
     for _ in range(2):
         alphas = {name: alpha for group in groups for alpha in [draw.choice((0, 0.25, 0.5))] for name in group}
         set_alpha(network, mapping_of(alphas))
@@ -96,7 +97,7 @@ def test_a_mapping_is_an_alpha_of_octavize_and_of_create_model():
 
 def test_each_group_is_octave_alone_and_the_network_as_before_in_the_end():
     network = small(downsample="pool")
-    groups = groups_that_add(network, CLIP)
+    groups = groups_that_add(network, SAMPLE)
     tries = [(group, alpha) for group in groups[:3] for alpha in (0.25, 0.5)]
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     seen = []
@@ -105,7 +106,7 @@ def test_each_group_is_octave_alone_and_the_network_as_before_in_the_end():
         seen.append({name: m.alpha for name, m in network.named_modules() if getattr(m, "alpha", 0)})
         return 7.0 + len(seen[-1])
 
-    found = list(measure_sensitivities(network, groups, tries, loss, CLIP, network.octave_options))
+    found = list(measure_sensitivities(network, groups, tries, loss, SAMPLE, network.octave_options))
     assert [(entry.names, entry.alpha) for entry in found] == tries
     assert [entry.loss for entry in found] == [len(entry.names) for entry in found]
     assert seen == [{}, *(dict.fromkeys(entry.names, entry.alpha) for entry in found)]
@@ -119,24 +120,24 @@ def test_each_group_is_octave_alone_and_the_network_as_before_in_the_end():
 
 def test_what_channel_groups_do_not_divide_is_left_out():
     network = nn.Sequential(nn.Conv3d(3, 32, 1), nn.Conv3d(32, 32, 3, padding=1, groups=8), nn.Conv3d(32, 8, 1))
-    groups = groups_that_add(network, CLIP)
+    groups = groups_that_add(network, SAMPLE)
     assert groups == [("1",), ("2",)]
     tries = [(("1",), 0.125), (("1",), 0.5), (("2",), 0.125)]  # of groups of 4 channels
-    found = measure_sensitivities(network, groups, tries, lambda network: 0.0, CLIP)
+    found = measure_sensitivities(network, groups, tries, lambda network: 0.0, SAMPLE)
     assert [(entry.names, entry.alpha) for entry in found] == tries[1:]
 
 
 def test_convolutions_that_are_not_tried_pool_too():
     network = small(downsample="pool")
-    groups = groups_that_add(network, CLIP)
+    groups = groups_that_add(network, SAMPLE)
     seen = []
 
     def loss(network):
         seen.append({m.downsample for m in network.modules() if isinstance(m, OctConv3d) and 2 in m.stride[1:]})
         return 0.0
 
-    (found,) = measure_sensitivities(network, groups, [(groups[0], 0.5)], loss, CLIP, network.octave_options)
-    chosen = allocate(network, groups, [found], 0.99, CLIP, network.octave_options)
+    (found,) = measure_sensitivities(network, groups, [(groups[0], 0.5)], loss, SAMPLE, network.octave_options)
+    chosen = allocate(network, groups, [found], 0.99, SAMPLE, network.octave_options)
     set_alpha(network, chosen)
     loss(network)
     stem = {"conv"}  # no group has it
@@ -146,10 +147,10 @@ def test_convolutions_that_are_not_tried_pool_too():
 @pytest.mark.parametrize("losses", [[math.nan], [0.0, math.inf]])
 def test_a_loss_that_is_no_number_is_refused(losses):
     network, left = chain(), iter(losses)
-    groups = groups_that_add(network, CLIP)
+    groups = groups_that_add(network, SAMPLE)
     where = "at alpha 0" if len(losses) == 1 else "with alpha 0.5 in 1"
     with pytest.raises(ValueError, match=f"the loss is {losses[-1]} {where}"):
-        list(measure_sensitivities(network, groups, [(("1",), 0.5)], lambda network: next(left), CLIP))
+        list(measure_sensitivities(network, groups, [(("1",), 0.5)], lambda network: next(left), SAMPLE))
     assert not any(getattr(module, "alpha", 0) for module in network.modules())
 
 
@@ -163,12 +164,12 @@ def test_the_choice_takes_what_costs_least_loss_for_what_it_saves():
         Sensitivity(("2",), 0.5, 0.3, saved[0.5]),
         Sensitivity(("3",), 0.5, 9.0, saved[0.25] // 2),
     ]
-    first = allocate(network, MIDDLE, sensitivities, octave[0.25] / octave[0.0], CLIP)
+    first = allocate(network, MIDDLE, sensitivities, octave[0.25] / octave[0.0], SAMPLE)
     assert first == {"^1$": 0, "^2$": 0.25, "^3$": 0}
-    assert allocate(network, MIDDLE, sensitivities, 1, CLIP) == dict.fromkeys(first, 0)
-    second = allocate(network, MIDDLE, sensitivities, octave[0.5] / octave[0.0], CLIP)
+    assert allocate(network, MIDDLE, sensitivities, 1, SAMPLE) == dict.fromkeys(first, 0)
+    second = allocate(network, MIDDLE, sensitivities, octave[0.5] / octave[0.0], SAMPLE)
     assert second == {"^1$": 0, "^2$": 0.5, "^3$": 0}
-    third = allocate(network, MIDDLE, sensitivities, octave[0.5] / octave[0.0] - 1e-6, CLIP)
+    third = allocate(network, MIDDLE, sensitivities, octave[0.5] / octave[0.0] - 1e-6, SAMPLE)
     assert third == {"^1$": 0.5, "^2$": 0.5, "^3$": 0}
     assert not any(hasattr(module, "alpha") for module in network.modules())
 
@@ -176,15 +177,15 @@ def test_the_choice_takes_what_costs_least_loss_for_what_it_saves():
 def test_a_loss_that_falls_counts_as_none_so_the_one_that_saves_more_goes_first():
     macs = count_macs(chain(), CLIP)
     sensitivities = [Sensitivity(("1",), 0.5, -5.0, 10), Sensitivity(("2",), 0.5, -0.1, 20)]
-    assert allocate(chain(), MIDDLE, sensitivities, 1 - 1 / macs, CLIP) == {"^1$": 0, "^2$": 0.5, "^3$": 0}
+    assert allocate(chain(), MIDDLE, sensitivities, 1 - 1 / macs, SAMPLE) == {"^1$": 0, "^2$": 0.5, "^3$": 0}
 
 
 def test_a_budget_out_of_reach_or_range_is_refused():
     sensitivities = [Sensitivity(("2",), 0.5, 0.1, 10)]
     left = count_macs(octavize(chain(), {"^2$": 0.5}), CLIP) / count_macs(chain(), CLIP)
     with pytest.raises(ValueError, match=r"0.1 of the multiply-adds is out of reach: at their highest"):
-        allocate(chain(), MIDDLE, sensitivities, 0.1, CLIP)
+        allocate(chain(), MIDDLE, sensitivities, 0.1, SAMPLE)
     with pytest.raises(ValueError, match=f"leave {left:.3f}"):
-        allocate(chain(), MIDDLE, sensitivities, 0.1, CLIP)
+        allocate(chain(), MIDDLE, sensitivities, 0.1, SAMPLE)
     with pytest.raises(ValueError, match=r"budget must lie in \(0, 1\], got 0"):
-        allocate(chain(), MIDDLE, sensitivities, 0, CLIP)
+        allocate(chain(), MIDDLE, sensitivities, 0, SAMPLE)

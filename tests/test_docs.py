@@ -75,6 +75,17 @@ SMALL = {
     "predict.py": ["--clips=1", "--crops=1"],
     "features.py": ["--batch=4"],
     "push.py": [],
+    "shrink.py": [
+        *(
+            *CLIPS,
+            "--alphas=.5",
+            "--batches=1",
+            "--max-drop=100",
+            "--data.batch_size=2",
+            "--trainer.limit_train_batches=1",
+        ),
+        *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.limit_test_batches=1"),
+    ],
     "report.py": ["--rounds=1"],
     "cost.py": ["--size=4x32x32", "--batch=1", "--rounds=1"],
     "export.py": ["--rounds=1"],
@@ -119,7 +130,8 @@ def _be_tool_in(workspace, arguments, folder, environment):
 def _call(tool, options, log, hopeless=None):
     """runs.call in a fork: without the seconds that a new process imports, and with the shallow networks."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [str(conftest.ROOT / "tools" / f"{tool}_net.py"), *options]
+        script = f"{tool}_net.py" if tool in ("train", "test") else f"{tool}.py"
+        arguments = [str(conftest.ROOT / "tools" / script), *options]
         process = multiprocessing.Process(target=conftest._be_tool, args=(arguments, Path(folder), {}))
         process.start()
         process.join()

@@ -14,6 +14,7 @@ COMMANDS = {
     "features": "write embeddings of videos, to search or cluster them",
     "report": "write one HTML page about one or several runs",
     "cost": "multiply-adds, bytes, kernels and time at several alphas",
+    "shrink": "make a trained network cheaper, and compare it with what it was",
     "export": "write a network as ONNX or torch.export, checked against PyTorch",
     "push": "publish a network in a folder or on the Hugging Face hub",
     "demo": "serve a page that shows predictions and feature maps of your videos",

@@ -31,10 +31,10 @@ class RunFailedError(Exception):
         self.status = status
 
 
-def add_recipe(parser: Parser) -> None:
+def add_recipe(parser: Parser, required: bool = True) -> None:
     """Adds the options of what is trained, and where."""
     what = "YAML file of the recipe, or the name of an installed one; given again, the later one overrides"
-    parser.add_argument("--cfg", "-c", action="append", required=True, metavar="FILE", help=what)
+    parser.add_argument("--cfg", "-c", action="append", required=required, metavar="FILE", help=what)
     what = "folder for the runs and the results"
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=what)
 
@@ -49,7 +49,7 @@ def read_recipe(parser: Parser, words: list[str], own: Collection[str], cure: st
         fail(f"unrecognized arguments: {others[0]}")
     for option in set(own).intersection(other.split("=")[0] for other in others):
         fail(f"{cure.format(option)}")
-    arguments.cfg = [config_file(name) for name in arguments.cfg]
+    arguments.cfg = [config_file(name) for name in arguments.cfg or ()]
     arguments.others = others
     arguments.recipe = [f"--cfg={file}" for file in arguments.cfg] + others
     return arguments

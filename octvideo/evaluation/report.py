@@ -306,9 +306,19 @@ class Point(NamedTuple):
     top5: Accuracy
     gmacs: float | None  # None without a checkpoint
     seconds: Sequence[float]  # one number a round; empty if it was not measured
+    gigabytes: float | None = None  # read and written; None without a checkpoint
+    agreement: float | None = None  # share of the first run's videos with the same class; None for the first run
 
 
-def points_of(run: Run) -> list[Point]:
+def agreement(run: Run, other: Run) -> float | None:
+    """The share of videos that two tests give the same class; None unless both tested the same videos for one class."""
+    one, two = run.predictions, other.predictions
+    if run is other or not (isinstance(one, Predictions) and isinstance(two, Predictions)) or one.paths != two.paths:
+        return None
+    return float((one.order[:, 0] == two.order[:, 0]).mean()) if one.paths else None
+
+
+def points_of(run: Run, first: Run | None = None) -> list[Point]:
     """A point for each row of a run's alphas.json, and one for its predictions.json unless a row is the same test."""
     points = []
     seconds: Mapping[str, Sequence[float]] = run.card.seconds if run.card else {}
@@ -321,7 +331,9 @@ def points_of(run: Run) -> list[Point]:
     same = (f"{run.name}, checkpoint statistics", own) in (point[:2] for point in points)
     if isinstance(run.predictions, Predictions) and (found := run.predictions.accuracies()) and not same:
         gmacs, videos = run.card.cost.macs / 1e9 if run.card else None, len(run.predictions.paths)
-        points.append(Point(run.name, own, videos, found["top1"], found["top5"], gmacs, seconds.get(own, ())))
+        moved, alike = run.card.cost.bytes_moved / 1e9 if run.card else None, agreement(run, first) if first else None
+        tops = found["top1"], found["top5"]
+        points.append(Point(run.name, own, videos, *tops, gmacs, seconds.get(own, ()), moved, alike))
     return points
 
 
@@ -390,7 +402,7 @@ def render(runs: Sequence[Run], thumbnail: Callable[[str], bytes | str], *, made
     environment.filters["predicted"] = lambda cost: f"{1000 * MACHINE.seconds(cost, torch.float32):.2f}"
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["sha256"] = lambda text: hashlib.sha256(text.encode()).digest()
-    points = [point for run in runs for point in points_of(run)]
+    points = [point for run in runs for point in points_of(run, runs[0])]
     compared = len(runs) > 1 or any(run.alphas for run in runs)
     tests = {tuple(sorted(run.predictions.paths)) for run in runs if run.predictions is not None}
     html = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8")).render(

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
 from octvideo.errors import UserError
+from octvideo.layers.convolution import Octave
 from octvideo.layers.resampling import average_pool, upsample
 from octvideo.models.channels import Channels
 from octvideo.models.octavize import Network
@@ -32,7 +33,7 @@ def choose_low(network: Network, clips: Tensor | Iterable[Clips], *, temporal: b
     grouped convolution reads, and those in functions that may not treat channels alike stay in place.
 
     Args:
-        network: trained and vanilla; run in eval mode, and left in its own.
+        network: trained and vanilla, or pooled at alpha 0; run in eval mode, and left in its own.
         clips: one batch, or an iterable of batches; a batch that is a tuple holds several arguments. 50 samples are
             plenty. All activations of a batch are kept for the gradient, so small batches save memory.
         temporal: for `octavize(..., temporal=True)`: halve time too.
@@ -40,7 +41,7 @@ def choose_low(network: Network, clips: Tensor | Iterable[Clips], *, temporal: b
     Raises UserError, with the weights as they were, for octave networks, no clips, outputs without a gradient,
     parameters that eval mode does not use (they might read channels that move), and if the outputs do change.
     """
-    if "octave_report" in vars(network):
+    if any(isinstance(module, Octave) and module.alpha for module in network.modules()):
         raise UserError("choose_low takes a vanilla network: call it before octavize, or after octavize(network, 0)")
     batches = iter((clips,) if isinstance(clips, Tensor) else clips)
     if (first := next(batches, None)) is None:
