@@ -133,7 +133,7 @@ class StatisticsTable:
     def nearest(self, alpha: Alpha) -> float:
         """The alpha whose statistics are nearest: for several alphas, to the mean of those of res2 to res4."""
         shares = list(alpha.values()) if isinstance(alpha, Mapping) else stage_alphas(alpha)[:3]
-        mean = sum(shares) / max(1, len(shares))
+        mean = sum(sum(x) if isinstance(x, Sequence) else x for x in shares) / max(1, len(shares))
         return min(self.statistics, key=lambda known: abs(known - mean))
 
     def give(self, network: nn.Module, alpha: Alpha) -> None:

@@ -258,7 +258,10 @@ class Recognizer(MultiViewTest, ScheduleFree):
             use_fused_passes("auto")
         if self.trainer.training:
             compile_network(self.network, self.hparams["compile"])
-        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.network, FSDPModule):
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if self.elastic is not None and sharded:
+            raise UserError("model.elastic changes alpha within a step: leave out --trainer.strategy fsdp")
+        if sharded and not isinstance(self.network, FSDPModule):
             assert self.device_mesh is not None
             for module in (*getattr(self.network, "blocks", self.network).children(), self.network):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])

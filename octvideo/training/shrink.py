@@ -36,6 +36,7 @@ from octvideo.models.choose_low import choose_low
 from octvideo.models.cost import Cost, time_interleaved
 from octvideo.models.octavize import octavize
 from octvideo.models.roofline import Machine, measure_machine
+from octvideo.training import objective
 from octvideo.training.precise_bn import estimate_statistics, evaluating
 from octvideo.training.schedule import Schedule
 
@@ -56,8 +57,7 @@ def distance_of(found: Any, wanted: Any) -> Tensor:
     for one, other in zip(floats_in(found), floats_in(wanted), strict=True):
         one, other = one.float(), other.float()
         if other.dim() == 2 and other.shape[1] > 1:
-            one, other = ((x / TEMPERATURE).log_softmax(1) for x in (one, other))
-            terms.append(TEMPERATURE**2 * F.kl_div(one, other, log_target=True, reduction="batchmean"))
+            terms.append(objective.distance_of(one, other, "single", TEMPERATURE))
         else:
             terms.append(F.mse_loss(one, other) / other.var(correction=0).clamp(min=1e-6))
     if not terms:
