@@ -76,16 +76,11 @@ SMALL = {
     "features.py": ["--batch=4"],
     "push.py": [],
     "shrink.py": [
-        *(
-            *CLIPS,
-            "--alphas=.5",
-            "--batches=1",
-            "--max-drop=100",
-            "--data.batch_size=2",
-            "--trainer.limit_train_batches=1",
-        ),
-        *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.limit_test_batches=1"),
+        *(*CLIPS, "--alphas=.5", "--batches=1", "--max-drop=100", "--data.batch_size=2"),
+        *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.limit_train_batches=1"),
+        "--trainer.limit_test_batches=1",
     ],
+    "several_octaves.py": ["--size=2x32x32", "--width=8", "--alphas=.25,.125+.125", "--rounds=1"],
     "report.py": ["--rounds=1"],
     "cost.py": ["--size=4x32x32", "--batch=1", "--rounds=1"],
     "export.py": ["--rounds=1"],
@@ -99,6 +94,7 @@ SMALL = {
         *("--max-videos=1", "--backends=pyav", "--protocols=slowfast"),
     ],
 }
+PARSED = {f"{module.__name__.split('.')[-1]}.py": module for module in (budget, real_weights, serving, streams)}
 SHALLOW = (1, 1, 1, 1)  # blocks of the stages of what tools run, in place of 3, 4, 6, 3
 SLURM_TASK = {
     **{"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "17"},
@@ -203,14 +199,8 @@ class Reader:
         if name == "speed.py" and {"--compile", "--suite"} & set(options):
             (gpu_suite if "--suite" in options else speed).parse(options)
             return None
-        if name in ("real_weights.py", "serving.py", "streams.py", "budget.py"):
-            parsers = {
-                "real_weights.py": real_weights,
-                "serving.py": serving,
-                "streams.py": streams,
-                "budget.py": budget,
-            }
-            parsers[name].parse(options)
+        if name in PARSED:
+            PARSED[name].parse(options)
             return None
         if name == "predict.py" and "--stream" in options and not Path(options[0]).exists():
             stream.parse(options)
