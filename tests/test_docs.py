@@ -76,7 +76,7 @@ SMALL = {
     "features.py": ["--batch=4"],
     "push.py": [],
     "shrink.py": [
-        *(*CLIPS, "--alphas=.5", "--batches=1", "--max-drop=100", "--data.batch_size=2"),
+        *(*CLIPS, "--alphas=.5", "--batches=1", "--budget=.95", "--max-drop=100", "--data.batch_size=2"),
         *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.limit_train_batches=1"),
         "--trainer.limit_test_batches=1",
     ],
