@@ -238,7 +238,7 @@ def run_here(monkeypatch, capsys, vanilla, tmp_path):
     def call(name, options, log):
         calls.append(name)
         script = {"train": "train_net.py", "test": "test_net.py", "export": "export.py"}[name]
-        finished = run_tool(script, *options, *(["--rounds=1"] if name == "export" else []))
+        finished = run_tool(script, *options, *(["--rounds=1", "--free=none"] if name == "export" else []))
         if finished.returncode:
             raise runs.RunFailedError(finished.stderr.strip().splitlines()[-1])
 
@@ -294,8 +294,7 @@ def test_a_checkpoint_becomes_cheaper_and_is_compared_with_what_it_was(run_here,
     (output / "before" / "predictions.json").write_text(json.dumps(videos))
     status, _, err, calls = run_here(*QUICK, "--max-drop=1")
     assert (status, calls) == (3, [])
-    assert "shrinking does not pay: accuracy falls by" in err
-    assert err.count("\n") == 1
+    assert err.splitlines()[-1].startswith("shrink.py: error: shrinking does not pay: accuracy falls by")
 
 
 def test_a_budget_out_of_reach_does_not_pay(run_here, tmp_path):

@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-from pytorchvideo.models.net import Net
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from octvideo.errors import UserError
 from octvideo.layers.convolution import Octave, plan_of
-from octvideo.models.zoo import Alpha, residual_stages, set_alpha, stage_alphas
+from octvideo.models.zoo import Alpha, octave_stages, set_alpha, stage_alphas
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ class AlphaPlans:
             for x, plan in self._plans[max(alphas)].items():
                 options = replace(plan["options"], alpha=0.0)
                 self._plans[alpha][x] = {"options": options, "_plan": plan_of(x, options)}
-        blocks = [network.blocks[i] for i in residual_stages(network)[:3]] if isinstance(network, Net) else []
+        blocks = octave_stages(network)
         self._stages = [[x for x in block.modules() if isinstance(x, Octave)] for block in blocks]
         self.has_stages = bool(blocks)
         self.switch(alphas[0])

@@ -324,6 +324,11 @@ def set_alpha(network: nn.Module, alpha: Alpha) -> nn.Module:
     return network
 
 
+def octave_stages(network: nn.Module) -> list[nn.Module]:
+    """res2, res3 and res4 of a network of the zoo, which one alpha makes octave; nothing of another network."""
+    return [network.blocks[i] for i in residual_stages(network)[:3]] if isinstance(network, Net) else []
+
+
 def residual_stages(network: Net) -> list[int]:
     """The indices of res2 to res5 among the network's blocks; SlowFast's hold two pathways and what joins them."""
     stages = (ResStage, MultiPathWayWithFuse)
