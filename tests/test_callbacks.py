@@ -599,7 +599,13 @@ def test_the_names_of_figures_work_in_tensorboard_and_csv(tmp_path):
 
 def test_wandb_writes_an_offline_run(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    for variable, value in (("MODE", "offline"), ("SILENT", "true"), ("CACHE_DIR", tmp_path), ("CONFIG_DIR", tmp_path)):
+    for variable, value in (
+        ("MODE", "offline"),
+        ("CONSOLE", "off"),
+        ("SILENT", "true"),
+        ("CACHE_DIR", tmp_path),
+        ("CONFIG_DIR", tmp_path),
+    ):
         monkeypatch.setenv(f"WANDB_{variable}", str(value))
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     trainer_with(tmp_path, FiniteLoss(), Memory(), logger=logger, log_every_n_steps=1).fit(Steps(), batches([1, 2, 3]))

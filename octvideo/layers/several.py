@@ -128,7 +128,7 @@ def convolve_each(
     `paths` are the high map's, `lower` those of all other maps; `size` is as in `_convolve`.
     """
     high, low, parts = _maps(x)
-    high, multiplier = average_pool(lay_channels_last(high), paths.pool), weight.shape[0] // x.shape[1]
+    high, multiplier = average_pool(lay_channels_last(high), paths.pool), weight.shape[0] // max(1, x.shape[1])
     parts = tuple((of_high * multiplier, of_low * multiplier) for of_high, of_low in parts)
     of_high, of_low = split_by_parts(weight, parts, 0)
     bias_high, bias_low = (None, None) if bias is None else split_by_parts(bias, parts, 0)
