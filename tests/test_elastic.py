@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_processes, run_tool, settle, small
+from lightning.pytorch import Trainer
 from own_examples import Tiny
 from test_resume import fault, tensors
 from torch import nn
@@ -28,6 +29,7 @@ from octvideo.models.checkpoint import Trained, load_trained
 from octvideo.models.elastic import AlphaPlans
 from octvideo.models.zoo import set_alpha
 from octvideo.training.recognizer import Recognizer
+from octvideo.training.sharding import FullyShardedStrategy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ALPHAS = [0.0, 0.25, 0.5]
@@ -142,6 +144,13 @@ def test_a_teacher_teaches_the_largest_and_labels_may_teach_the_others(tmp_path)
         logits = plain(batch.clips.flatten(0, 1))
     distance = F.kl_div(logits.log_softmax(1), teacher.softmax(1), reduction="batchmean")
     torch.testing.assert_close(others[0], 0.25 * distance + 0.75 * F.cross_entropy(logits, batch.labels))
+
+
+def test_sharded_networks_cannot_change_alpha_within_a_step():
+    module = recognizer()
+    module.trainer = Trainer(accelerator="cpu", strategy=FullyShardedStrategy(), logger=False, barebones=True)
+    with pytest.raises(UserError, match="changes alpha within a step: leave out --trainer"):
+        module.configure_model()
 
 
 def test_draws_depend_on_the_position_alone_and_are_even():

@@ -98,11 +98,8 @@ class Budget:
         return min(fitting) if fitting else min(self.alphas, key=lambda alpha: self.expected[alpha])
 
     def _switch(self, alpha: float, now: float, slowdown: float, rose: bool) -> None:
-        took, expected = (
-            f"a clip takes {1000 * now:.1f} ms",
-            f"{1000 * slowdown * self.expected[alpha]:.1f} ms expected",
-        )
-        log.warning("budget: %s at alpha %g, which becomes %g: %s", took, self.alpha, alpha, expected)
+        what = "budget: a clip takes %.1f ms at alpha %g, which becomes %g: %.1f ms expected"
+        log.warning(what, 1000 * now, self.alpha, alpha, 1000 * slowdown * self.expected[alpha])
         self._set(alpha)
         self._recent.clear()
         self._since, self._rose, self._told = 0, rose, False

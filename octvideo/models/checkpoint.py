@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
 from octvideo.files import verify
-from octvideo.models.elastic import PREFIX, AlphaStatistics
+from octvideo.models.elastic import AlphaStatistics
 from octvideo.models.own_network import adapt, build_recorded, fit_classes, give_logits
-from octvideo.models.published import published_folder, read_published
+from octvideo.models.published import STATISTICS, published_folder, read_published
 from octvideo.models.scoring import Task
 from octvideo.models.weights import read_checkpoint
 from octvideo.models.zoo import Alpha, create_model
@@ -109,7 +109,7 @@ def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
         own = float(checkpoint.options["alpha"])
         others = sorted(set(options["elastic"]["alphas"]) - {own})
         statistics = AlphaStatistics(network, own, others)
-        statistics.load_state_dict({k: checkpoint.tensors[f"{PREFIX}{k}"] for k in statistics.state_dict()})
+        statistics.load_state_dict({k: checkpoint.tensors[f"{STATISTICS}{k}"] for k in statistics.state_dict()})
         statistics.table().attach(network, options["alpha"])
     if options["output"] is not None:
         give_logits(network, options["output"], options["num_classes"])

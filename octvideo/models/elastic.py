@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from octvideo.errors import UserError
 from octvideo.layers.convolution import Octave, plan_of
+from octvideo.models.published import STATISTICS
 from octvideo.models.zoo import Alpha, octave_stages, set_alpha, stage_alphas
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,8 @@ class StatisticsTable:
     """
 
     def __init__(self, statistics: Mapping[float, Sequence[tuple[Tensor, ...]]], state: Mapping[str, Tensor]) -> None:
-        self.statistics, self.state = dict(statistics), {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
+        self.statistics = dict(statistics)
+        self.state = {f"{STATISTICS}{name}": tensor for name, tensor in state.items()}
 
     def __deepcopy__(self, memo: Any) -> Self:  # copies of a network share it: nothing changes it
         return self
@@ -148,7 +150,6 @@ class StatisticsTable:
                 buffer.copy_(value)
 
 
-PREFIX = "elastic.statistics."  # of the buffers of `AlphaStatistics` in checkpoints
 NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
 

@@ -34,6 +34,9 @@ CHECKPOINTS = (
 )  # how names of files end, not of repositories
 
 
+STATISTICS = "elastic.statistics."  # begins the names of batch-norm statistics at further alphas, as in checkpoints
+
+
 class Published(NamedTuple):
     """The content of a published folder, besides its model card."""
 
@@ -112,8 +115,7 @@ def read_published(folder: Path) -> Published:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS}: damaged: {error}") from error
-    prefix = ("network.", "")  # of the network's tensors, and of its statistics at further alphas
-    tensors = {f"{prefix[key.startswith('elastic.statistics.')]}{key}": x for key, x in tensors.items()}
+    tensors = {key if key.startswith(STATISTICS) else f"network.{key}": x for key, x in tensors.items()}
     return Published(options, preprocessing, labels, training, tensors)
 
 
