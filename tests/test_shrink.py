@@ -14,7 +14,7 @@ from octvideo.commands import shrink as command
 from octvideo.errors import DoesNotPayError, UserError
 from octvideo.evaluation.report import points_of, read_run
 from octvideo.models.allocation import Trial, uniform
-from octvideo.models.checkpoint import load_trained
+from octvideo.models.checkpoint import load_trained, read_training_checkpoint
 from octvideo.models.octavize import octavize
 from octvideo.models.roofline import Machine
 from octvideo.training import shrink as module
@@ -248,7 +248,7 @@ def run_here(monkeypatch, capsys, vanilla, tmp_path):
         monkeypatch.setattr(sys, "argv", ["shrink.py"])
         output = [] if any(str(word).startswith("--output") for word in options) else [f"--output={tmp_path / 'out'}"]
         try:
-            status = command.main([f"--ckpt={ckpt}", *output, *map(str, options)])
+            status = command.main([*([f"--ckpt={ckpt}"] if ckpt else []), *output, *map(str, options)])
         except SystemExit as error:
             status = error.code
         return status, *capsys.readouterr(), list(calls)
@@ -331,6 +331,46 @@ def test_checkpoints_that_it_cannot_take(run_here, trained, tmp_path):
     assert (status, "missing.ckpt: no such file" in err) == (2, True)
     status, _, err, _ = run_here(ckpt=tmp_path / "missing.ckpt")
     assert (status, "--cfg is needed: " in err) == (2, True)
+
+
+def test_a_network_with_weights_from_elsewhere(run_here, tmp_path, vanilla, monkeypatch):
+    taken = []
+
+    def decide(arguments, found):
+        taken.append((arguments.ckpt, arguments.recipe))
+        raise DoesNotPayError("that is all")
+
+    monkeypatch.setattr(command, "decide", decide)
+    config, weights = f"--cfg={vanilla / 'config.yaml'}", vanilla / "checkpoints" / "last.ckpt"
+    for _ in range(2):  # the second time it is there
+        status, _, err, _ = run_here("--model=i3d_r50", f"--weights={weights}", config, ckpt=None)
+        assert (status, "does not pay: that is all" in err) == (3, True)
+    (original, _), _ = taken
+    found, known = load_trained(original), load_trained(weights)
+    assert (found.options, found.preprocessing) == (known.options, known.preprocessing)
+    for (name, x), y in zip(found.network.state_dict().items(), known.network.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+    assert read_training_checkpoint(original).content["epoch"] == 0
+
+    own = ["--model=own_examples.Tiny", "--model.network.width", "4", "--model.width=null", "--model.dropout=.5"]
+    status, _, err, _ = run_here(*own, config, f"--output={tmp_path / 'own'}", ckpt=None)
+    assert (status, "does not pay: that is all" in err) == (3, True), err
+    assert load_trained(taken[-1][0]).options["network"]["init_args"]["width"] == 4
+    assert taken[-1][1] == [config, *own[-2:]]  # the network's own options come from the checkpoint
+
+
+def test_what_to_shrink_is_said_once(run_here, vanilla):
+    for options, message in (
+        ([], "either --ckpt FILE or --model NAME says what to shrink"),
+        (["--model=c2d_r50", f"--ckpt={vanilla / 'checkpoints' / 'last.ckpt'}"], "either --ckpt FILE or --model NAME"),
+        ([f"--ckpt={vanilla / 'checkpoints' / 'last.ckpt'}", "--weights=w.pth"], "--weights are those of --model NAME"),
+        (["--model=c2d_r50", "--cfg=quickstart"], "--model c2d_r50 needs --weights FILE"),
+        (["--model=c2d_r50", "--weights=w.pth"], "--model needs --cfg to say where the videos are"),
+        (["--model=c2d", "--weights=w.pth", "--cfg=quickstart"], "c2d"),
+        (["--model=c2d_r50", "--weights=w.pth", "--cfg=quickstart"], "w.pth"),
+    ):
+        status, _, err, _ = run_here(*options, ckpt=None)
+        assert (status, message in err, err.count("\n")) == (2, True, 1), err
 
 
 def test_a_step_that_fails_is_named(run_here, tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 octvideo shrink --ckpt runs/i3d/checkpoints/last.ckpt --output runs/shrunk [--budget .7] [--by macs|time]
                 [--cfg RECIPE] [OPTION OF octvideo train ...]
+octvideo shrink --model i3d_r50 --weights I3D_8x8_R50.pyth --cfg RECIPE --output runs/shrunk ...
 
-The checkpoint is one of octvideo train at alpha 0, of the zoo's networks or your own, or a published one. The recipe
-says where the videos are and how to train; without --cfg it is config.yaml of the checkpoint's run. In turn:
+The checkpoint is one of octvideo train at alpha 0, of the zoo's networks or your own, or a published one; --model takes
+a network with weights from elsewhere. The recipe says where the videos are and how to train; without --cfg it is
+config.yaml of the checkpoint's run. In turn:
 
 1. a few batches of training clips order the channels (choose_low) and say how much each layer's octaves change the
    scores; the alphas are chosen that meet the budget and change them least: an alpha for each layer, the same with
@@ -34,6 +36,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 import yaml
 from lightning.pytorch import Trainer
@@ -50,10 +53,11 @@ from octvideo.commands.runs import RunFailedError
 from octvideo.errors import DoesNotPayError, ListError, UserError
 from octvideo.evaluation.report import Run, agreement, read_run
 from octvideo.files import appearing
+from octvideo.models import checkpoint
 from octvideo.models.checkpoint import TrainingCheckpoint, load_trained, read_training_checkpoint
 from octvideo.models.choose_low import choose_low
 from octvideo.models.octavize import octavize
-from octvideo.models.zoo import set_alpha
+from octvideo.models.zoo import MODELS, set_alpha
 from octvideo.training.shrink import ALPHAS, check, choose, measure_seconds, refresh, refuse_slower
 
 OWN = {"--model.alpha", "--model.downsample", "--model.weights", "--model.teacher", "--trainer.default_root_dir"}
@@ -67,10 +71,11 @@ class Clips(CommandLine):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--ckpt", type=str, required=True)
+        parser.add_argument("--ckpt", type=str | None, default=None)
 
     def before_instantiate_classes(self) -> None:
-        self.take_network_of(self.config["ckpt"], "--ckpt")
+        if self.config["ckpt"] is not None:
+            self.take_network_of(self.config["ckpt"], "--ckpt")
         self.config["model"]["teacher"] = None
         self.config["trainer"]["devices"] = 1
 
@@ -86,7 +91,10 @@ def read_arguments(words: list[str]) -> Namespace:
     """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="FILE", help="checkpoint of octvideo train at alpha 0, or a published network")
+    add("--ckpt", metavar="FILE", help="checkpoint of octvideo train at alpha 0, or a published network")
+    what = "in place of --ckpt: a network of the zoo, or the path of a class with arguments --model.network.ARGUMENT"
+    add("--model", metavar="NAME", help=what)
+    add("--weights", metavar="FILE", help="of --model: what octvideo train takes as model.weights")
     runs.add_recipe(parser, required=False)
     add("--budget", type=float, default=0.7, metavar="SHARE", help="of the cost, in (0, 1); default: %(default)s")
     what = "multiply-adds, or also time on this machine, as predicted for the choice and then measured; default: macs"
@@ -100,12 +108,36 @@ def read_arguments(words: list[str]) -> Namespace:
     add("--max-drop", "--max_drop", type=positive, default=2.0, metavar="POINTS", help=what)
     arguments = runs.read_recipe(parser, words, OWN, "{} is what shrink sets itself")
     check(arguments.budget, arguments.by, arguments.alphas)
+    if (arguments.ckpt is None) == (arguments.model is None):
+        fail("either --ckpt FILE or --model NAME says what to shrink")
+    if arguments.model is None and arguments.weights is not None:
+        fail("--weights are those of --model NAME; a checkpoint has its own")
+    if arguments.model in MODELS and arguments.weights is None:
+        fail(f"--model {arguments.model} needs --weights FILE: a network that was never trained has nothing to keep")
+    if arguments.model is not None and not arguments.cfg:
+        fail("--model needs --cfg to say where the videos are")
     if not arguments.cfg:
         config = Path(arguments.ckpt).parent.parent / "config.yaml"
         if not config.is_file():
             fail(f"--cfg is needed: {config} is not there to say where the videos are")
         arguments.cfg, arguments.recipe = [str(config)], [f"--cfg={config}", *arguments.recipe]
     return arguments
+
+
+def write_original(arguments: Namespace, path: Path) -> None:
+    """Writes what --model names as a checkpoint of training, from which all else follows."""
+    named = "name" if "." not in arguments.model else "network"
+    words = [f"--model.{named}={arguments.model}", "--model.alpha=0"]
+    if arguments.weights is not None:
+        words.append(f"--model.weights={arguments.weights}")
+    words = [*(f"--cfg={file}" for file in arguments.cfg), *words, *arguments.others]
+    cli = start(lambda: Clips("", words, keep_options=False))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model, data = cli.model, cli.datamodule
+    options = {key: model.hparams[key] for key in (*checkpoint.NETWORK_OPTIONS, "mean", "std")}
+    training = {"epoch": (cli.config["trainer"]["max_epochs"] or 1) - 1, "global_step": 0}
+    training["pytorch-lightning_version"] = lightning.__version__
+    checkpoint.write(path, model.network, options, training, data.state_dict())
 
 
 def decide(arguments: Namespace, found: TrainingCheckpoint) -> None:
@@ -141,21 +173,16 @@ def decide(arguments: Namespace, found: TrainingCheckpoint) -> None:
         refuse_slower(seconds)
     statistic = {key: getattr(found.preprocessing, key) for key in ("mean", "std")}
     known = found.options | statistic | {"alpha": best.alpha}
-    content = {key: found.content[key] for key in ("epoch", "global_step", "pytorch-lightning_version")}
-    content |= {
-        "hyper_parameters": known,
-        "state_dict": {f"network.{k}": x.cpu() for k, x in network.state_dict().items()},
-    }
-    content["VideoData"] = {"preprocessing": asdict(found.preprocessing), "labels": found.labels}
-    with appearing(output / "choice.ckpt") as partial:
-        torch.save(content, partial)
+    training = {key: found.content[key] for key in ("epoch", "global_step", "pytorch-lightning_version")}
+    data = {"preprocessing": asdict(found.preprocessing), "labels": found.labels}
+    checkpoint.write(output / "choice.ckpt", network, known, training, data)
     recipe: dict[str, Any] = {key: value for key, value in known.items() if key != "skip"}
     recipe |= {"skip": list(known["skip"] or ()), "weights": str(output / "choice.ckpt"), "teacher": arguments.ckpt}
     recipe |= {"teacher_weight": 0.9, "warmup_epochs": 0, "milestones": None, "normalization": "batch"}
     recipe["learning_rate"] = cli.config["model"]["learning_rate"] / LESS
     epochs = arguments.epochs or max(1, round((found.content["epoch"] + 1) / 10))
-    training = {"max_epochs": epochs, "default_root_dir": str(output / "training")}
-    text = yaml.safe_dump({"model": recipe, "trainer": training, "precise_bn": arguments.batches}, sort_keys=False)
+    trainer = {"max_epochs": epochs, "default_root_dir": str(output / "training")}
+    text = yaml.safe_dump({"model": recipe, "trainer": trainer, "precise_bn": arguments.batches}, sort_keys=False)
     about: dict[str, Any] = {"way": best.name, "candidates": [[one.name, *one.likeness] for one in candidates]}
     about["seconds_to_choose"] = time.perf_counter() - began
     with appearing(output / "choice.json") as partial:
@@ -240,9 +267,29 @@ def conclude(arguments: Namespace, exported: Path, found: list[Run]) -> None:
         refuse_slower(seconds)
 
 
+def without_network(words: list[str]) -> list[str]:
+    """Options without those of `model.network` and their values."""
+    kept, within = [], False
+    for word in words:
+        if word.startswith("--"):
+            within = word.startswith("--model.network.")
+        if not within:
+            kept.append(word)
+    return kept
+
+
 def shrink(words: list[str]) -> int:
     """Does what the command line says; returns the exit status."""
     arguments = read_arguments(words)
+    what = runs.contents(arguments)
+    names = ("ckpt", "budget", "by", "alphas", "batches", "epochs", *(("model", "weights") if arguments.model else ()))
+    what |= {name: getattr(arguments, name) for name in names}
+    if arguments.model is not None:
+        arguments.ckpt = str(arguments.output / "original.ckpt")
+        if not (arguments.output / "recipe.json").is_file():
+            write_original(arguments, Path(arguments.ckpt))
+        arguments.others = without_network(arguments.others)  # which the checkpoint records
+        arguments.recipe = [f"--cfg={file}" for file in arguments.cfg] + arguments.others
     try:
         found = read_training_checkpoint(arguments.ckpt)
     except FileNotFoundError as error:
@@ -253,8 +300,6 @@ def shrink(words: list[str]) -> int:
         raise UserError(
             f"--ckpt {arguments.ckpt} is octave already, at alpha {alpha}: shrink takes a network of alpha 0"
         )
-    what = runs.contents(arguments) | {name: getattr(arguments, name) for name in ("ckpt", "budget", "by", "alphas")}
-    what |= {name: getattr(arguments, name) for name in ("batches", "epochs")}
     arguments.output.mkdir(parents=True, exist_ok=True)
     runs.keep(arguments.output / "recipe.json", what, "what shrinking with other options wrote")
     try:

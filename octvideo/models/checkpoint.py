@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.errors import UserError
-from octvideo.files import verify
+from octvideo.files import appearing, verify
 from octvideo.models.elastic import AlphaStatistics
 from octvideo.models.own_network import adapt, build_recorded, fit_classes, give_logits
 from octvideo.models.published import STATISTICS, published_folder, read_published
@@ -115,6 +116,22 @@ def load_trained(path: str | Path, alpha: Alpha | None = None) -> Trained:
         give_logits(network, options["output"], options["num_classes"])
     labels = checkpoint.labels or [f"class {index}" for index in range(options["num_classes"])]
     return Trained(network.eval(), options, labels, checkpoint.preprocessing)
+
+
+def write(
+    path: Path, network: nn.Module, options: Mapping[str, Any], training: Mapping[str, Any], data: Mapping[str, Any]
+) -> None:
+    """Writes a network that was not trained by train_net.py as if it had been.
+
+    Args:
+        options: `NETWORK_OPTIONS`, mean and std.
+        training: other entries of the file: epoch, global_step, pytorch-lightning_version.
+        data: what octvideo's VideoData records: preprocessing and labels.
+    """
+    tensors = {f"network.{key}": x.cpu() for key, x in network.state_dict().items()}
+    content = {**training, "hyper_parameters": dict(options), "state_dict": tensors, "VideoData": dict(data)}
+    with appearing(path) as partial:
+        torch.save(content, partial)
 
 
 def restore(options: Mapping[str, Any]) -> nn.Module:
