@@ -53,7 +53,7 @@ def trained(run: Path, words: Sequence[str]) -> tuple[Path, float]:
 
 
 def tested(checkpoint: Path, run: Path, words: Sequence[str], alphas: Sequence[float], statistics: int) -> list[Row]:
-    """The rows of `octvideo test --alphas`: each alpha with the checkpoint's statistics and with re-estimated ones."""
+    """The rows of `octvideo test --alphas`: with the checkpoint's statistics and, on so many batches, new ones."""
     output = run / "test"
     if not (output / "alphas.json").exists():
         asked = [f"--alphas={','.join(map(str, alphas))}", f"--statistics_batches={statistics}"]
@@ -62,23 +62,29 @@ def tested(checkpoint: Path, run: Path, words: Sequence[str], alphas: Sequence[f
     return [{key: row[key] for key in ("alpha", "gmacs", "statistics", "top1")} for row in rows]
 
 
-def measure(setup: str, seed: int, folder: Path) -> Iterator[Row]:
-    """The rows of one seed."""
+def recipe(setup: str, seed: int, folder: Path, downsample: str = "pool") -> tuple[list[str], str]:
+    """Options of a training without its alpha, and the one that names the videos to test on; the data are there."""
     num_train, epochs = SETUPS[setup]
     data, unseen = folder / setup, folder / "unseen"
     make_data_set(data, num_train)
     make_data_set(unseen, 8, 800, seed=1)
-    words = ["--cfg=quickstart", *data_words(data), "--model.downsample=pool", f"--trainer.max_epochs={epochs}"]
-    words += [f"--seed_everything={seed}"]
+    words = ["--cfg=quickstart", *data_words(data), f"--model.downsample={downsample}"]
+    words += [f"--trainer.max_epochs={epochs}", f"--seed_everything={seed}"]
     listed = (unseen / "val.csv").read_text().splitlines()
     (unseen / "absolute.csv").write_text("".join(f"{unseen / line}\n" for line in listed))
-    test = [*words, f"--data.test_list={unseen / 'absolute.csv'}"]
+    return words, f"--data.test_list={unseen / 'absolute.csv'}"
+
+
+def measure(setup: str, seed: int, folder: Path) -> Iterator[Row]:
+    """The rows of one seed."""
+    words, test_list = recipe(setup, seed, folder)
+    test = [*words, test_list]
     of_run: Row = {"setup": setup, "seed": seed}
     for alpha in ALPHAS:
         run = folder / f"{setup}_alone_{alpha:g}_{seed}"
         checkpoint, seconds = trained(run, [*words, f"--model.alpha={alpha:g}"])
         alphas = ALPHAS if alpha == 0 else [alpha]
-        for row in tested(checkpoint, run, test, alphas, 20):
+        for row in tested(checkpoint, run, test, alphas, 0 if alpha else 20):
             own = row["alpha"] == alpha
             if not own or row["statistics"] == "checkpoint":
                 yield of_run | row | {"kind": "alone" if own else "untrained", "seconds": seconds}

@@ -105,7 +105,7 @@ class Task:
 
     def distance_of(self, network: nn.Module) -> float:
         """The same for a network as it is."""
-        refresh(network, self.batches)
+        refresh(network, self.network, self.batches)
         return compare(answers(network, self.batches), self.wanted, distance_of).distance
 
 

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from octvideo.errors import UserError
 from octvideo.layers.normalization import normalize
 from octvideo.layers.octaves import Octaves
-from octvideo.training.precise_bn import PreciseBatchNorm, estimate_statistics
+from octvideo.training.precise_bn import PreciseBatchNorm, estimate_statistics, match_statistics
 
 
 def vanilla_rows(x):
@@ -132,6 +133,58 @@ def test_statistics_of_nothing_are_an_error():
         estimate_statistics(nn.Conv3d(1, 1, 1), [clips(1)], Net())
     with pytest.raises(ValueError, match="frozen"):
         estimate_statistics(normalize(Net(), "frozen"), [clips(1)], Net())
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 1])
+def test_matched_statistics_give_what_the_original_gives(alpha):
+    original, model, batch = Net(0), Net(alpha), 3 * clips(6) + 1  # not what its statistics are of
+    estimate_statistics(original, [clips(8, 1)], original)
+    match_statistics(model, original, [batch], lambda network, clip: network(clip))
+    found = []
+    for network in (original, model):
+        network.eval().norm.register_forward_hook(lambda _, inputs, output: found.append(vanilla_rows(output.detach())))
+        network(batch)
+    for wanted, channel in zip(*found, strict=True):
+        torch.testing.assert_close(channel.mean(), wanted.mean(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(channel.std(correction=0), wanted.std(correction=0), rtol=1e-3, atol=1e-3)
+
+
+def test_matched_statistics_of_an_equal_network_stay_and_batches_count_together():
+    original = Net(0)
+    estimate_statistics(original, [clips(8, 1)], original)
+    model, other = copy.deepcopy(original), Net(0.5)
+    other.load_state_dict(original.state_dict())
+    batches = [3 * clips(2) + 1, 2 * clips(2, 1)]
+    match_statistics(model, original, batches, lambda network, clip: network(clip))
+    for name, x in original.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], x, rtol=1e-5, atol=1e-6)
+    halves = copy.deepcopy(other)
+    match_statistics(other, original, [torch.cat(batches)], lambda network, clip: network(clip))
+    match_statistics(halves, original, batches, lambda network, clip: network(clip))
+    for key in ("running_mean", "running_var"):  # of the first norm, which sees the same either way
+        torch.testing.assert_close(halves.norm.get_buffer(key), other.norm.get_buffer(key), rtol=1e-4, atol=1e-5)
+
+
+def test_matching_that_cannot_be_leaves_all_as_it_was():
+    original, model = Net(0), Net(0.5).train()
+    before = snapshot(model)
+
+    def forward(network, clip):
+        network(clip)
+        if network is model:
+            raise KeyError("no")
+
+    with pytest.raises(KeyError, match="no"):
+        match_statistics(model, original, [clips(2)], forward)
+    assert_equal(snapshot(model), before)
+    assert all(module.training for module in model.modules())
+    assert not model.norm._forward_pre_hooks
+    assert not original.norm._forward_pre_hooks
+    match_statistics(model, original, [], forward)
+    match_statistics(normalize(model, "frozen"), normalize(original, "frozen"), [clips(2)], lambda *_: None)
+    assert_equal(snapshot(model), before)
+    with pytest.raises(UserError, match="batch norms of only one of the two: head, norm, unused"):
+        match_statistics(Net(0.5), nn.Conv3d(1, 1, 1), [], forward)
 
 
 BATCHES = [clips(2, 0), clips(0), clips(2, 2), clips(2, 3)]  # the second process': clips(2, 4), clips(2, 5) ...

@@ -27,6 +27,7 @@ budget is out of reach, by time the network is not faster here, or the accuracy 
 130 on Ctrl-C, 143 on SIGTERM.
 """
 
+import copy
 import importlib.util
 import json
 import sys
@@ -166,8 +167,9 @@ def decide(arguments: Namespace, found: TrainingCheckpoint) -> None:
         like = f"agreement {100 * one.likeness.agreement:.1f} %, distance {one.likeness.distance:.3g}"
         print(f"{one.name}: {like} on {sum(map(len, batches))} training clips, untrained")
     vanilla = load_trained(arguments.ckpt).network.to(device)
+    plain = copy.deepcopy(network)
     octavize(network, best.alpha, **options)
-    refresh(network, batches)
+    refresh(network, plain, batches)
     seconds = measure_seconds([vanilla, network], batches[0])
     if arguments.by == "time":
         refuse_slower(seconds)

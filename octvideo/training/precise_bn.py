@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from octvideo.layers.octaves import Octaves
 from octvideo.layers.parts import join_by_parts
 
 T = TypeVar("T")
+STATISTICS = ("running_mean", "running_var")
 
 
 def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callable[[T], Any]) -> int:
@@ -63,6 +65,66 @@ def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callabl
     return int(clips)
 
 
+def match_statistics(
+    model: nn.Module, original: nn.Module, batches: Iterable[T], forward: Callable[[nn.Module, T], Any]
+) -> None:
+    """Sets running statistics so that each channel leaves a batch norm with the mean and variance of the original's.
+
+    Those of an octave network then fit its maps and still are those of the clips that the original was trained on, of
+    which there may be none here: statistics of other clips, `estimate_statistics`, spoil even the original. A network
+    that computes what the original does keeps its statistics up to rounding. Weights, training modes and frozen batch
+    norms stay, and all does if a forward pass fails.
+
+    Args:
+        model: with the original's batch norms, under the same names and with channels in the same order.
+        original: evaluated with its own statistics.
+        batches: some that are like what the network is for, all of which count alike.
+        forward: runs one of the two on a batch.
+
+    Raises UserError if the two have batch norms of different names.
+    """
+    norms, kept = _named(model), _named(original)
+    if norms.keys() != kept.keys():
+        raise UserError(f"batch norms of only one of the two: {', '.join(sorted(norms.keys() ^ kept.keys()))}")
+    own = {name: [norm.get_buffer(key).double() for key in STATISTICS] for name, norm in kept.items()}
+    sums: dict[tuple[str, str], Tensor | float] = {}
+    of_call: dict[str, list[Tensor]] = {name: [] for name in norms}
+
+    def put(norm: nn.Module, name: str, wanted: Tensor, found: Tensor) -> None:
+        """Makes of `found` sums what the original's statistics make of `wanted` ones."""
+        mean, var = own[name]
+        (wanted_mean, wanted_var), (found_mean, found_var) = _moments(wanted), _moments(found)
+        ratio = torch.where(wanted_var > 1e-10 * var, found_var / wanted_var.clamp(min=1e-30), 1.0)
+        norm.get_buffer("running_mean").copy_(found_mean - (wanted_mean - mean) * ratio.sqrt())
+        norm.get_buffer("running_var").copy_(var * ratio)
+
+    def look(name: str, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        of_call[name].append(_sums(inputs[0]))
+
+    def follow(name: str, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+        pair = of_call[name].pop(0), _sums(inputs[0])
+        put(norm, name, *pair)  # so that what comes later sees what it will see
+        for key, values in zip(("wanted", "found"), pair, strict=True):
+            sums[name, key] = sums.get((name, key), 0.0) + values
+
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    with evaluating(model, device) as stack, evaluating(original, device):
+        undo = stack.enter_context(contextlib.ExitStack())
+        for norm, key in itertools.product(norms.values(), STATISTICS):
+            undo.callback(norm.get_buffer(key).copy_, norm.get_buffer(key).clone())
+        for name in norms:
+            stack.callback(kept[name].register_forward_pre_hook(partial(look, name)).remove)
+            stack.callback(norms[name].register_forward_pre_hook(partial(follow, name)).remove)
+        for batch in batches:
+            forward(original, batch)
+            forward(model, batch)
+        undo.pop_all()
+    for name, norm in norms.items():
+        wanted, found = (sums.get((name, key)) for key in ("wanted", "found"))
+        if isinstance(wanted, Tensor) and isinstance(found, Tensor):
+            put(norm, name, wanted, found)
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module, device: torch.device) -> Iterator[contextlib.ExitStack]:
     """Evaluation mode, without gradients; training modes and torch's random state are restored after it."""
@@ -76,11 +138,20 @@ def evaluating(model: nn.Module, device: torch.device) -> Iterator[contextlib.Ex
 
 
 def _estimated(model: nn.Module) -> list[_BatchNorm]:
-    norms = [x for x in model.modules() if isinstance(x, _BatchNorm) and x.running_mean is not None]
-    norms = [norm for norm in norms if not isinstance(norm, FrozenBatchNorm)]
-    if not norms:
+    if not (norms := list(_named(model).values())):
         raise UserError(f"{type(model).__name__} has no batch norm to estimate: all are frozen, or there are none")
     return norms
+
+
+def _named(model: nn.Module) -> dict[str, _BatchNorm]:
+    norms = {k: x for k, x in model.named_modules() if isinstance(x, _BatchNorm) and x.running_mean is not None}
+    return {name: norm for name, norm in norms.items() if not isinstance(norm, FrozenBatchNorm)}
+
+
+def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:
+    count, values, squares = sums
+    mean = values / count
+    return mean, (squares / count - mean.square()).clamp(min=0)
 
 
 def _sums(x: Tensor | Octaves) -> Tensor:

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from octvideo.errors import DoesNotPayError, UserError
@@ -37,7 +36,7 @@ from octvideo.models.cost import Cost, time_interleaved
 from octvideo.models.octavize import octavize
 from octvideo.models.roofline import Machine, measure_machine
 from octvideo.training import objective
-from octvideo.training.precise_bn import estimate_statistics, evaluating
+from octvideo.training.precise_bn import evaluating, match_statistics
 from octvideo.training.schedule import Schedule
 
 By = Literal["macs", "time"]
@@ -97,10 +96,9 @@ def compare(found: Sequence[Any], wanted: Sequence[Any], distance: Distance) -> 
     return Likeness(statistics.fmean(distances), float(torch.cat(equal).float().mean()))
 
 
-def refresh(network: nn.Module, batches: Iterable[Batch]) -> None:
-    """Re-estimates batch-norm statistics, if the network has any that are not frozen."""
-    with suppress(UserError):
-        estimate_statistics(network, batches, lambda batch: _run(network, batch, _device(network)))
+def refresh(network: nn.Module, vanilla: nn.Module, batches: Iterable[Batch]) -> None:
+    """Gives a network the batch-norm statistics that suit its octaves."""
+    match_statistics(network, vanilla, batches, lambda model, batch: _run(model, batch, _device(model)))
 
 
 class Candidate(NamedTuple):
@@ -128,8 +126,9 @@ def choose(
     """What the network costs, and the ways to make it octave within a budget, the one most like it first.
 
     No labels are needed: what counts is the distance of the outputs from the network's own, with batch-norm statistics
-    of the same batches. The ways are an alpha for each layer, by sensitivities (see `octvideo.models.allocation`); the
-    same without the layers that strided convolutions read, so that these still stride; one alpha for all layers.
+    that fit the octaves (`match_statistics`). The ways are an alpha for each layer, by sensitivities (see
+    `octvideo.models.allocation`); the same without the layers that strided convolutions read, so that these still
+    stride; one alpha for all layers.
 
     Args:
         network: at alpha 0, best after `choose_low`; neither trained nor changed.
@@ -174,7 +173,7 @@ def choose(
     wanted = answers(network, batches)
 
     def loss(model: nn.Module) -> float:
-        refresh(model, batches)
+        refresh(model, network, batches)
         return compare(answers(model, batches), wanted, distance).distance
 
     def measured(left: list[tuple[Group, float]]) -> Iterator[Sensitivity]:
@@ -203,7 +202,7 @@ def choose(
         cost = trial.cost(alpha)
         if machine is None or machine.seconds(cost, dtype) <= budget * machine.seconds(vanilla, dtype):
             octavize(model, alpha, **options)
-            refresh(model, batches)
+            refresh(model, network, batches)
             likeness = compare(answers(model, batches), wanted, distance)
             candidates.append(Candidate(name, alpha, cost, likeness))
     if not candidates:
@@ -217,14 +216,14 @@ def distil(
     batches: Iterable[Batch],
     *,
     steps: int,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1e-4,
     distance: Distance = distance_of,
     progress: bool = False,
 ) -> None:
-    """Trains a network in place to give the outputs of its teacher, without labels; batch norms use batch statistics.
+    """Trains a network in place to give the outputs of its teacher, without labels.
 
-    Adam with a tenth of the steps as warm-up, then half a cosine to 0, gradients clipped at a norm of 1; dropout stays
-    off, as it does in the teacher. Batch-norm statistics had better be re-estimated afterwards (`refresh`).
+    Adam with a tenth of the steps as warm-up, then half a cosine to 0, gradients clipped at a norm of 1. Both are in
+    eval mode: dropout is off, and batch-norm statistics stay, which should fit the student before (`refresh`).
 
     Args:
         batches: inputs of several entries each; iterated again and again until there were enough steps.
@@ -235,9 +234,6 @@ def distil(
     """
     device, modes = _device(student), [(module, module.training) for module in student.modules()]
     student.eval()
-    for module in student.modules():
-        if isinstance(module, _BatchNorm):
-            module.train()
     optimizer = torch.optim.Adam([x for x in student.parameters() if x.requires_grad], learning_rate)
     schedule = Schedule(learning_rate, steps, learning_rate / 10, steps / 10) if steps else None
     endless = itertools.chain.from_iterable(itertools.repeat(batches))
@@ -292,7 +288,7 @@ def shrink(
     calibration: int = 8,
     held_out: Sequence[Batch] = (),
     steps: int = 200,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1e-4,
     options: Mapping[str, Any] | None = None,
     distance: Distance = distance_of,
     folder: Path | None = None,
@@ -301,7 +297,8 @@ def shrink(
     """Makes a trained network cheaper, whatever its inputs and outputs, without labels; the network stays as it is.
 
     A copy's channels are ordered by `choose_low`, its octaves chosen by `choose`, and it learns the network's outputs
-    (`distil`); batch-norm statistics are estimated before and after that.
+    (`distil`). Batch norms keep the statistics of the clips that the network was trained on, adapted to the octaves
+    (`match_statistics`), so that the clips that it learns from may be of another kind.
 
     Args:
         network: vanilla.
@@ -332,9 +329,9 @@ def shrink(
         notes.append(f"channels stay in the order in which they were trained: {error}")
     how: dict[str, Any] = {"budget": budget, "by": by, "alphas": alphas, "options": options, "distance": distance}
     vanilla, candidates = choose(student, chosen_by, **how, folder=folder, progress=progress)
-    best = candidates[0]
+    best, plain = candidates[0], copy.deepcopy(student)
     octavize(student, best.alpha, **options)
-    refresh(student, chosen_by)
+    refresh(student, plain, chosen_by)
     seconds = measure_seconds([network, student], chosen_by[0])
     if by == "time":
         refuse_slower(seconds)
@@ -348,7 +345,6 @@ def shrink(
     else:
         training: dict[str, Any] = {"learning_rate": learning_rate, "distance": distance, "progress": progress}
         distil(student, network, batches, steps=steps, **training)
-        refresh(student, chosen_by)
         if kept:
             with appearing(kept) as partial_file:
                 torch.save({"of": of, "weights": student.state_dict()}, partial_file)
