@@ -5,8 +5,8 @@ python experiments/shrink.py [--parts quickstart,statistics,lite0,transnetv2] [-
 
 quickstart   the quickstart's network trained at alpha 0, with strides pooled and as usual, shrunk by `octvideo shrink`
              to .7 of the multiply-adds; tested on 800 videos that no training saw
-statistics   EfficientNet-Lite0 made octave, without training, on frames of --videos: with the batch-norm statistics that it
-             has, with re-estimated ones and with matched ones
+statistics   EfficientNet-Lite0 made octave, without training, on frames of --videos: with the batch-norm statistics
+             that it has, with re-estimated ones and with matched ones
 lite0        EfficientNet-Lite0 on those frames, by octvideo.training.shrink.shrink to .8 of the multiply-adds
 transnetv2   TransNetV2 on films spliced from --videos, to .7 of the multiply-adds
 
@@ -43,6 +43,7 @@ from octvideo.training.shrink import Shrunk, answers, compare, distance_of, shri
 
 RESULTS = HERE / "results" / "shrink.json"
 FRAMES, HELD_OUT = 512, 420  # of EfficientNet-Lite0
+EPOCHS = 4  # of distilling
 Row = dict[str, Any]
 Task = tuple[Row, Callable[[], Row]]  # what identifies a row, and the rest of it
 
@@ -105,11 +106,11 @@ def figures(found: Shrunk) -> Row:
 
 
 def lite0(options: Namespace) -> Iterator[Task]:
-    """EfficientNet-Lite0, distilled for 10 epochs of the frames."""
+    """EfficientNet-Lite0, distilled on the frames."""
 
     def measure() -> Row:
         known, unseen = frames(options, True), frames(options, False)
-        how: Row = {"calibration": 8, "steps": 10 * len(known), "learning_rate": options.learning_rate}
+        how: Row = {"calibration": 8, "steps": EPOCHS * len(known), "learning_rate": options.learning_rate}
         folder = options.folder / "lite0"
         network = real_weights.load_lite0()
         return figures(shrink(network, known, budget=0.8, held_out=unseen, folder=folder, progress=True, **how))
@@ -128,7 +129,7 @@ def transnetv2(options: Namespace) -> Iterator[Task]:
             real_weights.splice(real_weights.divide(videos, calibration), 40) for calibration in (True, False)
         )
         batches, held_out = ([w[None] for w in film.split(100)[:-1]] for film, _ in (known, unseen))
-        how: Row = {"calibration": 8, "steps": 10 * len(batches), "learning_rate": options.learning_rate}
+        how: Row = {"calibration": 8, "steps": EPOCHS * len(batches), "learning_rate": options.learning_rate}
         folder = options.folder / "transnetv2"
         found = shrink(network, batches, budget=0.7, held_out=held_out, folder=folder, progress=True, **how)
         film, true = unseen
