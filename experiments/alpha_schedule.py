@@ -72,6 +72,8 @@ class AlphaSchedule(Callback):
                 raise UserError(f"alpha {alpha} of the alpha schedule: {error}") from error
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.hparams.get("elastic"):
+            raise UserError("an alpha schedule and model.elastic both set alpha: leave out one of them")
         self.check(pl_module.get_submodule("network"), pl_module.hparams["alpha"])
         self._alpha = None
 

@@ -226,6 +226,13 @@ def test_alphas_that_the_network_cannot_take_are_refused_before_the_first_step(t
     AlphaSchedule(0.5, 1, num_steps=2).check(module.network, 0.0)
 
 
+def test_elastic_training_has_no_schedule(tmp_path):
+    module = Module()
+    module.hparams["elastic"] = {"alphas": [0, 0.5]}
+    with pytest.raises(ValueError, match=r"an alpha schedule and model\.elastic both set alpha"):
+        trainer_with(tmp_path, AlphaSchedule(0.5, 1)).fit(module)
+
+
 @pytest.mark.parametrize(
     "options", [{"epochs": 2}, {"epochs": -1, "max_steps": 8}, {"epochs": 2, "accumulate_grad_batches": 2}]
 )
