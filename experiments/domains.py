@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,15 +170,20 @@ def run(name: str, alpha: float, seed: int) -> dict[str, Any]:
     return {"part": name, "alpha": alpha, "seed": seed, "score": part.score(outputs, data.test_targets), "macs": macs}
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs what is missing, and writes the rows after each run."""
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--parts", type=several(one_of(PARTS, "part")), default=tuple(PARTS), metavar="A,B")
     add("--alphas", type=several(share), default=(0.0, 0.25, 0.5), metavar="A,B")
     add("--seeds", type=number, default=3, metavar="N", help="default: 3")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="default: experiments/results/domains.json")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs what is missing, and writes the rows after each run."""
+    options = parse(arguments)
     rows: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json.exists() else []
     done = {(row["part"], row["alpha"], row["seed"]) for row in rows}
     wanted = [

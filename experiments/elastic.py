@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Measures what is missing, and writes the rows after each seed."""
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--setups", type=several(one_of(SETUPS, "set-up")), default=tuple(SETUPS), metavar="A,B")
@@ -134,7 +135,12 @@ def main(arguments: Sequence[str]) -> None:
     add("--folder", type=Path, default=Path("runs/elastic"), help="for data and runs; default: runs/elastic")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="default: experiments/results/elastic.json")
     add("--plot", type=Path, metavar="FILE", help="write a PNG of accuracy over multiply-adds there")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures what is missing, and writes the rows after each seed."""
+    options = parse(arguments)
     folder, console = options.folder.absolute(), Console()
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []

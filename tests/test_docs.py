@@ -47,7 +47,7 @@ from pytorchvideo.models import resnet
 from torch.distributed.run import get_args_parser
 
 import octvideo
-from experiments import budget, real_weights, serving, speed, streams
+from experiments import budget, domains, elastic, real_weights, serving, shrinking, speed, streams
 from octvideo import MODELS, create_model
 from octvideo.commands import runs, stream
 from octvideo.models.choose_alpha import choose_alpha
@@ -94,7 +94,10 @@ SMALL = {
         *("--max-videos=1", "--backends=pyav", "--protocols=slowfast"),
     ],
 }
-PARSED = {f"{module.__name__.split('.')[-1]}.py": module for module in (budget, real_weights, serving, streams)}
+PARSED = {
+    f"{module.__name__.split('.')[-1]}.py": module
+    for module in (budget, domains, elastic, real_weights, serving, shrinking, streams)
+}
 SHALLOW = (1, 1, 1, 1)  # blocks of the stages of what tools run, in place of 3, 4, 6, 3
 SLURM_TASK = {
     **{"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1", "SLURM_JOB_ID": "17"},

@@ -1,6 +1,6 @@
 """Networks that are trained already, made cheaper without labels: what is lost, and what it takes.
 
-python experiments/shrink.py [--parts quickstart,statistics,lite0,transnetv2] [--videos FOLDER ...] [--seeds 3]
+python experiments/shrinking.py [--parts quickstart,statistics,lite0,transnetv2] [--videos FOLDER ...] [--seeds 3]
                              [--folder runs/shrink] [--json FILE]
 
 quickstart   the quickstart's network trained at alpha 0, with strides pooled and as usual, shrunk by `octvideo shrink`
@@ -143,8 +143,8 @@ def transnetv2(options: Namespace) -> Iterator[Task]:
 PARTS = {"quickstart": quickstart, "statistics": statistics, "lite0": lite0, "transnetv2": transnetv2}
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Measures what is missing, and writes the rows after each."""
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--parts", type=several(one_of(PARTS, "part")), default=tuple(PARTS), metavar="A,B")
@@ -153,7 +153,12 @@ def main(arguments: Sequence[str]) -> None:
     add("--learning-rate", type=float, default=1e-4, metavar="X", help="of lite0 and transnetv2; default: 1e-4")
     add("--folder", type=Path, default=Path("runs/shrink"), help="for data and runs; default: runs/shrink")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="default: experiments/results/shrink.json")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures what is missing, and writes the rows after each."""
+    options = parse(arguments)
     rows: dict[str, list[Row]] = json.loads(options.json.read_text()) if options.json.exists() else {}
     for part in options.parts:
         known = rows.setdefault(part, [])
