@@ -58,7 +58,7 @@ from octvideo.models.checkpoint import load_trained
 from octvideo.models.choose_low import choose_low
 from octvideo.models.octavize import octavize
 from octvideo.models.zoo import set_alpha
-from octvideo.training.shrink import ALPHAS, answers, check, compare, distance_of, refresh
+from octvideo.training.shrink import ALPHAS, check, compare, distance_of, look, refresh
 
 SHARPNESS = 0.1  # width of the soft step, as a share of the channels
 PENALTY = 30.0  # of the square of the share of multiply-adds above the budget
@@ -82,7 +82,7 @@ class Task:
         choose_low(set_alpha(self.network, 0), self.batches[:4])
         self.trial = Trial(self.network, self.batches[0][:1], self.options)
         self.groups, self.sources = self.trial.flow()
-        self.wanted = answers(self.network, self.batches)
+        self.seen = look(self.network, self.batches)
         self.model = copy.deepcopy(self.network)
         if arguments.elastic:  # its channels stay in their order
             self.model.load_state_dict(load_trained(arguments.elastic[seed]).network.state_dict())
@@ -105,8 +105,7 @@ class Task:
 
     def distance_of(self, network: nn.Module) -> float:
         """The same for a network as it is."""
-        refresh(network, self.network, self.batches)
-        return compare(answers(network, self.batches), self.wanted, distance_of).distance
+        return compare(refresh(network, self.seen, self.batches), self.seen.outputs, distance_of).distance
 
 
 def one_alpha(task: Task, arguments: Namespace) -> dict[str, float]:
@@ -160,7 +159,7 @@ def gates(task: Task, arguments: Namespace) -> dict[str, float]:
         return hook
 
     optimizer = torch.optim.Adam([logits], 0.05)
-    pairs = list(zip(task.batches, task.wanted, strict=True))
+    pairs = list(zip(task.batches, task.seen.outputs, strict=True))
     with ExitStack() as stack:
         for i, group in enumerate(task.groups):
             for name in group:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from octvideo.errors import UserError
 from octvideo.layers.normalization import normalize
 from octvideo.layers.octaves import Octaves
-from octvideo.training.precise_bn import PreciseBatchNorm, estimate_statistics, match_statistics
+from octvideo.training.precise_bn import PreciseBatchNorm, estimate_statistics, match_statistics, watch
 
 
 def vanilla_rows(x):
@@ -141,6 +141,11 @@ def test_matched_statistics_give_what_the_original_gives(alpha):
     estimate_statistics(original, [clips(8, 1)], original)
     match_statistics(model, original, [batch], lambda network, clip: network(clip))
     found = []
+    seen = watch(original, [batch], lambda network, clip: network(clip))
+    before = snapshot(model)
+    (output,) = match_statistics(model, seen, [batch], lambda network, clip: network(clip))
+    assert_equal(snapshot(model), before)
+    torch.testing.assert_close(model.eval()(batch), output, rtol=1e-4, atol=1e-4)  # as in the pass that matched it
     for network in (original, model):
         network.eval().norm.register_forward_hook(lambda _, inputs, output: found.append(vanilla_rows(output.detach())))
         network(batch)
@@ -183,6 +188,9 @@ def test_matching_that_cannot_be_leaves_all_as_it_was():
     match_statistics(model, original, [], forward)
     match_statistics(normalize(model, "frozen"), normalize(original, "frozen"), [clips(2)], lambda *_: None)
     assert_equal(snapshot(model), before)
+    seen = watch(Net(0), [clips(2)], lambda network, clip: network(clip))
+    with pytest.raises(UserError, match="norm runs more often in a forward pass than the original's"):
+        match_statistics(Net(0.5), seen, [clips(2)], lambda network, clip: [network(clip), network(clip)])
     with pytest.raises(UserError, match="batch norms of only one of the two: head, norm, unused"):
         match_statistics(Net(0.5), nn.Conv3d(1, 1, 1), [], forward)
 

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -19,7 +19,6 @@ from octvideo.layers.octaves import Octaves
 from octvideo.layers.parts import join_by_parts
 
 T = TypeVar("T")
-STATISTICS = ("running_mean", "running_var")
 
 
 def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callable[[T], Any]) -> int:
@@ -60,14 +59,36 @@ def estimate_statistics(model: nn.Module, batches: Iterable[T], forward: Callabl
     for norm, (count, values, squares) in sums.items():
         if count.min() > 0:
             mean = values / count
-            norm.get_buffer("running_mean").copy_(mean)
-            norm.get_buffer("running_var").copy_((squares - mean * values) / (count - 1).clamp(min=1))
+            _mean(norm).copy_(mean)
+            _variance(norm).copy_((squares - mean * values) / (count - 1).clamp(min=1))
     return int(clips)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a network's batch norms saw of some batches; see `match_statistics`."""
+
+    statistics: dict[str, tuple[Tensor, Tensor]]  # running mean and variance (C,) by the batch norm's name
+    sums: list[dict[str, list[Tensor]]]  # for each batch and batch norm, (3, C) of each call
+    outputs: list[Any]  # of the network, for each batch
+
+
+def watch(network: nn.Module, batches: Iterable[T], forward: Callable[[nn.Module, T], Any]) -> Seen:
+    """Evaluates a network on batches, by forward(network, batch), and notes what `match_statistics` asks of it."""
+    norms = _named(network)
+    sums: list[dict[str, list[Tensor]]] = []
+    known = {name: (_mean(norm).double(), _variance(norm).double()) for name, norm in norms.items()}
+    with _looking(norms, lambda name, found: sums[-1][name].append(found)), evaluating(network, _device(network)):
+        outputs = []
+        for batch in batches:
+            sums.append({name: [] for name in norms})
+            outputs.append(forward(network, batch))
+    return Seen(known, sums, outputs)
+
+
 def match_statistics(
-    model: nn.Module, original: nn.Module, batches: Iterable[T], forward: Callable[[nn.Module, T], Any]
-) -> None:
+    model: nn.Module, original: nn.Module | Seen, batches: Iterable[T], forward: Callable[[nn.Module, T], Any]
+) -> list[Any]:
     """Sets running statistics so that each channel leaves a batch norm with the mean and variance of the original's.
 
     Those of an octave network then fit its maps and still are those of the clips that the original was trained on, of
@@ -77,52 +98,62 @@ def match_statistics(
 
     Args:
         model: with the original's batch norms, under the same names and with channels in the same order.
-        original: evaluated with its own statistics.
+        original: evaluated with its own statistics; or what `watch` saw of it on the same batches.
         batches: some that are like what the network is for, all of which count alike.
         forward: runs one of the two on a batch.
 
+    Returns the model's outputs for each batch, where it was matched to that batch and those before the layer.
+
     Raises UserError if the two have batch norms of different names.
     """
-    norms, kept = _named(model), _named(original)
-    if norms.keys() != kept.keys():
-        raise UserError(f"batch norms of only one of the two: {', '.join(sorted(norms.keys() ^ kept.keys()))}")
-    own = {name: [norm.get_buffer(key).double() for key in STATISTICS] for name, norm in kept.items()}
-    sums: dict[tuple[str, str], Tensor | float] = {}
-    of_call: dict[str, list[Tensor]] = {name: [] for name in norms}
+    batches = list(batches)
+    seen = original if isinstance(original, Seen) else watch(original, batches, forward)
+    norms = _named(model)
+    if norms.keys() != seen.statistics.keys():
+        raise UserError(
+            f"batch norms of only one of the two: {', '.join(sorted(norms.keys() ^ seen.statistics.keys()))}"
+        )
+    totals: dict[str, tuple[Tensor, Tensor]] = {}
+    left: dict[str, Iterator[Tensor]] = {}
 
-    def put(norm: nn.Module, name: str, wanted: Tensor, found: Tensor) -> None:
+    def put(name: str, wanted: Tensor, found: Tensor) -> None:
         """Makes of `found` sums what the original's statistics make of `wanted` ones."""
-        mean, var = own[name]
+        mean, var = seen.statistics[name]
         (wanted_mean, wanted_var), (found_mean, found_var) = _moments(wanted), _moments(found)
         ratio = torch.where(wanted_var > 1e-10 * var, found_var / wanted_var.clamp(min=1e-30), 1.0)
-        norm.get_buffer("running_mean").copy_(found_mean - (wanted_mean - mean) * ratio.sqrt())
-        norm.get_buffer("running_var").copy_(var * ratio)
+        _mean(norms[name]).copy_(found_mean - (wanted_mean - mean) * ratio.sqrt())
+        _variance(norms[name]).copy_(var * ratio)
 
-    def look(name: str, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        of_call[name].append(_sums(inputs[0]))
+    def follow(name: str, found: Tensor) -> None:
+        wanted = next(left[name], None)
+        if wanted is None:
+            raise UserError(f"{name} runs more often in a forward pass than the original's")
+        put(name, wanted, found)  # so that what comes later sees what it will see
+        before = totals.get(name)
+        totals[name] = (wanted, found) if before is None else (before[0] + wanted, before[1] + found)
 
-    def follow(name: str, norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        pair = of_call[name].pop(0), _sums(inputs[0])
-        put(norm, name, *pair)  # so that what comes later sees what it will see
-        for key, values in zip(("wanted", "found"), pair, strict=True):
-            sums[name, key] = sums.get((name, key), 0.0) + values
-
-    device = next(itertools.chain(model.parameters(), model.buffers())).device
-    with evaluating(model, device) as stack, evaluating(original, device):
-        undo = stack.enter_context(contextlib.ExitStack())
-        for norm, key in itertools.product(norms.values(), STATISTICS):
-            undo.callback(norm.get_buffer(key).copy_, norm.get_buffer(key).clone())
-        for name in norms:
-            stack.callback(kept[name].register_forward_pre_hook(partial(look, name)).remove)
-            stack.callback(norms[name].register_forward_pre_hook(partial(follow, name)).remove)
-        for batch in batches:
-            forward(original, batch)
-            forward(model, batch)
+    outputs = []
+    with contextlib.ExitStack() as undo, _looking(norms, follow), evaluating(model, _device(model)):
+        for norm in norms.values():
+            for values in (_mean(norm), _variance(norm)):
+                undo.callback(values.copy_, values.clone())
+        for batch, of_batch in zip(batches, seen.sums, strict=True):
+            left.update({name: iter(sums) for name, sums in of_batch.items()})
+            outputs.append(forward(model, batch))
         undo.pop_all()
-    for name, norm in norms.items():
-        wanted, found = (sums.get((name, key)) for key in ("wanted", "found"))
-        if isinstance(wanted, Tensor) and isinstance(found, Tensor):
-            put(norm, name, wanted, found)
+    for name, sums in totals.items():
+        put(name, *sums)
+    return outputs
+
+
+@contextlib.contextmanager
+def _looking(norms: dict[str, _BatchNorm], look: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Calls look(name, sums) for the input of each batch norm."""
+    with contextlib.ExitStack() as stack:
+        for name, norm in norms.items():
+            hook = norm.register_forward_pre_hook(lambda _, inputs, name=name: look(name, _sums(inputs[0])))
+            stack.callback(hook.remove)
+        yield
 
 
 @contextlib.contextmanager
@@ -146,6 +177,18 @@ def _estimated(model: nn.Module) -> list[_BatchNorm]:
 def _named(model: nn.Module) -> dict[str, _BatchNorm]:
     norms = {k: x for k, x in model.named_modules() if isinstance(x, _BatchNorm) and x.running_mean is not None}
     return {name: norm for name, norm in norms.items() if not isinstance(norm, FrozenBatchNorm)}
+
+
+def _mean(norm: nn.Module) -> Tensor:
+    return norm.get_buffer("running_mean")
+
+
+def _variance(norm: nn.Module) -> Tensor:
+    return norm.get_buffer("running_var")
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(itertools.chain(model.parameters(), model.buffers())).device
 
 
 def _moments(sums: Tensor) -> tuple[Tensor, Tensor]:

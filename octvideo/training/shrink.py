@@ -3,10 +3,11 @@
 import copy
 import hashlib
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -36,7 +37,7 @@ from octvideo.models.cost import Cost, time_interleaved
 from octvideo.models.octavize import octavize
 from octvideo.models.roofline import Machine, measure_machine
 from octvideo.training import objective
-from octvideo.training.precise_bn import evaluating, match_statistics
+from octvideo.training.precise_bn import Seen, evaluating, match_statistics, watch
 from octvideo.training.schedule import Schedule
 
 By = Literal["macs", "time"]
@@ -96,9 +97,14 @@ def compare(found: Sequence[Any], wanted: Sequence[Any], distance: Distance) -> 
     return Likeness(statistics.fmean(distances), float(torch.cat(equal).float().mean()))
 
 
-def refresh(network: nn.Module, vanilla: nn.Module, batches: Iterable[Batch]) -> None:
-    """Gives a network the batch-norm statistics that suit its octaves."""
-    match_statistics(network, vanilla, batches, lambda model, batch: _run(model, batch, _device(model)))
+def look(vanilla: nn.Module, batches: Iterable[Batch]) -> Seen:
+    """What `refresh` asks of the vanilla network, for several octave ones; `outputs` are its answers."""
+    return watch(vanilla, batches, lambda model, batch: _run(model, batch, _device(model)))
+
+
+def refresh(network: nn.Module, vanilla: nn.Module | Seen, batches: Iterable[Batch]) -> list[Any]:
+    """Gives a network the batch-norm statistics that suit its octaves; returns what it answers meanwhile."""
+    return match_statistics(network, vanilla, batches, lambda model, batch: _run(model, batch, _device(model)))
 
 
 class Candidate(NamedTuple):
@@ -132,7 +138,8 @@ def choose(
 
     Args:
         network: at alpha 0, best after `choose_low`; neither trained nor changed.
-        batches: inputs; the first one is the sample whose cost counts, with a single entry.
+        batches: inputs, of which a quarter measures sensitivities; the first one is the sample whose cost counts, with
+            a single entry.
         budget: share of the cost at alpha 0, in (0, 1).
         by: "macs": multiply-adds; "time": also the time that `machine` (default: this one) is predicted to take.
         alphas: to try for each layer, in (0, 1].
@@ -170,11 +177,11 @@ def choose(
     if machine is None and by == "time":
         machine = measure_machine(dtype, _device(network).type)
     octavize(model, plain, **options)
-    wanted = answers(network, batches)
+    seen, some = look(network, batches), batches[: math.ceil(len(batches) / 4)]
+    of_some = replace(seen, sums=seen.sums[: len(some)], outputs=seen.outputs[: len(some)])
 
     def loss(model: nn.Module) -> float:
-        refresh(model, network, batches)
-        return compare(answers(model, batches), wanted, distance).distance
+        return compare(refresh(model, of_some, some), of_some.outputs, distance).distance
 
     def measured(left: list[tuple[Group, float]]) -> Iterator[Sensitivity]:
         found = measure_sensitivities(model, groups, left, loss, sample, options)
@@ -202,8 +209,8 @@ def choose(
         cost = trial.cost(alpha)
         if machine is None or machine.seconds(cost, dtype) <= budget * machine.seconds(vanilla, dtype):
             octavize(model, alpha, **options)
-            refresh(model, network, batches)
-            likeness = compare(answers(model, batches), wanted, distance)
+            refresh(model, seen, batches)
+            likeness = compare(answers(model, batches), seen.outputs, distance)
             candidates.append(Candidate(name, alpha, cost, likeness))
     if not candidates:
         raise DoesNotPayError(reasons[0])
