@@ -138,8 +138,8 @@ def choose(
 
     Args:
         network: at alpha 0, best after `choose_low`; neither trained nor changed.
-        batches: inputs, of which a quarter measures sensitivities; the first one is the sample whose cost counts, with
-            a single entry.
+        batches: inputs, of which a tenth, two or more, measures sensitivities; the first one is the sample whose cost
+            counts, with a single entry.
         budget: share of the cost at alpha 0, in (0, 1).
         by: "macs": multiply-adds; "time": also the time that `machine` (default: this one) is predicted to take.
         alphas: to try for each layer, in (0, 1].
@@ -177,7 +177,7 @@ def choose(
     if machine is None and by == "time":
         machine = measure_machine(dtype, _device(network).type)
     octavize(model, plain, **options)
-    seen, some = look(network, batches), batches[: math.ceil(len(batches) / 4)]
+    seen, some = look(network, batches), batches[: max(2, math.ceil(len(batches) / 10))]
     of_some = replace(seen, sums=seen.sums[: len(some)], outputs=seen.outputs[: len(some)])
 
     def loss(model: nn.Module) -> float:
