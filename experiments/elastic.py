@@ -8,7 +8,7 @@ few        the same with 120 videos and 20 epochs, where the vanilla network sta
 Of each set-up and seed: a network trained alone at each of the alphas 0, .125, .25 and .5; an elastic one; and the
 network of alpha 0 run at the others without training, with batch-norm statistics of its own alpha or re-estimated. All
 are tested on 800 videos that no training saw. Seconds are processor time of training, loader included. Rows are added
-to the JSON file as they come, and finished trainings are not repeated.
+to the JSON file after each seed, and seeds that it holds are not repeated, nor finished trainings.
 """
 
 from __future__ import annotations
@@ -146,8 +146,9 @@ def main(arguments: Sequence[str]) -> None:
     rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []
     for setup in options.setups:
         for seed in range(options.seeds):
-            new = list(measure(setup, seed, folder))
-            rows = [row for row in rows if (row["setup"], row["seed"]) != (setup, seed)] + new
+            if any((row["setup"], row["seed"]) == (setup, seed) for row in rows):
+                continue
+            rows += measure(setup, seed, folder)
             with appearing(options.json) as partial:
                 partial.write_text(json.dumps(rows, indent=1))
         for row in summary(rows, setup):
