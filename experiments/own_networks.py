@@ -145,7 +145,7 @@ def octave(folder: Path) -> Iterator[dict[str, Any]]:
     for seed in range(3):
         for alpha in (0, 0.25):
             words = [*OWN, *data_words(data), *NETWORKS["torchvision r3d_18"], f"--model.alpha={alpha}"]
-            words += ["--model.downsample=pool", "--trainer.max_epochs=12", f"--seed_everything={seed}"]
+            words += ["--model.downsample=pool", "--trainer.max_epochs=20", f"--seed_everything={seed}"]
             words += ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=3e-4"]
             words += ["--model.optimizer.weight_decay=0.05"]  # SGD starts to learn too late in so few steps
             run = folder / f"r3d_{alpha}_{seed}"
