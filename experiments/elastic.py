@@ -18,6 +18,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,12 @@ def recipe(setup: str, seed: int, folder: Path, downsample: str = "pool") -> tup
     return words, f"--data.test_list={unseen / 'absolute.csv'}"
 
 
-def measure(setup: str, seed: int, folder: Path) -> Iterator[Row]:
-    """The rows of one seed."""
+def measure(setup: str, seed: int, kind: str, folder: Path) -> Iterator[Row]:
+    """The rows of one seed: of networks trained alone and of the vanilla one at other alphas, or of the elastic one."""
     words, test_list = recipe(setup, seed, folder)
     test = [*words, test_list]
     of_run: Row = {"setup": setup, "seed": seed}
-    for alpha in ALPHAS:
+    for alpha in ALPHAS if kind == "alone" else ():
         run = folder / f"{setup}_alone_{alpha:g}_{seed}"
         checkpoint, seconds = trained(run, [*words, f"--model.alpha={alpha:g}"])
         alphas = ALPHAS if alpha == 0 else [alpha]
@@ -89,6 +90,8 @@ def measure(setup: str, seed: int, folder: Path) -> Iterator[Row]:
             own = row["alpha"] == alpha
             if not own or row["statistics"] == "checkpoint":
                 yield of_run | row | {"kind": "alone" if own else "untrained", "seconds": seconds}
+    if kind == "alone":
+        return
     run = folder / f"{setup}_elastic_{seed}"
     asked = f"--model.elastic.alphas={list(ALPHAS)}"
     checkpoint, seconds = trained(run, [*words, "--model.alpha=0.25", asked])
@@ -145,10 +148,11 @@ def main(arguments: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []
     for setup in options.setups:
-        for seed in range(options.seeds):
-            if any((row["setup"], row["seed"]) == (setup, seed) for row in rows):
+        for seed, kind in product(range(options.seeds), ("alone", "elastic")):
+            key = {"setup": setup, "seed": seed, "kind": kind}
+            if any(key.items() <= row.items() for row in rows):
                 continue
-            rows += measure(setup, seed, folder)
+            rows += measure(setup, seed, kind, folder)
             with appearing(options.json) as partial:
                 partial.write_text(json.dumps(rows, indent=1))
         for row in summary(rows, setup):

@@ -23,12 +23,13 @@ class Elastic:
     """Training of one network for several alphas, by the sandwich rule (Yu and Huang, ICCV 2019, arXiv 1903.05134).
 
     Each step runs the largest network, that of the smallest alpha, on the labels, and `drawn` others on its logits for
-    the same clips; their losses are added. Each alpha has batch-norm statistics of its own.
+    the same clips: the smallest one and, in turn, those between. If only one is drawn, it is the smallest in every
+    second step. The losses are added. Each alpha has batch-norm statistics of its own.
 
     Args:
         alphas: two or more, in [0, 1], with model.alpha among them: that one is validated as val/top1 and deployed
             unless another is asked for; the others are validated as val/top1_alpha_0.5 and the like.
-        drawn: networks besides the largest in each step; all of the others have their turns equally often.
+        drawn: networks besides the largest in each step; those between have their turns equally often.
         per_stage: draw an alpha for each of res2, res3 and res4, so that all their combinations are trained. Needs
             precise_bn, which then estimates the statistics of the uniform ones.
         teacher_weight: share of the others' loss that is the largest's, in [0, 1]; the labels' gets the rest.
@@ -95,10 +96,15 @@ class ElasticTraining(nn.Module):
                 mapping = tuple(random.choice(alphas, 3).tolist())
                 found |= {} if mapping == largest else {mapping: None}
             return list(found)
-        turns, most = range(batch_index * drawn, (batch_index + 1) * drawn), len(alphas) - 1
-        rounds = {turn // most: np.random.default_rng((seed, epoch, turn // most)) for turn in turns}
-        orders = {number: random.permutation(alphas[1:]).tolist() for number, random in rounds.items()}
-        return list(dict.fromkeys(orders[turn // most][turn % most] for turn in turns))
+        *between, smallest = alphas[1:]
+        if drawn == 1:
+            always, in_turn = [], between + [smallest] * max(1, len(between))
+        else:
+            always, in_turn, drawn = [smallest], between, drawn - 1
+        turns, size = range(batch_index * drawn, (batch_index + 1) * drawn), len(in_turn)
+        rounds = {turn // size: np.random.default_rng((seed, epoch, turn // size)) for turn in turns}
+        orders = {number: random.permutation(in_turn).tolist() for number, random in rounds.items()}
+        return list(dict.fromkeys([*always, *(orders[turn // size][turn % size] for turn in turns)]))
 
     def loss_of_others(self, module: Any, clips: Tensor, labels: Tensor, logits: Tensor, batch_index: int) -> Tensor:
         """The summed loss of the networks drawn for a batch, taught by the largest's logits (B, num_classes).
