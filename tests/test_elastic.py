@@ -153,14 +153,18 @@ def test_sharded_networks_cannot_change_alpha_within_a_step():
         module.configure_model()
 
 
-def test_draws_depend_on_the_position_alone_and_are_even():
+def test_draws_depend_on_the_position_alone_and_the_smallest_is_in_every_second():
     elastic = recognizer({"alphas": [0.0, 0.125, 0.25, 0.5]}).elastic
-    drawn = [elastic.draw(3, 1, batch) for batch in range(30)]
-    assert drawn == [elastic.draw(3, 1, batch) for batch in range(30)]
-    assert drawn != [elastic.draw(3, 2, batch) for batch in range(30)]
-    assert drawn != [elastic.draw(4, 1, batch) for batch in range(30)]
-    assert Counter(alpha for draw in drawn for alpha in draw) == {0.125: 8, 0.25: 7, 0.5: 15}
+    drawn = [elastic.draw(3, 1, batch) for batch in range(32)]
+    assert drawn == [elastic.draw(3, 1, batch) for batch in range(32)]
+    assert drawn != [elastic.draw(3, 2, batch) for batch in range(32)]
+    assert drawn != [elastic.draw(4, 1, batch) for batch in range(32)]
+    assert Counter(alpha for draw in drawn for alpha in draw) == {0.125: 8, 0.25: 8, 0.5: 16}
     assert len({tuple(drawn[n : n + 3][k][0] for k in range(3)) for n in range(0, 30, 3)}) > 2
+    two = [recognizer({"alphas": [0.0, 0.125, 0.25, 0.5], "drawn": 2}).elastic.draw(3, 1, batch) for batch in range(8)]
+    assert {len(draw) for draw in two} == {2}
+    assert Counter(alpha for draw in two for alpha in draw) == {0.125: 4, 0.25: 4, 0.5: 8}
+    assert recognizer({"alphas": [0.0, 0.25]}).elastic.draw(3, 1, 5) == [0.25]
 
 
 def test_stages_may_have_alphas_of_their_own():
