@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from octvideo.commands import runs
 from octvideo.commands.command_line import start
 from octvideo.commands.options import Parser, checkpoint, number, several
-from octvideo.commands.shrink import OWN, Clips
+from octvideo.commands.shrink import LESS, OWN, Clips
 from octvideo.errors import UserError
 from octvideo.files import appearing
 from octvideo.layers.resampling import average_pool, upsample
@@ -299,7 +299,7 @@ def run(arguments: Namespace) -> int:
             alphas = {name: alphas[name] for name in order if name in alphas}
             model = {"alpha": alphas, "downsample": task.options["downsample"], "weights": str(arguments.ckpt[seed])}
             model |= {"teacher": str(arguments.ckpt[seed]), "teacher_weight": 0.9, "warmup_epochs": 0}
-            model["learning_rate"] = task.learning_rate / 5
+            model["learning_rate"] = task.learning_rate / LESS
             with appearing(folder / "alpha.yaml") as partial_file:
                 text = yaml.safe_dump({"model": model, "precise_bn": arguments.batches}, sort_keys=False)
                 partial_file.write_text(text)
