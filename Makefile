@@ -18,7 +18,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --upgrade 'pip>=25' # 23's resolver searches for hours
+	.venv/bin/python -m pip install $(PIP_FLAGS) --upgrade 'pip>=25' # 23's resolver finds no end
 	.venv/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev]'
 	touch $@
 

@@ -1,7 +1,7 @@
 """Networks that are trained already, made cheaper without labels: what is lost, and what it takes.
 
 python experiments/shrinking.py [--parts quickstart,statistics,lite0,transnetv2] [--videos FOLDER ...] [--seeds 3]
-                             [--folder runs/shrink] [--json FILE]
+                                [--folder runs/shrink] [--json FILE]
 
 quickstart   the quickstart's network trained at alpha 0, with strides pooled and as usual, shrunk by `octvideo shrink`
              to .7 of the multiply-adds; tested on 800 videos that no training saw

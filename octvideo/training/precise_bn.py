@@ -102,7 +102,7 @@ def match_statistics(
         batches: some that are like what the network is for, all of which count alike.
         forward: runs one of the two on a batch.
 
-    Returns the model's outputs for each batch, where it was matched to that batch and those before the layer.
+    Returns the model's output for each batch, from a pass in which its batch norms were matched on that batch alone.
 
     Raises UserError if the two have batch norms of different names.
     """
