@@ -1,7 +1,14 @@
 """The motions data set: made videos of eight movements, which no single frame tells apart."""
 
 import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -17,7 +24,22 @@ CLASSES = ("left", "right", "up", "down", "clockwise", "counter-clockwise", "gro
 DIRECTIONS = (-1, 1, -1, 1, 1, -1, 1, -1)  # of the classes: two each for x, y, angle and radius
 SPEEDS = ((1.2, 2.4), (1.2, 2.4), (7.0, 12.0), (0.04, 0.08))  # pixels, pixels, degrees, log radius; each a frame
 SIZE, FRAMES, FPS = 72, 40, 24  # pixels, frames, frames a second
+LEVELS = {"easy": "octvideo.data.motions", "hard": "octvideo.data.hard_motions"}  # modules with CLASSES and make
 LEAST_RADIUS, RADIUS_RANGE = 13.0, 2.2  # pixels; the largest is 2.2 times the least
+
+
+class Film(NamedTuple):
+    """RGB frames (T, H, W, 3) of 8 bits, and how they are encoded."""
+
+    frames: NDArray[np.uint8]
+    fps: int = FPS
+    crf: int = 18
+    keyframes: int = 12  # frames from one to the next
+
+
+def make(label: int, split: int, rng: np.random.Generator) -> Film:
+    """A video of a class."""
+    return Film(draw(movement(CLASSES[label], rng), rng))
 
 
 def movement(name: str, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -61,10 +83,10 @@ def _texture(size: int, blobs: int, rng: np.random.Generator) -> NDArray[np.uint
     return (fine[0].permute(1, 2, 0) * 255).to(torch.uint8).numpy()
 
 
-def write_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
+def write_video(path: Path, frames: NDArray[np.uint8], fps: int, crf: int = 18, keyframes: int = 12) -> None:
     """Writes RGB frames (T, H, W, 3) as an h264 mp4 file, byte for byte the same for the same frames."""
-    # Without asm=0 x264's output depends on what it encoded before.
-    encoding = {"crf": "18", "preset": "ultrafast", "threads": "1", "g": "12", "x264-params": "asm=0"}
+    encoding = {"crf": str(crf), "g": str(keyframes), "preset": "ultrafast", "threads": "1"}
+    encoding["x264-params"] = "asm=0"  # or x264's output depends on what it encoded before
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=fps, options=encoding)
         stream.height, stream.width = frames.shape[1:3]
@@ -74,28 +96,54 @@ def write_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
         container.mux(stream.encode())
 
 
-def make_data_set(folder: Path, num_train: int = 480, num_val: int = 160, seed: int = 0) -> None:
+def make_file(level: str, path: Path, label: int, split: int, seed: int, index: int) -> None:
+    """Writes a video, which depends on nothing else."""
+    write_video(path, *import_module(LEVELS[level]).make(label, split, np.random.default_rng((seed, split, index))))
+
+
+def make_data_set(
+    folder: Path, num_train: int = 480, num_val: int = 160, seed: int = 0, level: str = "easy", num_workers: int = 1
+) -> None:
     """Writes videos, their lists train.csv and val.csv, and labels.txt; does nothing if they are there already.
 
-    The lists name paths that start from the folder. Classes take turns; the same seed gives the same files.
+    The lists name paths that start from the folder. Classes take turns; the same seed gives the same files, whatever
+    the number of processes that make them.
     """
-    if min(num_train, num_val) < len(CLASSES):
-        raise UserError(f"each split needs at least {len(CLASSES)} videos, got {num_train} and {num_val}")
-    settings, done = {"num_train": num_train, "num_val": num_val, "seed": seed}, folder / "motions.json"
+    classes: tuple[str, ...] = import_module(LEVELS[level]).CLASSES
+    if min(num_train, num_val) < len(classes):
+        raise UserError(f"each split needs at least {len(classes)} videos, got {num_train} and {num_val}")
+    settings: dict[str, Any] = {"num_train": num_train, "num_val": num_val, "seed": seed}
+    settings |= {"level": level} if level != "easy" else {}
+    done = folder / "motions.json"
     if done.exists() and json.loads(done.read_text()) == settings:
         print(f"{folder} is complete: {num_train} training and {num_val} validation videos")
         return
     done.unlink(missing_ok=True)
-    texts = {}
+    texts, files = {}, []
     for split, (part, count) in enumerate((("train", num_train), ("val", num_val))):
         (folder / part).mkdir(parents=True, exist_ok=True)
         lines = []
-        for index in track(range(count), f"making {part} videos"):
-            label, rng = index % len(CLASSES), np.random.default_rng((seed, split, index))
-            file = f"{part}/{CLASSES[label]}_{index:05d}.mp4"
-            write_video(folder / file, draw(movement(CLASSES[label], rng), rng), FPS)
+        for index in range(count):
+            label = index % len(classes)
+            file = f"{part}/{re.sub('[^a-z0-9-]+', '_', classes[label])}_{index:05d}.mp4"
+            files.append((level, folder / file, label, split, seed, index))
             lines.append(f"{file} {label}\n")
         texts[f"{part}.csv"] = "".join(lines)
-    for name, text in (texts | {"labels.txt": "\n".join([*CLASSES, ""]), done.name: json.dumps(settings)}).items():
+    for _ in track(made(files, num_workers), "making videos", len(files)):
+        pass
+    for name, text in (texts | {"labels.txt": "\n".join([*classes, ""]), done.name: json.dumps(settings)}).items():
         with appearing(folder / name) as partial:
             partial.write_text(text)
+
+
+def made(files: list[tuple[str, Path, int, int, int, int]], num_workers: int) -> Iterator[None]:
+    """Makes files in so many processes; one is this process."""
+    if num_workers == 1:
+        for file in files:
+            make_file(*file)
+            yield
+        return
+    with ExitStack() as stack:
+        pool = stack.enter_context(ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,)))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        yield from pool.map(make_file, *zip(*files, strict=True), chunksize=16)

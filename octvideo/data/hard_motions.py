@@ -1,0 +1,234 @@
+"""The hard motions: made videos of 24 classes, whose textures are photographs and whose digits were written by hand.
+
+Two discs that carry one digit move over a photograph, among distractors, behind an occluder, before a moving camera,
+with noise and compression. What is the class depends on the group:
+
+fine    both wander, and the digit is the class; in the other groups it is any
+wide    one of six ways in which two things can meet; needs a view of both, and of all the time
+order   both wander, and one of them flashes, grows and turns, in one of the six orders
+speed   one circles, at one of three rates, in one of two directions
+
+Digits and photographs are those of scikit-learn and scikit-image: `pip install 'octvideo[motions]'`.
+"""
+
+from functools import cache
+from itertools import permutations, product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from octvideo.data.motions import FRAMES, Film
+from octvideo.errors import UserError
+
+SIZE, FINER = 80, 2  # pixels, and samples of each in x and in y
+MIDDLE = SIZE / 2 * (1 + 1j)
+DIGITS = (0, 3, 5, 6, 8, 9)
+MEETINGS = ("approach", "separate", "collide", "pass", "overtake", "swap")
+EVENTS = ("flash", "grow", "turn")
+ORDERS = tuple(permutations(EVENTS))
+RATES = {"slow": 1.0, "medium": 1.75, "fast": 3.0}  # rounds in a video
+CIRCLES = tuple(product(RATES, ("clockwise", "counter-clockwise")))
+CLASSES = (
+    *(f"fine: {digit}" for digit in DIGITS),
+    *(f"wide: {meeting}" for meeting in MEETINGS),
+    *(f"order: {', '.join(order)}" for order in ORDERS),
+    *(f"speed: {rate}, {direction}" for rate, direction in CIRCLES),
+)
+PHOTOGRAPHS = (
+    *("astronaut", "brick", "camera", "cat", "coffee", "coins", "grass", "gravel", "hubble_deep_field"),
+    *("immunohistochemistry", "moon", "retina", "rocket"),
+)
+Array = NDArray[Any]
+TIME = np.linspace(0, 1, FRAMES)  # of the frames
+
+
+class Disc(NamedTuple):
+    """Something that moves: a row for each frame, in pixels, radians and shares; y points down."""
+
+    picture: Array  # (S, S, 3), from 0 to 1, stretched over the square around it
+    center: Array  # complex: x + iy
+    radius: Array
+    angle: Array
+    flash: Array  # from 0 to 1: how white it is
+
+
+class Sources(NamedTuple):
+    """What pictures are made of; a split has a half of each."""
+
+    photographs: list[Array]  # (H, W, 3), from 0 to 1
+    digits: dict[int, Array]  # (N, 8, 8), from 0 to 1
+
+
+@cache
+def sources(split: int) -> Sources:
+    """The left halves of the photographs and every second digit for split 0, the others for split 1."""
+    try:
+        import skimage.data
+        from sklearn.datasets import load_digits, load_sample_images  # type: ignore[import-untyped]
+    except ImportError as error:
+        cure = "python -m pip install 'octvideo[motions]'"
+        raise UserError(f"the hard motions need scikit-image and scikit-learn: {cure} ({error})") from None
+    photographs = []
+    for image in [*(getattr(skimage.data, name)() for name in PHOTOGRAPHS), *load_sample_images().images]:
+        colors = np.atleast_3d(image)[..., :3].astype(np.float32) / 255
+        half = colors.shape[1] // 2
+        photographs.append(np.broadcast_to(colors[:, half * split : half * (split + 1)], (*colors.shape[:1], half, 3)))
+    digits = load_digits()
+    images, targets = digits.images[split::2] / 16, digits.target[split::2]
+    return Sources(photographs, {digit: images[targets == digit] for digit in DIGITS})
+
+
+def make(label: int, split: int, rng: np.random.Generator) -> Film:
+    """A video of a class."""
+    known = sources(split)
+    discs = scene(label, known, rng)
+    pan, zoom = rng.uniform(-5, 5) * np.exp(2j * np.pi * rng.random()), rng.uniform(-0.1, 0.1)
+    shift, scale = pan * (TIME - 0.5), np.exp(zoom * (TIME - 0.5))
+    frames = background(known, shift, scale, rng)
+    for one in discs:
+        center = MIDDLE + scale * (one.center - MIDDLE) + shift
+        paint(frames, one._replace(center=center, radius=one.radius * scale))
+    if rng.random() < 0.5:
+        occlude(frames, known, rng)
+    rows = frames[:, ::FINER] + frames[:, 1::FINER]
+    small = 255 / FINER**2 * (rows[:, :, ::FINER] + rows[:, :, 1::FINER])
+    noisy = small + rng.uniform(2, 10) * rng.standard_normal(small.shape, np.float32)
+    # Packets of frames that are coded by themselves do not tell how much moves.
+    return Film(noisy.clip(0, 255).round().astype(np.uint8), crf=int(rng.integers(20, 31)), keyframes=1)
+
+
+def scene(label: int, known: Sources, rng: np.random.Generator) -> list[Disc]:
+    """Distractors, and the two discs in front of them, in random order."""
+    group, which = divmod(label, 6)
+    digit = DIGITS[which] if group == 0 else int(rng.choice(DIGITS))
+    pair = [disc(known, rng, rng.uniform(8, 10), known.digits[digit]) for _ in range(2)]
+    if group == 1:
+        centers = meeting(MEETINGS[which], rng)
+        pair = [one._replace(center=center) for one, center in zip(pair, centers, strict=True)]
+    elif group == 2:
+        pair[0] = happen(pair[0], ORDERS[which])
+    elif group == 3:
+        rate, direction = CIRCLES[which]
+        rounds = RATES[rate] * rng.uniform(0.92, 1.08) * (1 if direction == "clockwise" else -1)
+        around = wander(rng, 6) + rng.uniform(9, 14) * np.exp(2j * np.pi * (rng.random() + rounds * TIME))
+        pair[0] = pair[0]._replace(center=around)
+    others = []
+    for _ in range(rng.integers(1, 4)):
+        other = disc(known, rng, rng.uniform(3, 6))
+        others.append(happen(other, [str(rng.choice(EVENTS)) if rng.random() < 0.5 else "" for _ in EVENTS]))
+    return [*others, *(pair[i] for i in rng.permutation(2))]
+
+
+def disc(known: Sources, rng: np.random.Generator, radius: float, digits: Array | None = None) -> Disc:
+    """One that wanders, with a photograph on it and one of the digits."""
+    picture = crop(known, rng, int(rng.integers(16, 64)), 64)
+    picture = 0.5 + 0.5 * (picture - picture.mean())
+    if digits is not None:
+        glyph = resized(rng.choice(digits)[..., None], 42)
+        ink = np.pad(glyph, ((11, 11), (11, 11), (0, 0))) * 0.9
+        picture = picture * (1 - ink) + ink * rng.integers(2)  # black or white
+    still = np.ones(FRAMES)
+    return Disc(picture, wander(rng, 24), radius * still, rng.uniform(-0.25, 0.25) * still, 0 * still)
+
+
+def wander(rng: np.random.Generator, reach: float) -> Array:
+    """A path between two points that are at most so many pixels from the middle in x and y, a little bent."""
+    begin, end = (rng.uniform(-reach, reach, 2) @ (1, 1j) for _ in range(2))
+    bend = rng.uniform(-3, 3) * np.exp(2j * np.pi * rng.random()) * np.sin(np.pi * TIME)
+    path: Array = MIDDLE + begin + (end - begin) * TIME + bend
+    return path
+
+
+def meeting(name: str, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Two paths. Whichever way they meet, single frames show two discs at any distance, in any direction."""
+    middle, axis = wander(rng, 5), np.exp(2j * np.pi * rng.random())
+    far, near, when = rng.uniform(16, 20), rng.uniform(8, 9.5), rng.uniform(0.4, 0.6)
+    course = (TIME - when) / max(when, 1 - when)  # within -1 and 1, and 0 when they meet
+    side = near * rng.choice((-1j, 1j))
+    if name in ("approach", "separate"):
+        half = far + (near - far) * (TIME if name == "approach" else 1 - TIME)
+    elif name == "collide":
+        half = near + (far - near) * abs(course)
+    elif name == "pass":
+        half = far * course + side
+    elif name == "overtake":
+        half = 10 * course + side
+        middle = middle + axis * 30 * (TIME - 0.5)
+    else:
+        half = rng.uniform(9, 18) * np.exp(1j * np.pi * rng.choice((-1, 1)) * TIME)
+    return middle + axis * half, middle - axis * half
+
+
+def happen(disc: Disc, events: Any) -> Disc:
+    """The disc, to which three events happen, a third of the time each; an empty name is none."""
+    radius, angle, flash = disc.radius.copy(), disc.angle.copy(), disc.flash.copy()
+    for third, event in enumerate(events):
+        now = (3 * TIME - third).clip(0, 1)
+        swell = np.sin(np.pi * now) ** 2
+        if event == "flash":
+            flash += 0.8 * swell
+        elif event == "grow":
+            radius *= 1 + 0.6 * swell
+        elif event == "turn":
+            angle += 2 * np.pi * now
+    return disc._replace(radius=radius, angle=angle, flash=flash)
+
+
+def crop(known: Sources, rng: np.random.Generator, extent: int, size: int) -> Array:
+    """A square of a photograph, (size, size, 3)."""
+    photograph = known.photographs[rng.integers(len(known.photographs))]
+    top, left = (int(rng.integers(length - extent + 1)) for length in photograph.shape[:2])
+    square = photograph[top : top + extent, left : left + extent]
+    return resized(square[:, :: rng.choice((-1, 1))], size)
+
+
+def resized(image: Array, size: int) -> Array:
+    """An image (H, W, C) as (size, size, C)."""
+    planes = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32)).permute(2, 0, 1)[None]
+    return F.interpolate(planes, (size, size), mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
+
+
+def background(known: Sources, shift: Array, scale: Array, rng: np.random.Generator) -> Array:
+    """A photograph before the camera, (FRAMES, SIZE * FINER, SIZE * FINER, 3)."""
+    picture = crop(known, rng, int(rng.integers(64, 160)), 256)  # three quarters of it are seen at first
+    theta = torch.zeros(FRAMES, 2, 3)
+    inverse = torch.from_numpy(0.75 / scale).float()
+    theta[:, 0, 0] = theta[:, 1, 1] = inverse
+    moved = -2 * shift / SIZE
+    theta[:, 0, 2], theta[:, 1, 2] = torch.from_numpy(moved.real) * inverse, torch.from_numpy(moved.imag) * inverse
+    grid = F.affine_grid(theta, [FRAMES, 3, SIZE * FINER, SIZE * FINER], align_corners=False)
+    planes = torch.from_numpy(picture).permute(2, 0, 1)[None].expand(FRAMES, -1, -1, -1)
+    frames = F.grid_sample(planes, grid, padding_mode="reflection", align_corners=False)
+    return (0.2 + 0.6 * frames).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def paint(frames: Array, disc: Disc) -> None:
+    """Draws a disc into the frames."""
+    size, extent = len(disc.picture), SIZE * FINER
+    for frame, center, radius, angle, flash in zip(frames, *disc[1:], strict=True):
+        x, y, reach = center.real * FINER, center.imag * FINER, radius * FINER
+        left, top = (max(0, int(at - reach)) for at in (x, y))
+        right, bottom = (min(extent, int(at + reach) + 2) for at in (x, y))
+        if left >= right or top >= bottom:
+            continue
+        dx, dy = np.arange(left, right) + 0.5 - x, np.arange(top, bottom)[:, None] + 0.5 - y
+        turned = (dx + 1j * dy) * np.exp(-1j * angle) / reach
+        inside = abs(turned) < 1
+        u, v = ((part[inside] + 1) * size / 2 for part in (turned.real, turned.imag))
+        shown = disc.picture[v.astype(int), u.astype(int)]
+        frame[top:bottom, left:right][inside] = shown + flash * (1 - shown)
+
+
+def occlude(frames: Array, known: Sources, rng: np.random.Generator) -> None:
+    """Moves a bar with a photograph on it across the frames."""
+    extent, width = SIZE * FINER, int(rng.uniform(5, 11) * FINER)
+    bar = crop(known, rng, 64, extent)[:, :width]
+    begin, end = rng.permutation([-width, extent]) if rng.random() < 0.5 else rng.integers(0, extent - width, 2)
+    upright = rng.random() < 0.5
+    for frame, at in zip(frames, np.linspace(begin, end, FRAMES).round().astype(int), strict=True):
+        left, right = max(0, at), min(extent, at + width)
+        turned = frame if upright else frame.swapaxes(0, 1)
+        turned[:, left:right] = bar[:, left - at : right - at]
