@@ -5,7 +5,8 @@ with noise and compression. What is the class depends on the group:
 
 fine    both wander, and the digit is the class; in the other groups it is any
 wide    one of six ways in which two things can meet; needs a view of both, and of all the time
-order   both wander, and one of them flashes, grows and turns, in one of the six orders
+order   both wander, and one of them flashes, grows and turns, in one of the six orders; in the other groups a disc
+        without a digit does
 speed   one circles, at one of three rates, in one of two directions
 
 Digits and photographs are those of scikit-learn and scikit-image: `pip install 'octvideo[motions]'`.
@@ -115,8 +116,9 @@ def scene(label: int, known: Sources, rng: np.random.Generator) -> list[Disc]:
         rounds = RATES[rate] * rng.uniform(0.92, 1.08) * (1 if direction == "clockwise" else -1)
         around = wander(rng, 6) + rng.uniform(9, 14) * np.exp(2j * np.pi * (rng.random() + rounds * TIME))
         pair[0] = pair[0]._replace(center=around)
-    others = []
-    for _ in range(rng.integers(1, 4)):
+    # Where nothing happens to the two, it does to another one: colours over time are alike in all groups.
+    others = [happen(disc(known, rng, rng.uniform(8, 10)), rng.permutation(EVENTS) if group != 2 else ())]
+    for _ in range(rng.integers(3)):
         other = disc(known, rng, rng.uniform(3, 6))
         others.append(happen(other, [str(rng.choice(EVENTS)) if rng.random() < 0.5 else "" for _ in EVENTS]))
     return [*others, *(pair[i] for i in rng.permutation(2))]
@@ -163,7 +165,7 @@ def meeting(name: str, rng: np.random.Generator) -> tuple[Array, Array]:
 
 
 def happen(disc: Disc, events: Any) -> Disc:
-    """The disc, to which three events happen, a third of the time each; an empty name is none."""
+    """The disc, to which up to three events happen, in a third of the time each; an empty name is none."""
     radius, angle, flash = disc.radius.copy(), disc.angle.copy(), disc.flash.copy()
     for third, event in enumerate(events):
         now = (3 * TIME - third).clip(0, 1)
