@@ -12,6 +12,7 @@ from octvideo import Octaves, OctConv3d, create_model
 from octvideo.errors import UserError
 from octvideo.layers.parts import split_by_parts
 from octvideo.layers.resampling import average_pool, upsample
+from octvideo.models.zoo import set_alpha
 
 CHANGES = {
     "none": "the layer of the paper, computed path by path",
@@ -19,6 +20,7 @@ CHANGES = {
     "no_high_to_low": "no path from high to low between two octave maps",
     "no_low_to_high": "no path from low to high between two octave maps",
     "no_exchange": "neither path",
+    "temporal": "low maps are halved in time as well",
     "bilinear": "low to high is upsampled bilinearly in place of by repeating",
 }
 
@@ -74,11 +76,14 @@ def create(change: str, **zoo: Any) -> nn.Module:
     """A network of `create_model` whose octave layers have a change; UserError for one that is not in CHANGES."""
     if change not in CHANGES:
         raise UserError(f"change must be one of {', '.join(CHANGES)}, got {change!r}")
-    network = create_model(**zoo)
+    network: Any = create_model(**zoo)
+    if change == "temporal":
+        network.octave_options = network.octave_options | {"temporal": True}
+        return set_alpha(network, zoo["alpha"])
     for module in network.modules():
         if type(module) is OctConv3d:
             if module.groups > 1 or module.bias is not None:
                 raise UserError("ablations are of convolutions of one group without bias")
             module.__class__ = AblatedConv3d
             module.change = change
-    return network
+    return network  # type: ignore[no-any-return]

@@ -1,0 +1,265 @@
+"""Octave networks and all their controls under one recipe, on the hard motions: accuracy over seeds, by group.
+
+python experiments/evidence.py [--variants A,B] [--seeds 0,1,2,3,4] [--num-train 2880] [--folder runs/evidence]
+                               [--json FILE] [--table FILE] [--plot FILE]
+
+Variants of configs/hard_motions.yaml, all trained by `octvideo sweep`:
+
+pooled, strided            alpha 0, which pools where the octave networks do, or strides as published networks do
+octave A                   alpha .125, .25 or .5 in res2 to res4
+smaller A, narrower A      pooled, at the input size or the width whose multiply-adds are nearest to octave A's
+res4 .5, res2 .5, res5 .25 octave in that stage alone; res2 to res5
+annealed .25               alpha falls from .5 to .25 in the first half of the training
+ablated: CHANGE            octave .25 with a change of experiments/ablations.py, of which temporal is one
+shuffled, still, blurred   pooled, on clips of experiments/controls.py
+
+Each is tested on 960 videos of another seed than those of training and validation; pooled and octave ones also at .75,
+1.25 and 1.5 times the size. The JSON file has a row for each variant and seed, which is not run again; several
+processes may share a file and a folder if their seeds differ. Differences are paired by seed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import yaml
+from ablations import CHANGES
+from choices import one_of
+from own_networks import HERE, octvideo
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from octvideo import build_network, create_model
+from octvideo.commands.options import Parser, number, several
+from octvideo.data.hard_motions import CLASSES
+from octvideo.data.motions import make_data_set
+from octvideo.files import appearing
+from octvideo.models.cost import count_cost, count_macs, total
+
+CONFIG = HERE.parent / "configs" / "hard_motions.yaml"
+RESULTS = HERE / "results" / "evidence.json"
+GROUPS = tuple(dict.fromkeys(name.partition(":")[0] for name in CLASSES))
+SIZES = (0.75, 1.25, 1.5)  # of test clips
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's, of n - 1 degrees of freedom
+Row = dict[str, Any]
+Recipe = dict[str, Any]
+
+
+def zoo(recipe: Recipe, **changes: Any) -> Row:
+    """Arguments of `create_model` for a recipe."""
+    names = ("name", "alpha", "num_classes", "width", "dropout", "downsample")
+    return {name: value for name, value in (recipe["model"] | changes).items() if name in names}
+
+
+def variant(alpha: Any, model: Row | None = None, data: Row | None = None) -> Recipe:
+    """What a variant changes of the recipe; all but one pool at every alpha."""
+    return {"model": {"alpha": alpha, "downsample": "pool"} | (model or {}), "data": data or {}}
+
+
+def size_of(size: int) -> Row:
+    """Options of clips of another size."""
+    return {"crop_size": size, "short_side": [size, size * 9 // 8], "test_crop_size": size}
+
+
+def wrapped(network: Row) -> Recipe:
+    """A variant that is a network of one's own."""
+    return variant(0, {"downsample": "conv", "width": None, "dropout": 0.5, "network": network})
+
+
+def variants(recipe: Recipe) -> dict[str, Recipe]:
+    """All of them by name."""
+
+    @cache
+    def macs(width: int, size: int, alpha: float = 0.0) -> int:
+        with torch.device("meta"):
+            network = create_model(**zoo(recipe, width=width, alpha=alpha, downsample="pool"))
+        return count_macs(network, (3, recipe["data"]["clip_frames"], size, size))
+
+    def nearest(known: int, wanted: int, of: Callable[[int], int]) -> int:
+        """The number whose multiply-adds, about proportional to its square, are nearest to those wanted."""
+        guess = known * (wanted / of(known)) ** 0.5
+        return min(range(int(guess) - 2, min(int(guess) + 3, known)), key=lambda n: abs(of(n) - wanted))
+
+    width, size = recipe["model"]["width"], recipe["data"]["crop_size"]
+    found = {"pooled": variant(0), "strided": variant(0, {"downsample": "conv"})}
+    for alpha in (0.125, 0.25, 0.5):
+        wanted = macs(width, size, alpha)
+        small = nearest(size, wanted, lambda n: macs(width, n))
+        narrow = nearest(width, wanted, lambda n: macs(n, size))
+        found[f"octave {alpha:g}"] = variant(alpha)
+        found[f"smaller {alpha:g}"] = variant(0, data=size_of(small))
+        found[f"narrower {alpha:g}"] = variant(0, {"width": narrow})
+    found["res2 0.5"], found["res4 0.5"] = variant([0.5, 0, 0, 0]), variant([0, 0, 0.5, 0])
+    found["res2 to res5 0.25"] = variant([0.25] * 4)
+    annealing = {"start": 0.5, "end_epoch": recipe["trainer"]["max_epochs"] / 2}
+    callback = {"class_path": "alpha_schedule.AlphaSchedule", "init_args": annealing}
+    found["annealed 0.25"] = variant(0.25) | {"trainer": {"callbacks": [callback]}}
+    for change in CHANGES:
+        arguments = zoo(recipe, alpha=0.25, downsample="pool") | {"change": change}
+        if change != "none":
+            found[f"ablated: {change}"] = wrapped({"class_path": "ablations.create", "init_args": arguments})
+    for control in ("Shuffled", "Still", "Blurred"):
+        inner = {"class_path": "octvideo.models.zoo.create_model", "init_args": zoo(recipe, alpha=0, downsample="pool")}
+        found[control.lower()] = wrapped({"class_path": f"controls.{control}", "init_args": {"network": inner}})
+    return found
+
+
+def groups_right(predictions: Path) -> Row:
+    """The share of the videos that is right, of all and of each group."""
+    videos = json.loads(predictions.read_text())["videos"]
+    right = np.array([int(np.argmax(video["scores"])) == video["label"] for video in videos])
+    group = np.array([video["label"] for video in videos]) // (len(CLASSES) // len(GROUPS))
+    return {"all": float(right.mean())} | {name: float(right[group == i].mean()) for i, name in enumerate(GROUPS)}
+
+
+def cost_of(change: Recipe, recipe: Recipe) -> Row:
+    """Multiply-adds of a clip, and bytes moved in inference, eager mode."""
+    network, size = change["model"].get("network"), change["data"].get("crop_size", recipe["data"]["crop_size"])
+    if network is None:
+        model = create_model(**zoo(recipe, **change["model"]))
+    else:  # a control's own operations do not count
+        inner = network["init_args"].get("network", network)
+        model = build_network(inner["class_path"], **inner["init_args"])
+    cost = total(count_cost(model, (3, recipe["data"]["clip_frames"], size, size)))
+    return {"macs": cost.macs, "bytes": cost.bytes_moved}
+
+
+def measure(name: str, seed: int, options: Namespace, recipe: Recipe) -> Row:
+    """Trains and tests one variant with one seed."""
+    folder = options.folder.absolute()
+    data, unseen = folder / f"hard_{options.num_train}", folder / "unseen"
+    change, file = options.known[name], folder / "variants" / f"{name.replace(': ', '_').replace(' ', '_')}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(file) as partial:
+        partial.write_text(yaml.safe_dump(change))
+    lists = [f"--data.train_list={data / 'train.csv'}", f"--data.val_list={data / 'val.csv'}", f"--data.root={data}"]
+    words = [f"--cfg={CONFIG}", *lists, f"--data.test_list={unseen / 'absolute.csv'}", "--data.num_workers=1"]
+    output, log = folder / f"seed_{seed}", folder / f"seed_{seed}.txt"
+    octvideo(
+        "sweep", *words, f"--alphas={file}", f"--seeds={seed}", "--rounds=5", f"--output={output / file.stem}", log=log
+    )
+    run = next((output / file.stem).glob(f"*/seed-{seed}"))
+    swept = json.loads((output / file.stem / "sweep.json").read_text())[0]
+    row: Row = {"variant": name, "seed": seed, "milliseconds": swept["milliseconds"], **cost_of(change, recipe)}
+    row |= {"top1": groups_right(run / "test" / "predictions.json")}
+    if name == "pooled" or name.startswith("octave"):
+        for share in SIZES:
+            size, tested = round(recipe["data"]["crop_size"] * share / 2) * 2, run / f"test_{share:g}"
+            if not (tested / "predictions.json").exists():
+                sized = [
+                    f"--cfg={file}",
+                    f"--data.test_crop_size={size}",
+                    f"--ckpt={run / 'checkpoints' / 'last.ckpt'}",
+                ]
+                octvideo("test", *words, *sized, f"--output={tested}", log=log)
+            row[f"top1 at {share:g}"] = groups_right(tested / "predictions.json")["all"]
+    return row
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the 95 % interval, in percent."""
+    percent = 100 * np.array(values)
+    half = T95[len(percent)] * percent.std(ddof=1) / len(percent) ** 0.5 if len(percent) in T95 else float("nan")
+    return float(percent.mean()), float(half)
+
+
+def summary(rows: Sequence[Row]) -> Iterator[Row]:
+    """For each variant: cost over pooled's, accuracy of all and of each group, and the difference from pooled."""
+    of = {(row["variant"], row["seed"]): row for row in rows}
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == name]
+        pairs = [(row, of["pooled", row["seed"]]) for row in own if ("pooled", row["seed"]) in of]
+        found: Row = {"variant": name, "seeds": len(own)}
+        for key in ("macs", "bytes", "milliseconds"):
+            found[key] = float(np.median([row[key] / base[key] for row, base in pairs])) if pairs else float("nan")
+        found |= {group: interval([row["top1"][group] for row in own]) for group in ("all", *GROUPS)}
+        yield found | {"difference": interval([row["top1"]["all"] - base["top1"]["all"] for row, base in pairs])}
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The summary, in Markdown."""
+    shown = Table("variant", "seeds", "MACs", "bytes", "time", "top-1, %", "from pooled", *GROUPS, box=box.MARKDOWN)
+    for row in summary(rows):
+        cost = [f"{row[key]:.2f}" for key in ("macs", "bytes", "milliseconds")]
+        accuracy = [f"{row[key][0]:.1f} ± {row[key][1]:.1f}" for key in ("all", "difference", *GROUPS)]
+        shown.add_row(row["variant"], str(row["seeds"]), *cost, *accuracy)
+    return shown
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy over multiply-adds, bytes and time."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
+    families = ("pooled", "strided", "octave", "smaller", "narrower")
+    for panel, (key, label) in zip(
+        panels, (("macs", "MACs"), ("bytes", "bytes"), ("milliseconds", "time")), strict=True
+    ):
+        for color, family in enumerate(families):
+            line = [row for row in summary(rows) if row["variant"].split()[0] == family]
+            x, y, half = [row[key] for row in line], [row["all"][0] for row in line], [row["all"][1] for row in line]
+            panel.errorbar(x, y, half, marker="o", capsize=3, label=family, color=f"C{color}")
+        panel.set(xlabel=f"{label}, relative to pooled")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("video top-1, %")
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The command line."""
+    recipe = yaml.safe_load(CONFIG.read_text())
+    known = variants(recipe)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--variants", type=several(one_of(known, "variant")), default=tuple(known), metavar="A,B", help="default: all")
+    add("--seeds", type=several(int), default=tuple(range(5)), metavar="N,M", help="default: 0,1,2,3,4")
+    add("--num-train", type=number, default=2880, metavar="N", help="training videos; default: 2880")
+    add("--folder", type=Path, default=Path("runs/evidence"), help="for data and runs; default: runs/evidence")
+    add("--json", type=Path, default=RESULTS, metavar="FILE", help="default: experiments/results/evidence.json")
+    add("--table", type=Path, metavar="FILE", help="write the table there, in Markdown")
+    add("--plot", type=Path, metavar="FILE", help="write a PNG of accuracy over cost there")
+    options = parser.parse_args(arguments)
+    options.known, options.recipe = known, recipe
+    return options
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures what is missing, seed by seed, and writes a row after each variant."""
+    options = parse(arguments)
+    folder: Path = options.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    make_data_set(folder / f"hard_{options.num_train}", options.num_train, 480, 0, "hard", num_workers=2)
+    make_data_set(folder / "unseen", len(CLASSES), 960, 1, "hard", num_workers=2)
+    listed = (folder / "unseen" / "val.csv").read_text().splitlines()
+    (folder / "unseen" / "absolute.csv").write_text("".join(f"{folder / 'unseen' / line}\n" for line in listed))
+
+    def rows() -> list[Row]:
+        return json.loads(options.json.read_text()) if options.json.exists() else []
+
+    for seed in options.seeds:
+        for name in options.variants:
+            if not any((row["variant"], row["seed"]) == (name, seed) for row in rows()):
+                row = measure(name, seed, options, options.recipe)
+                Console().print(row)
+                with appearing(options.json) as partial:
+                    partial.write_text(json.dumps([*rows(), row], indent=1))
+    if found := rows():
+        Console(width=None if sys.stdout.isatty() else 200).print(table(found))
+        if options.table:
+            with options.table.open("w") as file:
+                Console(file=file, width=1000).print(table(found))
+        if options.plot:
+            plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
