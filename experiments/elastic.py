@@ -1,13 +1,14 @@
 """One network trained for all alphas against one trained for each: accuracy and training time, on made videos.
 
-python experiments/elastic.py [--setups motions,few] [--seeds 3] [--folder runs/elastic] [--json FILE] [--plot FILE]
+python experiments/elastic.py [--setups motions,few] [--kinds alone,elastic] [--seeds 3] [--folder runs/elastic] [--json FILE] [--plot FILE]
 
 motions    the quickstart's recipe and 480 training videos, strides pooled at every alpha
 few        the same with 120 videos and 20 epochs, where the vanilla network stays below 90 %
 
 Of each set-up and seed: a network trained alone at each of the alphas 0, .125, .25 and .5; an elastic one; and the
-network of alpha 0 run at the others without training, with batch-norm statistics of its own alpha or re-estimated. All
-are tested on 800 videos that no training saw. Seconds are processor time of training, loader included. Rows are added
+network of alpha 0 run at the others without training, with batch-norm statistics of its own alpha or re-estimated.
+With --kinds labels also an elastic one whose smaller networks learn the labels as much as the largest's scores. All are
+tested on 800 videos that no training saw. Seconds are processor time of training, loader included. Rows are added
 to the JSON file after each seed, and seeds that it holds are not repeated, nor finished trainings.
 """
 
@@ -34,6 +35,7 @@ from octvideo.files import appearing
 
 ALPHAS = (0.0, 0.125, 0.25, 0.5)
 SETUPS = {"motions": (480, 10), "few": (120, 20)}  # training videos, epochs
+KINDS = {"alone": [], "elastic": [], "labels": ["--model.elastic.teacher_weight=0.5"]}
 RESULTS = HERE / "results" / "elastic.json"
 Row = dict[str, Any]
 
@@ -92,11 +94,11 @@ def measure(setup: str, seed: int, kind: str, folder: Path) -> Iterator[Row]:
                 yield of_run | row | {"kind": "alone" if own else "untrained", "seconds": seconds}
     if kind == "alone":
         return
-    run = folder / f"{setup}_elastic_{seed}"
-    asked = f"--model.elastic.alphas={list(ALPHAS)}"
-    checkpoint, seconds = trained(run, [*words, "--model.alpha=0.25", asked])
+    run = folder / f"{setup}_{kind}_{seed}"
+    asked = [f"--model.elastic.alphas={list(ALPHAS)}", *KINDS[kind]]
+    checkpoint, seconds = trained(run, [*words, "--model.alpha=0.25", *asked])
     for row in tested(checkpoint, run, test, ALPHAS, 20):
-        yield of_run | row | {"kind": "elastic", "seconds": seconds}
+        yield of_run | row | {"kind": kind, "seconds": seconds}
 
 
 def summary(rows: Sequence[Row], setup: str) -> Iterator[Row]:
@@ -134,6 +136,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--setups", type=several(one_of(SETUPS, "set-up")), default=tuple(SETUPS), metavar="A,B")
+    add("--kinds", type=several(one_of(KINDS, "kind")), default=("alone", "elastic"), metavar="A,B")
     add("--seeds", type=number, default=3, metavar="N", help="default: 3")
     add("--folder", type=Path, default=Path("runs/elastic"), help="for data and runs; default: runs/elastic")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="default: experiments/results/elastic.json")
@@ -148,7 +151,7 @@ def main(arguments: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []
     for setup in options.setups:
-        for seed, kind in product(range(options.seeds), ("alone", "elastic")):
+        for seed, kind in product(range(options.seeds), options.kinds):
             key = {"setup": setup, "seed": seed, "kind": kind}
             if any(key.items() <= row.items() for row in rows):
                 continue
