@@ -1,6 +1,7 @@
 """One network trained for all alphas against one trained for each: accuracy and training time, on made videos.
 
-python experiments/elastic.py [--setups motions,few] [--kinds alone,elastic] [--seeds 3] [--folder runs/elastic] [--json FILE] [--plot FILE]
+python experiments/elastic.py [--setups motions,few] [--kinds alone,elastic] [--seeds 3] [--folder runs/elastic]
+                              [--json FILE] [--plot FILE]
 
 motions    the quickstart's recipe and 480 training videos, strides pooled at every alpha
 few        the same with 120 videos and 20 epochs, where the vanilla network stays below 90 %
