@@ -63,7 +63,7 @@ DTYPES = ("fp32", "int8")
 
 def in_onnxruntime(path: Path, dtype: str, calibration: Sequence[Clips], threads: int) -> Run:
     """Opens an ONNX file in onnxruntime, quantised first for int8."""
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
     from onnxruntime import quantization
 
     if dtype == "int8":

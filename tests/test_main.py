@@ -14,7 +14,7 @@ from octvideo.errors import DecodeError, UserError
 
 SCRIPTS = {
     **{"train_net": "train", "test_net": "test", "predict": "predict", "prepare_data": "prepare", "export": "export"},
-    **{"report": "report", "cost": "cost", "demo": "demo", "sweep": "sweep", "tune": "tune"},
+    **{"report": "report", "cost": "cost", "demo": "demo", "sweep": "sweep", "tune": "tune", "serve": "serve"},
     **{"features": "features", "push": "push", "shrink": "shrink"},
 }
 

@@ -78,7 +78,7 @@ class Classifier(nn.Module):
 
 def onnx(program: ExportedProgram, path: Path, about: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """Writes a single file, weights included, which protobuf limits to 2 GB; opens it in onnxruntime on the CPU."""
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     logging.getLogger("onnxscript").setLevel(logging.ERROR)  # else a line for each weight not folded into a constant
     how: dict[str, Any] = {"dynamo": True, "opset_version": 18, "output_names": [about["output"]], "verbose": False}

@@ -17,6 +17,7 @@ COMMANDS = {
     "shrink": "make a trained network cheaper, and compare it with what it was",
     "export": "write a network as ONNX or torch.export, checked against PyTorch",
     "push": "publish a network in a folder or on the Hugging Face hub",
+    "serve": "serve predictions over HTTP, as JSON",
     "demo": "serve a page that shows predictions and feature maps of your videos",
     "sweep": "train one recipe at several alphas and seeds, and compare",
     "tune": "search the options of a training for the best accuracy",

@@ -101,10 +101,10 @@ def time_limit(text: str) -> float | None:
     return None if text == "null" else positive(text, " or null")
 
 
-def add_predictor(parser: Parser, clips: int, crops: int) -> None:
+def add_predictor(parser: Parser, clips: int, crops: int, required: bool = True) -> None:
     """Adds the options of a checkpoint that predicts videos, with the defaults for clips of a video and their crops."""
     add = parser.add_argument
-    add("--ckpt", type=checkpoint, required=True, help="checkpoint of octvideo train, or a published network")
+    add("--ckpt", type=checkpoint, required=required, help="checkpoint of octvideo train, or a published network")
     add("--alpha", type=float, help="alpha of res2 to res4; default: the checkpoint's")
     add("--clips", metavar="N", type=number, default=clips, help=f"clips of a video, 1 is the centre; default: {clips}")
     add("--crops", metavar="M", type=number, default=crops, help=f"crops of a clip; default: {crops}")

@@ -164,7 +164,7 @@ class Predictor:
             clip = torch.zeros((1, *known.clip_size), dtype=torch.uint8)
             self.budget.calibrate(lambda: self._scored(clip))
         how = known, backend, source  # not bound methods, which would keep this predictor and its network alive
-        self._read_views = self.watched(partial(_views, *how, num_clips, num_crops))
+        self._read_views = self.watched(partial(read_views, *how, num_clips, num_crops))
         self._read_windows = self.watched(partial(_windows, *how))
 
     def watched(self, read: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
@@ -252,9 +252,10 @@ def _hanging_is_bad(path: str) -> Iterator[None]:
         raise DecodeError(path, str(error)) from error
 
 
-def _views(
+def read_views(
     how: Preprocessing, backend: Backend, source: Source | None, num_clips: int, num_crops: int, path: str
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+    """What `Predictor.views` returns; DecodeError for what cannot be decoded."""
     with Video(path, backend, source=source) as video:
         numbers = how.sampler.test_clips(video.num_frames, video.fps, num_clips)
         middles = (numbers.min(1) + numbers.max(1) + 1) / (2 * video.fps)
