@@ -3,6 +3,8 @@
 # make check    lint and the fast tests
 # make lint     ruff and mypy
 # make docs     the documentation's pages, in site/
+# make release  sdist and wheel in dist/, checked, and tried in an environment of their own
+# make lowest   fast tests with the oldest versions that pyproject.toml promises, in .venv-lowest
 # TEST_JOBS     processes that run tests, 2 by default
 # PIP_FLAGS     options for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 
@@ -11,8 +13,11 @@ PIP_FLAGS ?=
 TEST_JOBS ?= 2
 RUN = runs/quickstart
 INSTALLED = .venv/.installed
+# Tests that need nothing but what a plain install brings.
+LOWEST = $(addprefix tests/test_,octaves.py convolution.py octavize.py sampling.py schedule.py lists.py index.py \
+	multigrid.py motions.py zoo.py clips.py recognizer.py predict.py)
 
-.PHONY: install train test check lint docs clean
+.PHONY: install train test check lint docs release lowest clean
 
 install: $(INSTALLED)
 
@@ -46,5 +51,15 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 	@echo "pages: site/index.html (for the search: python -m http.server --directory site)"
 
+release: $(INSTALLED)
+	PIP_FLAGS="$(PIP_FLAGS)" .ci/release
+
+lowest:
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install $(PIP_FLAGS) --quiet --upgrade 'pip>=25' uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable . \
+		'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100'
+	OMP_WAIT_POLICY=PASSIVE .venv-lowest/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow" $(LOWEST)
+
 clean:
-	rm -rf .venv runs site data/motions
+	rm -rf .venv .venv-lowest runs site data/motions
