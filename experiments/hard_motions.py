@@ -32,6 +32,7 @@ from octvideo.commands.options import Parser
 from octvideo.data.lists import read_list
 from octvideo.files import appearing
 
+RESULTS = HERE / "results" / "hard_motions_probes.json"
 FEATURES = ("codec", "color", "frame", "motion")
 
 
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measures, prints and writes."""
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "hard_motions_probes.json", metavar="FILE")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
     options = parser.parse_args(arguments)
     rows = measure(options.folder)
     with appearing(options.json) as partial:

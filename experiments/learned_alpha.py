@@ -46,7 +46,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from octvideo.commands import runs
+from octvideo.commands import children
 from octvideo.commands.command_line import start
 from octvideo.commands.options import Parser, checkpoint, number, several
 from octvideo.commands.shrink import LESS, OWN, Clips
@@ -228,7 +228,7 @@ WAYS: dict[str, Callable[[Task, Namespace], dict[str, float]]] = {
 def read_arguments(words: list[str]) -> Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    runs.add_recipe(parser)
+    children.add_recipe(parser)
     add = parser.add_argument
     add("--ckpt", type=checkpoint, nargs="+", required=True, metavar="FILE", help="vanilla checkpoints, one a seed")
     add("--elastic", type=checkpoint, nargs="+", metavar="FILE", help="trained at several alphas, as many as --ckpt")
@@ -239,7 +239,7 @@ def read_arguments(words: list[str]) -> Namespace:
     add("--population", type=number, default=24, metavar="N", help="of evolution; default: %(default)s")
     add("--generations", type=number, default=15, metavar="N", help="of evolution; default: %(default)s")
     add("--epochs", type=int, default=1, metavar="N", help="of training with the teacher; 0: none; default: 1")
-    arguments = runs.read_recipe(parser, words, OWN, "{} is what the experiment sets itself")
+    arguments = children.read_recipe(parser, words, OWN, "{} is what the experiment sets itself")
     check(arguments.budget, "macs", ALPHAS)
     if arguments.elastic and len(arguments.elastic) != len(arguments.ckpt):
         raise UserError(f"--elastic has {len(arguments.elastic)} checkpoints for {len(arguments.ckpt)} of --ckpt")
@@ -254,9 +254,9 @@ def train(arguments: Namespace, folder: Path, seed: int) -> float | None:
     if not results.is_file():
         options = [*arguments.recipe, f"--cfg={folder / 'alpha.yaml'}", f"--seed_everything={seed}"]
         options += [f"--trainer.default_root_dir={folder}", f"--trainer.max_epochs={arguments.epochs}"]
-        runs.call("train", [*options, "--ckpt_path=auto"], folder / "log.txt")
+        children.call("train", [*options, "--ckpt_path=auto"], folder / "log.txt")
         ckpt = folder / "checkpoints" / "last.ckpt"
-        runs.call("test", [*options, f"--ckpt={ckpt}", f"--output={folder / 'test'}"], folder / "log.txt")
+        children.call("test", [*options, f"--ckpt={ckpt}", f"--output={folder / 'test'}"], folder / "log.txt")
     top1: float = json.loads(results.read_text())["top1"]
     return top1
 
@@ -281,8 +281,8 @@ def run(arguments: Namespace) -> int:
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     names = ("budget", "batches", "steps", "population", "generations", "epochs", "ckpt", "elastic")
-    what = runs.contents(arguments) | {name: getattr(arguments, name) for name in names}
-    runs.keep(output / "recipe.json", what, "the experiment with other options")
+    what = children.contents(arguments) | {name: getattr(arguments, name) for name in names}
+    children.keep(output / "recipe.json", what, "the experiment with other options")
     path = output / "learned_alpha.json"
     rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
     for seed in range(len(arguments.ckpt)):
@@ -324,11 +324,11 @@ def main() -> int:
     def work() -> int:
         try:
             return run(read_arguments(sys.argv[1:]))
-        except runs.RunFailedError as error:
+        except children.RunFailedError as error:
             print(error, file=sys.stderr)
             return 1
 
-    return runs.stoppable(work)
+    return children.stoppable(work)
 
 
 if __name__ == "__main__":

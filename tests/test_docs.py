@@ -49,7 +49,7 @@ from torch.distributed.run import get_args_parser
 import octvideo
 from experiments import budget, domains, elastic, real_weights, serving, shrinking, speed, streams
 from octvideo import MODELS, create_model
-from octvideo.commands import runs, serve, stream
+from octvideo.commands import children, serve, stream
 from octvideo.models.choose_alpha import choose_alpha
 from octvideo.training.recognizer import Recognizer
 
@@ -121,13 +121,13 @@ def start_tool_in(workspace):
 def _be_tool_in(workspace, arguments, folder, environment):
     conftest.ROOT = workspace
     resnet._MODEL_STAGE_DEPTH[50] = SHALLOW
-    runs.call = _call
+    children.call = _call
     choose_alpha.__kwdefaults__["alphas"] = (0.5,)  # each is predicted in every stage
     conftest._be_tool(arguments, folder, environment)
 
 
 def _call(tool, options, log, hopeless=None):
-    """runs.call in a fork: without the seconds that a new process imports, and with the shallow networks."""
+    """children.call in a fork: without the seconds that a new process imports, and with the shallow networks."""
     with tempfile.TemporaryDirectory() as folder:
         script = f"{tool}_net.py" if tool in ("train", "test") else f"{tool}.py"
         arguments = [str(conftest.ROOT / "tools" / script), *options]
@@ -135,7 +135,7 @@ def _call(tool, options, log, hopeless=None):
         process.start()
         process.join()
         if process.exitcode:
-            raise runs.RunFailedError((Path(folder) / "stderr").read_text())
+            raise children.RunFailedError((Path(folder) / "stderr").read_text())
         shutil.copy(Path(folder) / "stdout", log)
     return True
 

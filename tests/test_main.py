@@ -14,7 +14,15 @@ from octvideo.errors import DecodeError, UserError
 
 SCRIPTS = {
     **{"train_net": "train", "test_net": "test", "predict": "predict", "prepare_data": "prepare", "export": "export"},
-    **{"report": "report", "cost": "cost", "demo": "demo", "sweep": "sweep", "tune": "tune", "serve": "serve"},
+    **{
+        "report": "report",
+        "cost": "cost",
+        "demo": "demo",
+        "sweep": "sweep",
+        "tune": "tune",
+        "serve": "serve",
+        "runs": "runs",
+    },
     **{"features": "features", "push": "push", "shrink": "shrink"},
 }
 
@@ -59,7 +67,7 @@ def test_python_m_is_the_same_and_errors_name_the_command():
 
 def test_every_command_has_a_module_and_a_script_of_a_few_lines():
     commands = {path.stem for path in (ROOT / "octvideo" / "commands").glob("*.py")}
-    assert set(COMMANDS) == commands - {"__init__", "main", "options", "command_line", "runs", "stream"}
+    assert set(COMMANDS) == commands - {"__init__", "main", "options", "command_line", "children", "stream"}
     assert {path.stem for path in (ROOT / "tools").glob("*.py")} == set(SCRIPTS)
     for script, command in SCRIPTS.items():
         lines = (ROOT / "tools" / f"{script}.py").read_text().splitlines()

@@ -9,7 +9,7 @@ import torch
 from conftest import run_tool, small
 from torch import nn
 
-from octvideo.commands import runs
+from octvideo.commands import children
 from octvideo.commands import shrink as command
 from octvideo.errors import DoesNotPayError, UserError
 from octvideo.evaluation.report import points_of, read_run
@@ -242,11 +242,11 @@ def run_here(monkeypatch, capsys, vanilla, tmp_path):
         script = {"train": "train_net.py", "test": "test_net.py", "export": "export.py"}[name]
         finished = run_tool(script, *options, *(["--rounds=1", "--free=none"] if name == "export" else []))
         if finished.returncode:
-            raise runs.RunFailedError(finished.stderr.strip().splitlines()[-1])
+            raise children.RunFailedError(finished.stderr.strip().splitlines()[-1])
 
     def run(*options, ckpt=vanilla / "checkpoints" / "last.ckpt"):
         calls.clear()
-        monkeypatch.setattr(runs, "call", call)
+        monkeypatch.setattr(children, "call", call)
         monkeypatch.setattr(sys, "argv", ["shrink.py"])
         output = [] if any(str(word).startswith("--output") for word in options) else [f"--output={tmp_path / 'out'}"]
         try:

@@ -11,7 +11,7 @@ import yaml
 from conftest import CONFIG, run_tool, small
 from test_command_line import assert_one_line
 
-from octvideo.commands import runs, sweep
+from octvideo.commands import children, sweep
 from octvideo.models.checkpoint import load_trained
 from octvideo.models.octavize import octavize
 
@@ -39,12 +39,12 @@ def run_here(monkeypatch, capsys):
         finished = run_tool({"train": "train_net.py", "test": "test_net.py"}[name], *options)
         log.write_text(finished.stdout + finished.stderr)
         if finished.returncode:
-            raise runs.RunFailedError(finished.stderr.strip().splitlines()[-1])
+            raise children.RunFailedError(finished.stderr.strip().splitlines()[-1])
 
     def run(*options):
         calls.clear()
-        monkeypatch.setattr(runs, "call", call)
-        monkeypatch.setattr(runs, "resolve", lambda *_: {})  # has a test of its own
+        monkeypatch.setattr(children, "call", call)
+        monkeypatch.setattr(children, "resolve", lambda *_: {})  # has a test of its own
         monkeypatch.setattr(sys, "argv", ["sweep.py"])
         try:
             status = sweep.main([str(option) for option in options])

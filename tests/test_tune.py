@@ -15,7 +15,7 @@ import yaml
 from conftest import CONFIG, FORKS, run_tool, small
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from octvideo.commands import main, runs, tune
+from octvideo.commands import children, main, tune
 from octvideo.models.checkpoint import load_trained
 
 # Takes the options of octvideo train. An epoch's figure is the rate + epoch / 100, so that the last one is the best.
@@ -71,8 +71,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def use_stand_in(folder, assign=setattr):
-    assign(runs, "COMMAND", [sys.executable, str(folder / "stand_in.py")])
-    assign(runs, "LOOK_SECONDS", 0.02)
+    assign(children, "COMMAND", [sys.executable, str(folder / "stand_in.py")])
+    assign(children, "LOOK_SECONDS", 0.02)
     assign(sys, "argv", ["tune.py"])
 
 

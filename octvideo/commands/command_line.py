@@ -31,6 +31,7 @@ from octvideo.files import appearing
 from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.cost import count_macs
 from octvideo.models.own_network import build_recorded, check_record
+from octvideo.training import record
 from octvideo.training.callbacks import BadVideos, StoreTraffic, naming_killed_loaders
 from octvideo.training.checkpoints import Mirrored
 from octvideo.training.console import ProgressBar
@@ -46,14 +47,18 @@ NOTES = r"Tip:|PU available:|Trainer\.fit. stopped|Seed set to"
 for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
     logging.getLogger(name).addFilter(lambda record: not re.search(NOTES, record.getMessage()))
 
-LoggerName = Literal["tensorboard", "csv", "wandb"]
+LoggerName = Literal["tensorboard", "csv", "wandb", "mlflow"]
 # Options of training besides model, data and trainer; testing accepts them, so that one YAML file serves both.
 TRAINING_OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "save_every_n_steps": (int | None, None, "optimiser steps after which to write a checkpoint, besides each epoch's"),
     "keep_checkpoints": (int, 3, "newest checkpoints to keep, besides the best"),
     "ema_decay": (float | None, None, "decay of the moving average of weights to validate and save, such as .999"),
     "precise_bn": (int, 0, "training batches to compute batch-norm statistics from after each epoch; 0: running ones"),
-    "loggers": (list[LoggerName], ["tensorboard", "csv"], "where metrics go; wandb needs `pip install wandb`"),
+    "loggers": (
+        list[LoggerName],
+        ["tensorboard", "csv"],
+        "where metrics go; wandb, mlflow: pip install octvideo[NAME]",
+    ),
 }
 Cli = TypeVar("Cli", bound="CommandLine")
 
@@ -94,6 +99,9 @@ class KeptOptions(SaveConfigCallback):
             config["trainer"]["default_root_dir"] = mirrored.mirror.uri
         with appearing(Path(trainer.default_root_dir) / self.config_filename) as partial:
             self.parser.save(config, partial, skip_none=False, overwrite=True)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        lists = {name: data.read(name) for name in ("train_list", "val_list") if data.lists[name] is not None}
+        record.append(Path(trainer.default_root_dir), record.describe(lists, data.root))
 
 
 class CommandLine(LightningCLI):

@@ -13,6 +13,7 @@ COMMANDS = {
     "predict": "predict the classes of videos, folders and lists, or of live video",
     "features": "write embeddings of videos, to search or cluster them",
     "report": "write one HTML page about one or several runs",
+    "runs": "list runs with their accuracy, code and data",
     "cost": "multiply-adds, bytes, kernels and time at several alphas",
     "shrink": "make a trained network cheaper, and compare it with what it was",
     "export": "write a network as ONNX or torch.export, checked against PyTorch",

@@ -1,141 +1,128 @@
-"""Trainings and tests that a command runs as child processes, each in a folder of its own."""
+"""Lists the runs below a folder: what was trained, how far, on what, and how accurate it is.
 
-import contextlib
-import fcntl
+octvideo runs [FOLDER ...] [--sort COLUMN] [--json FILE]
+
+A run is a folder with config.yaml of `octvideo train`. Columns:
+
+run        its folder, below FOLDER
+network    model.name, or the class of model.network
+alpha      model.alpha, with "pool" for model.downsample pool
+epochs     finished ones of trainer.max_epochs
+val        best top-1 (or mAP) of a validation, in percent
+test       top-1 (or mAP) of predictions.json of `octvideo test` in the run's folder, in percent
+started    when, first; and how often it was resumed
+commit     of the git repository that it was started in, with + where files differed
+data       start of the digest of the training list: runs with the same one saw the same videos
+
+--sort takes a column, and puts the largest last. --json writes all of it, with the whole run.json of each run.
+Exit status: 0; 2 for a mistake in the command, or where there is no run.
+"""
+
 import json
-import signal
-import subprocess
 import sys
-import tempfile
-from argparse import Namespace
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from octvideo.commands.options import Parser, config_file, fail, one_line_errors
+from octvideo.commands.options import Parser, fail, one_line_errors
+from octvideo.evaluation.report import read_curves, say_alpha
 from octvideo.files import appearing
+from octvideo.training import record
 
-COMMAND = [sys.executable, "-P", "-m", "octvideo"]  # -P: not what the current folder names octvideo or random
-LOOK_SECONDS = 5.0  # between two looks at a run that is watched
-
-
-class RunFailedError(Exception):
-    """A run without a result; the message says why, `status` is the exit status of its process."""
-
-    def __init__(self, reason: str, status: int = 1) -> None:
-        super().__init__(reason)
-        self.status = status
+COLUMNS = ("run", "network", "alpha", "epochs", "val", "test", "started", "commit", "data")
+Row = dict[str, Any]
 
 
-def add_recipe(parser: Parser, required: bool = True) -> None:
-    """Adds the options of what is trained, and where."""
-    what = "YAML file of the recipe, or the name of an installed one; given again, the later one overrides"
-    parser.add_argument("--cfg", "-c", action="append", required=required, metavar="FILE", help=what)
-    what = "folder for the runs and the results"
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help=what)
+def find(folders: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """The name and the folder of each run, in alphabetical order."""
+    for folder in folders:
+        for config in sorted(folder.rglob("config.yaml")):
+            run = config.parent
+            yield (str(run.relative_to(folder)) if run != folder else run.name), run
 
 
-def read_recipe(parser: Parser, words: list[str], own: Collection[str], cure: str) -> Namespace:
-    """The command line; `others` are options that the parser lacks, `recipe` all that every run gets.
-
-    Ends the program with `cure` for options in `own`, which differ between the runs.
-    """
-    arguments, others = parser.parse_known_args(words)
-    if others and not others[0].startswith("--"):
-        fail(f"unrecognized arguments: {others[0]}")
-    for option in set(own).intersection(other.split("=")[0] for other in others):
-        fail(f"{cure.format(option)}")
-    arguments.cfg = [config_file(name) for name in arguments.cfg or ()]
-    arguments.others = others
-    arguments.recipe = [f"--cfg={file}" for file in arguments.cfg] + others
-    return arguments
-
-
-def contents(arguments: Namespace) -> dict[str, Any]:
-    """What makes a recipe: the contents of its files, and the options."""
-    return {"cfg": [yaml.safe_load(Path(name).read_text()) for name in arguments.cfg], "options": arguments.others}
-
-
-def keep(path: Path, what: dict[str, Any], other: str) -> None:
-    """Records what a folder is for; ends the program if it was for something else before, which `other` names."""
-    what = json.loads(json.dumps(what, default=str))  # as it is read back
-    if not path.is_file():
-        with appearing(path) as partial:
-            partial.write_text(json.dumps(what, indent=1))
-    elif json.loads(path.read_text()) != what:
-        fail(f"{path.parent} holds {other} ({path}): choose another --output")
+def read(name: str, run: Path) -> Row:
+    """A row of the table, None where the folder does not say; with "starts", its run.json."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    model, starts, curves = config["model"], record.read(run), read_curves(run)
+    own = (model.get("network") or {}).get("class_path")
+    val = next((curves[key] for key in ("val/top1", "val/map") if key in curves), None)
+    epochs = len(val.values) if val is not None else None
+    first: Row = starts[0] if starts else {}
+    git, data = first.get("git") or {}, first.get("data") or {}
+    return {
+        "run": name,
+        "network": own or model["name"],
+        "alpha": model["alpha"],
+        "pooled": model.get("downsample") == "pool",
+        "epochs": epochs,
+        "max_epochs": config["trainer"]["max_epochs"],
+        "val": None if val is None else float(val.values.max()),
+        "test": tested(run),
+        "started": first.get("started"),
+        "resumed": max(0, len(starts) - 1),
+        "commit": git.get("commit"),
+        "changed": bool(git.get("changed")),
+        "data": data.get("train_list", {}).get("sha256"),
+        "starts": starts,
+    }
 
 
-def resolve(tool: str, options: Sequence[str]) -> dict[str, Any]:
-    """All options of a command with their values; ends the program for those that it refuses."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            call(tool, [*options, "--print_config"], log := Path(folder, "log.txt"))
-        except RunFailedError as error:
-            fail(str(error).removeprefix(f"octvideo {tool}: error: "))
-        return yaml.safe_load(log.read_text())  # type: ignore[no-any-return]
+def tested(run: Path) -> float | None:
+    """The accuracy in predictions.json of a run's folder, or of test in it."""
+    for path in (run / "test" / "predictions.json", run / "predictions.json"):
+        if path.is_file():
+            found = json.loads(path.read_text())
+            value = found.get("top1", found.get("map"))
+            return None if value is None else float(value)
+    return None
 
 
-def call(tool: str, options: Sequence[str], log: Path, hopeless: Callable[[], bool] | None = None) -> bool:
-    """Runs a command, its output appended to a log; returns whether it came to its end.
-
-    Where `hopeless`, asked every LOOK_SECONDS, is true, the command is stopped by SIGTERM. Waits first for a process
-    that still writes to the log, as a killed parent leaves it. Raises RunFailedError with the last line of one that
-    fails.
-    """
-    with log.open("a") as printed, tempfile.TemporaryFile("w+") as errors:
-        fcntl.flock(printed, fcntl.LOCK_EX)  # the child inherits it
-        process = subprocess.Popen([*COMMAND, tool, *options], stdout=printed, stderr=errors)
-        status = None
-        try:
-            while status is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    status = process.wait(LOOK_SECONDS if hopeless else None)
-                if status is None and hopeless and hopeless():
-                    return False
-        finally:
-            process.terminate()  # where this was interrupted: the command saves, then ends; one that has ended stays
-            process.wait()
-            errors.seek(0)
-            said = errors.read()
-            printed.write(said)
-    if status < 0:
-        raise RunFailedError(f"{tool} was killed by {signal.Signals(-status).name}", status)
-    if status:
-        raise RunFailedError([f"{tool} ended with {status}", *said.strip().splitlines()][-1], status)
-    return True
+def cells(row: Row) -> list[str]:
+    """A row as it is printed."""
+    alpha = say_alpha(row["alpha"]) + (", pool" if row["pooled"] else "")
+    epochs = "" if row["epochs"] is None else f"{row['epochs']} of {row['max_epochs']}"
+    val, test = ("" if row[key] is None else f"{100 * row[key]:.1f}" for key in ("val", "test"))
+    started = (row["started"] or "")[:16].replace("T", " ") + (f", resumed {row['resumed']}" if row["resumed"] else "")
+    commit = (row["commit"] or "")[:8] + ("+" if row["changed"] else "")
+    return [row["run"], row["network"], alpha, epochs, val, test, started, commit, (row["data"] or "")[:8]]
 
 
-class RunProgress(Progress):
-    """A progress bar of `total` runs on a terminal; elsewhere a line for each."""
+def main(words: list[str]) -> int:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("folders", metavar="FOLDER", nargs="*", type=Path, default=[Path("runs")], help="default: runs")
+    add("--sort", choices=COLUMNS, metavar="COLUMN", default="run", help="default: run")
+    add("--json", type=Path, metavar="FILE", help="write the rows there")
+    arguments = parser.parse_args(words)
+    rows = []
+    with one_line_errors():
+        for folder in arguments.folders:
+            if not folder.is_dir():
+                fail(f"{folder}: no such folder")
+        for name, run in find(arguments.folders):
+            try:
+                rows.append(read(name, run))
+            except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
+                print(f"{run} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+        if not rows:
+            fail(f"no run in {', '.join(map(str, arguments.folders))}: none has a config.yaml of octvideo train")
+        rows.sort(key=lambda row: (row[arguments.sort] is not None, _comparable(row[arguments.sort])))
+        if arguments.json:
+            with appearing(arguments.json) as partial:
+                partial.write_text(json.dumps(rows, indent=1))
+    table = Table(*COLUMNS, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*cells(row))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    return 0
 
-    def __init__(self, total: int) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        super().__init__(*columns, console=console, disable=not console.is_terminal)
-        self.runs = self.add_task("", total=total)
 
-    def begin(self, name: str, more: str = "") -> None:
-        """Shows which run is under way; a line that is printed has room for more."""
-        self.update(self.runs, description=name)
-        if not self.console.is_terminal:
-            self.console.print(f"{name} {more}".rstrip(), highlight=False, markup=False, soft_wrap=True)
-
-    def say(self, line: str, failed: bool) -> None:
-        """Prints a line that stays."""
-        self.print(line, markup=False, style="yellow" if failed else None, highlight=False, soft_wrap=True)
-
-
-def stoppable(work: Callable[[], int]) -> int:
-    """The exit status of work(): 130 on Ctrl-C, 143 on SIGTERM, 2 and one line for a user's mistake."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        with one_line_errors():
-            return work()
-    except KeyboardInterrupt:
-        print("stopped; the same command resumes", file=sys.stderr)
-        return 130
+def _comparable(value: Any) -> Any:
+    """Numbers by size, anything else as text."""
+    return (0, value, "") if isinstance(value, int | float) else (1, 0, json.dumps(value))

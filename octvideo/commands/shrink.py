@@ -45,12 +45,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from octvideo.commands import runs
+from octvideo.commands import children
+from octvideo.commands.children import RunFailedError
 from octvideo.commands.command_line import CommandLine, start
 from octvideo.commands.export import FORMATS
 from octvideo.commands.options import Parser, device_of, fail, number, positive, several, share
 from octvideo.commands.report import write_report
-from octvideo.commands.runs import RunFailedError
 from octvideo.errors import DoesNotPayError, ListError, UserError
 from octvideo.evaluation.report import Run, agreement, read_run
 from octvideo.files import appearing
@@ -96,7 +96,7 @@ def read_arguments(words: list[str]) -> Namespace:
     what = "in place of --ckpt: a network of the zoo, or the path of a class with arguments --model.network.ARGUMENT"
     add("--model", metavar="NAME", help=what)
     add("--weights", metavar="FILE", help="of --model: what octvideo train takes as model.weights")
-    runs.add_recipe(parser, required=False)
+    children.add_recipe(parser, required=False)
     add("--budget", type=float, default=0.7, metavar="SHARE", help="of the cost, in (0, 1); default: %(default)s")
     what = "multiply-adds, or also time on this machine, as predicted for the choice and then measured; default: macs"
     add("--by", default="macs", metavar="macs|time", help=what)
@@ -107,7 +107,7 @@ def read_arguments(words: list[str]) -> Namespace:
     add("--epochs", type=number, metavar="N", help=what)
     what = "points of accuracy (or mAP) that may be lost; default: %(default)s"
     add("--max-drop", "--max_drop", type=positive, default=2.0, metavar="POINTS", help=what)
-    arguments = runs.read_recipe(parser, words, OWN, "{} is what shrink sets itself")
+    arguments = children.read_recipe(parser, words, OWN, "{} is what shrink sets itself")
     check(arguments.budget, arguments.by, arguments.alphas)
     if (arguments.ckpt is None) == (arguments.model is None):
         fail("either --ckpt FILE or --model NAME says what to shrink")
@@ -202,21 +202,21 @@ def follow(arguments: Namespace) -> tuple[Path, list[Run]]:
     exported = output / f"network{next(formats)}"
     files, cfg = {"before": before, "chosen": output / "choice.ckpt", "after": after}, output / "choice.yaml"
     steps = [("test", name) for name in ("before", "chosen")] + [("train", "training"), ("test", "after")]
-    with runs.RunProgress(len(steps) + 1) as progress:
+    with children.RunProgress(len(steps) + 1) as progress:
         for command, name in steps:
             progress.begin(f"{command} {name}" if command == "test" else "train with the teacher")
             if command == "train":
                 if not (output / "after" / "predictions.json").is_file():
                     words = [f"--cfg={file}" for file in (*arguments.cfg, cfg)] + arguments.others
                     began = time.perf_counter()
-                    runs.call("train", [*words, "--ckpt_path=auto"], log)
+                    children.call("train", [*words, "--ckpt_path=auto"], log)
                     (output / "training.json").write_text(json.dumps(time.perf_counter() - began))
             elif not (output / name / "predictions.json").is_file():
-                runs.call("test", [*arguments.recipe, f"--ckpt={files[name]}", f"--output={output / name}"], log)
+                children.call("test", [*arguments.recipe, f"--ckpt={files[name]}", f"--output={output / name}"], log)
             progress.advance(progress.runs)
         progress.begin("export")
         if not exported.is_file():
-            runs.call("export", [f"--ckpt={after}", f"--output={exported}"], log)
+            children.call("export", [f"--ckpt={after}", f"--output={exported}"], log)
         progress.advance(progress.runs)
     found = [read_run(output / name, results=output / name, checkpoint=file) for name, file in files.items()]
     found[2] = replace(found[2], curves=read_run(output / "training").curves)
@@ -283,7 +283,7 @@ def without_network(words: list[str]) -> list[str]:
 def shrink(words: list[str]) -> int:
     """Does what the command line says; returns the exit status."""
     arguments = read_arguments(words)
-    what = runs.contents(arguments)
+    what = children.contents(arguments)
     names = ("ckpt", "budget", "by", "alphas", "batches", "epochs", *(("model", "weights") if arguments.model else ()))
     what |= {name: getattr(arguments, name) for name in names}
     if arguments.model is not None:
@@ -303,7 +303,7 @@ def shrink(words: list[str]) -> int:
             f"--ckpt {arguments.ckpt} is octave already, at alpha {alpha}: shrink takes a network of alpha 0"
         )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    runs.keep(arguments.output / "recipe.json", what, "what shrinking with other options wrote")
+    children.keep(arguments.output / "recipe.json", what, "what shrinking with other options wrote")
     try:
         if not (arguments.output / "choice.yaml").is_file():
             decide(arguments, found)
@@ -317,4 +317,4 @@ def shrink(words: list[str]) -> int:
 
 def main(words: list[str]) -> int:
     """Runs the command."""
-    return runs.stoppable(lambda: shrink(words))
+    return children.stoppable(lambda: shrink(words))

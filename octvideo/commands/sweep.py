@@ -46,9 +46,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from octvideo.commands import runs
+from octvideo.commands import children
+from octvideo.commands.children import RunFailedError
 from octvideo.commands.options import Parser, checkpoint, fail, number, several
-from octvideo.commands.runs import RunFailedError
 from octvideo.files import appearing
 from octvideo.models.checkpoint import load_trained, restore
 from octvideo.models.cost import count_macs, time_interleaved
@@ -101,7 +101,7 @@ def read_arguments(words: list[str]) -> Namespace:
     """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    runs.add_recipe(parser)
+    children.add_recipe(parser)
     what = "with commas between them; default: %(default)s"
     add("--alphas", type=several(read_variant), default="0,0:pool,.125,.25,.5", metavar="LIST", help=what)
     add("--seeds", type=several(read_seed), default="0,1,2", metavar="LIST", help="of training; default: %(default)s")
@@ -109,7 +109,7 @@ def read_arguments(words: list[str]) -> Namespace:
     add("--statistics_batches", type=number, default=200, metavar="N", help="with --ckpt; default: %(default)s")
     add("--rounds", type=number, default=20, metavar="N", help="timings of each network; default: %(default)s")
     cure = "a sweep sets {} itself: give --alphas, --seeds and --output"
-    arguments = runs.read_recipe(parser, words, OWN, cure)
+    arguments = children.read_recipe(parser, words, OWN, cure)
     for file in arguments.ckpt or ():
         if not file.is_file():
             fail(f"--ckpt {file}: no such file")
@@ -125,7 +125,7 @@ def run_all(arguments: Namespace) -> tuple[dict[Variant, list[Row]], list[str]]:
     which = {str(file): file for file in arguments.ckpt or ()} or {f"seed {seed}": seed for seed in arguments.seeds}
     found: dict[Variant, list[Row]] = {variant: [] for variant in arguments.alphas}
     failed = []
-    with runs.RunProgress(len(which) * len(found)) as progress:
+    with children.RunProgress(len(which) * len(found)) as progress:
         for name, run, variant in [(f"alpha {v.name}, {what}", run, v) for what, run in which.items() for v in found]:
             progress.begin(name)
             try:
@@ -146,8 +146,8 @@ def train(variant: Variant, seed: int, arguments: Namespace) -> Row:
         alpha = f"--cfg={variant.file}" if variant.file else f"--model.alpha={variant.alpha}"
         options = [*arguments.recipe, alpha, f"--model.downsample={variant.downsample}", f"--seed_everything={seed}"]
         options.append(f"--trainer.default_root_dir={folder}")
-        runs.call("train", [*options, "--ckpt_path=auto"], folder / "log.txt")
-        runs.call("test", [*options, f"--ckpt={checkpoint}"], folder / "log.txt")
+        children.call("train", [*options, "--ckpt_path=auto"], folder / "log.txt")
+        children.call("test", [*options, f"--ckpt={checkpoint}"], folder / "log.txt")
     found = json.loads(results.read_text())
     return entry(seed, checkpoint, found | {key: len(found[key]) for key in ("videos", "bad")})
 
@@ -167,7 +167,7 @@ def test(variant: Variant, checkpoint: Path, arguments: Namespace) -> Row:
         folder.mkdir(parents=True, exist_ok=True)
         options = [f"--model.downsample={variant.downsample}", f"--alphas={variant.alpha}", f"--ckpt={checkpoint}"]
         options += [f"--output={folder}", f"--statistics_batches={arguments.statistics_batches}"]
-        runs.call("test", [*arguments.recipe, *options], folder / "log.txt")
+        children.call("test", [*arguments.recipe, *options], folder / "log.txt")
     if found := estimated():
         return entry(checkpoint, checkpoint, found)
     raise RunFailedError(f"there are no training videos to estimate batch-norm statistics on: {folder / 'log.txt'}")
@@ -256,13 +256,13 @@ def sweep(words: list[str]) -> int:
     """Does what the command line says; returns the exit status."""
     arguments = read_arguments(words)
     more = [f"--ckpt={arguments.ckpt[0]}"] if arguments.ckpt else []
-    runs.resolve("test" if arguments.ckpt else "train", [*arguments.recipe, *more])
+    children.resolve("test" if arguments.ckpt else "train", [*arguments.recipe, *more])
     other = "a sweep of another recipe or alpha"
     tests = {"statistics_batches": arguments.statistics_batches} if arguments.ckpt else {}
-    runs.keep(arguments.output / "recipe.json", runs.contents(arguments) | tests, other)
+    children.keep(arguments.output / "recipe.json", children.contents(arguments) | tests, other)
     for one in arguments.alphas:
         alpha = {"alpha": one.alpha, "downsample": one.downsample}
-        runs.keep(arguments.output / one.folder / "alpha.json", alpha, other)
+        children.keep(arguments.output / one.folder / "alpha.json", alpha, other)
     found, failed = run_all(arguments)
     if rows := rows_of(found, arguments.rounds):
         write_results(rows, arguments.output)
@@ -273,4 +273,4 @@ def sweep(words: list[str]) -> int:
 
 def main(words: list[str]) -> int:
     """Runs the command."""
-    return runs.stoppable(lambda: sweep(words))
+    return children.stoppable(lambda: sweep(words))

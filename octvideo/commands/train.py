@@ -8,6 +8,7 @@ Exit status: 0 trained; 75 saved and stopped by SIGTERM or SIGUSR1, to be resume
 options or files, or a loss that is not finite; others: a bug.
 """
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from octvideo import stores
 from octvideo.commands.command_line import CommandLine, LoggerName, start
@@ -114,9 +115,13 @@ class Training(CommandLine):
         if name == "csv":
             return PatientCSVLogger(self.run_folder, name="csv")
         try:
-            return WandbLogger(save_dir=self.run_folder, name=self.run_folder.name, project="octvideo")
+            if name == "wandb":
+                return WandbLogger(save_dir=self.run_folder, name=self.run_folder.name, project="octvideo")
+            place = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.run_folder.absolute()}/mlflow.db"
+            return MLFlowLogger("octvideo", self.run_folder.name, place)
         except ModuleNotFoundError as error:
-            raise UserError("loggers: wandb is not installed: pip install wandb, or leave it out") from error
+            cure = f"python -m pip install 'octvideo[{name}]', or leave it out"
+            raise UserError(f"loggers: {name} is not installed: {cure}") from error
 
 
 def main(words: list[str]) -> None:

@@ -48,9 +48,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from octvideo.commands import runs
+from octvideo.commands import children
+from octvideo.commands.children import RunFailedError
 from octvideo.commands.options import Parser, fail, number
-from octvideo.commands.runs import RunFailedError
 from octvideo.errors import UserError
 from octvideo.files import appearing, lock
 
@@ -118,7 +118,7 @@ def read_arguments(words: list[str]) -> Namespace:
     """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    runs.add_recipe(parser)
+    children.add_recipe(parser)
     what = "what varies, or a YAML file of it"
     add("--search", type=read_search, nargs="+", action="extend", required=True, metavar="OPTION=VALUES", help=what)
     add("--trials", type=number, default=20, metavar="N", help="of the whole study; default: %(default)s")
@@ -130,7 +130,7 @@ def read_arguments(words: list[str]) -> Namespace:
     add("--pruner", choices=("median", "hyperband", "none"), default="median", help=what)
     add("--seed", type=int, default=0, metavar="N", help="of the sampler; default: %(default)s")
     add("--storage", metavar="URL", help="database of the study, in place of study.db, as SQLAlchemy names it")
-    arguments = runs.read_recipe(parser, words, OWN, "a study sets {} itself: give --output")
+    arguments = children.read_recipe(parser, words, OWN, "a study sets {} itself: give --output")
     pairs = [pair for search in arguments.search for pair in search.items()]
     arguments.search = dict(pairs)
     if len(arguments.search) < len(pairs):
@@ -147,7 +147,7 @@ def check(arguments: Namespace) -> None:
         name: values.choices[0] if isinstance(values, CategoricalDistribution) else values.low
         for name, values in arguments.search.items()
     }
-    config = runs.resolve("train", [*arguments.recipe, *words_of(first)])
+    config = children.resolve("train", [*arguments.recipe, *words_of(first)])
     if "csv" not in config["loggers"] or config["trainer"]["logger"] not in (None, True):
         fail("--metric is read from metrics.csv: let loggers have csv, and trainer.logger be true")
 
@@ -162,12 +162,12 @@ def open_study(arguments: Namespace) -> optuna.Study:
     url = arguments.storage or f"sqlite:///{arguments.output / 'study.db'}"
     wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     search = {name: distribution_to_json(values) for name, values in arguments.search.items()}
-    what = runs.contents(arguments) | {"search": search, "goal": [arguments.direction, arguments.metric]}
+    what = children.contents(arguments) | {"search": search, "goal": [arguments.direction, arguments.metric]}
     pruners: dict[str, BasePruner] = {"median": MedianPruner(), "hyperband": HyperbandPruner(), "none": NopPruner()}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with alone(arguments.output):
-        runs.keep(arguments.output / "study.json", what, "a study of other options")
+        children.keep(arguments.output / "study.json", what, "a study of other options")
         return optuna.create_study(
             storage=optuna.storages.RDBStorage(url, engine_kwargs=wait),
             study_name=str(arguments.output.resolve()) if arguments.storage else "octvideo",
@@ -240,11 +240,11 @@ def read_metric(folder: Path, metric: str) -> dict[int, float]:
     return found
 
 
-def train(study: optuna.Study, trial: optuna.Trial, arguments: Namespace, progress: runs.RunProgress) -> str:
+def train(study: optuna.Study, trial: optuna.Trial, arguments: Namespace, progress: children.RunProgress) -> str:
     """Trains a trial from where it is, and tells the study its result, which is returned as a phrase."""
     folder, name = folder_of(trial.number, arguments), folder_of(trial.number, arguments).name
     values = words_of(draw_values(trial, arguments.search))
-    runs.keep(folder / "options.json", {"options": values}, "a run of other options")
+    children.keep(folder / "options.json", {"options": values}, "a run of other options")
     progress.begin(name, " ".join(values))
     reported = set(study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
@@ -266,7 +266,7 @@ def train(study: optuna.Study, trial: optuna.Trial, arguments: Namespace, progre
 
     try:
         options = [*arguments.recipe, *values, f"--trainer.default_root_dir={folder}", "--ckpt_path=auto"]
-        if not runs.call("train", options, folder / "log.txt", hopeless):
+        if not children.call("train", options, folder / "log.txt", hopeless):
             tell(TrialState.PRUNED)
             return f"{name}: pruned after epoch {len(reported)}"
         hopeless()  # reports the last epochs
@@ -289,7 +289,7 @@ def train(study: optuna.Study, trial: optuna.Trial, arguments: Namespace, progre
 def run_all(study: optuna.Study, arguments: Namespace) -> None:
     """Runs trials until all have ended, those of other processes too."""
     reasons: list[str | None] = []  # why trials of this process failed
-    with runs.RunProgress(arguments.trials) as progress:
+    with children.RunProgress(arguments.trials) as progress:
         while True:
             trials = study.get_trials(deepcopy=False)
             progress.update(progress.runs, completed=sum(trial.state.is_finished() for trial in trials))
@@ -297,7 +297,7 @@ def run_all(study: optuna.Study, arguments: Namespace) -> None:
                 if all(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)):
                     return
                 progress.update(progress.runs, description="waiting for trials of other processes")
-                time.sleep(runs.LOOK_SECONDS)
+                time.sleep(children.LOOK_SECONDS)
                 continue
             trial, held = taken
             with held:
@@ -382,4 +382,4 @@ def tune(words: list[str]) -> int:
 
 def main(words: list[str]) -> int:
     """Runs the command."""
-    return runs.stoppable(lambda: tune(words))
+    return children.stoppable(lambda: tune(words))
