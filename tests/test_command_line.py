@@ -371,7 +371,7 @@ def test_options_lie_in_the_run_folder_whatever_the_logs_are(motions, tmp_path):
     options = [*small(motions, tmp_path / "run"), "--loggers=[csv]", "--trainer.max_epochs=1"]
     finished = run_tool("train_net.py", *options, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0")
     assert finished.returncode == 0, finished.stderr
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "checkpoints", "csv"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "run.json", "checkpoints", "csv"}
     assert "tensorboard" not in finished.stdout
 
 

@@ -31,7 +31,6 @@ from octvideo.files import appearing
 from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.cost import count_macs
 from octvideo.models.own_network import build_recorded, check_record
-from octvideo.training import record
 from octvideo.training.callbacks import BadVideos, StoreTraffic, naming_killed_loaders
 from octvideo.training.checkpoints import Mirrored
 from octvideo.training.console import ProgressBar
@@ -99,9 +98,6 @@ class KeptOptions(SaveConfigCallback):
             config["trainer"]["default_root_dir"] = mirrored.mirror.uri
         with appearing(Path(trainer.default_root_dir) / self.config_filename) as partial:
             self.parser.save(config, partial, skip_none=False, overwrite=True)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        lists = {name: data.read(name) for name in ("train_list", "val_list") if data.lists[name] is not None}
-        record.append(Path(trainer.default_root_dir), record.describe(lists, data.root))
 
 
 class CommandLine(LightningCLI):

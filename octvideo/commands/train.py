@@ -27,6 +27,7 @@ from octvideo.training.checkpoints import EXIT_PREEMPTED, Mirrored, Preempted, R
 from octvideo.training.console import EpochLines, RunSummary
 from octvideo.training.loggers import PatientCSVLogger, PatientTensorBoardLogger
 from octvideo.training.precise_bn import PreciseBatchNorm
+from octvideo.training.record import RunRecord
 from octvideo.training.sharding import FullyShardedStrategy
 
 
@@ -105,6 +106,8 @@ class Training(CommandLine):
             every, keep = self.config["save_every_n_steps"], self.config["keep_checkpoints"]
             folder = self.run_folder / "checkpoints"
             callbacks.append(RunCheckpoints(folder, every, keep, monitor, self.ckpt_path, self.mirror))
+        if not options["fast_dev_run"]:
+            callbacks.append(RunRecord())
         if self.mirror is not None:
             callbacks.append(Mirrored(self.mirror))
         return super().instantiate_trainer(**kwargs)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from octvideo.data.lists import VideoList
 from octvideo.files import appearing
@@ -72,3 +73,13 @@ def append(folder: Path, start: dict[str, Any]) -> None:
     """Adds a start."""
     with appearing(folder / FILE) as partial:
         partial.write_text(json.dumps([*read(folder), start], indent=1))
+
+
+class RunRecord(Callback):
+    """Adds a start to run.json when a training begins or goes on."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            lists = {name: data.read(name) for name in ("train_list", "val_list") if data.lists[name] is not None}
+            append(Path(trainer.default_root_dir), describe(lists, data.root))
