@@ -130,6 +130,14 @@ def dice(outputs: Tensor, masks: Tensor) -> float:
     return (2 * (found * masks).sum(dims) / (found.sum(dims) + masks.sum(dims)).clamp_min(1)).mean().item()
 
 
+def overlap_loss(outputs: Tensor, masks: Tensor) -> Tensor:
+    """Dice loss plus cross-entropy: with the latter alone nothing is found, as masks are a small part of a volume."""
+    from monai.losses import DiceCELoss  # type: ignore[attr-defined]
+
+    loss: Tensor = DiceCELoss(sigmoid=True)(outputs, masks)
+    return loss
+
+
 class Part(NamedTuple):
     """A kind of data, the network for it, and how it is trained and measured."""
 
@@ -144,7 +152,7 @@ class Part(NamedTuple):
 PARTS = {
     "waveforms": Part(sounds, m5, F.cross_entropy, accuracy, 15, 32),
     "spectrograms": Part(spectrograms, spectrogram_network, F.cross_entropy, accuracy, 10, 32),
-    "volumes": Part(volumes, unet, F.binary_cross_entropy_with_logits, dice, 12, 4),
+    "volumes": Part(volumes, unet, overlap_loss, dice, 12, 4),
 }
 
 
