@@ -88,7 +88,7 @@ def variants(recipe: Recipe) -> dict[str, Recipe]:
     def nearest(known: int, wanted: int, of: Callable[[int], int]) -> int:
         """The number whose multiply-adds, about proportional to its square, are nearest to those wanted."""
         guess = known * (wanted / of(known)) ** 0.5
-        return min(range(int(guess) - 2, min(int(guess) + 3, known)), key=lambda n: abs(of(n) - wanted))
+        return min(range(int(guess) - 6, min(int(guess) + 3, known)), key=lambda n: abs(of(n) - wanted))
 
     width, size = recipe["model"]["width"], recipe["data"]["crop_size"]
     found = {"pooled": variant(0), "strided": variant(0, {"downsample": "conv"})}
