@@ -160,11 +160,33 @@ def test_videos_by_url(served, files):
 def test_public_urls_lead_to_no_address_behind_the_server(served, files, monkeypatch):
     client = served(urls="public")
     asked = []
-    monkeypatch.setattr(http.client.HTTPConnection, "request", lambda *words, **_: asked.append(words))
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", lambda *words, **_: asked.append(words))
     for address in (files, files.replace("127.0.0.1", "localhost")):
         answer = client.post("/predict", json={"url": f"{address}/video"})
         assert (answer.status_code, "public internet" in answer.json()["error"]) == (400, True)
     assert asked == []
+
+
+def test_a_name_that_changes_its_address_is_not_asked(served, files, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", resolve := Resolving(socket.getaddrinfo))
+    monkeypatch.setattr(http.client.HTTPConnection, "request", lambda *words, **_: asked.append(words))
+    answer = served(urls="public").post("/predict", json={"url": f"{files}/video"})
+    assert (answer.status_code, "public internet" in answer.json()["error"]) == (400, True)
+    assert (asked, resolve.lies) == ([], 0)
+
+
+class Resolving:
+    """Says a public address once, then the true one."""
+
+    def __init__(self, true):
+        self.true, self.lies = true, 1
+
+    def __call__(self, *words, **options):
+        if self.lies:
+            self.lies = 0
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("8.8.8.8", 80))]
+        return self.true(*words, **options)
 
 
 def test_too_many_requests_are_told_to_come_again_and_slow_ones_end(served, numbered_video):

@@ -7,8 +7,8 @@ curl --data-binary @clip.mp4 http://127.0.0.1:8080/predict?top=1
 curl --json '{"url": "https://example.org/clip.mp4"}' http://127.0.0.1:8080/predict
 
 POST /predict   a video, as a form's field "video", as the body, or by its URL; answers {"top": [{"label", "number",
-                "probability"}, ...], "clips", "batch" (clips that the network saw at once), "seconds": {"decoding",
-                "network", "all"}}
+                "probability"}, ...], "clips", "batch" (clips that the network saw at once), "seconds": {"receiving",
+                "decoding", "network", "all"}}
 GET /health     {"status": "ok", "network", "alpha", "runtime", "labels", "waiting"}; 503 where nothing is answered
 GET /metrics    requests, their times and batches, for Prometheus
 GET /docs       the same in OpenAPI
@@ -30,6 +30,7 @@ command.
 import asyncio
 import contextlib
 import http.client
+import importlib.metadata
 import ipaddress
 import json
 import os
@@ -40,7 +41,7 @@ import tempfile
 import time
 import urllib.parse
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class RefusedError(Exception):
 def fetch(url: str, file: Path, most_bytes: int, seconds: float, public: bool) -> None:
     """Downloads a video; RefusedError for another address than http(s), where it fails, and for one that is too large.
 
-    With `public`, only addresses of the public internet are asked: of each connection its own, whatever its name said.
+    With `public`, names that lead to an address behind this machine are refused, and so are such connections.
     """
     ends, kinds = time.monotonic() + seconds, {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     for _ in range(MOST_REDIRECTS + 1):
@@ -77,9 +78,11 @@ def fetch(url: str, file: Path, most_bytes: int, seconds: float, public: bool) -
             if parts.scheme not in kinds or not parts.hostname:
                 raise RefusedError(400, "the url must start with http:// or https://")
             connection = kinds[parts.scheme](parts.hostname, parts.port, timeout=seconds)
+            if public:  # before it connects, which would tell whether a private port is open
+                check_public(found[4][0] for found in socket.getaddrinfo(parts.hostname, connection.port))
             connection.connect()
-            if public and not ipaddress.ip_address(connection.sock.getpeername()[0].partition("%")[0]).is_global:
-                raise RefusedError(400, "the url leads to no address of the public internet")
+            if public:  # the name may have changed its address
+                check_public([connection.sock.getpeername()[0]])
             connection.request("GET", urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, "")))
             answer = connection.getresponse()
             if answer.status in (301, 302, 303, 307, 308) and (target := answer.getheader("Location")):
@@ -102,6 +105,12 @@ def fetch(url: str, file: Path, most_bytes: int, seconds: float, public: bool) -
             if connection is not None:
                 connection.close()
     raise RefusedError(400, f"the url redirects more than {MOST_REDIRECTS} times")
+
+
+def check_public(addresses: Iterable[Any]) -> None:
+    """RefusedError for an address behind this machine."""
+    if not all(ipaddress.ip_address(address.partition("%")[0]).is_global for address in addresses):
+        raise RefusedError(400, "the url leads to no address of the public internet")
 
 
 async def receive_video(request: Any, file: Path, options: Namespace) -> None:
@@ -175,7 +184,7 @@ def build(served: Served, decoding: Decoding, batcher: Batcher, options: Namespa
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from starlette.requests import ClientDisconnect
 
-    app, registry = FastAPI(title="octvideo", version=str(served.about["network"])), CollectorRegistry()
+    app, registry = FastAPI(title="octvideo", version=importlib.metadata.version("octvideo")), CollectorRegistry()
     requests = Counter("octvideo_requests", "Requests that were answered", ["status"], registry=registry)
     times = Histogram("octvideo_seconds", "Time of a request", ["part"], registry=registry)
     batches = Histogram(
