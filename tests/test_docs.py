@@ -75,6 +75,7 @@ SMALL = {
     "predict.py": ["--clips=1", "--crops=1"],
     "features.py": ["--batch=4"],
     "push.py": [],
+    "runs.py": [],
     "shrink.py": [
         *(*CLIPS, "--alphas=.5", "--batches=1", "--budget=.95", "--max-drop=100", "--data.batch_size=2"),
         *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.limit_train_batches=1"),
