@@ -45,6 +45,8 @@ _HOMES = (
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used: the command line must set up its process before PyTorch starts."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version(__name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     modules = (importlib.import_module(f"octvideo.{home}") for home in _HOMES)  # up to the first that has it

@@ -8,6 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+import octvideo
 from octvideo.commands.main import COMMANDS, HELP, main
 from octvideo.commands.options import config_file, one_line_errors, with_config_files
 from octvideo.errors import DecodeError, UserError
@@ -56,6 +57,7 @@ def test_an_unknown_command_is_one_line(monkeypatch, capsys):
 
 def test_it_knows_its_version(monkeypatch, capsys):
     assert called(monkeypatch, capsys, "--version") == (0, f"octvideo {importlib.metadata.version('octvideo')}\n", "")
+    assert octvideo.__version__ == importlib.metadata.version("octvideo")
 
 
 def test_python_m_is_the_same_and_errors_name_the_command():

@@ -50,6 +50,13 @@ def test_a_job_that_saved_and_left_is_requeued_and_no_other(slurm, tmp_path, cod
     assert calls == ("scontrol requeue 17\n" if requeued else "")
 
 
+def test_a_container_runs_the_same_command(slurm, tmp_path):
+    start(slurm, ENDS="now", CODE="0", CONTAINER="octvideo.sif").communicate()
+    in_it = f"apptainer exec --nv --bind {ROOT} --pwd {ROOT} octvideo.sif python tools/train_net.py"
+    line = (tmp_path / "calls.srun").read_text()
+    assert line == f"srun --kill-on-bad-exit=0 --wait=60 {in_it} --cfg configs/oct_i3d.yaml --ckpt_path auto\n"
+
+
 def test_a_killed_process_is_started_again_in_the_same_job_but_not_for_ever(slurm, tmp_path):
     job = start(slurm, ENDS="now", CODE="137")
     output, _ = job.communicate()
