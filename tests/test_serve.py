@@ -1,8 +1,10 @@
 """Predictions over HTTP: what is answered, what is refused, and that nothing is lost."""
 
+import asyncio
 import http.server
 import json
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -228,6 +230,24 @@ def test_a_network_that_fails_says_nothing_of_the_server(served, numbered_video,
     assert client.get("/health").status_code == 200
 
 
+def test_a_client_that_hangs_up_is_counted_and_leaves_room(served):
+    client = served(max_waiting=1)
+    parts = [{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}]
+    sent = []
+
+    async def receive():
+        return parts.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}
+    asyncio.run(client.app(scope, receive, send))
+    assert sent[0]["status"] == 499
+    assert 'octvideo_requests_total{status="499"} 1.0' in client.get("/metrics").text
+    assert client.get("/health").json()["waiting"] == 0
+
+
 def test_requests_that_wait_are_scored_together_and_one_failure_is_one():
     first, go, sizes = threading.Event(), threading.Event(), []
 
@@ -274,6 +294,13 @@ def test_mistakes_on_the_command_line_are_one_line(words, message, capsys):
         serve.main([*words, *([] if "--port=70000" in words else ["--port=0"])])
     error = capsys.readouterr().err
     assert (ended.value.code, message in error, error.count("\n")) == (2, True, 1), error
+
+
+def test_without_its_packages_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit):
+        serve.main(["--ckpt=x.ckpt"])
+    assert "serving needs python -m pip install 'octvideo[serve]': import of uvicorn" in capsys.readouterr().err
 
 
 def test_other_onnx_files_and_taken_ports_are_refused(tmp_path, capsys):
