@@ -1,6 +1,6 @@
 """Whether the classes of the hard motions can be read where they should not be: linear probes on a made data set.
 
-python experiments/hard_motions.py FOLDER [--json FILE]
+python experiments/hard_motions.py FOLDER [--json FILE] [--pictures FILE]
 
 FOLDER is one that `octvideo motions FOLDER --level hard` made. Logistic regressions learn the class, and the group of
 six, from the training videos' files and pixels, and are tested on the validation videos:
@@ -10,7 +10,8 @@ color     mean and standard deviation of each channel, over all frames and how t
 frame     one frame at 20 x 20 pixels
 motion    the mean absolute difference of frames, 10 x 10: which does tell something, for comparison
 
-The share that is right, with half its 95 % interval, and chance. Needs scikit-learn.
+The share that is right, with half its 95 % interval, and chance. Needs scikit-learn. With --pictures a figure of two
+validation videos of each group is all that is made.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import matplotlib.pyplot as plt
 import numpy as np
 from own_networks import HERE
 from rich.console import Console
@@ -83,12 +85,30 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def draw(folder: Path, file: Path, columns: int = 8) -> None:
+    """A figure with a row of frames, evenly apart, of two validation videos of each group."""
+    listed, labels = read_list(folder / "val.csv", root=folder), (folder / "labels.txt").read_text().splitlines()
+    shown = [6 * group + place for group in range(len(labels) // 6) for place in (2, 4)]
+    figure, axes = plt.subplots(len(shown), columns, figsize=(columns, len(shown) * 1.25), layout="constrained")
+    for label, row in zip(shown, axes, strict=True):
+        with av.open(str(listed.paths[list(listed.labels).index(label)])) as container:
+            video = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        for panel, at in zip(row, np.linspace(0, len(video) - 1, columns).round().astype(int), strict=True):
+            panel.imshow(video[at], interpolation="nearest")
+            panel.axis("off")
+        row[0].set_title(labels[label], fontsize=8, loc="left")
+    figure.savefig(file, dpi=90)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measures, prints and writes."""
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE")
+    parser.add_argument("--pictures", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    if options.pictures:
+        return draw(options.folder, options.pictures)
     rows = measure(options.folder)
     with appearing(options.json) as partial:
         partial.write_text(json.dumps(rows, indent=1))

@@ -24,7 +24,15 @@ from octvideo.data.preprocessing import Preprocessing
 from octvideo.data.reader import READING_ERRORS, ROUNDING_SECONDS, Image, Orientation, Reader, Times, one_line, shown_as
 from octvideo.data.sampling import ROUNDING, even_crops
 from octvideo.data.source import LocalFile
-from octvideo.data.stream import AGREEMENT, JUMP_SECONDS, Packet, has_guessed_times, packets_of, with_stream
+from octvideo.data.stream import (
+    AGREEMENT,
+    ANY_METADATA,
+    JUMP_SECONDS,
+    Packet,
+    has_guessed_times,
+    packets_of,
+    with_stream,
+)
 from octvideo.errors import DecodeError, UserError
 from octvideo.stores import is_uri
 
@@ -251,7 +259,7 @@ class Live(Reader):
             retry = min(2 * retry, RETRY_SECONDS[1])
 
     def _open(self) -> tuple[InputContainer, av.VideoStream]:
-        how: dict[str, Any] = {"format": self._format, "options": dict(self._options), "metadata_errors": "ignore"}
+        how: dict[str, Any] = {"format": self._format, "options": dict(self._options), **ANY_METADATA}
         patience = (OPENING_SECONDS, self._silence_seconds) if self._address else None
         container, stream = with_stream(self.path, av.open(self._place, timeout=patience, **how), self._address)
         if self._address:  # it may be a recording; and HLS sends seconds of video at once

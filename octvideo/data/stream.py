@@ -17,6 +17,8 @@ from octvideo.errors import DecodeError, UnreadableError
 
 Packet: TypeAlias = "av.Packet[Any]"
 PLAYLISTS = {"hls", "concat", "dash", "webm_dash_manifest", "imf"}  # FFmpeg would open whatever files they name
+# Titles may be in any encoding; from PyAV 19 on that is no error, nor an option.
+ANY_METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
 HEAD = 48  # packets that tell whether a header is right
 JUMP_SECONDS = 10  # a longer gap in a container that may be spliced is another clock, as in FFmpeg
 AGREEMENT = 0.1  # by which share a header's frame rate may differ from that of the timestamps
@@ -27,7 +29,7 @@ def open_stream(media: Media) -> tuple[InputContainer, av.VideoStream]:
 
     Raises `READING_ERRORS` where that fails, DecodeError without video, and UnreadableError without a decoder.
     """
-    return with_stream(media.name, cast(InputContainer, av.open(media.open(), metadata_errors="ignore")))
+    return with_stream(media.name, cast(InputContainer, av.open(media.open(), **ANY_METADATA)))
 
 
 def with_stream(name: str, container: InputContainer, remote: bool = False) -> tuple[InputContainer, av.VideoStream]:
