@@ -25,6 +25,8 @@ from octvideo.data.stream import packets_of, scan
 from octvideo.data.video import Video
 from octvideo.errors import DecodeError, StoreError, UnreadableError
 
+FFMPEG_9 = av.library_versions["libavformat"][0] >= 63
+
 
 def test_frames_are_the_ones_shown_at_the_times_in_any_order(numbered_video):
     with Video(numbered_video) as video:
@@ -143,6 +145,10 @@ def test_a_file_cut_off_in_the_middle_gives_no_held_frames(tmp_path, name, codec
         encode(container, [round(n * 1000 / 30) for n in range(120)], codec)
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) * 6 // 10])
+    if name == "cut.avi" and FFMPEG_9:  # it takes the time that is there
+        with Video(tmp_path / name) as video:
+            assert video.duration_seconds < 2.5
+        return
     with pytest.raises(DecodeError, match="Invalid data"), Video(tmp_path / name) as video:
         video.frames_at([0.5, 3.5])
 
@@ -743,6 +749,10 @@ def test_an_animated_image_is_a_video(tmp_path, name):
 
 def test_an_animated_image_that_ffmpeg_cannot_decode_is_not_called_still(tmp_path):
     NOISE[0].save(tmp_path / "a.webp", save_all=True, append_images=NOISE[1:], duration=100)
+    if FFMPEG_9:  # it can
+        with Video(tmp_path / "a.webp") as video:
+            assert video.num_frames == 3
+        return
     with pytest.raises(DecodeError) as error, Video(tmp_path / "a.webp") as video:
         video.frames_at([0])
     assert "still" not in error.value.reason
@@ -762,7 +772,7 @@ def test_one_frame_and_frames_of_an_image_codec_are_videos(tmp_path):
 def test_addresses_and_devices_are_named_as_they_were_given(monkeypatch):
     monkeypatch.setattr(stores, "START_PATIENCE_SECONDS", 0)
     with pytest.raises(
-        StoreError, match=r"^http://127.0.0.1:9 cannot be used: 1 requests in 0 s failed, the last with"
+        StoreError, match=r"^http://127.0.0.1:9 cannot be used: 1 requests in \d s failed, the last with"
     ):
         Video("http://127.0.0.1:9/a.mp4")
     for path in ("rtsp://camera", "udp://@239.0.0.1:1234"):
