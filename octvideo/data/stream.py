@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -19,6 +20,7 @@ Packet: TypeAlias = "av.Packet[Any]"
 PLAYLISTS = {"hls", "concat", "dash", "webm_dash_manifest", "imf"}  # FFmpeg would open whatever files they name
 # Titles may be in any encoding; from PyAV 19 on that is no error, nor an option.
 ANY_METADATA: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+logging.getLogger("libav").addHandler(logging.NullHandler())  # torchvision 0.23 has FFmpeg's errors logged, to stderr
 HEAD = 48  # packets that tell whether a header is right
 JUMP_SECONDS = 10  # a longer gap in a container that may be spliced is another clock, as in FFmpeg
 AGREEMENT = 0.1  # by which share a header's frame rate may differ from that of the timestamps

@@ -338,7 +338,7 @@ class Recognizer(MultiViewTest, ScheduleFree):
             group["lr"] = rate * group.get("lr_scale", 1)
         self.log("learning_rate", rate if self.lr_scheduler is None else optimizer.param_groups[0]["lr"])
         turn = (self.hparams["seed"], epoch, batch_index, trainer.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence(turn).generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(int(np.random.SeedSequence(turn).generate_state(1, np.uint64)[0]) >> 1)
 
     def on_validation_epoch_start(self) -> None:
         # Gathers sharded weights once: ranks whose last batches hold fewer videos make fewer forward passes.
