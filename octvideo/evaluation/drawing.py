@@ -87,7 +87,9 @@ class Annotated(contextlib.AbstractContextManager["Annotated"]):
             self._drawn = label, probability
             drawn = strip(self._encoder.width, self._encoder.height, label, probability)
             pixels = av.VideoFrame.from_ndarray(np.asarray(drawn), "rgb24")
-            self._overlay = planes(pixels.reformat(format="yuv420p"), Orientation())
+            # Not the frame's own method: PyAV 19 keeps its scaler, whose threads a fork has not got.
+            scaled = VideoReformatter().reformat(pixels, format="yuv420p", threads=1)
+            self._overlay = planes(scaled, Orientation())
         upright = planes(picture, self._orientation)
         for plane, over in zip(upright, self._overlay, strict=True):
             plane[-len(over) :] = over

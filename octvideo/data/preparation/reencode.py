@@ -142,7 +142,8 @@ class _PicturesReader(_Reader):
             except DecodeError as error:
                 raise DecodeError(self.path, f"{name} cannot be read as a picture") from error
             self.size, self.frames = (image.shape[1], image.shape[0]), self.frames + 1
-            yield seconds, av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24").reformat(format="yuv420p")
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
+            yield seconds, VideoReformatter().reformat(picture, format="yuv420p", threads=1)
 
     def measurements(self) -> Measurements:
         kind, seconds = os.path.splitext(self.media.files[0])[1][1:].lower(), float(self.frames * self.time_base)
