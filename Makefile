@@ -1,12 +1,13 @@
-# make train    environment, a small made data set, training of an Oct-I3D, test, report
-# make test     environment, every test
-# make check    lint and the fast tests
-# make lint     ruff and mypy
-# make docs     the documentation's pages, in site/
-# make release  sdist and wheel in dist/, checked, and tried in an environment of their own
-# make lowest   fast tests with the oldest versions that pyproject.toml promises, in .venv-lowest
-# TEST_JOBS     processes that run tests, 2 by default
-# PIP_FLAGS     options for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
+# make train      environment, a small made data set, training of an Oct-I3D, test, report
+# make test       environment, every test
+# make check      lint and the fast tests
+# make lint       ruff and mypy
+# make docs       the documentation's pages, in site/
+# make notebooks  the notebooks of docs/, executed, with their new outputs: 4 minutes
+# make release    sdist and wheel in dist/, checked, and tried in an environment of their own
+# make lowest     fast tests with the oldest versions that pyproject.toml promises, in .venv-lowest
+# TEST_JOBS       processes that run tests, 2 by default
+# PIP_FLAGS       options for pip, such as --extra-index-url https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -17,7 +18,7 @@ INSTALLED = .venv/.installed
 LOWEST = $(addprefix tests/test_,octaves.py convolution.py octavize.py sampling.py schedule.py lists.py index.py \
 	multigrid.py motions.py zoo.py clips.py recognizer.py predict.py)
 
-.PHONY: install train test check lint docs release lowest clean
+.PHONY: install train test check lint docs notebooks release lowest clean
 
 install: $(INSTALLED)
 
@@ -50,6 +51,9 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 	@echo "pages: site/index.html (for the search: python -m http.server --directory site)"
+
+notebooks: $(INSTALLED)
+	.venv/bin/python tests/notebooks.py
 
 release: $(INSTALLED)
 	PIP_FLAGS="$(PIP_FLAGS)" .ci/release

@@ -55,3 +55,13 @@ def test_layers_need_torch_alone():
         "assert not foreign & set(sys.modules), foreign & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prediction_needs_neither_lightning_nor_torchmetrics():
+    """torchmetrics imports transformers where that is installed, which warns of missing widgets in notebooks."""
+    code = (
+        "import sys, octvideo; octvideo.predict\n"
+        "foreign = {'lightning', 'torchmetrics', 'transformers', 'tqdm.auto'}\n"
+        "assert not foreign & set(sys.modules), foreign & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

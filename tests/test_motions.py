@@ -56,6 +56,7 @@ def test_the_disc_is_where_the_path_says():
 def test_files_are_the_same_for_the_same_seed_and_made_once(tmp_path, capsys):
     for folder in "ab":
         make_data_set(tmp_path / folder, 8, 8, 0)
+    assert capsys.readouterr().out == ""  # no bar where there is no terminal
     videos = sorted((tmp_path / "a").rglob("*.mp4"))
     assert len(videos) == 16
     for video in videos:

@@ -133,6 +133,13 @@ def test_without_a_terminal_a_line_now_and_then_tells_how_far_it_is(run_here, vi
     assert "checking 3/3 files, 2 ok, 1 bad, 0 min left" in printed
 
 
+def test_a_notebook_forces_colours_and_still_gets_no_bar(run_here, videos, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    _, printed, _ = run_here(videos, "--output", tmp_path / "out")
+    assert "4 videos" in printed
+    assert "checking" not in printed
+
+
 def test_unlabelled_videos_give_no_options_to_train_with(run_here, videos, tmp_path):
     _, printed, _ = run_here(videos / "yoga", "--output", tmp_path / "out")
     assert "1 videos have no label: they are in index.bin and in no list" in printed

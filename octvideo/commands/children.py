@@ -116,13 +116,13 @@ class RunProgress(Progress):
     def __init__(self, total: int) -> None:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        super().__init__(*columns, console=console, disable=not console.is_terminal)
+        super().__init__(*columns, console=console, disable=not console.file.isatty())
         self.runs = self.add_task("", total=total)
 
     def begin(self, name: str, more: str = "") -> None:
         """Shows which run is under way; a line that is printed has room for more."""
         self.update(self.runs, description=name)
-        if not self.console.is_terminal:
+        if not self.console.file.isatty():
             self.console.print(f"{name} {more}".rstrip(), highlight=False, markup=False, soft_wrap=True)
 
     def say(self, line: str, failed: bool) -> None:

@@ -257,7 +257,7 @@ def reading(arguments: argparse.Namespace) -> dict[str, Any]:
 def shown(results: Iterable[Result], what: str, count: int) -> Iterable[Result]:
     """The results, with a progress bar if they are several and someone is watching."""
     console = Console(stderr=True)
-    return track(results, what, count, console=console, disable=count < 2 or not console.is_terminal)
+    return track(results, what, count, console=console, disable=count < 2 or not console.file.isatty())
 
 
 def refuse_overwriting(outputs: Collection[tuple[str, Path]], inputs: Iterable[str | Path]) -> None:

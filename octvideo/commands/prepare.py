@@ -57,7 +57,7 @@ class Display:
         self.console, self._printed = console, time.monotonic()
         counts = TextColumn("{task.completed}/{task.total} files, {task.fields[counts]}")
         # A few files an hour are a speed too.
-        options: dict[str, Any] = {"disable": not console.is_terminal, "speed_estimate_period": 3600}
+        options: dict[str, Any] = {"disable": not console.file.isatty(), "speed_estimate_period": 3600}
         self.bar = Progress(*Progress.get_default_columns(), counts, console=console, **options)
         self._tasks: dict[str, TaskID] = {}
         self._counts: Counter[str | None] = Counter()
@@ -70,7 +70,7 @@ class Display:
             if done:
                 self.console.print(f"{done} of {total} files are known from an earlier run")
         self.bar.update(self._tasks[stage], completed=done, counts=counts)
-        if not self.console.is_terminal and time.monotonic() > self._printed + SECONDS_A_LINE:
+        if not self.console.file.isatty() and time.monotonic() > self._printed + SECONDS_A_LINE:
             seconds = self.bar.tasks[self._tasks[stage]].time_remaining
             left = "" if seconds is None else f", {seconds / 60:.0f} min left"
             speed = self.bar.tasks[self._tasks[stage]].speed

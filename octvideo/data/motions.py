@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -129,7 +130,7 @@ def make_data_set(
             files.append((level, folder / file, label, split, seed, index))
             lines.append(f"{file} {label}\n")
         texts[f"{part}.csv"] = "".join(lines)
-    for _ in track(made(files, num_workers), "making videos", len(files)):
+    for _ in track(made(files, num_workers), "making videos", len(files), disable=not sys.stdout.isatty()):
         pass
     for name, text in (texts | {"labels.txt": "\n".join([*classes, ""]), done.name: json.dumps(settings)}).items():
         with appearing(folder / name) as partial:

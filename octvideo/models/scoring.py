@@ -5,7 +5,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import binary_average_precision
 
 Task = Literal["single", "multi"]  # one class of each video, or any number of them
 
@@ -33,6 +32,8 @@ def average_precisions(videos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if not videos:
         return {"map": None, "ap": []}
+    from torchmetrics.functional.classification import binary_average_precision  # it imports transformers, if installed
+
     scores = torch.tensor([video["scores"] for video in videos], dtype=torch.float64)
     truth = torch.zeros(scores.shape, dtype=torch.int64)
     for row, video in zip(truth, videos, strict=True):
