@@ -1,14 +1,14 @@
 """One network trained for all alphas against one trained for each: accuracy and training time, on made videos.
 
-python experiments/elastic.py [--setups motions,few] [--kinds alone,elastic] [--seeds 3] [--folder runs/elastic]
+python experiments/elastic.py [--setups motions,few] [--kinds alone,elastic,labels] [--seeds 3] [--folder runs/elastic]
                               [--json FILE] [--plot FILE]
 
 motions    the quickstart's recipe and 480 training videos, strides pooled at every alpha
 few        the same with 120 videos and 20 epochs, where the vanilla network stays below 90 %
 
-Of each set-up and seed: a network trained alone at each of the alphas 0, .125, .25 and .5; an elastic one; and the
-network of alpha 0 run at the others without training, with batch-norm statistics of its own alpha or re-estimated.
-With --kinds labels also an elastic one whose smaller networks learn the labels as much as the largest's scores. All are
+Of each set-up and seed: a network trained alone at each of the alphas 0, .125, .25 and .5; one trained for all, whose
+smaller networks learn the largest's scores (elastic) or these and the labels alike (labels, the default of octvideo);
+and the network of alpha 0 run at the others without training, with statistics of its own alpha or re-estimated. All are
 tested on 800 videos that no training saw. Seconds are processor time of training, loader included. Rows are added
 to the JSON file after each seed, and seeds that it holds are not repeated, nor finished trainings.
 """
@@ -27,8 +27,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from choices import one_of
+from evidence import interval
 from own_networks import HERE, data_words, octvideo, train
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from octvideo.commands.options import Parser, number, several
 from octvideo.data.motions import make_data_set
@@ -36,7 +39,8 @@ from octvideo.files import appearing
 
 ALPHAS = (0.0, 0.125, 0.25, 0.5)
 SETUPS = {"motions": (480, 10), "few": (120, 20)}  # training videos, epochs
-KINDS = {"alone": [], "elastic": [], "labels": ["--model.elastic.teacher_weight=0.5"]}
+KINDS = {"alone": [], "elastic": ["--model.elastic.teacher_weight=1"], "labels": ["--model.elastic.teacher_weight=0.5"]}
+NAMES = {"alone": "alone", "elastic": "elastic, scores", "labels": "elastic", "untrained": "vanilla, at this alpha"}
 RESULTS = HERE / "results" / "elastic.json"
 Row = dict[str, Any]
 
@@ -103,16 +107,31 @@ def measure(setup: str, seed: int, kind: str, folder: Path) -> Iterator[Row]:
 
 
 def summary(rows: Sequence[Row], setup: str) -> Iterator[Row]:
-    """For each kind, statistics and alpha: mean top-1 in percent, half its 95 % interval over seeds, cost."""
+    """For each kind, statistics and alpha: top-1 in percent, its difference from networks trained alone, and cost."""
     of_setup = [row for row in rows if row["setup"] == setup]
-    t95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's, of n - 1 degrees of freedom
     for kind, statistics, alpha in sorted({(row["kind"], row["statistics"], row["alpha"]) for row in of_setup}):
         key = {"kind": kind, "statistics": statistics, "alpha": alpha}
         chosen = [row for row in of_setup if key.items() <= row.items()]
-        top1 = 100 * np.array([row["top1"] for row in chosen])
-        half = t95[len(top1)] * top1.std(ddof=1) / len(top1) ** 0.5 if len(top1) in t95 else float("nan")
-        numbers = {"top1": round(float(top1.mean()), 2), "half": round(float(half), 2), "seeds": len(top1)}
-        yield key | numbers | {"gmacs": chosen[0]["gmacs"], "seconds": round(np.mean([r["seconds"] for r in chosen]))}
+        alone = {row["seed"]: row["top1"] for row in of_setup if (row["kind"], row["alpha"]) == ("alone", alpha)}
+        top1, half = interval([row["top1"] for row in chosen])
+        found = {"top1": top1, "half": half, "from_alone": interval([r["top1"] - alone[r["seed"]] for r in chosen])}
+        yield key | found | {"gmacs": chosen[0]["gmacs"], "seconds": np.mean([row["seconds"] for row in chosen])}
+
+
+def table(rows: Sequence[Row], setup: str) -> Table:
+    """The summary in Markdown: a row for each kind of training, a column for each alpha."""
+    shown = Table("trained", "statistics", "s of a core", *(f"alpha {alpha:g}" for alpha in ALPHAS), box=box.MARKDOWN)
+    found = list(summary(rows, setup))
+    for kind, statistics in dict.fromkeys((row["kind"], row["statistics"]) for row in found):
+        line = {row["alpha"]: row for row in found if (row["kind"], row["statistics"]) == (kind, statistics)}
+        cells = {alpha: f"{row['top1']:.1f} ± {row['half']:.1f}" for alpha, row in line.items()}
+        if kind != "alone":
+            cells |= {
+                alpha: "{} ({:+.1f} ± {:.1f})".format(cells[alpha], *row["from_alone"]) for alpha, row in line.items()
+            }
+        seconds = " ".join(dict.fromkeys(f"{row['seconds']:.0f}" for row in line.values()))
+        shown.add_row(NAMES[kind], statistics, seconds, *(cells.get(alpha, "") for alpha in ALPHAS))
+    return shown
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -124,8 +143,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for kind, statistics in dict.fromkeys((row["kind"], row["statistics"]) for row in found):
             line = [row for row in found if (row["kind"], row["statistics"]) == (kind, statistics)]
             x, y, half = ([row[key] for row in line] for key in ("gmacs", "top1", "half"))
-            label = f"trained {kind}" if kind == "alone" else f"{kind}, statistics {statistics}"
-            panel.errorbar(x, y, half, marker="o", capsize=3, label=label)
+            panel.errorbar(x, y, half, marker="o", capsize=3, label=f"{NAMES[kind]}, statistics {statistics}")
         panel.set(title=setup, xlabel="GMACs a clip", ylabel="top-1, %")
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
@@ -137,7 +155,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--setups", type=several(one_of(SETUPS, "set-up")), default=tuple(SETUPS), metavar="A,B")
-    add("--kinds", type=several(one_of(KINDS, "kind")), default=("alone", "elastic"), metavar="A,B")
+    add("--kinds", type=several(one_of(KINDS, "kind")), default=tuple(KINDS), metavar="A,B")
     add("--seeds", type=number, default=3, metavar="N", help="default: 3")
     add("--folder", type=Path, default=Path("runs/elastic"), help="for data and runs; default: runs/elastic")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="default: experiments/results/elastic.json")
@@ -148,7 +166,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Measures what is missing, and writes the rows after each seed."""
     options = parse(arguments)
-    folder, console = options.folder.absolute(), Console()
+    folder, console = options.folder.absolute(), Console(width=None if sys.stdout.isatty() else 250)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = json.loads(options.json.read_text()) if options.json.exists() else []
     for setup in options.setups:
@@ -159,8 +177,7 @@ def main(arguments: Sequence[str]) -> None:
             rows += measure(setup, seed, kind, folder)
             with appearing(options.json) as partial:
                 partial.write_text(json.dumps(rows, indent=1))
-        for row in summary(rows, setup):
-            console.print(setup, row)
+        console.print(setup, table(rows, setup), sep="\n\n")
     if options.plot:
         plot(rows, options.plot)
 

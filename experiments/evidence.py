@@ -1,6 +1,6 @@
 """Octave networks and all their controls under one recipe, on the hard motions: accuracy over seeds, by group.
 
-python experiments/evidence.py [--variants A,B] [--seeds 0,1,2,3,4] [--num-train 2880] [--folder runs/evidence]
+python experiments/evidence.py [--variants A,B] [--seeds 0,1,2,3,4] [--num-train 5760] [--folder runs/evidence]
                                [--json FILE] [--table FILE] [--plot FILE]
 
 Variants of configs/hard_motions.yaml, all trained by `octvideo sweep`:
@@ -9,6 +9,8 @@ pooled, strided            alpha 0, which pools where the octave networks do, or
 octave A                   alpha .125, .25 or .5 in res2 to res4
 smaller A, narrower A      pooled, at the input size or the width whose multiply-adds are nearest to octave A's
 res4 .5, res2 .5, res5 .25 octave in that stage alone; res2 to res5
+allocated                  an alpha for each layer, by experiments/allocation.py from the pooled network of the seed, at
+                           the multiply-adds of octave .25
 annealed .25               alpha falls from .5 to .25 in the first half of the training
 ablated: CHANGE            octave .25 with a change of experiments/ablations.py, of which temporal is one
 shuffled, still, blurred   pooled, on clips of experiments/controls.py
@@ -21,6 +23,7 @@ processes may share a file and a folder if their seeds differ. Differences are p
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +104,7 @@ def variants(recipe: Recipe) -> dict[str, Recipe]:
         found[f"narrower {alpha:g}"] = variant(0, {"width": narrow})
     found["res2 0.5"], found["res4 0.5"] = variant([0.5, 0, 0, 0]), variant([0, 0, 0.5, 0])
     found["res2 to res5 0.25"] = variant([0.25] * 4)
+    found["allocated"] = variant(None)  # known when pooled is trained
     annealing = {"start": 0.5, "end_epoch": recipe["trainer"]["max_epochs"] / 2}
     callback = {"class_path": "alpha_schedule.AlphaSchedule", "init_args": annealing}
     found["annealed 0.25"] = variant(0.25) | {"trainer": {"callbacks": [callback]}}
@@ -134,21 +138,47 @@ def cost_of(change: Recipe, recipe: Recipe) -> Row:
     return {"macs": cost.macs, "bytes": cost.bytes_moved}
 
 
+def allocated(pooled: Path, words: Sequence[str], log: Path, known: dict[str, Recipe], recipe: Recipe) -> Recipe:
+    """The alphas that suit a trained network, for as many multiply-adds as octave .25 has."""
+    file = pooled / "allocation.yaml"
+    if not file.exists():
+        budget = cost_of(known["octave 0.25"], recipe)["macs"] / cost_of(known["pooled"], recipe)["macs"]
+        ckpt = pooled / "checkpoints" / "last.ckpt"
+        asked = [f"--ckpt={ckpt}", "--model.alpha=0", "--model.downsample=pool"]
+        asked += [f"--output={file}", f"--budget={budget}"]
+        with log.open("a") as to:
+            script = [sys.executable, str(HERE / "allocation.py"), *words, *asked]
+            subprocess.run(script, check=True, stdout=to, stderr=subprocess.STDOUT)
+    return variant(yaml.safe_load(file.read_text())["model"]["alpha"])
+
+
+def run_of(output: Path, name: str, seed: int) -> Path:
+    """The folder of a variant's training, of which there is one."""
+    return next((output / stem(name)).glob(f"*/seed-{seed}"))
+
+
+def stem(name: str) -> str:
+    """A variant's name in paths."""
+    return name.replace(": ", "_").replace(" ", "_")
+
+
 def measure(name: str, seed: int, options: Namespace, recipe: Recipe) -> Row:
     """Trains and tests one variant with one seed."""
     folder = options.folder.absolute()
     data, unseen = folder / f"hard_{options.num_train}", folder / "unseen"
-    change, file = options.known[name], folder / "variants" / f"{name.replace(': ', '_').replace(' ', '_')}.yaml"
+    output, log = folder / f"seed_{seed}", folder / f"seed_{seed}.txt"
+    change, file = options.known[name], output / "variants" / f"{stem(name)}.yaml"
+    lists = [f"--data.train_list={data / 'train.csv'}", f"--data.val_list={data / 'val.csv'}", f"--data.root={data}"]
+    words = [f"--cfg={CONFIG}", *lists, f"--data.test_list={unseen / 'absolute.csv'}", "--data.num_workers=1"]
+    if name == "allocated":
+        change = allocated(run_of(output, "pooled", seed), words, log, options.known, recipe)
     file.parent.mkdir(parents=True, exist_ok=True)
     with appearing(file) as partial:
         partial.write_text(yaml.safe_dump(change))
-    lists = [f"--data.train_list={data / 'train.csv'}", f"--data.val_list={data / 'val.csv'}", f"--data.root={data}"]
-    words = [f"--cfg={CONFIG}", *lists, f"--data.test_list={unseen / 'absolute.csv'}", "--data.num_workers=1"]
-    output, log = folder / f"seed_{seed}", folder / f"seed_{seed}.txt"
     octvideo(
         "sweep", *words, f"--alphas={file}", f"--seeds={seed}", "--rounds=5", f"--output={output / file.stem}", log=log
     )
-    run = next((output / file.stem).glob(f"*/seed-{seed}"))
+    run = run_of(output, name, seed)
     swept = json.loads((output / file.stem / "sweep.json").read_text())[0]
     row: Row = {"variant": name, "seed": seed, "milliseconds": swept["milliseconds"], **cost_of(change, recipe)}
     row |= {"top1": groups_right(run / "test" / "predictions.json")}
@@ -222,7 +252,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add = parser.add_argument
     add("--variants", type=several(one_of(known, "variant")), default=tuple(known), metavar="A,B", help="default: all")
     add("--seeds", type=several(int), default=tuple(range(5)), metavar="N,M", help="default: 0,1,2,3,4")
-    add("--num-train", type=number, default=2880, metavar="N", help="training videos; default: 2880")
+    add("--num-train", type=number, default=5760, metavar="N", help="training videos; default: 5760")
     add("--folder", type=Path, default=Path("runs/evidence"), help="for data and runs; default: runs/evidence")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="default: experiments/results/evidence.json")
     add("--table", type=Path, metavar="FILE", help="write the table there, in Markdown")

@@ -39,7 +39,7 @@ class Elastic:
     alphas: list[float]
     drawn: int = 1
     per_stage: bool = False
-    teacher_weight: float = 1.0
+    teacher_weight: float = 0.5
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
