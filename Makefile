@@ -35,7 +35,7 @@ train: $(INSTALLED)
 	.venv/bin/python tools/test_net.py --cfg configs/quickstart.yaml --ckpt $(RUN)/checkpoints/last.ckpt --output $(RUN)/test --report
 
 test: $(INSTALLED)
-	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal
+	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal --durations 40
 
 check: lint
 	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow" \
