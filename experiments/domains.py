@@ -24,7 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from choices import one_of
+from evidence import interval
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
 from octvideo import octavize
@@ -178,6 +181,19 @@ def run(name: str, alpha: float, seed: int) -> dict[str, Any]:
     return {"part": name, "alpha": alpha, "seed": seed, "score": part.score(outputs, data.test_targets), "macs": macs}
 
 
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Means over seeds and differences from alpha 0, paired by seed, in Markdown."""
+    shown = Table("", "alpha", "multiply-adds", "score, %", "from alpha 0", box=box.MARKDOWN)
+    for part, alpha in dict.fromkeys((row["part"], row["alpha"]) for row in rows):
+        found = [row for row in rows if (row["part"], row["alpha"]) == (part, alpha)]
+        base = {row["seed"]: row for row in rows if (row["part"], row["alpha"]) == (part, 0)}
+        mean, half = interval([row["score"] for row in found])
+        cells = [f"{alpha:g}", f"{found[0]['macs'] / base[0]['macs']:.2f}", f"{mean:.1f} ± {half:.1f}"]
+        more, less = interval([row["score"] - base[row["seed"]]["score"] for row in found])
+        shown.add_row(part, *cells, f"{more:+.1f} ± {less:.1f}" if alpha else "")
+    return shown
+
+
 def parse(arguments: Sequence[str]) -> Namespace:
     """The command line."""
     parser = Parser(__doc__)
@@ -203,6 +219,7 @@ def main(arguments: Sequence[str]) -> None:
             Console().print(rows[-1])
             with appearing(options.json) as partial_file:
                 partial_file.write_text(json.dumps(rows, indent=1))
+    Console(width=None if sys.stdout.isatty() else 120).print(table(rows))
 
 
 if __name__ == "__main__":
