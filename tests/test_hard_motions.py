@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from octvideo.data import hard_motions
-from octvideo.data.hard_motions import CLASSES, DIGITS, EVENTS, MEETINGS, ORDERS, SIZE, TIME
+from octvideo.data.hard_motions import ANGLES, CLASSES, EVENTS, MEETINGS, ORDERS, SIZE, TIME
 from octvideo.data.lists import read_list
 from octvideo.data.motions import FRAMES, made, make_data_set, make_file
 from octvideo.data.video import Video
@@ -23,24 +23,39 @@ def test_classes_are_four_groups_of_six():
     assert [name.split(":")[0] for name in CLASSES] == [group for group in GROUPS for _ in range(6)]
 
 
-@pytest.mark.parametrize("digit", DIGITS)
-def test_in_the_fine_group_the_digit_is_the_class_and_elsewhere_any(digit, monkeypatch):
-    used = []
-    whole = hard_motions.disc
-    monkeypatch.setattr(
-        hard_motions,
-        "disc",
-        lambda known, rng, radius, *digits: used.append(digits) or whole(known, rng, radius, *digits),
-    )
-    digits = lambda label: {id(images) for seed in range(40) for images in drawn(label, seed)}  # noqa: E731
+@pytest.mark.parametrize("angle", ANGLES)
+def test_in_the_fine_group_the_angle_is_the_class_and_elsewhere_any(angle, monkeypatch):
+    used, whole = [], hard_motions.disc
+    monkeypatch.setattr(hard_motions, "disc", lambda *given: used.append(given[2:]) or whole(*given))
 
-    def drawn(label, seed):
+    def angles(label):
         used.clear()
-        hard_motions.scene(label, KNOWN, np.random.default_rng(seed))
-        return [images[0] for images in used if images]
+        for seed in range(40):
+            hard_motions.scene(label, KNOWN, np.random.default_rng(seed))
+        return {stripes[0] for stripes in used if stripes}
 
-    assert digits(DIGITS.index(digit)) == {id(KNOWN.digits[digit])}
-    assert digits(6) == digits(12) == digits(18) == {id(images) for images in KNOWN.digits.values()}
+    assert angles(ANGLES.index(angle)) == {angle}
+    assert angles(6) == angles(12) == angles(18) == set(ANGLES)
+
+
+@pytest.mark.parametrize("angle", ANGLES)
+def test_stripes_have_their_angle_and_pitch(angle):
+    one = hard_motions.disc(KNOWN, np.random.default_rng(1), angle)
+    strength = abs(np.fft.fft2(one.picture.mean(2) - one.picture.mean()))
+    y, x = np.unravel_index(strength.argmax(), strength.shape)
+    x, y = (n - 64 * (n > 32) for n in (x, y))
+    assert np.degrees(np.arctan2(y, x)) % 180 == pytest.approx(angle, abs=8) or angle == 0
+    assert 2 * one.radius[0] / np.hypot(x, y) == pytest.approx(hard_motions.PITCH, rel=0.15)
+
+
+@pytest.mark.parametrize("label", range(0, 24, 5))
+def test_every_third_has_each_event_once_whatever_the_class(label):
+    discs = hard_motions.scene(label, KNOWN, np.random.default_rng(label))
+    for third in range(3):
+        now = slice(FRAMES * third // 3 + 4, FRAMES * (third + 1) // 3 - 4)
+        assert sum(one.flash[now].max() > 0.4 for one in discs) == 1
+        assert sum(one.radius[now].max() > 1.3 * one.radius[0] for one in discs) == 1
+        assert sum(np.ptp(one.angle[now]) > 1 for one in discs) == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -122,10 +137,7 @@ def test_files_depend_on_the_seed_alone_and_their_numbers_are_balanced(tmp_path,
 
 def test_the_splits_share_no_picture():
     other = hard_motions.sources(1)
-    for digit in DIGITS:
-        both = {image.tobytes() for image in KNOWN.digits[digit]}, {image.tobytes() for image in other.digits[digit]}
-        assert not both[0] & both[1]
-    assert all(not np.array_equal(a, b) for a, b in zip(KNOWN.photographs, other.photographs, strict=True))
+    assert all(not np.array_equal(a, b) for a, b in zip(KNOWN, other, strict=True))
 
 
 def test_too_few_and_missing_packages_are_told(tmp_path, monkeypatch):

@@ -1,15 +1,15 @@
-"""The hard motions: made videos of 24 classes, whose textures are photographs and whose digits were written by hand.
+"""The hard motions: made videos of 24 classes, whose textures are photographs.
 
-Two discs that carry one digit move over a photograph, among distractors, behind an occluder, before a moving camera,
-with noise and compression. What is the class depends on the group:
+Two discs with fine stripes move over a photograph, among distractors, behind an occluder, before a moving camera, with
+noise and compression. What is the class depends on the group:
 
-fine    both wander, and the digit is the class; in the other groups it is any
+fine    both wander, and the angle of their stripes is the class; in the other groups it is any
 wide    one of six ways in which two things can meet; needs a view of both, and of all the time
-order   both wander, and one of them flashes, grows and turns, in one of the six orders; in the other groups a disc
-        without a digit does
+order   both wander, and one of them flashes, grows and turns, in one of the six orders
 speed   one circles, at one of three rates, in one of two directions
 
-Digits and photographs are those of scikit-learn and scikit-image: `pip install 'octvideo[motions]'`.
+Distractors flash, grow and turn as well. Photographs are those of scikit-image and scikit-learn:
+`pip install 'octvideo[motions]'`.
 """
 
 from functools import cache
@@ -26,14 +26,15 @@ from octvideo.errors import UserError
 
 SIZE, FINER = 80, 2  # pixels, and samples of each in x and in y
 MIDDLE = SIZE / 2 * (1 + 1j)
-DIGITS = (0, 3, 5, 6, 8, 9)
+ANGLES = (0, 30, 60, 90, 120, 150)  # degrees
+PITCH = 4.0  # of the stripes, in pixels
 MEETINGS = ("approach", "separate", "collide", "pass", "overtake", "swap")
 EVENTS = ("flash", "grow", "turn")
 ORDERS = tuple(permutations(EVENTS))
 RATES = {"slow": 1.0, "medium": 1.75, "fast": 3.0}  # rounds in a video
 CIRCLES = tuple(product(RATES, ("clockwise", "counter-clockwise")))
 CLASSES = (
-    *(f"fine: {digit}" for digit in DIGITS),
+    *(f"fine: stripes at {angle} degrees" for angle in ANGLES),
     *(f"wide: {meeting}" for meeting in MEETINGS),
     *(f"order: {', '.join(order)}" for order in ORDERS),
     *(f"speed: {rate}, {direction}" for rate, direction in CIRCLES),
@@ -56,19 +57,12 @@ class Disc(NamedTuple):
     flash: Array  # from 0 to 1: how white it is
 
 
-class Sources(NamedTuple):
-    """What pictures are made of; a split has a half of each."""
-
-    photographs: list[Array]  # (H, W, 3), from 0 to 1
-    digits: dict[int, Array]  # (N, 8, 8), from 0 to 1
-
-
 @cache
-def sources(split: int) -> Sources:
-    """The left halves of the photographs and every second digit for split 0, the others for split 1."""
+def sources(split: int) -> list[Array]:
+    """The left halves of the photographs, (H, W, 3) from 0 to 1, for split 0, the right ones for split 1."""
     try:
         import skimage.data
-        from sklearn.datasets import load_digits, load_sample_images  # type: ignore[import-untyped]
+        from sklearn.datasets import load_sample_images  # type: ignore[import-untyped]
     except ImportError as error:
         cure = "python -m pip install 'octvideo[motions]'"
         raise UserError(f"the hard motions need scikit-image and scikit-learn: {cure} ({error})") from None
@@ -77,63 +71,63 @@ def sources(split: int) -> Sources:
         colors = np.atleast_3d(image)[..., :3].astype(np.float32) / 255
         half = colors.shape[1] // 2
         photographs.append(np.broadcast_to(colors[:, half * split : half * (split + 1)], (*colors.shape[:1], half, 3)))
-    digits = load_digits()
-    images, targets = digits.images[split::2] / 16, digits.target[split::2]
-    return Sources(photographs, {digit: images[targets == digit] for digit in DIGITS})
+    return photographs
 
 
 def make(label: int, split: int, rng: np.random.Generator) -> Film:
     """A video of a class."""
-    known = sources(split)
-    discs = scene(label, known, rng)
+    photographs = sources(split)
+    discs = scene(label, photographs, rng)
     pan, zoom = rng.uniform(-5, 5) * np.exp(2j * np.pi * rng.random()), rng.uniform(-0.1, 0.1)
     shift, scale = pan * (TIME - 0.5), np.exp(zoom * (TIME - 0.5))
-    frames = background(known, shift, scale, rng)
+    frames = background(photographs, shift, scale, rng)
     for one in discs:
         center = MIDDLE + scale * (one.center - MIDDLE) + shift
         paint(frames, one._replace(center=center, radius=one.radius * scale))
     if rng.random() < 0.5:
-        occlude(frames, known, rng)
+        occlude(frames, photographs, rng)
     rows = frames[:, ::FINER] + frames[:, 1::FINER]
     small = 255 / FINER**2 * (rows[:, :, ::FINER] + rows[:, :, 1::FINER])
-    noisy = small + rng.uniform(2, 10) * rng.standard_normal(small.shape, np.float32)
+    noisy = small + rng.uniform(2, 8) * rng.standard_normal(small.shape, np.float32)
     # Packets of frames that are coded by themselves do not tell how much moves.
     return Film(noisy.clip(0, 255).round().astype(np.uint8), crf=int(rng.integers(20, 31)), keyframes=1)
 
 
-def scene(label: int, known: Sources, rng: np.random.Generator) -> list[Disc]:
-    """Distractors, and the two discs in front of them, in random order."""
+def scene(label: int, photographs: list[Array], rng: np.random.Generator) -> list[Disc]:
+    """Three distractors, and the two discs in front of them, in random order."""
     group, which = divmod(label, 6)
-    digit = DIGITS[which] if group == 0 else int(rng.choice(DIGITS))
-    pair = [disc(known, rng, rng.uniform(8, 10), known.digits[digit]) for _ in range(2)]
+    angle = ANGLES[which] if group == 0 else int(rng.choice(ANGLES))
+    pair = [disc(photographs, rng, angle) for _ in range(2)]
+    others = [disc(photographs, rng) for _ in range(3)]
+    # Every third of the video has each event once, on one of three discs: colours over time are those of any class.
+    order = ORDERS[which] if group == 2 else ORDERS[rng.integers(6)]
+    turns = [order[start:] + order[:start] for start in range(3)]
+    if group == 2:
+        pair[0] = happen(pair[0], turns.pop(0))
+    others[: len(turns)] = [happen(one, turn) for one, turn in zip(others, turns, strict=False)]
     if group == 1:
         centers = meeting(MEETINGS[which], rng)
         pair = [one._replace(center=center) for one, center in zip(pair, centers, strict=True)]
-    elif group == 2:
-        pair[0] = happen(pair[0], ORDERS[which])
     elif group == 3:
         rate, direction = CIRCLES[which]
         rounds = RATES[rate] * rng.uniform(0.92, 1.08) * (1 if direction == "clockwise" else -1)
         around = wander(rng, 6) + rng.uniform(9, 14) * np.exp(2j * np.pi * (rng.random() + rounds * TIME))
         pair[0] = pair[0]._replace(center=around)
-    # Where nothing happens to the two, it does to another one: colours over time are alike in all groups.
-    others = [happen(disc(known, rng, rng.uniform(8, 10)), rng.permutation(EVENTS) if group != 2 else ())]
-    for _ in range(rng.integers(3)):
-        other = disc(known, rng, rng.uniform(3, 6))
-        others.append(happen(other, [str(rng.choice(EVENTS)) if rng.random() < 0.5 else "" for _ in EVENTS]))
     return [*others, *(pair[i] for i in rng.permutation(2))]
 
 
-def disc(known: Sources, rng: np.random.Generator, radius: float, digits: Array | None = None) -> Disc:
-    """One that wanders, with a photograph on it and one of the digits."""
-    picture = crop(known, rng, int(rng.integers(16, 64)), 64)
-    picture = 0.5 + 0.5 * (picture - picture.mean())
-    if digits is not None:
-        glyph = resized(rng.choice(digits)[..., None], 42)
-        ink = np.pad(glyph, ((11, 11), (11, 11), (0, 0))) * 0.9
-        picture = picture * (1 - ink) + ink * rng.integers(2)  # black or white
+def disc(photographs: list[Array], rng: np.random.Generator, stripes: int | None = None) -> Disc:
+    """One that wanders, with a photograph on it, and stripes at so many degrees."""
+    radius, angle = rng.uniform(8, 10), rng.uniform(-0.1, 0.1)
+    picture = crop(photographs, rng, int(rng.integers(16, 64)), 64)
+    color = 0.5 + 0.3 * np.cos(2 * np.pi * (rng.random() + np.arange(3) / 3))  # of any hue, alike in brightness
+    picture = color + 0.35 * (picture - picture.mean())
+    if stripes is not None:
+        pixels = np.arange(len(picture)) * 2 * radius / len(picture)
+        across = np.cos(np.radians(stripes)) * pixels + np.sin(np.radians(stripes)) * pixels[:, None]
+        picture += 0.3 * np.sign(np.sin(2 * np.pi * (across / PITCH + rng.random())))[..., None]
     still = np.ones(FRAMES)
-    return Disc(picture, wander(rng, 24), radius * still, rng.uniform(-0.25, 0.25) * still, 0 * still)
+    return Disc(picture.clip(0, 1), wander(rng, 24), radius * still, angle * still, 0 * still)
 
 
 def wander(rng: np.random.Generator, reach: float) -> Array:
@@ -147,7 +141,7 @@ def wander(rng: np.random.Generator, reach: float) -> Array:
 def meeting(name: str, rng: np.random.Generator) -> tuple[Array, Array]:
     """Two paths. Whichever way they meet, single frames show two discs at any distance, in any direction."""
     middle, axis = wander(rng, 5), np.exp(2j * np.pi * rng.random())
-    far, near, when = rng.uniform(16, 20), rng.uniform(8, 9.5), rng.uniform(0.4, 0.6)
+    far, near, when = rng.uniform(16, 19), rng.uniform(10, 11.5), rng.uniform(0.4, 0.6)
     course = (TIME - when) / max(when, 1 - when)  # within -1 and 1, and 0 when they meet
     side = near * rng.choice((-1j, 1j))
     if name in ("approach", "separate"):
@@ -160,7 +154,7 @@ def meeting(name: str, rng: np.random.Generator) -> tuple[Array, Array]:
         half = 10 * course + side
         middle = middle + axis * 30 * (TIME - 0.5)
     else:
-        half = rng.uniform(9, 18) * np.exp(1j * np.pi * rng.choice((-1, 1)) * TIME)
+        half = rng.uniform(10, 18) * np.exp(1j * np.pi * rng.choice((-1, 1)) * TIME)
     return middle + axis * half, middle - axis * half
 
 
@@ -179,9 +173,9 @@ def happen(disc: Disc, events: Any) -> Disc:
     return disc._replace(radius=radius, angle=angle, flash=flash)
 
 
-def crop(known: Sources, rng: np.random.Generator, extent: int, size: int) -> Array:
+def crop(photographs: list[Array], rng: np.random.Generator, extent: int, size: int) -> Array:
     """A square of a photograph, (size, size, 3)."""
-    photograph = known.photographs[rng.integers(len(known.photographs))]
+    photograph = photographs[rng.integers(len(photographs))]
     top, left = (int(rng.integers(length - extent + 1)) for length in photograph.shape[:2])
     square = photograph[top : top + extent, left : left + extent]
     return resized(square[:, :: rng.choice((-1, 1))], size)
@@ -193,9 +187,9 @@ def resized(image: Array, size: int) -> Array:
     return F.interpolate(planes, (size, size), mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
 
 
-def background(known: Sources, shift: Array, scale: Array, rng: np.random.Generator) -> Array:
+def background(photographs: list[Array], shift: Array, scale: Array, rng: np.random.Generator) -> Array:
     """A photograph before the camera, (FRAMES, SIZE * FINER, SIZE * FINER, 3)."""
-    picture = crop(known, rng, int(rng.integers(64, 160)), 256)  # three quarters of it are seen at first
+    picture = crop(photographs, rng, int(rng.integers(64, 160)), 256)  # three quarters of it are seen at first
     theta = torch.zeros(FRAMES, 2, 3)
     inverse = torch.from_numpy(0.75 / scale).float()
     theta[:, 0, 0] = theta[:, 1, 1] = inverse
@@ -204,7 +198,7 @@ def background(known: Sources, shift: Array, scale: Array, rng: np.random.Genera
     grid = F.affine_grid(theta, [FRAMES, 3, SIZE * FINER, SIZE * FINER], align_corners=False)
     planes = torch.from_numpy(picture).permute(2, 0, 1)[None].expand(FRAMES, -1, -1, -1)
     frames = F.grid_sample(planes, grid, padding_mode="reflection", align_corners=False)
-    return (0.2 + 0.6 * frames).permute(0, 2, 3, 1).contiguous().numpy()
+    return (0.35 + 0.3 * frames).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def paint(frames: Array, disc: Disc) -> None:
@@ -224,10 +218,10 @@ def paint(frames: Array, disc: Disc) -> None:
         frame[top:bottom, left:right][inside] = shown + flash * (1 - shown)
 
 
-def occlude(frames: Array, known: Sources, rng: np.random.Generator) -> None:
+def occlude(frames: Array, photographs: list[Array], rng: np.random.Generator) -> None:
     """Moves a bar with a photograph on it across the frames."""
     extent, width = SIZE * FINER, int(rng.uniform(5, 11) * FINER)
-    bar = crop(known, rng, 64, extent)[:, :width]
+    bar = crop(photographs, rng, 64, extent)[:, :width]
     begin, end = rng.permutation([-width, extent]) if rng.random() < 0.5 else rng.integers(0, extent - width, 2)
     upright = rng.random() < 0.5
     for frame, at in zip(frames, np.linspace(begin, end, FRAMES).round().astype(int), strict=True):
