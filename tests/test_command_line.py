@@ -45,7 +45,8 @@ def assert_one_line(finished, *parts):
     ("options", "parts"),
     [
         ([], ["data/kinetics400/train.csv does not exist", "'path class number'", "--data.train_list FILE"]),
-        (["--model.alhpa=0.1"], ["model.alhpa"]),
+        (["--model.alhpa=0.1"], ["model.alhpa", "did you mean --model.alpha or --"]),
+        (["--trainer.epochs=3"], ["did you mean --trainer.min_epochs or --trainer.max_epochs?"]),
         (["--data.batch_size=many"], ["data.batch_size", "many"]),
         (["--model.alpha=1.5"], ["alpha must lie in [0, 1], got 1.5"]),
         (["--model.name=i3d"], ["no model 'i3d'; there are c2d_r50, c2d_r50_nonlocal, i3d_r50"]),

@@ -88,6 +88,19 @@ def test_a_run_starts_with_a_summary(alpha, shown, capsys, tmp_path):
     assert device == f"device: cpu, {torch.get_num_threads()} threads, precision 32-true"
 
 
+def test_a_run_that_has_reached_its_last_epoch_says_so(capsys, tmp_path):
+    def summary():  # of no network: the lines of one that starts are above
+        callback = RunSummary.__new__(RunSummary)
+        callback._started = False
+        return callback
+
+    loader, saved = DataLoader(torch.ones(2, 1), 2), ModelCheckpoint(tmp_path, "end", save_last=True)
+    trainer_with(tmp_path, saved, max_epochs=1).fit(Plain(), loader)
+    trainer = trainer_with(tmp_path, summary(), max_epochs=1)
+    trainer.fit(Plain(), loader, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert capsys.readouterr().out == "nothing is left to train: raise trainer.max_epochs to go on\n"
+
+
 def test_the_bar_counts_epochs_from_one_and_leaves_nothing(monkeypatch, tmp_path):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)

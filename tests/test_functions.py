@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from octvideo import Octaves
+from octvideo import Octaves, OctConv3d
 from octvideo.layers import merging
 
 
@@ -54,6 +54,30 @@ def shuffle(x, groups=2):
 
 def radix_sum(x):
     return x.reshape(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:]).sum(1)
+
+
+class Views(nn.Module):
+    """A gate made by views, and a classifier behind a view, as much code has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.classifier = OctConv3d(3, 8, 3, padding=1, alpha=0.25), nn.Linear(8 * 2 * 8 * 8, 5)
+
+    def forward(self, x):
+        x = self.layer(x)
+        gate = x.view(*x.shape[:2], -1).mean(2).sigmoid()
+        x = shuffle(x * gate.view(*x.shape[:2], 1, 1, 1))
+        return self.classifier(x.view(x.size(0), x.numel() // x.size(0)))
+
+
+@pytest.mark.filterwarnings("ignore:.*merges octave features:UserWarning")
+def test_views_leave_the_batch_free_in_torch_export():
+    network = Views().eval()
+    sizes = {"x": {0: torch.export.Dim("batch", min=1)}}
+    program = torch.export.export(network, (torch.randn(2, 3, 2, 8, 8),), dynamic_shapes=sizes).module()
+    for batch in (1, 3):
+        clips = torch.randn(batch, 3, 2, 8, 8)
+        torch.testing.assert_close(program(clips), network(clips))
 
 
 ANY = {  # on images and clips, of any parts and size: what comes out is exact, and nothing is merged

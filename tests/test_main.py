@@ -35,6 +35,12 @@ def called(monkeypatch, capsys, *words):
     return status, *capsys.readouterr()
 
 
+def test_a_warning_is_a_line_without_the_code_it_came_from():
+    code = "import warnings; from octvideo.commands.main import run; run('runs', ['.']); warnings.warn('a merge')"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stderr == "warning: a merge\n"
+
+
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_help_fits_a_screen_and_says_what_each_command_is_for(monkeypatch, capsys, word):
     status, out, _ = called(monkeypatch, capsys, word)

@@ -222,6 +222,38 @@ def test_channels_last_is_the_fast_form_at_alpha_zero_and_is_restored():
     assert torch.equal(network(clip), wanted)
 
 
+class Flat(nn.Module):
+    """As the C3D of many repositories: the classifier reads every value of the last map, by a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv3d(3, 8, 3, padding=1), nn.Conv3d(8, 8, 3, padding=1)
+        self.last = nn.Conv3d(8, 8, 3, padding=1)
+        self.classifier = nn.Linear(8 * 2 * 6 * 6, 5)
+
+    def forward(self, x):
+        x = F.max_pool3d(self.last(self.second(self.first(x))), (1, 2, 2))
+        return self.classifier(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("options", [{"sample": torch.zeros(1, 3, 2, 12, 12)}, {"skip": "last"}])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_view_behind_a_layer_that_is_vanilla_again_works(options, gradients):
+    network = octavize(Flat(), 0.25, **options)
+    assert (network.second.alpha, network.last.alpha) == (0.25, 0)
+    with torch.set_grad_enabled(gradients):
+        assert network(torch.randn(2, 3, 2, 12, 12)).shape == (2, 5)
+
+
+def test_a_layer_that_is_vanilla_again_keeps_the_memory_format_of_the_network():
+    x = OctConv3d(3, 8, 3, padding=1, alpha=0.25)(torch.randn(1, 3, 2, 8, 8))
+    layer = OctConv3d(8, 8, 3, padding=1, alpha=0)
+    assert layer(x).is_contiguous()
+    assert layer.to(memory_format=torch.channels_last_3d)(x).is_contiguous(memory_format=torch.channels_last_3d)
+    layer = OctConv3d(8, 8, 3, padding=1, alpha=0, channels_last=True)
+    assert layer(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+
 @pytest.mark.parametrize("kind", [nn.Conv3d, OctConv3d])
 def test_nothing_octave_stays_in_a_restored_layer(kind):
     network = nn.Sequential(nn.Conv3d(3, 4, 1), kind(4, 4, 1), Swish())

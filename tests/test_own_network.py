@@ -221,6 +221,7 @@ def test_everything_works_from_the_checkpoint_alone(motions, tmp_path, alpha):
     resumed = [*small(motions, tmp_path / "again"), *OWN, f"--ckpt_path={folder / 'step_00000002.ckpt'}"]
     done = run_tool("train_net.py", *resumed, *chosen)
     assert done.returncode == 0, done.stderr
+    assert "taken from the checkpoint" not in done.stdout
     weights = [torch.load(tmp_path / run / "checkpoints" / "last.ckpt")["state_dict"] for run in ("whole", "again")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     # The configuration of these names no network: it is the checkpoint's.

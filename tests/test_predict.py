@@ -109,6 +109,7 @@ def test_a_folder_with_a_bad_video_is_predicted_and_written_down(videos, checkpo
     assert finished.stderr == ""  # no bar where there is no terminal
     good, broken = [str(videos / name) for name in ("clip10.mp4", "more/Clip2.mp4")], str(videos / "more/broken.mp4")
     assert "2 videos predicted, 1 bad" in finished.stdout
+    assert finished.stdout.endswith(f"annotated copies: {out / 'videos'}\ncontact sheets: {out / 'sheets'}\n")
     assert f"  {broken}: Invalid data found when processing input\n" in finished.stdout
     wanted = [octvideo.predict(checkpoint, path, num_clips=2, device="cpu") for path in good]
 

@@ -86,6 +86,7 @@ def test_a_run_says_what_it_found_and_how_to_train(videos, tmp_path):
         (["videos", "--output=out", "--merge"], "out: there are no parts"),
         (["videos", "--output=out", "--scheduler=here"], "--scheduler must be tcp://HOST:PORT, local[:WORKERS] or"),
         (["videos", "--output=out", "--out=x"], "unrecognized arguments: --out=x"),
+        (["videoz", "--output=out"], "videoz: No such file or directory"),
         (["nothing", "--videos=videos", "--output=out"], "nothing: No such file or directory"),
         (["l.csv", "--videos=nothing", "--output=out"], "nothing: no folder of videos"),
         (["l.csv", "--videos=videos", "--output=out", "--labels=no.txt"], "no.txt: No such file or directory"),

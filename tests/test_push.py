@@ -83,6 +83,7 @@ def logits(network):
 
 def test_a_folder_is_the_checkpoint_without_a_pickle(folder, checkpoint):
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # whoever may read one may read all
     wanted, found = load_trained(checkpoint), load_trained(folder)
     assert (found.options, found.labels, found.preprocessing) == (wanted.options, wanted.labels, wanted.preprocessing)
     assert torch.equal(logits(found.network), logits(wanted.network))

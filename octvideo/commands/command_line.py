@@ -68,8 +68,8 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # jsonargparse's prints its usage first
         unknown = re.match(r"unrecognized arguments: --([\w.]+)", str(message))
         known = vars(self.get_defaults().as_flat()) if unknown else ()
-        near = difflib.get_close_matches(unknown[1] if unknown else "", known, 1)
-        fail(in_one_line(str(message)) + "".join(f"; did you mean --{name}?" for name in near))
+        near = difflib.get_close_matches(unknown[1] if unknown else "", known, 2)
+        fail(in_one_line(str(message)) + (f"; did you mean --{' or --'.join(near)}?" if near else ""))
 
 
 def in_one_line(message: str) -> str:
@@ -158,6 +158,9 @@ class CommandLine(LightningCLI):
             check_record(kept["network"])  # whatever a checkpoint names, nothing but networks is called
             if kept["network"]["init_args"] is None:
                 build_recorded(kept["network"])
+        own, argument = options["network"], options["classes_argument"]
+        if own is not None and (own.get("init_args") or {}).get(argument, argument) is None:
+            own["init_args"][argument] = options["num_classes"]  # as instantiate_classes does
         for key, value in kept.items():
             have = options[key].as_dict() if isinstance(options[key], Namespace) else options[key]
             if f"--model.{key}" not in given and (have or None) != (value or None):

@@ -39,6 +39,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError as UnfreeSizeError
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -178,9 +179,13 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
             trained = replace(trained, network=fuse(trained.network, trained.normalize(clips[0])))
         except UserError as error:
             print(f"batch norms stay as they are: {error}")
+    print(f"{trained.name} is exported, which takes a minute or more for large networks", flush=True)
     traced = partial(trace, Classifier(trained, arguments.softmax), step=step, plain=arguments.plain)
     try:
         program = traced(clips[-1], free)
+    except UnfreeSizeError as error:  # a size is a number in the network's code
+        cure = "leave fewer free, such as --free batch, or none"
+        fail(f"{trained.name} cannot be exported with free sizes: {str(error).partition(chr(10))[0]}; {cure}")
     except NotImplementedError as error:  # SymPy cannot solve what the network asks of free sizes
         if arguments.free or not set(free) - {"batch"}:
             fail(f"{trained.name} cannot be exported with free sizes: {' '.join(str(error).split())}")

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import warnings
 
 COMMANDS = {
     "motions": "make the videos of the quickstart",
@@ -41,11 +42,19 @@ def run(command: str, words: list[str] | None = None, *, program: str = "") -> i
     # by default, 0.37 and 0.67 s with sleeping threads, and 0.28 and 0.68 s like this. PyTorch reads this on import.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
+    warnings.formatwarning = _as_line
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where users' own networks may be, for model.network
     importlib.import_module("octvideo.commands.options").program = program  # type: ignore[attr-defined]
     main = importlib.import_module(f"octvideo.commands.{command}").main
     return main(sys.argv[1:] if words is None else words) or 0
+
+
+def _as_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """What a warning says, without the line of code that it came from."""
+    return f"warning: {message}\n"
 
 
 def main() -> int:

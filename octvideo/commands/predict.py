@@ -245,6 +245,9 @@ def print_results(outcomes: Sequence[Outcome], labels: Sequence[str], arguments:
         if prediction.note:
             console.print(Text(f"{path}: {prediction.note}"), soft_wrap=True)
     console.print(f"{len(good)} videos predicted, {len(bad)} bad", *bad, sep="\n", highlight=False, soft_wrap=True)
+    for what, folder in (("annotated copies", arguments.save_video), ("contact sheets", arguments.thumbnail)):
+        if good and folder is not None:
+            console.print(f"{what}: {folder}", highlight=False, soft_wrap=True)
 
 
 def reading(arguments: argparse.Namespace) -> dict[str, Any]:

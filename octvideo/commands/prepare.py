@@ -116,6 +116,8 @@ def main(words: list[str]) -> int:
     if options.merge and options.part:
         fail("--merge comes after all parts, without --part")
     if options.videos is None and (len(options.sources) != 1 or not (is_uri(videos) or os.path.isdir(videos))):
+        if missing := [source for source in options.sources if not is_uri(source) and not os.path.exists(source)]:
+            fail(f"{missing[0]}: No such file or directory")
         fail("--videos DIR is needed, the folder of the videos, unless SOURCE is one folder")
     results = {real(file): file for split in SPLITS if is_uri(file := child(output, f"{split}.csv")) or exists(file)}
     for source in options.sources:

@@ -16,7 +16,7 @@ from octvideo.layers.octaves import Octaves, merged, record
 from octvideo.layers.parts import Parts, groups_alike
 from octvideo.layers.paths import Kernel, Paths, swap_sides
 from octvideo.layers.pending import Pending
-from octvideo.layers.resampling import keep_layout, lay_channels_last
+from octvideo.layers.resampling import as_weight, keep_layout, lay_channels_last
 from octvideo.layers.several import Level, convolve_each, convolve_several, levels_of, misfit, pool_octaves
 from octvideo.layers.shares import Shares, shares_of, split_octaves
 from octvideo.layers.tracing import OneNode
@@ -390,9 +390,10 @@ class _OctConv(Octave):
         if plan.problem:
             if plan.keeps_low or not isinstance(input, Octaves):
                 raise UserError(plan.problem)
-            output = super().forward(input.merge(), **output_size)  # no resolution to keep apart
-            return output
-        return convolve(input, self.weight, self.bias, self._plan_for(input, **output_size))
+            result: Tensor | Octaves = super().forward(input.merge(), **output_size)  # no resolution to keep apart
+        else:
+            result = convolve(input, self.weight, self.bias, self._plan_for(input, **output_size))
+        return result if isinstance(result, Octaves) or self.options.channels_last else as_weight(result, self.weight)
 
     def _plan_for(self, input: Tensor | Octaves) -> Plan:
         return self._plan

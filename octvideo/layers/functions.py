@@ -488,7 +488,7 @@ _HANDLERS: list[tuple[Iterable[Function], Function]] = [
     (spelled("prelu"), _prelu),
     (spelled("new_empty new_zeros new_ones new_full new_tensor"), _of_high),
     (spelled("element_size is_floating_point is_complex get_device is_contiguous"), _of_high),
-    (spelled("numel nelement"), lambda func, input: input.shape.numel()),
+    (spelled("numel nelement"), lambda func, input: math.prod(input.shape)),
     (spelled("numpy tolist"), on_merged),
 ]
 for _functions, _handler in _HANDLERS:

@@ -45,6 +45,11 @@ def keep_layout(y: Tensor, x: Tensor) -> Tensor:
     return lay_channels_last(y) if channels_last(x) else y
 
 
+def as_weight(y: Tensor, weight: Tensor) -> Tensor:
+    """Gives `y` the memory format of a network with this weight; one of size 1 has both, and counts as contiguous."""
+    return y if channels_last(weight) and not weight.is_contiguous() else y.contiguous()
+
+
 def runs_as_called() -> bool:
     """False under a compiler, a tracer, a torch.func transform or a dispatch mode, unless that `only_counts`."""
     return not (

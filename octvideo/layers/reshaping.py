@@ -354,7 +354,7 @@ def _blocks(source: Sequence[int], target: Sequence[int]) -> Iterator[tuple[rang
 
 def _viewed(input: Octaves, shape: Sequence[int]) -> Any:
     """The features in another shape: Octaves, a Regrouped view of their channels, or NotImplemented."""
-    size, total = input.shape, input.shape.numel()
+    size, total = input.shape, math.prod(input.shape)  # numel() would fix free sizes in torch.export
     if not total:
         return NotImplemented
     shape = _resolved(shape, total)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +143,7 @@ def write_published(
     with appearing_folder(folder) as partial:
         save_file(plain, partial / WEIGHTS, {"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+        shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors writes for the owner alone
         (partial / CARD).write_text(card, "utf-8")
 
 

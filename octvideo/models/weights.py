@@ -149,9 +149,11 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate: Literal["mean",
     missing = tuple(name for name in state if name not in values and state[name].is_floating_point())
     loaded = sum(map(len, found.values()))
     if not loaded or loaded < sum(name in names for name in missing):
+        unfit = 2 * sum("does not fit" in reason for reason in skipped.values()) > len(missing)
+        sizes = ": its layers have other sizes, as with another model.name, model.width or depth" if unfit else ""
         raise UserError(
             f"{path} ({source}) has values for {loaded} of {loaded + len(missing)} tensors of {type(model).__name__}, "
-            "fewer than half; the model is unchanged. Left over in the file: "
+            f"fewer than half{sizes}; the model is unchanged. Left over in the file: "
             f"{_some(f'{name} ({reason})' for name, reason in skipped.items())}. "
             f"Without a value in the model: {_some(missing)}"
         )

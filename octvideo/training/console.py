@@ -29,8 +29,10 @@ class RunSummary(callbacks.Callback):
         parameters = f"{count_parameters(model.network):,} parameters"  # not sharded yet
         name = options["name"] if options["network"] is None else options["network"]["class_path"]
         self._network = f"{name}, alpha {alpha}, {parameters}, {macs / 1e9:.3g} GMACs a clip of {size}"
+        self._started = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = True
         if not trainer.is_global_zero:
             return
         videos = [
@@ -43,6 +45,10 @@ class RunSummary(callbacks.Callback):
         print(f"network: {self._network}")
         print(f"data: {pl_module.hparams['num_classes']} classes, {' and '.join(videos)} videos")
         print(f"device: {device}, precision {trainer.precision}", flush=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not self._started:
+            print("nothing is left to train: raise trainer.max_epochs to go on", flush=True)
 
 
 class EpochLines(callbacks.Callback):
