@@ -1,14 +1,14 @@
 """The hard motions: made videos of 24 classes, whose textures are photographs.
 
-Two discs with fine stripes move over a photograph, among distractors, behind an occluder, before a moving camera, with
-noise and compression. What is the class depends on the group:
+Two discs with fine stripes move over a photograph, among three with checks, behind an occluder, before a moving
+camera, with noise and compression. What is the class depends on the group:
 
 fine    both wander, and the angle of their stripes is the class; in the other groups it is any
 wide    one of six ways in which two things can meet; needs a view of both, and of all the time
 order   both wander, and one of them flashes, grows and turns, in one of the six orders
 speed   one circles, at one of three rates, in one of two directions
 
-Distractors flash, grow and turn as well. Photographs are those of scikit-image and scikit-learn:
+Discs with checks flash, grow and turn as well. Photographs are those of scikit-image and scikit-learn:
 `pip install 'octvideo[motions]'`.
 """
 
@@ -89,16 +89,16 @@ def make(label: int, split: int, rng: np.random.Generator) -> Film:
     rows = frames[:, ::FINER] + frames[:, 1::FINER]
     small = 255 / FINER**2 * (rows[:, :, ::FINER] + rows[:, :, 1::FINER])
     noisy = small + rng.uniform(2, 8) * rng.standard_normal(small.shape, np.float32)
-    # Packets of frames that are coded by themselves do not tell how much moves.
-    return Film(noisy.clip(0, 255).round().astype(np.uint8), crf=int(rng.integers(20, 31)), keyframes=1)
+    return Film(noisy.clip(0, 255).round().astype(np.uint8), kilobits=int(rng.integers(110, 171)))
 
 
 def scene(label: int, photographs: list[Array], rng: np.random.Generator) -> list[Disc]:
-    """Three distractors, and the two discs in front of them, in random order."""
+    """Three discs with checks, and the two with stripes in front of them, in random order."""
     group, which = divmod(label, 6)
     angle = ANGLES[which] if group == 0 else int(rng.choice(ANGLES))
     pair = [disc(photographs, rng, angle) for _ in range(2)]
     others = [disc(photographs, rng) for _ in range(3)]
+    pair[1] = pair[1]._replace(center=apart(pair[0].center, rng))
     # Every third of the video has each event once, on one of three discs: colours over time are those of any class.
     order = ORDERS[which] if group == 2 else ORDERS[rng.integers(6)]
     turns = [order[start:] + order[:start] for start in range(3)]
@@ -112,20 +112,22 @@ def scene(label: int, photographs: list[Array], rng: np.random.Generator) -> lis
         rate, direction = CIRCLES[which]
         rounds = RATES[rate] * rng.uniform(0.92, 1.08) * (1 if direction == "clockwise" else -1)
         around = wander(rng, 6) + rng.uniform(9, 14) * np.exp(2j * np.pi * (rng.random() + rounds * TIME))
-        pair[0] = pair[0]._replace(center=around)
+        pair = [pair[0]._replace(center=around), pair[1]._replace(center=apart(around, rng))]
     return [*others, *(pair[i] for i in rng.permutation(2))]
 
 
 def disc(photographs: list[Array], rng: np.random.Generator, stripes: int | None = None) -> Disc:
-    """One that wanders, with a photograph on it, and stripes at so many degrees."""
+    """One that wanders, with a photograph on it, and stripes at so many degrees, or checks."""
     radius, angle = rng.uniform(8, 10), rng.uniform(-0.1, 0.1)
     picture = crop(photographs, rng, int(rng.integers(16, 64)), 64)
     color = 0.5 + 0.3 * np.cos(2 * np.pi * (rng.random() + np.arange(3) / 3))  # of any hue, alike in brightness
     picture = color + 0.35 * (picture - picture.mean())
-    if stripes is not None:
-        pixels = np.arange(len(picture)) * 2 * radius / len(picture)
-        across = np.cos(np.radians(stripes)) * pixels + np.sin(np.radians(stripes)) * pixels[:, None]
-        picture += 0.3 * np.sign(np.sin(2 * np.pi * (across / PITCH + rng.random())))[..., None]
+    pixels = np.arange(len(picture)) * 2 * radius / len(picture)
+    turn = np.radians(rng.uniform(0, 180) if stripes is None else stripes)
+    across = np.cos(turn) * pixels + np.sin(turn) * pixels[:, None]
+    along = np.cos(turn) * pixels[:, None] - np.sin(turn) * pixels
+    bands = [np.sign(np.sin(2 * np.pi * (at / PITCH + rng.random()))) for at in (across, along)]
+    picture += 0.3 * (bands[0] * bands[1] if stripes is None else bands[0])[..., None]
     still = np.ones(FRAMES)
     return Disc(picture.clip(0, 1), wander(rng, 24), radius * still, angle * still, 0 * still)
 
@@ -136,6 +138,15 @@ def wander(rng: np.random.Generator, reach: float) -> Array:
     bend = rng.uniform(-3, 3) * np.exp(2j * np.pi * rng.random()) * np.sin(np.pi * TIME)
     path: Array = MIDDLE + begin + (end - begin) * TIME + bend
     return path
+
+
+def apart(path: Array, rng: np.random.Generator) -> Array:
+    """Another path, which mostly leaves room for both: where two overlap, less is seen of them, and that could tell."""
+    for _ in range(20):
+        other = wander(rng, 24)
+        if abs(other - path).min() > 18:
+            break
+    return other
 
 
 def meeting(name: str, rng: np.random.Generator) -> tuple[Array, Array]:

@@ -34,8 +34,7 @@ class Film(NamedTuple):
 
     frames: NDArray[np.uint8]
     fps: int = FPS
-    crf: int = 18
-    keyframes: int = 12  # frames from one to the next
+    kilobits: int = 0  # a second, the same for every frame; 0: by quality, with a key frame every half second
 
 
 def make(label: int, split: int, rng: np.random.Generator) -> Film:
@@ -84,10 +83,14 @@ def _texture(size: int, blobs: int, rng: np.random.Generator) -> NDArray[np.uint
     return (fine[0].permute(1, 2, 0) * 255).to(torch.uint8).numpy()
 
 
-def write_video(path: Path, frames: NDArray[np.uint8], fps: int, crf: int = 18, keyframes: int = 12) -> None:
+def write_video(path: Path, frames: NDArray[np.uint8], fps: int, kilobits: int = 0) -> None:
     """Writes RGB frames (T, H, W, 3) as an h264 mp4 file, byte for byte the same for the same frames."""
-    encoding = {"crf": str(crf), "g": str(keyframes), "preset": "ultrafast", "threads": "1"}
+    encoding = {"crf": "18", "g": "12", "preset": "ultrafast", "threads": "1"}
     encoding["x264-params"] = "asm=0"  # or x264's output depends on what it encoded before
+    if kilobits:  # packets as long as the first one, whatever they hold
+        encoding |= {"b": f"{kilobits}k", "maxrate": f"{kilobits}k", "bufsize": f"{kilobits // 20}k", "g": "1"}
+        del encoding["crf"]
+        encoding["x264-params"] += ":nal-hrd=cbr"
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=fps, options=encoding)
         stream.height, stream.width = frames.shape[1:3]
