@@ -265,16 +265,41 @@ def test_create_model_builds_the_zoo_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("alpha", "size", "options", "fixed"), [(0, 64, ["--free=batch"], ""), (0.25, 32, [], "fixes batch")]
+    ("alpha", "size", "options", "free"),
+    [(0, 64, ["--free=batch"], "batch from 1\n"), (0.25, 32, [], "batch from 1, ")],
 )
-def test_a_network_whose_batch_norms_cannot_be_folded_is_exported_as_it_is(tmp_path, alpha, size, options, fixed):
+def test_a_network_whose_batch_norms_cannot_be_folded_is_exported_as_it_is(tmp_path, alpha, size, options, free):
     image = {"class_path": "timm.create_model", "init_args": {"model_name": "mobilenetv3_small_050"}}
     network = build_network("octvideo.models.own_network.FrameAverage", network=image)
     path = checkpoint_of(Recognizer(network=network, num_classes=8, alpha=alpha), tmp_path / "a.ckpt", size)
     done = run_tool("export.py", f"--ckpt={path}", f"--output={tmp_path / 'a.onnx'}", "--rounds=1", *options)
     assert done.returncode == 0, done.stderr
     assert "batch norms stay as they are: FrameAverage has no batch norm" in done.stdout
-    assert fixed in done.stdout
+    assert f"free sizes: {free}" in done.stdout, done.stdout
+
+
+class FixedBatch(nn.Module):
+    """A network whose code makes a number of the batch size."""
+
+    def __init__(self, num_classes: int = 8):
+        super().__init__()
+        self.conv, self.fc = nn.Conv3d(3, 4, 3, padding=1), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).reshape(int(x.shape[0]), 4, -1).mean(2))
+
+
+def test_a_batch_that_is_a_number_in_the_code_is_one_line(tmp_path, capsys):
+    network = build_network(f"{__name__}.FixedBatch")
+    path = checkpoint_of(Recognizer(network=network, num_classes=8, alpha=0), tmp_path / "a.ckpt", 16)
+    words = [f"--ckpt={path}", f"--output={tmp_path / 'a.pt2'}", "--rounds=1"]
+    with pytest.raises(SystemExit):
+        export.main(words)
+    error = capsys.readouterr().err
+    assert "FixedBatch cannot be exported with free sizes: Constraints violated (batch)" in error
+    assert error.endswith("; name others by --free, or none\n")
+    assert error.count("\n") == 1
+    assert export.main([*words, "--free=none"]) == 0
 
 
 def test_sizes_that_torch_cannot_leave_free_are_fixed(tmp_path, monkeypatch, capsys):

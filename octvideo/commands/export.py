@@ -184,7 +184,7 @@ def export(trained: Trained, size: tuple[int, ...], arguments: argparse.Namespac
     try:
         program = traced(clips[-1], free)
     except UnfreeSizeError as error:  # a size is a number in the network's code
-        cure = "leave fewer free, such as --free batch, or none"
+        cure = "name others by --free, or none"
         fail(f"{trained.name} cannot be exported with free sizes: {str(error).partition(chr(10))[0]}; {cure}")
     except NotImplementedError as error:  # SymPy cannot solve what the network asks of free sizes
         if arguments.free or not set(free) - {"batch"}:
