@@ -62,7 +62,7 @@ lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install $(PIP_FLAGS) --quiet --upgrade 'pip>=25' uv
 	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable . \
-		'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'timm>=1.0.20'
+		'pytest>=8' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'timm>=1.0.21'
 	OMP_WAIT_POLICY=PASSIVE .venv-lowest/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow" $(LOWEST)
 
 clean:
