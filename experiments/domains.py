@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from choices import one_of
-from evidence import interval
+from intervals import interval
 from rich import box
 from rich.console import Console
 from rich.table import Table

@@ -27,7 +27,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from choices import one_of
-from evidence import interval
+from intervals import interval
 from own_networks import HERE, data_words, octvideo, train
 from rich import box
 from rich.console import Console

@@ -37,6 +37,7 @@ import torch
 import yaml
 from ablations import CHANGES
 from choices import one_of
+from intervals import interval
 from own_networks import HERE, octvideo
 from rich import box
 from rich.console import Console
@@ -53,7 +54,6 @@ CONFIG = HERE.parent / "configs" / "hard_motions.yaml"
 RESULTS = HERE / "results" / "evidence.json"
 GROUPS = tuple(dict.fromkeys(name.partition(":")[0] for name in CLASSES))
 SIZES = (0.75, 1.25, 1.5)  # of test clips
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's, of n - 1 degrees of freedom
 Row = dict[str, Any]
 Recipe = dict[str, Any]
 
@@ -194,13 +194,6 @@ def measure(name: str, seed: int, options: Namespace, recipe: Recipe) -> Row:
                 octvideo("test", *words, *sized, f"--output={tested}", log=log)
             row[f"top1 at {share:g}"] = groups_right(tested / "predictions.json")["all"]
     return row
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half the 95 % interval, in percent."""
-    percent = 100 * np.array(values)
-    half = T95[len(percent)] * percent.std(ddof=1) / len(percent) ** 0.5 if len(percent) in T95 else float("nan")
-    return float(percent.mean()), float(half)
 
 
 def summary(rows: Sequence[Row]) -> Iterator[Row]:

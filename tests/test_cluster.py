@@ -242,6 +242,12 @@ def test_the_examples_for_clusters_give_options_that_there_are(tmp_path, monkeyp
         assert script == "tools/prepare_data.py"
         assert command.main(words) == 0
         assert seen[-1] == how
+    (tmp_path / "apptainer").write_text('#!/bin/bash\necho "$@"\n')
+    (tmp_path / "apptainer").chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CONTAINER": "octvideo.sif"}
+    printed = subprocess.run(line, env=os.environ | slurm | path, capture_output=True, text=True, check=True).stdout
+    here = os.getcwd()
+    assert printed.startswith(f"exec --bind {here} --pwd {here} octvideo.sif python tools/prepare_data.py {tmp_path} ")
     monkeypatch.setattr(command, "exists", lambda path: False)
     jobs = list(yaml.safe_load_all((ROOT / "tools" / "kubernetes_prepare.yaml").read_text()))
     for job, how in zip(jobs, [((8, 64), False), (None, True)], strict=True):

@@ -44,7 +44,7 @@ def test_stripes_have_their_angle_and_pitch(angle):
     strength = abs(np.fft.fft2(one.picture.mean(2) - one.picture.mean()))
     y, x = np.unravel_index(strength.argmax(), strength.shape)
     x, y = (n - 64 * (n > 32) for n in (x, y))
-    assert np.degrees(np.arctan2(y, x)) % 180 == pytest.approx(angle, abs=8) or angle == 0
+    assert (np.degrees(np.arctan2(y, x)) - angle + 90) % 180 - 90 == pytest.approx(0, abs=8)
     assert 2 * one.radius[0] / np.hypot(x, y) == pytest.approx(hard_motions.PITCH, rel=0.15)
 
 
@@ -171,10 +171,10 @@ def test_features_are_of_files_colours_frames_and_motion(tmp_path):
 
 
 def test_measured_probes_on_files_colours_and_frames_are_at_chance():
-    """On 960 and 960 videos: experiments/hard_motions.py."""
+    """Trained on 1,920 videos, tested on 960: experiments/hard_motions.py."""
     rows = {(row["features"], row["of"]): row for row in json.loads(probes.RESULTS.read_text())}
     for kind in ("codec", "color", "frame"):
         for of in ("class", "group"):
             row = rows[kind, of]
             assert row["right"] - 1.5 * row["half"] < row["chance"], (kind, of)  # about three standard deviations
-            assert row["videos"] == [960, 960]
+            assert row["videos"] == [1920, 960]

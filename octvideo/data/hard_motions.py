@@ -12,6 +12,7 @@ Discs with checks flash, grow and turn as well. Photographs are those of scikit-
 `pip install 'octvideo[motions]'`.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import permutations, product
 from typing import Any, NamedTuple
@@ -103,8 +104,9 @@ def scene(label: int, photographs: list[Array], rng: np.random.Generator) -> lis
     order = ORDERS[which] if group == 2 else ORDERS[rng.integers(6)]
     turns = [order[start:] + order[:start] for start in range(3)]
     if group == 2:
-        pair[0] = happen(pair[0], turns.pop(0))
-    others[: len(turns)] = [happen(one, turn) for one, turn in zip(others, turns, strict=False)]
+        pair[0], others[0], others[1] = map(happen, (pair[0], *others[:2]), turns)
+    else:
+        others = list(map(happen, others, turns))
     if group == 1:
         centers = meeting(MEETINGS[which], rng)
         pair = [one._replace(center=center) for one, center in zip(pair, centers, strict=True)]
@@ -169,8 +171,8 @@ def meeting(name: str, rng: np.random.Generator) -> tuple[Array, Array]:
     return middle + axis * half, middle - axis * half
 
 
-def happen(disc: Disc, events: Any) -> Disc:
-    """The disc, to which up to three events happen, in a third of the time each; an empty name is none."""
+def happen(disc: Disc, events: Sequence[str]) -> Disc:
+    """The disc, to which three events happen, in a third of the time each."""
     radius, angle, flash = disc.radius.copy(), disc.angle.copy(), disc.flash.copy()
     for third, event in enumerate(events):
         now = (3 * TIME - third).clip(0, 1)
