@@ -37,7 +37,8 @@ def called(monkeypatch, capsys, *words):
 
 def test_a_warning_is_a_line_without_the_code_it_came_from(tmp_path):
     (tmp_path / "config.yaml").write_text("model: {name: c2d_r50, alpha: 0}\ntrainer: {max_epochs: 1}\n")
-    code = f"import warnings; from octvideo.commands.main import run; run('runs', {[str(tmp_path)]}); warnings.warn('a merge')"
+    run = f"run('runs', {[str(tmp_path)]})"
+    code = f"import warnings; from octvideo.commands.main import run; {run}; warnings.warn('a merge')"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert finished.stderr == "warning: a merge\n"
 
