@@ -290,15 +290,22 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(run_he
     )
 
 
-def test_the_documented_code_predicts_a_video_without_torch_as_octvideo_does(onnx_file, checkpoint, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (70, 6, 8, 3), np.uint8)
+@pytest.mark.parametrize("num_frames", [70, 7])
+@pytest.mark.parametrize(("protocol", "fps"), [("slowfast", 15), ("mmaction", None)])
+def test_the_documented_code_predicts_a_video_without_torch_as_octvideo_does(
+    onnx_file, checkpoint, tmp_path, protocol, fps, num_frames
+):
+    noise = np.random.default_rng(0).integers(0, 256, (num_frames, 6, 8, 3), np.uint8)
     write_video(tmp_path / "video.mp4", noise.repeat(8, 1).repeat(8, 2), 30)  # 48 x 64
-    (tmp_path / "network.onnx").symlink_to(onnx_file)
+    model = onnx.load(onnx_file)
+    for said in model.metadata_props:
+        said.value = {"sampling": json.dumps(protocol), "target_fps": json.dumps(fps)}.get(said.key, said.value)
+    onnx.save(model, tmp_path / "network.onnx")
     command = [sys.executable, "-X", "utf8", "-c", "import sys; sys.modules['torch'] = None\n" + WITHOUT_TORCH]
     finished = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, encoding="utf-8")
 
     trained = load_trained(checkpoint)
-    decoding = Decoding(VideoList([str(tmp_path / "video.mp4")], np.zeros(1, np.int64)), Sampling(4, 3, "slowfast", 15))
+    decoding = Decoding(VideoList([str(tmp_path / "video.mp4")], np.zeros(1, np.int64)), Sampling(4, 3, protocol, fps))
     views = TestViews(decoding, crop_size=36, short_side=36, num_clips=1, num_crops=1)
     scores, order = logits_of(trained, views[Draw(0, 0, 0)].clips).softmax(1)[0].sort(descending=True)
     rows = [line.split(" ", 1) for line in finished.stdout.splitlines()]

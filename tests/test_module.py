@@ -201,6 +201,19 @@ def test_missing_lists_say_which_option_names_them(lists, tmp_path):
         VideoData(test_list=str(tmp_path / "nothing.csv")).read("test_list")
 
 
+def test_a_wrong_root_is_refused_and_a_single_missing_video_is_not(tmp_path):
+    path = str(tmp_path / "list.csv")
+    (tmp_path / "list.csv").write_text("".join(f"{name}.mp4 0\n" for name in "abc"))
+    with pytest.raises(
+        ListError, match=r"none of its videos was found below --data.root nowhere: there is no nowhere/a"
+    ):
+        VideoData(train_list=path, root="nowhere").read("train_list")
+    with pytest.raises(ListError, match=r"found from this folder, as there is no --data.root: there is no a.mp4"):
+        VideoData(train_list=path).read("train_list")
+    (tmp_path / "c.mp4").touch()
+    assert len(VideoData(train_list=path, root=str(tmp_path)).read("train_list").paths) == 3
+
+
 def test_fewer_videos_than_a_batch_are_refused(lists):
     with pytest.raises(ListError, match="5 videos for 1 processes are fewer than one batch of 8"):
         VideoData(**lists, **{**SMALL, "batch_size": 8}).train_dataloader()

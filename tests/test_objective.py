@@ -76,6 +76,11 @@ def test_losses_that_do_not_fit_are_refused(task, options, message):
         Objective(task, 4, **options)
 
 
+def test_a_single_class_is_refused():
+    with pytest.raises(UserError, match=r"model.num_classes must be at least 2, got 1"):
+        Objective("single", 1)
+
+
 def test_a_loss_that_needs_other_labels_is_named():
     with pytest.raises(UserError, match=r"model.loss NLLLoss does not take logits \(6, 4\) and labels \(6, 4\)"):
         Objective("multi", 4, loss=nn.NLLLoss())(LOGITS, SEVERAL)

@@ -64,6 +64,7 @@ def test_a_run_says_what_it_found_and_how_to_train(videos, tmp_path):
     rows = [line.split() for line in finished.stdout.splitlines()]
     assert ["split", "ok", "bad", "missing", "duplicate", "all"] in rows
     assert ["train", "2", "1", "0", "1", "4"] in rows
+    assert "bad  archery/broken.mp4: " in finished.stdout
     out = tmp_path / "out"
     lists = f"--data.train_list={out}/train.csv --data.root={out}/videos --data.labels={out}/labels.txt"
     assert f"train with  {lists} --model.num_classes=2" in finished.stdout

@@ -164,7 +164,7 @@ def test_written_copies_are_shown_as_their_source(folder, matrix):
     source, copy = folder / "turned.mp4", folder / "copy.mp4"
     write(source, np.arange(10) / RATE, matrix=matrix, shape=Fraction(64, 45))
     measured, written = reencode(source, copy, 48)
-    assert "pixels of 64:45" in measured.note
+    assert "pixels are not square: 64:45" in measured.note
     assert (written.width, written.height) == (64, 48)
     prediction = Prediction("", np.array([1.0]), ["a"], Timeline(np.array([0, 0.4]), np.array([[1.0]])))
     annotate((replace(prediction, path=str(source)), folder / "annotated.mp4"))

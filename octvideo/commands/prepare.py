@@ -49,6 +49,7 @@ from octvideo.errors import UserError
 from octvideo.stores import child, exists, is_uri, real
 
 STATUSES = ("ok", "bad", "missing", "duplicate")
+SHOWN = 10  # bad and missing videos, each in a line
 SECONDS_A_LINE = 10.0  # between two lines where there is no terminal, and so no bar
 
 
@@ -150,6 +151,11 @@ def main(words: list[str]) -> int:
         if counts := Counter(outcome.status for outcome in outcomes if split in (outcome.entry.split, "all")):
             table.add_row(split, *(str(counts[status]) for status in STATUSES), str(counts.total()))
     console.print(table)
+    spoilt = [outcome for outcome in outcomes if outcome.status in ("bad", "missing")]
+    for outcome in spoilt[:SHOWN]:
+        console.print(f"{outcome.status}  {outcome.entry.path}: {outcome.reason}", soft_wrap=True, markup=False)
+    if len(spoilt) > SHOWN:
+        console.print(f"and {len(spoilt) - SHOWN} more, in the report")
     if unlabelled := sum(outcome.status == "ok" and outcome.entry.label is None for outcome in outcomes):
         console.print(f"{unlabelled} videos have no label: they are in index.bin and in no list")
     lists = {f"--data.{split}_list": child(output, f"{split}.csv") for split in SPLITS}

@@ -30,7 +30,7 @@ from octvideo.evaluation.report import (
     read_predictions,
     say_alpha,
 )
-from octvideo.models.published import HUB_NAME, require, upload, write_published
+from octvideo.models.published import HUB_NAME, require_hub, upload, write_published
 
 
 def percent(accuracy: Accuracy) -> str:
@@ -83,7 +83,7 @@ def model_card(
 
 def publish(ckpt: Path, folder: Path, report: Path | None, where: str, data: str, license_name: str) -> None:
     """Writes a checkpoint's folder."""
-    require("huggingface_hub")
+    require_hub()
     path, predictions = ckpt, None
     try:
         card = read_card(ckpt)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from octvideo.errors import UserError
@@ -68,7 +70,7 @@ def published_folder(path: str | os.PathLike[str]) -> Path | None:
 @contextlib.contextmanager
 def one_line_hub_errors(name: str) -> Iterator[None]:
     """Raises UserError for what may go wrong between here and the hub."""
-    require("huggingface_hub")
+    require_hub()
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -89,18 +91,14 @@ def one_line_hub_errors(name: str) -> Iterator[None]:
         raise UserError(f"{name}: {reason}") from error
 
 
-def require(package: str) -> None:
-    """UserError if an optional package is not installed."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"published networks need {package}: pip install 'octvideo[hub]'")
+def require_hub() -> None:
+    """UserError if the hub's package is not installed."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise UserError("octvideo push and networks of the hub need huggingface_hub: pip install 'octvideo[hub]'")
 
 
 def read_published(folder: Path) -> Published:
     """Reads a published folder; UserError for files that are missing, damaged or of another kind."""
-    require("safetensors")
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         what = "expected a checkpoint of octvideo train, or a folder of octvideo push"
         raise UserError(f"{folder}: a folder without {' and '.join(missing)}; {what}")
@@ -134,9 +132,6 @@ def write_published(
 
     UserError if the folder exists and holds anything else.
     """
-    require("safetensors")
-    from safetensors.torch import save_file
-
     config = {"library_name": "octvideo", "octvideo_version": importlib.metadata.version("octvideo")}
     about = config | {"options": options, "preprocessing": preprocessing, "labels": labels, "training": training}
     plain = {key: x.detach().cpu().clone(memory_format=torch.contiguous_format) for key, x in tensors.items()}

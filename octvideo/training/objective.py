@@ -64,8 +64,8 @@ class Objective(nn.Module):
             raise UserError(f"model.class_weights must be {num_classes} numbers from 0, got {class_weights}")
         numbers = class_weights if isinstance(class_weights, list) else None
         self.register_buffer("weights", None if numbers is None else torch.tensor(numbers), persistent=False)
-        if task == "multi" and num_classes < 2:
-            raise UserError("model.task multi needs at least 2 classes")
+        if num_classes < 2:
+            raise UserError(f"model.num_classes must be at least 2, got {num_classes}")
         if task == "multi" and label_smoothing:
             raise UserError("model.label_smoothing is for task single")
 

@@ -103,7 +103,7 @@ class _Reader:
         notes += [f"{self.damaged} frames are damaged"] if self.damaged else []
         notes += ["interlaced"] if self.interlaced else []
         shape = stream.sample_aspect_ratio or 1
-        notes += [f"pixels of {shape.numerator}:{shape.denominator}"] if shape != 1 else []
+        notes += [f"pixels are not square: {shape.numerator}:{shape.denominator}"] if shape != 1 else []
         codec, numbers = stream.codec_context.codec.canonical_name, (self.frames, float(self.timing.rate), *self.size)
         keyframes = [SPLICED] if self.timing.clock == "spliced" else sorted(self.keyframes)
         return Measurements(*numbers, codec, self.end, keyframes, "; ".join(notes))
