@@ -1,5 +1,6 @@
 # make train      environment, a small made data set, training of an Oct-I3D, test, report
-# make test       environment, every test
+# make test       environment, every test but the long ones
+# make test-long  the tests of more networks, pages and faults: 15 minutes
 # make check      lint and the fast tests
 # make lint       ruff and mypy
 # make docs       the documentation's pages, in site/
@@ -13,12 +14,13 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 TEST_JOBS ?= 2
 RUN = runs/quickstart
+PYTEST = OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal
 INSTALLED = .venv/.installed
 # Tests that need nothing but what a plain install brings.
 LOWEST = $(addprefix tests/test_,octaves.py convolution.py octavize.py sampling.py schedule.py lists.py index.py \
 	multigrid.py motions.py zoo.py clips.py recognizer.py predict.py)
 
-.PHONY: install train test check lint docs notebooks release lowest clean
+.PHONY: install train test test-long check lint docs notebooks release lowest clean
 
 install: $(INSTALLED)
 
@@ -35,10 +37,13 @@ train: $(INSTALLED)
 	.venv/bin/python tools/test_net.py --cfg configs/quickstart.yaml --ckpt $(RUN)/checkpoints/last.ckpt --output $(RUN)/test --report
 
 test: $(INSTALLED)
-	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal --durations 40
+	$(PYTEST) -m "not long" --durations 20
+
+test-long: $(INSTALLED)
+	$(PYTEST) -m long
 
 check: lint
-	OMP_WAIT_POLICY=PASSIVE .venv/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not slow" \
+	$(PYTEST) -m "not slow and not long" \
 		tests/test_layering.py tests/test_octaves.py tests/test_convolution.py tests/test_octavize.py tests/test_sampling.py \
 		tests/test_schedule.py tests/test_lists.py tests/test_sources.py tests/test_index.py tests/test_multigrid.py
 

@@ -32,6 +32,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def long(*values):
+    """Arguments of a parametrized test that `make test-long` runs."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @pytest.fixture(scope="session")
 def real_videos():
     """A folder with fight/, clips/ and odd/; not part of the project."""

@@ -400,6 +400,7 @@ def test_two_processes_train_one_network(motions, tmp_path):
     assert finished.stdout.count("epoch 1/1") == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_prepared_videos_train_with_all_augmentation_on(motions, tmp_path):
     prepared = run_tool("prepare_data.py", motions, "--output", tmp_path / "prepared", "--reencode", 64)

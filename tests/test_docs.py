@@ -42,7 +42,7 @@ import pytest
 import torch
 import torchvision
 import yaml
-from conftest import FORKS, ROOT, run_processes, run_tool, small
+from conftest import FORKS, ROOT, long, run_processes, run_tool, small
 from pytorchvideo.models import resnet
 from torch.distributed.run import get_args_parser
 
@@ -56,6 +56,11 @@ from octvideo.training.recognizer import Recognizer
 DOCS = ROOT / "docs"
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
 BLOCK = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+# Pages whose blocks take half a minute and more.
+LONG = {
+    *("benchmarks.md", "big_data.md", "choosing_alpha.md", "elastic.md", "export.md", "kinetics.md", "many_gpus.md"),
+    "shrink.md",
+}
 LANGUAGES = {"python", "bash", "yaml", "text"}
 
 CLIPS = ["--data.crop_size=32", "--data.short_side=[32, 36]", "--data.test_crop_size=32", "--data.num_workers=0"]
@@ -374,7 +379,9 @@ def write_checkpoint(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if BLOCK.search(text)])
+@pytest.mark.parametrize(
+    "page", [long(page) if page in LONG else page for page, text in PAGES.items() if BLOCK.search(text)]
+)
 def test_every_block_of_a_page_runs(page, workspace, monkeypatch):
     if page == "export.md":
         write_checkpoint(workspace / "runs" / "oct_i3d" / "checkpoints" / "best.ckpt")

@@ -329,6 +329,7 @@ def test_a_killed_run_ends_with_the_same_weights(motions, whole, tmp_path):
     assert_same(run_to_the_end(motions, tmp_path / "torn", 1, kill_at=5), whole[1])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_run_of_two_processes_ends_with_the_same_weights(motions, tmp_path):
     uninterrupted = run_to_the_end(motions, tmp_path / "whole", 2)

@@ -154,6 +154,7 @@ def test_a_program_gives_the_logits_of_the_checkpoint_at_another_alpha(program, 
     assert any("running_mean" in name for name in network.state_dict())
 
 
+@pytest.mark.long
 def test_an_untrained_network_of_a_fixed_batch_gives_probabilities(run_here, tmp_path, capsys):
     path = tmp_path / "new folder" / "network.pt2"
     options = ("--name=i3d_r50", "--alpha=.25", "--clip=4x36x40", "--num_classes=5", "--batch=3", "--softmax")

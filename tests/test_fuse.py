@@ -152,6 +152,7 @@ def test_bfloat16_networks_can_be_fused():
     assert {parameter.dtype for parameter in fused.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.long
 def test_a_fused_network_compiles_with_frozen_weights():
     torch.manual_seed(0)
     network = settle(

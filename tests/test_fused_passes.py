@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, settle
+from conftest import ROOT, long, settle
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -208,7 +208,7 @@ def test_unknown_modes_are_refused():
     assert use_fused_passes("off") == "on"
 
 
-@pytest.mark.parametrize(("dtype", "count"), [("fp32", 5), ("bf16", 2)])
+@pytest.mark.parametrize(("dtype", "count"), [long("fp32", 5), ("bf16", 2)])
 def test_kernels_equal_the_reference_in_tritons_interpreter(dtype, count):
     pytest.importorskip("triton")
     options = ("--device", "cpu", "--dtype", dtype, "--cases", str(count))

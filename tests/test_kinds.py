@@ -8,7 +8,7 @@ from functools import cache
 import onnxruntime
 import pytest
 import torch
-from conftest import in_two_processes, settle
+from conftest import in_two_processes, long, settle
 from kinds import DETECTORS, KINDS
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from octvideo import octavize
 from octvideo.models.cost import count_macs_of
 from octvideo.models.outputs import octaves_in
+
+COMPILED = {"tsm", "hf_resnet", "attention", "lora"}  # and exported, by make test-long
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,7 +117,7 @@ def run_in_onnxruntime(path, x):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("name", ["unet", "conv_lstm", "tsm", "lstm", "googlenet", "hf_resnet", "attention", "lora"])
+@pytest.mark.parametrize("name", ["unet", "conv_lstm", *map(long, sorted(COMPILED | {"lstm", "googlenet"}))])
 def test_exports_and_runs_in_onnxruntime(name, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("onnxscript"), "level", logging.ERROR)
     network, arguments = octave(name)
@@ -153,7 +155,7 @@ def test_detectors_run_in_onnxruntime(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["unet", "conv_lstm", "tsm", "hf_resnet", "attention", "parametrized", "lora"])
+@pytest.mark.parametrize("name", ["conv_lstm", "parametrized", *map(long, sorted(COMPILED | {"unet"}))])
 def test_compiles_without_graph_breaks_in_training(name):
     torch._dynamo.reset()
     network, arguments = octave(name)
@@ -175,6 +177,7 @@ def compare_data_parallel(rank):
     assert_close([x.grad for x in parallel.parameters()], list(with_gradients(network).values()))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_data_parallel_equals_one_process(tmp_path):
     in_two_processes(compare_data_parallel, folder=tmp_path)

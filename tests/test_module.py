@@ -88,6 +88,7 @@ def processes_below(parent):
     return below + [process for child in below for process in processes_below(child)]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_and_open_files_of_workers_and_decoders_stay_constant(lists, numbered_video, tmp_path):

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import torchvision.models as images
-from conftest import run_tool, settle
+from conftest import long, run_tool, settle
 from families import Family
 from networks import IMAGE_NETWORKS, OTHERS, VIDEO_NETWORKS
 from timm.models.efficientnet import _gen_mobilenet_v1
@@ -28,6 +28,17 @@ SMALL = dict.fromkeys(CLIPS, IMAGE_SIZES) | {
     "s3d": [(224, 224)],  # the least that its head takes; 28, 14, 7
     "i3d": [(64, 64), (120, 152)],
     **{name: [(64, 64), (72, 72)] for name in ("x3d_xs", "x3d_s", "x3d_m")},
+}
+
+
+# Of the networks of other libraries, those that take seconds and are unlike each other; besides timm's own for tests.
+QUICK = {
+    *(
+        f"timm/{name}"
+        for name in ("cs3darknet_focus_s", "dla46_c", "ese_vovnet19b_slim_dw", "resnest14d", "resnetblur18")
+    ),
+    *(f"timm/{name}" for name in ("skresnet18", "tf_efficientnetv2_b0")),
+    *("torchvision/shufflenet_v2_x0_5", "smp/unet-resnet18", "monai/UNet"),
 }
 
 
@@ -76,6 +87,7 @@ def test_a_clip_constant_in_space_has_the_same_logits_at_every_alpha(name, size)
     assert_same_logits_at_every_alpha(in_circles(build(size)), clip)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CLIPS)
 def test_a_clip_constant_in_space_and_time_has_the_same_logits_with_temporal(name):
     torch.manual_seed(0)
@@ -177,7 +189,7 @@ def test_octavized_networks_train(name):
         assert parameter.grad.isfinite().all(), parameter_name
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [name if name in QUICK or "/test_" in name else long(name) for name in OTHERS])
 @pytest.mark.filterwarnings("ignore")
 def test_octavize_needs_no_option_on_networks_of_other_libraries(name, one_thread):
     facts = examine(*name.split("/"))
@@ -199,6 +211,7 @@ def test_a_sweep_survives_networks_that_crash_hang_or_fail(one_thread, monkeypat
     assert errors["works"] == {}
 
 
+@pytest.mark.long
 def test_a_sweep_resumes_and_writes_its_table(one_thread, tmp_path, capsys, monkeypatch):
     file, page = tmp_path / "rows.jsonl", tmp_path / "page.md"
     words = ["--json", str(file), "--only", "timm/convit|torchvision/squeezenet", "--table", str(page)]

@@ -28,6 +28,7 @@ def whole(motions, built_once):
     return built_once("undisturbed", train)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_node_is_started_again_and_goes_on_to_the_same_weights(motions, whole, tmp_path):
     """experiments/nodes.py kills single processes too."""

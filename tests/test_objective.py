@@ -219,6 +219,7 @@ def test_another_optimiser_has_its_own_rate_and_schedule():
         recognizer.configure_optimizers()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_several_labels_from_training_to_the_report(motions, tmp_path):
     for split in ("train", "val"):

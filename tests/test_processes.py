@@ -130,6 +130,7 @@ def differs(found, wanted):
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-3))
 
 
+@pytest.mark.long
 def test_sharded_training_is_replicated_training(motions, tmp_path):
     """FSDP2 and DDP end with the same weights and momenta, go on from each other's checkpoints, and are tested."""
     options = ["--trainer.accelerator=cpu", "--trainer.gradient_clip_val=1", "--data.num_workers=0", "--precise_bn=1"]

@@ -131,6 +131,7 @@ def test_names_classes_copies_and_pickles_stay():
     assert_same(train(pickle.loads(pickle.dumps(again))), wanted)
 
 
+@pytest.mark.long
 def test_a_compiled_network_trains_as_one_that_is_not():
     network = nn.Sequential(small(alpha=0.25).blocks[1].res_blocks[0])
     x = torch.randn(2, 8, 2, 8, 8)

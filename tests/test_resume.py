@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from conftest import run_processes, run_tool, small
+from conftest import long, run_processes, run_tool, small
 
 from octvideo.files import verify
 
@@ -63,7 +63,7 @@ def assert_same(run, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, long(2)])
 def test_a_run_killed_and_told_to_leave_ends_with_the_same_weights(motions, tmp_path, processes):
     whole = run_processes(processes, "train_net.py", *options_of(motions, tmp_path / "whole", processes))
     assert whole[0].returncode == 0, whole[0].stderr
@@ -96,6 +96,7 @@ def test_a_signal_before_the_first_step_leaves_with_the_same_code(motions, tmp_p
     assert not list(tmp_path.glob("run/checkpoints/*.ckpt"))
 
 
+@pytest.mark.long
 def test_the_launcher_of_lightning_ends_with_the_same_code(motions, tmp_path):
     """It kills the first process where another one ends with an error."""
     options = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--data.num_workers=0"]

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import in_two_processes, settle
+from conftest import in_two_processes, long, settle
 from pytorchvideo.models import resnet, slowfast, x3d
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -69,7 +69,7 @@ def exported(built_once, name, size, alpha, strict):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_blocks")
-@pytest.mark.parametrize(("name", "size"), [("i3d_r50", "odd"), ("x3d_s", "even")])
+@pytest.mark.parametrize(("name", "size"), [("i3d_r50", "odd"), long("x3d_s", "even")])
 def test_compiles_without_graph_breaks_in_evaluation(name, size):
     network, clip = network_and_clip(name, SIZES[size])
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
@@ -79,7 +79,9 @@ def test_compiles_without_graph_breaks_in_evaluation(name, size):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("few_blocks")
-@pytest.mark.parametrize(("name", "alpha"), [("i3d_r50", 0.25), ("slowfast_r50", ONE_STAGE), ("x3d_s", ONE_STAGE)])
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("i3d_r50", 0.25), long("slowfast_r50", ONE_STAGE), long("x3d_s", ONE_STAGE)]
+)
 def test_compiles_without_graph_breaks_in_training(name, alpha):
     network, clip = network_and_clip(name, SIZES["even"], alpha=alpha)
     network.train()
@@ -98,7 +100,7 @@ def test_compiles_without_graph_breaks_in_training(name, alpha):
     ("name", "size", "alpha", "strict"),
     [
         ("i3d_r50", "odd", 0.25, True),  # dynamo's trace
-        ("slowfast_r50", "even", ONE_STAGE, False),
+        long("slowfast_r50", "even", ONE_STAGE, False),
     ],
 )
 def test_exports_for_any_batch(name, size, alpha, strict, built_once):
@@ -113,7 +115,7 @@ def test_exports_for_any_batch(name, size, alpha, strict, built_once):
 @pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize(
     ("name", "size", "alpha"),
-    [("i3d_r50", "odd", 0.25), ("slowfast_r50", "even", ONE_STAGE), ("x3d_s", "odd", ONE_STAGE)],
+    [("i3d_r50", "odd", 0.25), long("slowfast_r50", "even", ONE_STAGE), long("x3d_s", "odd", ONE_STAGE)],
 )
 def test_runs_in_onnxruntime_for_any_batch(name, size, alpha, tmp_path, built_once):
     if name == "x3d_s":

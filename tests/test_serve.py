@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import run_tool, start_tool
+from conftest import long, run_tool, start_tool
 
 from octvideo.commands import serve
 from octvideo.data.preprocessing import Preprocessing
@@ -324,7 +324,7 @@ def answering(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["--ckpt", "--onnx"])
+@pytest.mark.parametrize("kind", ["--ckpt", long("--onnx")])
 def test_the_command_serves_a_checkpoint_and_ends_when_all_is_answered(kind, trained, motions, tmp_path):
     model = trained / "checkpoints" / "last.ckpt"
     if kind == "--onnx":

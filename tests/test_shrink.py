@@ -261,6 +261,7 @@ def run_here(monkeypatch, capsys, vanilla, tmp_path):
 QUICK = ["--budget=.85", "--alphas=.5", "--batches=1", "--trainer.limit_train_batches=1", "--data.num_workers=0"]
 
 
+@pytest.mark.long
 def test_a_checkpoint_becomes_cheaper_and_is_compared_with_what_it_was(run_here, tmp_path, vanilla):
     status, out, err, calls = run_here(*QUICK, "--max-drop=100")
     assert (status, calls) == (0, ["test", "test", "train", "test", "export"]), err

@@ -382,6 +382,7 @@ def run_suite(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_the_suite_for_gpus_measures_its_groups_and_passes_failures_over(monkeypatch, run_suite):
     def fail(*arguments):
         raise torch.OutOfMemoryError("no memory\nfor it")
@@ -437,6 +438,7 @@ class TinyNetwork(nn.Sequential):
         )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiled_networks_are_measured(monkeypatch, run_here):
     monkeypatch.setattr(speed, "FORMS", {"octvideo": lambda *arguments: TinyNetwork()})

@@ -97,6 +97,7 @@ def test_an_allocation_meets_its_budget_and_is_kept_for_training(allocation, tra
     assert cost <= same_cost < cost + 0.02
 
 
+@pytest.mark.long
 def test_what_was_measured_serves_another_budget_and_no_other_checkpoint(allocation, trained, motions, tmp_path):
     shutil.copytree(allocation, tmp_path / "copy")
     kept = json.loads((tmp_path / "copy" / "a.json").read_text())

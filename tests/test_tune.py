@@ -408,6 +408,7 @@ def test_pruners(folder, kind):
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_real_trainings_are_tuned(motions, tmp_path):
     recipe = [word for word in small(motions, "unused") if not word.startswith("--trainer.default_root_dir")]
