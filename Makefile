@@ -1,6 +1,6 @@
 # make train      environment, a small made data set, training of an Oct-I3D, test, report
 # make test       environment, every test but the long ones
-# make test-long  the tests of more networks, pages and faults: 15 minutes
+# make test-long  the tests of more networks, pages and faults: about 11 minutes
 # make check      lint and the fast tests
 # make lint       ruff and mypy
 # make docs       the documentation's pages, in site/
