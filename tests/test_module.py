@@ -205,14 +205,12 @@ def test_missing_lists_say_which_option_names_them(lists, tmp_path):
 def test_a_wrong_root_is_refused_and_a_single_missing_video_is_not(tmp_path):
     path = str(tmp_path / "list.csv")
     (tmp_path / "list.csv").write_text("".join(f"{name}.mp4 0\n" for name in "abc"))
-    with pytest.raises(
-        ListError, match=r"none of its videos was found below --data.root nowhere: there is no nowhere/a"
-    ):
-        VideoData(train_list=path, root="nowhere").read("train_list")
+    with pytest.raises(ListError, match=r"was found below --data.root nowhere: there is no nowhere/a.mp4"):
+        VideoData(train_list=path, root="nowhere").setup("fit")
     with pytest.raises(ListError, match=r"found from this folder, as there is no --data.root: there is no a.mp4"):
-        VideoData(train_list=path).read("train_list")
+        VideoData(train_list=path).setup("fit")
     (tmp_path / "c.mp4").touch()
-    assert len(VideoData(train_list=path, root=str(tmp_path)).read("train_list").paths) == 3
+    VideoData(train_list=path, root=str(tmp_path)).setup("fit")
 
 
 def test_fewer_videos_than_a_batch_are_refused(lists):

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from octvideo import stores
-from octvideo.data.source import MEMBER, members, open_rows
+from octvideo.data.source import MEMBER, SPAN, members, open_rows
 from octvideo.errors import ListError
 from octvideo.stores import is_uri
 
@@ -136,6 +136,15 @@ def without_span(line: str, separator: str) -> str:
 def may_be_list(path: str) -> bool:
     """Whether a path is worth reading as a list: a file that is there, or what only reading tells of."""
     return is_uri(path) or path.endswith(".tar") or os.path.isfile(path)
+
+
+def check_there(path: str, videos: Sequence[str], root: str | None) -> None:
+    """Raises ListError where none of up to ten videos all over a list is there, as with a wrong root."""
+    numbers = np.linspace(0, len(videos) - 1, min(len(videos), 10)).astype(int)
+    some = [SPAN.sub("", videos[number]) for number in numbers]
+    if not any(is_uri(video) or MEMBER.match(video) or os.path.exists(video) for video in some):
+        where = f"below --data.root {root}" if root else "from this folder, as there is no --data.root"
+        raise ListError(f"{path}: none of its videos was found {where}: there is no {some[0]}")
 
 
 def rooted(root: str | os.PathLike[str], video: str) -> str:

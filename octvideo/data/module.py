@@ -2,8 +2,6 @@
 
 import dataclasses
 import math
-import os
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,13 +14,13 @@ from octvideo.data.augmentation import BatchAugmentation
 from octvideo.data.clips import Sample, TestViews, TrainingClips
 from octvideo.data.decoding import Decoding
 from octvideo.data.index import FILE, VideoIndex
-from octvideo.data.lists import Paths, VideoList, may_be_list, read_class_names, read_list, rooted
+from octvideo.data.lists import Paths, VideoList, check_there, may_be_list, read_class_names, read_list, rooted
 from octvideo.data.loading import Batch, EpochSampler, Loader, TrainingBatches, collate
 from octvideo.data.multigrid import ClipShape, Multigrid, share_of_side
 from octvideo.data.preprocessing import Preprocessing
 from octvideo.data.reader import Backend
 from octvideo.data.shared_memory import check_shared_memory
-from octvideo.data.source import MEMBER, SPAN, AnySource, Source
+from octvideo.data.source import SPAN, AnySource, Source
 from octvideo.data.watchdog import outlive_signals
 from octvideo.errors import ListError, UserError
 
@@ -145,6 +143,8 @@ class VideoData(LightningDataModule):
         for name in ("test_list",) if stage == "test" else ("train_list", "val_list"):
             if self.lists[name] is not None:
                 self.source.check(self.read(name).paths[0])
+                if type(self.source) is AnySource:
+                    check_there(str(self.lists[name]), self.read(name).paths, self.root)
         self._check_shared_memory(stage)
 
     def _check_shared_memory(self, stage: str) -> None:
@@ -156,11 +156,8 @@ class VideoData(LightningDataModule):
             size = 3 * shape.clip_frames * shape.crop_size**2
             loads.append(("train_list", videos * shape.factor, self.clips_per_video * size))
         waiting = self.num_workers * self.prefetch_batches
-        sizes = [
-            min(waiting * batch, len(self.read(name).paths)) * size
-            for name, batch, size in loads
-            if self.lists[name] is not None
-        ]
+        named = [(self.read(name).paths, batch, size) for name, batch, size in loads if self.lists[name] is not None]
+        sizes = [min(waiting * batch, len(paths)) * size for paths, batch, size in named]
         check_shared_memory(max(sizes, default=0) * getattr(self.trainer, "num_devices", 1))
 
     def state_dict(self) -> dict[str, Any]:
@@ -201,11 +198,6 @@ class VideoData(LightningDataModule):
             known = VideoIndex(stores.local(index)) if has_index else None
             rows = None if known is None else known.rows(SPAN.sub("", video) for video in listed.paths)
             videos = listed._replace(paths=Paths(rooted(self.root or "", video) for video in listed.paths))
-            if type(self.source) is AnySource and (missing := _missing_all(videos.paths)):
-                begin = (
-                    f"below --data.root {self.root}" if self.root else "from this folder, as no --data.root is given"
-                )
-                raise ListError(f"{path}: none of its videos was found {begin}: there is no {missing}")
             how = self.preprocessing.sampler, self.backend, self.decode_timeout_seconds
             self._read[name] = Decoding(videos, *how, known, rows, self.source)
         return self._read[name]
@@ -315,14 +307,6 @@ class VideoData(LightningDataModule):
         stores.take_traffic()  # what lists have cost is no clip's
         options |= {"num_workers": self.num_workers, "worker_init_fn": outlive_signals}
         return Loader(clips, collate_fn=collate, pin_memory=torch.cuda.is_available(), **options)
-
-
-def _missing_all(videos: Sequence[str]) -> str | None:
-    """A video that is not there, where none of up to ten all over a list is, as with a wrong root."""
-    numbers = np.linspace(0, len(videos) - 1, min(len(videos), 10)).astype(int)
-    some = [SPAN.sub("", videos[number]) for number in numbers]
-    there = any(stores.is_uri(video) or MEMBER.match(video) or os.path.exists(video) for video in some)
-    return None if there else some[0]
 
 
 def _together(num_views: int) -> int:
