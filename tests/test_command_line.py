@@ -316,8 +316,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(motions, tmp_path):
 
 def test_videos_that_are_all_bad_or_too_few_end_training_with_one_line(motions, tmp_path):
     options = small(motions, tmp_path / "run")
-    finished = run_tool("train_net.py", *options, "--data.root=/nowhere", "--trainer.limit_val_batches=0")
-    assert_one_line(finished, "/nowhere/train/", "No such file or directory (and the 9 videos tried before it")
+    finished = run_tool("train_net.py", *options, "--data.root=/nowhere")
+    assert_one_line(finished, "none of its videos was found below --data.root /nowhere: there is no /nowhere/train/")
+    for split in ("train", "val"):
+        shutil.copytree(motions / split, tmp_path / split, copy_function=lambda _, to: open(to, "w").close())
+    few = ("--data.backend=pyav", "--trainer.limit_val_batches=0")
+    finished = run_tool("train_net.py", *options, f"--data.root={tmp_path}", *few)
+    assert_one_line(finished, f"{tmp_path}/train/", "(and the 9 videos tried before it")
     assert_one_line(run_tool("train_net.py", *options, "--data.batch_size=64"), "lower --data.batch_size")
 
 
