@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from octvideo import FrameAverage
 from octvideo.commands.options import Parser, several
 from octvideo.files import appearing
+from octvideo.models.own_network import FrameAverage
 
 NETWORKS = {
     "lite0": ["--model.network=fights.lite0", "--model.width=null", "--trainer.max_epochs=6"],
