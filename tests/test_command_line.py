@@ -390,6 +390,7 @@ def test_bfloat16_is_one_option(motions, tmp_path):
     assert "bfloat16" in finished.stderr
 
 
+@pytest.mark.long
 def test_two_processes_train_one_network(motions, tmp_path):
     finished = run_tool(
         "train_net.py",

@@ -59,7 +59,7 @@ BLOCK = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTIL
 # Pages whose blocks take half a minute and more.
 LONG = {
     *("benchmarks.md", "big_data.md", "choosing_alpha.md", "elastic.md", "export.md", "kinetics.md", "many_gpus.md"),
-    "shrink.md",
+    *("results.md", "shrink.md", "train_your_network.md"),
 }
 LANGUAGES = {"python", "bash", "yaml", "text"}
 

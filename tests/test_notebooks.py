@@ -6,7 +6,7 @@ import re
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, long
 from notebooks import NOTEBOOKS, run, tidied
 
 # What makes each small: texts that it has once, and what replaces them.
@@ -24,6 +24,7 @@ SMALL = {
 }
 LARGEST = 300_000  # bytes; GitHub shows no more than a few MB, and pages should open at once
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+NOTEBOOKS_TO_RUN = [path if path.stem == "octavize" else long(path) for path in NOTEBOOKS]
 
 
 def code_of(notebook):
@@ -35,7 +36,7 @@ def test_all_have_their_small_form():
 
 
 @pytest.mark.slow
-@every_notebook
+@pytest.mark.parametrize("path", NOTEBOOKS_TO_RUN, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom(path, tmp_path):
     text = path.read_text()
     for large, small in SMALL[path.stem].items():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import run_tool, small
+from conftest import long, run_tool, small
 from own_examples import Outputs, Tiny, TwoHeads
 from torch import nn
 from torchvision.models import googlenet
@@ -209,7 +209,7 @@ OWN = ["--model.width=null", "--model.dropout=0.5"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [0, 0.25])
+@pytest.mark.parametrize("alpha", [long(0), 0.25])
 def test_everything_works_from_the_checkpoint_alone(motions, tmp_path, alpha):
     chosen = ["--model.network=experiments.own_examples.TwoHeads", "--model.network.width=4", "--model.output=logits"]
     chosen += ['--model.auxiliary={"early": 0.3}', f"--model.alpha={alpha}", "--trainer.max_epochs=1"]
@@ -266,7 +266,7 @@ def test_create_model_builds_the_zoo_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("alpha", "size", "options", "free"),
-    [(0, 64, ["--free=batch"], "batch from 1\n"), (0.25, 32, [], "batch from 1, ")],
+    [(0, 64, ["--free=batch"], "batch from 1\n"), long(0.25, 32, [], "batch from 1, ")],
 )
 def test_a_network_whose_batch_norms_cannot_be_folded_is_exported_as_it_is(tmp_path, alpha, size, options, free):
     image = {"class_path": "timm.create_model", "init_args": {"model_name": "mobilenetv3_small_050"}}

@@ -140,6 +140,7 @@ def test_create_model_and_weights_read_a_folder(folder, checkpoint):
     torch.testing.assert_close(logits(other.eval()), logits(trained.network), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_commands_take_a_folder_as_a_checkpoint(folder, checkpoint, motions, tmp_path):
     tested = []
     for number, ckpt in enumerate((checkpoint, folder)):

@@ -105,6 +105,7 @@ def test_a_training_records_its_start(trained, motions):
     assert set(start["versions"]) == {*record.PACKAGES, "python"}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_mlflow_has_a_runs_options_and_metrics(motions, tmp_path):
     mlflow = pytest.importorskip("mlflow", reason="pip install 'octvideo[mlflow]'")

@@ -99,7 +99,7 @@ def test_compiles_without_graph_breaks_in_training(name, alpha):
 @pytest.mark.parametrize(
     ("name", "size", "alpha", "strict"),
     [
-        ("i3d_r50", "odd", 0.25, True),  # dynamo's trace
+        long("i3d_r50", "odd", 0.25, True),  # dynamo's trace
         long("slowfast_r50", "even", ONE_STAGE, False),
     ],
 )

@@ -187,6 +187,7 @@ def test_a_run_that_fails_is_named_and_the_others_count(run_here, recipe, tmp_pa
     assert (row["alpha"], row["top1_deviation"]) == (".5", None)
 
 
+@pytest.mark.long
 def test_checkpoints_are_tested_at_other_alphas_with_new_statistics(run_here, recipe, trained, tmp_path):
     checkpoint = trained / "checkpoints" / "last.ckpt"
     common = ["--cfg", recipe, "--output", tmp_path, "--ckpt", checkpoint, "--statistics_batches", 2, "--rounds", 1]
