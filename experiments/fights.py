@@ -2,7 +2,7 @@
 
 python experiments/fights.py FOLDER [--networks lite0,i3d] [--seeds 0,1,2,3,4] [--output runs/fights] [--json FILE]
 
-FOLDER has train.csv and val.csv of paths from the folder above it, 180 and 60 videos of two classes.
+FOLDER has train.csv and val.csv of paths from it, 180 and 60 videos of two classes.
 
 lite0  EfficientNet-Lite0 with its ImageNet weights on every frame, logits averaged; all of it is fine-tuned
 i3d    I3D of width 16 from random weights: no package has weights of a ResNet to inflate
@@ -37,7 +37,7 @@ from octvideo.files import appearing
 from octvideo.models.own_network import FrameAverage
 
 NETWORKS = {
-    "lite0": ["--model.network=fights.lite0", "--model.width=null", "--trainer.max_epochs=6"],
+    "lite0": ["--model.network=fights.lite0", "--model.width=null", "--model.dropout=0.5", "--trainer.max_epochs=6"],
     "i3d": ["--model.name=i3d_r50", "--model.width=16", "--trainer.max_epochs=20"],
 }
 ALPHAS = ("0:pool", "0", ".125", ".25", ".5")
@@ -56,7 +56,7 @@ def sweep(name: str, options: Namespace) -> None:
     output, data = options.output.absolute() / name, options.data.absolute()
     output.mkdir(parents=True, exist_ok=True)
     lists = [f"--data.train_list={data / 'train.csv'}", f"--data.val_list={data / 'val.csv'}"]
-    lists += [f"--data.test_list={data / 'val.csv'}", f"--data.root={data.parent}"]
+    lists += [f"--data.test_list={data / 'val.csv'}", f"--data.root={data}"]
     clips = ["--data.clip_frames=8", "--data.frame_stride=6", "--data.crop_size=112", "--data.short_side=[112, 128]"]
     clips += ["--data.test_crop_size=112", "--data.mirror=true", "--data.num_workers=1", "--data.batch_size=4"]
     recipe = ["--cfg=hard_motions", "--model.num_classes=2", "--model.optimizer.init_args.lr=0.0003", *NETWORKS[name]]
