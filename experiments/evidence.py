@@ -27,7 +27,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,10 @@ from own_networks import HERE, octvideo
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from timing import time_blocks
+from torch import nn
 
-from octvideo import build_network, create_model
+from octvideo import build_network, create_model, fuse
 from octvideo.commands.options import Parser, number, several
 from octvideo.data.hard_motions import CLASSES
 from octvideo.data.motions import make_data_set
@@ -126,16 +128,32 @@ def groups_right(predictions: Path) -> Row:
     return {"all": float(right.mean())} | {name: float(right[group == i].mean()) for i, name in enumerate(GROUPS)}
 
 
-def cost_of(change: Recipe, recipe: Recipe) -> Row:
-    """Multiply-adds of a clip, and bytes moved in inference, eager mode."""
+def built(change: Recipe, recipe: Recipe) -> tuple[nn.Module, tuple[int, int, int, int]]:
+    """A variant's network before its training, and the size of its clips."""
     network, size = change["model"].get("network"), change["data"].get("crop_size", recipe["data"]["crop_size"])
     if network is None:
         model = create_model(**zoo(recipe, **change["model"]))
     else:  # a control's own operations do not count
         inner = network["init_args"].get("network", network)
         model = build_network(inner["class_path"], **inner["init_args"])
-    cost = total(count_cost(model, (3, recipe["data"]["clip_frames"], size, size)))
+    return model.eval(), (3, recipe["data"]["clip_frames"], size, size)
+
+
+def cost_of(change: Recipe, recipe: Recipe) -> Row:
+    """Multiply-adds of a clip, and bytes moved in inference, eager mode."""
+    cost = total(count_cost(*built(change, recipe)))
     return {"macs": cost.macs, "bytes": cost.bytes_moved}
+
+
+def time_ratio(change: Recipe, recipe: Recipe) -> float:
+    """The time of a clip over that of the pooled network, fused, by turns: the median over 15 rounds of 10 clips."""
+    calls = []
+    for one in (change, variant(0)):
+        network, size = built(one, recipe)
+        calls.append(partial(fuse(network), torch.randn(1, *size)))
+    with torch.inference_mode():
+        mine, pooled = time_blocks(calls, "cpu", rounds=15, steps=10)
+    return float(np.median(np.divide(mine, pooled)))
 
 
 def allocated(pooled: Path, words: Sequence[str], log: Path, known: dict[str, Recipe], recipe: Recipe) -> Recipe:
@@ -173,14 +191,13 @@ def measure(name: str, seed: int, options: Namespace, recipe: Recipe) -> Row:
     if name == "allocated":
         change = allocated(run_of(output, "pooled", seed), words, log, options.known, recipe)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with appearing(file) as partial:
-        partial.write_text(yaml.safe_dump(change))
+    with appearing(file) as half:
+        half.write_text(yaml.safe_dump(change))
     octvideo(
-        "sweep", *words, f"--alphas={file}", f"--seeds={seed}", "--rounds=5", f"--output={output / file.stem}", log=log
+        "sweep", *words, f"--alphas={file}", f"--seeds={seed}", "--rounds=1", f"--output={output / file.stem}", log=log
     )
     run = run_of(output, name, seed)
-    swept = json.loads((output / file.stem / "sweep.json").read_text())[0]
-    row: Row = {"variant": name, "seed": seed, "milliseconds": swept["milliseconds"], **cost_of(change, recipe)}
+    row: Row = {"variant": name, "seed": seed, "time": time_ratio(change, recipe), **cost_of(change, recipe)}
     row |= {"top1": groups_right(run / "test" / "predictions.json")}
     if name == "pooled" or name.startswith("octave"):
         for share in SIZES:
@@ -203,8 +220,9 @@ def summary(rows: Sequence[Row]) -> Iterator[Row]:
         own = [row for row in rows if row["variant"] == name]
         pairs = [(row, of["pooled", row["seed"]]) for row in own if ("pooled", row["seed"]) in of]
         found: Row = {"variant": name, "seeds": len(own)}
-        for key in ("macs", "bytes", "milliseconds"):
+        for key in ("macs", "bytes"):
             found[key] = float(np.median([row[key] / base[key] for row, base in pairs])) if pairs else float("nan")
+        found["time"] = float(np.median([row["time"] for row in own]))
         found |= {group: interval([row["top1"][group] for row in own]) for group in ("all", *GROUPS)}
         yield found | {"difference": interval([row["top1"]["all"] - base["top1"]["all"] for row, base in pairs])}
 
@@ -213,7 +231,7 @@ def table(rows: Sequence[Row]) -> Table:
     """The summary, in Markdown."""
     shown = Table("variant", "seeds", "MACs", "bytes", "time", "top-1, %", "from pooled", *GROUPS, box=box.MARKDOWN)
     for row in summary(rows):
-        cost = [f"{row[key]:.2f}" for key in ("macs", "bytes", "milliseconds")]
+        cost = [f"{row[key]:.2f}" for key in ("macs", "bytes", "time")]
         accuracy = [f"{row[key][0]:.1f} ± {row[key][1]:.1f}" for key in ("all", "difference", *GROUPS)]
         shown.add_row(row["variant"], str(row["seeds"]), *cost, *accuracy)
     return shown
@@ -223,9 +241,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """Accuracy over multiply-adds, bytes and time."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     families = ("pooled", "strided", "octave", "smaller", "narrower")
-    for panel, (key, label) in zip(
-        panels, (("macs", "MACs"), ("bytes", "bytes"), ("milliseconds", "time")), strict=True
-    ):
+    for panel, (key, label) in zip(panels, (("macs", "MACs"), ("bytes", "bytes"), ("time", "time")), strict=True):
         for color, family in enumerate(families):
             line = [row for row in summary(rows) if row["variant"].split()[0] == family]
             x, y, half = [row[key] for row in line], [row["all"][0] for row in line], [row["all"][1] for row in line]
@@ -273,8 +289,8 @@ def main(arguments: Sequence[str]) -> None:
             if not any((row["variant"], row["seed"]) == (name, seed) for row in rows()):
                 row = measure(name, seed, options, options.recipe)
                 Console().print(row)
-                with appearing(options.json) as partial:
-                    partial.write_text(json.dumps([*rows(), row], indent=1))
+                with appearing(options.json) as half:
+                    half.write_text(json.dumps([*rows(), row], indent=1))
     if found := rows():
         Console(width=None if sys.stdout.isatty() else 200).print(table(found))
         if options.table:
