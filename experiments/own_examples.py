@@ -31,6 +31,13 @@ class Tiny(nn.Module):
         return logits
 
 
+class NeedsClasses(Tiny):
+    """A `Tiny` whose number of classes has no default."""
+
+    def __init__(self, num_classes: int, width: int = 8) -> None:
+        super().__init__(width, num_classes)
+
+
 class Outputs(NamedTuple):
     """What `TwoHeads` returns."""
 

@@ -158,8 +158,8 @@ def test_a_checkpoint_that_cannot_build_its_network_says_what_to_do(tmp_path, mo
 
 
 def test_options_of_the_zoo_are_refused():
-    with pytest.raises(UserError, match=r"model.width 8 is an option of the zoo's networks, not of model.network"):
-        Recognizer(network=Tiny(), num_classes=8, width=8)
+    with pytest.raises(UserError, match=r"model.width 8, model.dropout 0.2; --model.width null --model.dropout"):
+        Recognizer(network=Tiny(), num_classes=8, width=8, dropout=0.2)
     with pytest.raises(UserError, match=r"model.widht"):
         Recognizer(network=Tiny(), num_classes=8, widht=8)
 
@@ -208,6 +208,19 @@ class FirstFrame(nn.Module):
 OWN = ["--model.width=null", "--model.dropout=0.5"]
 
 
+def test_num_classes_without_a_default_is_the_models(motions, tmp_path):
+    chosen = ["--model.network=experiments.own_examples.NeedsClasses", "--model.network.width=4"]
+    words = [*small(motions, tmp_path / "run"), "--trainer.limit_train_batches=1", "--trainer.max_epochs=1"]
+    done = run_tool("train_net.py", *words, *OWN, *chosen)
+    assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert load_trained(checkpoint).options["network"]["init_args"] == {"num_classes": 8, "width": 4}
+    # The configuration's width and dropout are of the zoo's networks, so the checkpoint's are taken.
+    tested = [*small(motions, tmp_path / "run"), "--model.width=16", f"--ckpt={checkpoint}", f"--output={tmp_path}"]
+    done = run_tool("test_net.py", *(word for word in tested if not word.startswith("--model.width")))
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("alpha", [long(0), 0.25])
 def test_everything_works_from_the_checkpoint_alone(motions, tmp_path, alpha):
@@ -242,6 +255,10 @@ def test_everything_works_from_the_checkpoint_alone(motions, tmp_path, alpha):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["--model.network=torch.nn.Linear"],
+            "no default: in_features, out_features; give",
+        ),
         (["--model.network=math.sqrt"], "model.network: Import path does not correspond to a subclass of Module"),
         (["--model.network=own_examples.Nope"], "model.network: Problem with given class_path 'own_examples.Nope'"),
         (["--model.network=torch.nn.Identity"], "Identity has no linear layer to give 8 classes to"),

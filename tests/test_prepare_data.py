@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_tool
 from PIL import Image
+from test_prepare import write_noise
 
 from octvideo import stores
 from octvideo.commands import options
@@ -146,6 +147,25 @@ def test_unlabelled_videos_give_no_options_to_train_with(run_here, videos, tmp_p
     _, printed, _ = run_here(videos / "yoga", "--output", tmp_path / "out")
     assert "1 videos have no label: they are in index.bin and in no list" in printed
     assert "train with" not in printed
+
+
+def test_a_share_of_each_class_is_held_out(run_here, tmp_path):
+    for label in ("archery", "yoga"):
+        for number in range(5):
+            write_noise(tmp_path / "videos" / label / f"{number}.mp4", number)
+    code, printed = run_here(tmp_path / "videos", "--output", tmp_path / "all")
+    assert code == 0
+    assert "--val-share 0.2 would take a fifth" in printed
+    assert "--data.val_list=null" in printed
+    halves = []
+    for output in ("some", "again"):
+        code, printed = run_here(tmp_path / "videos", "--output", tmp_path / output, "--val-share=0.4")
+        assert code == 0
+        assert "--data.val_list=null" not in printed
+        halves.append([(tmp_path / output / f"{split}.csv").read_text().splitlines() for split in ("train", "val")])
+    assert halves[0] == halves[1]
+    assert [sorted(line[-1] for line in lines) for lines in halves[0]] == [[*"000111"], [*"0011"]]
+    assert not {*halves[0][0]} & {*halves[0][1]}
 
 
 def test_ctrl_c_stops_a_run_that_the_same_command_continues(videos, tmp_path):

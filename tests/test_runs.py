@@ -72,6 +72,7 @@ def test_the_list_has_a_row_for_each_run(tmp_path, capsys):
     record.append(tested, start | {"data": {"train_list": {"sha256": "abcdef0123456"}}})
     record.append(tested, start)
     own = made_run(tmp_path / "c", network={"class_path": "my.Net"})
+    record.append(own, start | {"error": "ListError: too few"})
     (own / "csv" / "version_0" / "metrics.csv").unlink()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("model: 3")
@@ -83,7 +84,7 @@ def test_the_list_has_a_row_for_each_run(tmp_path, capsys):
     assert [row["val"] for row in rows] == [None, 0.5, 0.9]
     assert [row["network"] for row in rows] == ["my.Net", "i3d_r50", "i3d_r50"]
     assert (rows[2]["test"], rows[2]["epochs"], rows[2]["resumed"]) == (0.875, 3, 1)
-    for text in ("0, pool", "3 of 3", "87.5", "2026-01-02 03:04, resumed 1", "c0ffeec0+", "abcdef01"):
+    for text in ("failed", "0, pool", "3 of 3", "87.5", "2026-01-02 03:04, resumed 1", "c0ffeec0+", "abcdef01"):
         assert text in out
 
 

@@ -104,7 +104,11 @@ def test_a_playlist_opens_no_file_of_the_server(served, numbered_video, tmp_path
 
 def test_numbers_of_classes_are_checked(served, numbered_video):
     video = numbered_video.read_bytes()
-    assert served().post("/predict?top=0", content=video).status_code == 422
+    client = served()
+    refused = client.post("/predict?top=0", content=video)
+    assert (refused.status_code, list(refused.json())) == (422, ["error"])
+    assert refused.json()["error"].startswith("top: ")
+    assert 'octvideo_requests_total{status="422"} 1.0' in client.get("/metrics").text
     assert len(served().post("/predict?top=99", content=video).json()["top"]) == 2
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -223,3 +224,25 @@ def test_pytorch_works_in_a_watched_process_after_its_threads_ran_in_the_parent(
 
     assert Watchdog(total, 60)(2_000_000) == total(2_000_000)
     assert Watchdog(lambda _: torch.get_num_threads(), 60)(None) == 1
+
+
+def test_scalers_of_other_threads_are_no_obstacle():
+    """PyAV 19 keeps one for each thread, whose end in a fork of another thread would be waited for in vain."""
+    scaled, end = threading.Event(), threading.Event()
+
+    def scale():
+        frame = av.VideoFrame.from_ndarray(np.zeros((360, 640, 3), np.uint8), "rgb24")
+        frame.reformat(320, 180, "yuv420p")
+        scaled.set()
+        end.wait()
+
+    other = threading.Thread(target=scale)
+    other.start()
+    assert scaled.wait(30)
+    watched = Watchdog(abs, 10)
+    try:
+        assert watched(-3) == 3
+    finally:
+        watched.close()
+        end.set()
+        other.join()

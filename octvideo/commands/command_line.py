@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter, Namespace
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -30,7 +30,7 @@ from octvideo.errors import UserError
 from octvideo.files import appearing
 from octvideo.models.checkpoint import read_training_checkpoint
 from octvideo.models.cost import count_macs
-from octvideo.models.own_network import build_recorded, check_record
+from octvideo.models.own_network import build_recorded, check_record, zoo_options
 from octvideo.training.callbacks import BadVideos, StoreTraffic, naming_killed_loaders
 from octvideo.training.checkpoints import Mirrored
 from octvideo.training.console import ProgressBar
@@ -40,9 +40,11 @@ from octvideo.training.recognizer import Recognizer
 for message in (
     *(".*LeafSpec.*", ".*smaller than the logging interval.*", ".*callbacks used to create.*", ".*args parameter.*"),
     *(".*WeightAveraging callback with a model that overrides.*", r".*module\(s\) in eval mode at the start.*"),
+    "Total length of `list` across ranks is zero.*",
 ):
     warnings.filterwarnings("ignore", message)
-NOTES = r"Tip:|PU available:|Trainer\.fit. stopped|Seed set to"
+warnings.filterwarnings("once", "This DataLoader will create")
+NOTES = r"Tip:|PU available:|Trainer\.fit. stopped|Seed set to|Restoring states from|Loaded model weights from"
 for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
     logging.getLogger(name).addFilter(lambda record: not re.search(NOTES, record.getMessage()))
 
@@ -62,10 +64,24 @@ TRAINING_OPTIONS: dict[str, tuple[Any, Any, str]] = {
 Cli = TypeVar("Cli", bound="CommandLine")
 
 
+class Help(DefaultHelpFormatter):
+    """jsonargparse's, without its lists of hundreds of classes."""
+
+    def _get_help_string(self, action: Any) -> str:
+        text = super()._get_help_string(action)
+        return re.sub(r", known subclasses: .{300,}(?=\)$)", ", one by its class path", text)
+
+
+class Missing(BaseException):
+    """Arguments of a class that have no default and were not given, by their names; jsonargparse must not catch it."""
+
+
 class Parser(LightningArgumentParser):
-    """Lightning's parser, with errors of one line."""
+    """Lightning's parser, with errors of one line; Missing is for `CommandLine`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # jsonargparse's prints its usage first
+        if missing := re.fullmatch(r"the following arguments are required: (.+)", str(message)):
+            raise Missing(missing[1])
         unknown = re.match(r"unrecognized arguments: --([\w.]+)", str(message))
         known = vars(self.get_defaults().as_flat()) if unknown else ()
         near = difflib.get_close_matches(unknown[1] if unknown else "", known, 2)
@@ -119,6 +135,7 @@ class CommandLine(LightningCLI):
                 "description": description,
                 "default_env": False,
                 "allow_abbrev": False,
+                "formatter_class": Help,
             },
             trainer_defaults={"use_distributed_sampler": False, "callbacks": [BadVideos(), StoreTraffic()]},
             run=False,
@@ -142,6 +159,19 @@ class CommandLine(LightningCLI):
         for name, (kind, default, what) in TRAINING_OPTIONS.items():
             parser.add_argument(f"--{name}", type=kind, default=default, help=what if self.trains else SUPPRESS)
 
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        named = [word.removeprefix("--model.classes_argument=") for word in self.words if "classes_argument=" in word]
+        argument = (named or ["num_classes"])[-1]
+        try:
+            try:
+                super().parse_arguments(parser, args)
+            except Missing as error:  # the network's own: any number holds the place of model.num_classes
+                if str(error) != argument:
+                    raise
+                super().parse_arguments(parser, [*args, f"--model.network.{argument}=1"])
+        except Missing as error:
+            fail(f"a class needs arguments that have no default: {error}; give them as --model.network.NAME VALUE")
+
     def take_network_of(self, path: str | Path, option: str) -> None:
         """Takes the network's options from a checkpoint unless the command line gives them; model.weights is not read.
 
@@ -155,6 +185,7 @@ class CommandLine(LightningCLI):
         options, given = self.config["model"], {word.split("=")[0] for word in self.words}
         kept = checkpoint.options | {key: getattr(checkpoint.preprocessing, key) for key in ("mean", "std")}
         if kept["network"] is not None:
+            kept = {key: value for key, value in zoo_options().items() if key in options} | kept
             check_record(kept["network"])  # whatever a checkpoint names, nothing but networks is called
             if kept["network"]["init_args"] is None:
                 build_recorded(kept["network"])

@@ -1,7 +1,8 @@
 """Checks, re-encodes, lists and indexes the videos of a data set. Killed or stopped, the same command continues.
 
 octvideo prepare SOURCE [SOURCE ...] --videos DIR --output DIR [--reencode SHORT_SIDE] [--shards SIZE] [--workers N]
-                 [--labels FILE] [--whole] [--timeout SECONDS] [--scheduler ADDRESS | --part I/N | --merge]
+                 [--labels FILE] [--val-share SHARE] [--whole] [--timeout SECONDS]
+                 [--scheduler ADDRESS | --part I/N | --merge]
                                                             (python tools/prepare_data.py is the same)
 
 A SOURCE, like --videos and --output, may be in a store (s3://bucket/raw). It is one of
@@ -44,7 +45,7 @@ from rich.table import Column, Table
 
 from octvideo.commands.options import Parser, fail, positive
 from octvideo.data.preparation.prepare import SPLITS, prepare
-from octvideo.data.preparation.sources import read_sources
+from octvideo.data.preparation.sources import hold_out, read_sources
 from octvideo.errors import UserError
 from octvideo.stores import child, exists, is_uri, real
 
@@ -87,6 +88,13 @@ def size(text: str) -> int:
     return int(match[1]) * {"MB": 10**6, "GB": 10**9}[match[2]]
 
 
+def below_one(text: str) -> float:
+    """The type of an option for a share of something, of which there is also a rest."""
+    if (value := positive(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"must be below 1, got {text!r}")
+    return value
+
+
 def part(text: str) -> tuple[int, int]:
     """The type of an option for one of several parts."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -105,6 +113,12 @@ def main(words: list[str]) -> int:
     add("--shards", metavar="SIZE", type=size, help="pack the videos into tar files of at most SIZE, such as 256MB")
     add("--workers", type=int, default=os.cpu_count() or 1, help="files processed at once; default: CPU cores")
     add("--labels", help="file with a class name on each line, class 0 first, or JSON of their numbers")
+    add(
+        "--val-share",
+        metavar="SHARE",
+        type=below_one,
+        help="of each class's training videos, for validation; such as 0.2",
+    )
     add("--whole", action="store_true", help="take spans of a video as one entry, with all their classes")
     add("--frames-fps", metavar="FPS", type=positive, default=25.0, help="of folders of frames; default: 25")
     add("--timeout", type=float, default=60.0, help="seconds that a decoder may hang; default: 60")
@@ -129,6 +143,10 @@ def main(words: list[str]) -> int:
     display = Display(console)
     try:
         catalogue = read_sources(options.sources, videos, labels=options.labels, output=output, whole=options.whole)
+        if options.val_share is not None:
+            if any(entry.split == "val" for entry in catalogue.entries):
+                fail("--val-share is for sources without validation videos: these have some")
+            catalogue = hold_out(catalogue, options.val_share)
         console.print(f"{len(catalogue.entries)} videos, {len(catalogue.class_names)} classes")
         with display.bar:
             how = {"short_side": options.reencode, "workers": options.workers, "timeout_seconds": options.timeout}
@@ -161,8 +179,11 @@ def main(words: list[str]) -> int:
     lists = {f"--data.{split}_list": child(output, f"{split}.csv") for split in SPLITS}
     if training := [f"{option}={path}" for option, path in lists.items() if exists(path)]:
         root = output if options.shards else videos if options.reencode is None else child(output, "videos")
-        training += [f"--data.root={root}"]
+        if not exists(lists["--data.val_list"]):
+            training += ["--data.val_list=null"]
+            console.print("no video is for validation: --val-share 0.2 would take a fifth of the training videos")
         training += [
+            f"--data.root={root}",
             f"--data.labels={child(output, 'labels.txt')}",
             f"--model.num_classes={len(catalogue.class_names)}",
         ]

@@ -7,7 +7,7 @@ A run is a folder with config.yaml of `octvideo train`. Columns:
 run        its folder, below FOLDER
 network    model.name, or the class of model.network
 alpha      model.alpha, with "pool" for model.downsample pool
-epochs     finished ones of trainer.max_epochs
+epochs     finished ones of trainer.max_epochs, and "failed" where an error ended it
 val        best top-1 (or mAP) of a validation, in percent
 test       top-1 (or mAP) of predictions.json of `octvideo test` in the run's folder, in percent
 started    when, first; and how often it was resumed
@@ -52,7 +52,7 @@ def read(name: str, run: Path) -> Row:
     model, starts, curves = config["model"], record.read(run), read_curves(run)
     own = (model.get("network") or {}).get("class_path")
     val = next((curves[key] for key in ("val/top1", "val/map") if key in curves), None)
-    epochs = len(val.values) if val is not None else None
+    ended = val if val is not None else curves.get("train/top1", curves.get("train/loss_epoch"))
     first: Row = starts[0] if starts else {}
     git, data = first.get("git") or {}, first.get("data") or {}
     return {
@@ -60,7 +60,7 @@ def read(name: str, run: Path) -> Row:
         "network": own or model["name"],
         "alpha": model["alpha"],
         "pooled": model.get("downsample") == "pool",
-        "epochs": epochs,
+        "epochs": len(ended.values) if ended is not None else None,
         "max_epochs": config["trainer"]["max_epochs"],
         "val": None if val is None else float(val.values.max()),
         "test": tested(run),
@@ -69,6 +69,7 @@ def read(name: str, run: Path) -> Row:
         "commit": git.get("commit"),
         "changed": bool(git.get("changed")),
         "data": data.get("train_list", {}).get("sha256"),
+        "failed": bool(starts) and "error" in starts[-1],
         "starts": starts,
     }
 
@@ -87,6 +88,7 @@ def cells(row: Row) -> list[str]:
     """A row as it is printed."""
     alpha = say_alpha(row["alpha"]) + (", pool" if row["pooled"] else "")
     epochs = "" if row["epochs"] is None else f"{row['epochs']} of {row['max_epochs']}"
+    epochs = ", ".join(filter(None, (epochs, "failed" if row["failed"] else "")))
     val, test = ("" if row[key] is None else f"{100 * row[key]:.1f}" for key in ("val", "test"))
     started = (row["started"] or "")[:16].replace("T", " ") + (f", resumed {row['resumed']}" if row["resumed"] else "")
     commit = (row["commit"] or "")[:8] + ("+" if row["changed"] else "")
@@ -104,7 +106,7 @@ def main(words: list[str]) -> int:
     with one_line_errors():
         for folder in arguments.folders:
             if not folder.is_dir():
-                fail(f"{folder}: no such folder")
+                fail(f"{folder}: no such folder; name the FOLDER of your runs")
         for name, run in find(arguments.folders):
             try:
                 rows.append(read(name, run))

@@ -180,6 +180,7 @@ async def read_json(request: Any) -> dict[str, Any]:
 def build(served: Served, decoding: Decoding, batcher: Batcher, options: Namespace) -> Any:
     """The application of FastAPI."""
     from fastapi import FastAPI, Query, Request
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
     from starlette.requests import ClientDisconnect
@@ -240,6 +241,11 @@ def build(served: Served, decoding: Decoding, batcher: Batcher, options: Namespa
             status, content = 500, {"error": "the network failed on this video"}
         requests.labels(str(status)).inc()
         return JSONResponse(content, status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+        requests.labels("422").inc()
+        return JSONResponse({"error": "; ".join(f"{one['loc'][-1]}: {one['msg']}" for one in error.errors())}, 422)
 
     @app.get("/health")
     async def health() -> JSONResponse:

@@ -138,6 +138,7 @@ def make_data_set(
     for name, text in (texts | {"labels.txt": "\n".join([*classes, ""]), done.name: json.dumps(settings)}).items():
         with appearing(folder / name) as partial:
             partial.write_text(text)
+    print(f"{folder}: {num_train} training and {num_val} validation videos, train.csv, val.csv and labels.txt")
 
 
 def made(files: list[tuple[str, Path, int, int, int, int]], num_workers: int) -> Iterator[None]:

@@ -46,6 +46,17 @@ def still_alive() -> None:
         _next_beat = time.monotonic() + 0.5
 
 
+def _forget_scalers() -> None:
+    """Frees the scaler that PyAV 19 keeps for each thread: a fork would free it too, and wait for threads it lacks."""
+    frames: Any = sys.modules.get("av.video.frame")
+    if hasattr(frames, "_thread_local"):
+        frames._thread_local = threading.local()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_forget_scalers)
+
+
 class Watchdog(Generic[Argument, Result]):
     """Calls a function in another process, and kills that process where a call takes too long.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from octvideo.errors import UserError
@@ -103,18 +104,23 @@ def adapt_own(
 
     Raises UserError for `options` of `create_model` that do not apply, and as `fit_classes`, `load_weights`, `adapt`.
     """
-    defaults, allowed = create_model.__kwdefaults__ or {}, ("downsample", "round_to", "weights")
-    foreign = [key for key, value in options.items() if key not in allowed and value != defaults.get(key)]
-    if foreign:
-        name, cure = foreign[0], f"leave it out, or at {defaults.get(foreign[0])}"
-        what = f"model.{name} {options[name]} is an option of the zoo's networks, not of model.network"
-        raise UserError(f"{what}: {cure}")
-    options = defaults | dict(options)
+    foreign = [key for key, value in zoo_options().items() if options.get(key, value) != value]
+    if foreign or (foreign := [key for key in options if key not in (create_model.__kwdefaults__ or {})]):
+        named = ", ".join(f"model.{key} {options[key]}" for key in foreign)
+        cure = " ".join(f"--model.{key} {yaml.safe_dump(zoo_options().get(key)).split()[0]}" for key in foreign)
+        raise UserError(f"the zoo's networks have options that model.network does not: {named}; {cure} leaves them out")
+    options = (create_model.__kwdefaults__ or {}) | dict(options)
     if note := fit_classes(network, num_classes):
         log.warning(note)
     if options["weights"] is not None:
         load_weights(network, options["weights"])
     return adapt(network, alpha, skip=skip, downsample=options["downsample"], round_to=options["round_to"])
+
+
+def zoo_options() -> dict[str, Any]:
+    """Options of `create_model` that a network of the user's does not take, with their defaults."""
+    known = (create_model.__kwdefaults__ or {}).items()
+    return {key: value for key, value in known if key not in ("downsample", "round_to", "weights")}
 
 
 def logits_of(output: Any, key: str | int | None, num_classes: int) -> Tensor:

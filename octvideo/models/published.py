@@ -101,6 +101,8 @@ def read_published(folder: Path) -> Published:
     """Reads a published folder; UserError for files that are missing, damaged or of another kind."""
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         what = "expected a checkpoint of octvideo train, or a folder of octvideo push"
+        if (folder / "checkpoints").is_dir():
+            what = f"name a file in {folder / 'checkpoints'}, such as last.ckpt"
         raise UserError(f"{folder}: a folder without {' and '.join(missing)}; {what}")
     try:
         config = json.loads((folder / CONFIG).read_text("utf-8"))

@@ -76,10 +76,17 @@ def append(folder: Path, start: dict[str, Any]) -> None:
 
 
 class RunRecord(Callback):
-    """Adds a start to run.json when a training begins or goes on."""
+    """Adds a start to run.json when a training begins or goes on, and to the start the error that ended it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             lists = {name: data.read(name) for name in ("train_list", "val_list") if data.lists[name] is not None}
             append(Path(trainer.default_root_dir), describe(lists, data.root))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        folder = Path(trainer.default_root_dir)
+        if isinstance(exception, Exception) and trainer.is_global_zero and (starts := read(folder)):
+            starts[-1]["error"] = f"{type(exception).__name__}: {exception}"
+            with appearing(folder / FILE) as partial:
+                partial.write_text(json.dumps(starts, indent=1))

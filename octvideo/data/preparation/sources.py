@@ -1,6 +1,7 @@
 """Sources of a data set: class folders, list files and official annotations, read into one list of videos."""
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -99,6 +100,23 @@ def read_sources(
             classes += [number] if number not in classes else []
     entries = [Entry(path, _label(classes), split, span) for (path, split, span, _), classes in found.items()]
     return Catalogue(entries, names)
+
+
+def hold_out(catalogue: Catalogue, share: float) -> Catalogue:
+    """Makes a share of each class's training videos, in (0, 1), validation videos; the same ones wherever they lie.
+
+    All spans of a video stay together. A class of several videos gives one at least, and keeps one.
+    """
+    of_label: dict[int | str, list[str]] = defaultdict(list)
+    for path, label in {entry.path: entry.label for entry in catalogue.entries if entry.split == "train"}.items():
+        if label is not None:
+            of_label[label].append(path)
+    held: set[str] = set()
+    for paths in of_label.values():
+        paths.sort(key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
+        held.update(paths[: min(max(1, round(share * len(paths))), len(paths) - 1)])
+    entries = [entry._replace(split="val") if entry.path in held else entry for entry in catalogue.entries]
+    return catalogue._replace(entries=entries)
 
 
 def _label(classes: Sequence[int]) -> int | str | None:
