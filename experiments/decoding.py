@@ -49,6 +49,7 @@ from octvideo.data.lists import VideoList, read_list
 from octvideo.data.multigrid import ClipShape
 from octvideo.data.reader import Backend
 from octvideo.data.sampling import PROTOCOLS, Sampling, even_crops
+from octvideo.data.stream import ANY_METADATA
 from octvideo.data.video import READERS, Video
 from octvideo.errors import DecodeError, ListError
 from octvideo.files import appearing
@@ -127,7 +128,7 @@ class Timeline:
     """The timestamps of a video's frames and key frames, read from its packets."""
 
     def __init__(self, path: str) -> None:
-        with av.open(path, metadata_errors="ignore") as container:
+        with av.open(path, **ANY_METADATA) as container:
             stream = container.streams.best("video")
             packets = [packet for packet in container.demux(stream) if packet.size and packet.pts is not None]
             seconds = np.array([float((packet.pts or 0) * packet.time_base) for packet in packets])
