@@ -283,7 +283,7 @@ def test_create_model_builds_the_zoo_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("alpha", "size", "options", "free"),
-    [(0, 64, ["--free=batch"], "batch from 1\n"), long(0.25, 32, [], "batch from 1, ")],
+    [long(0, 64, ["--free=batch"], "batch from 1\n"), long(0.25, 32, [], "batch from 1, ")],
 )
 def test_a_network_whose_batch_norms_cannot_be_folded_is_exported_as_it_is(tmp_path, alpha, size, options, free):
     image = {"class_path": "timm.create_model", "init_args": {"model_name": "mobilenetv3_small_050"}}

@@ -101,6 +101,7 @@ def many(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_any_number_of_processes_counts_each_of_61_videos_once(many, trained, tmp_path):
     found = {}
     for processes in (1, 2, 3):

@@ -454,6 +454,7 @@ def test_paths_are_not_looked_up_on_the_hub(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_address_of_the_hub_comes_from_the_environment(hub, folder, motions, tmp_path):
     """In a process of its own, as a user runs it."""
     video = next((motions / "val").glob("*.mp4"))
