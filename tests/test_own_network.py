@@ -257,7 +257,7 @@ def test_everything_works_from_the_checkpoint_alone(motions, tmp_path, alpha):
     [
         (
             ["--model.network=torch.nn.Linear"],
-            "no default: in_features, out_features; give",
+            "a class needs arguments that have no default: in_features",
         ),
         (["--model.network=math.sqrt"], "model.network: Import path does not correspond to a subclass of Module"),
         (["--model.network=own_examples.Nope"], "model.network: Problem with given class_path 'own_examples.Nope'"),

@@ -80,8 +80,11 @@ class Parser(LightningArgumentParser):
     """Lightning's parser, with errors of one line; Missing is for `CommandLine`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # jsonargparse's prints its usage first
-        if missing := re.fullmatch(r"the following arguments are required: (.+)", str(message)):
-            raise Missing(missing[1])
+        asks = (
+            r'the following arguments are required: (.+)|.*Key "(\w+)" is required .*'  # the latter in earlier versions
+        )
+        if missing := re.fullmatch(asks, str(message)):
+            raise Missing(missing[1] or missing[2])
         unknown = re.match(r"unrecognized arguments: --([\w.]+)", str(message))
         known = vars(self.get_defaults().as_flat()) if unknown else ()
         near = difflib.get_close_matches(unknown[1] if unknown else "", known, 2)
