@@ -81,7 +81,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # jsonargparse's prints its usage first
         asks = (
-            r'the following arguments are required: (.+)|.*Key "(\w+)" is required .*'  # the latter in earlier versions
+            r'the following arguments are required: (.+)|.*Key "(\w+)" is required .*'  # as earlier versions say
         )
         if missing := re.fullmatch(asks, str(message)):
             raise Missing(missing[1] or missing[2])
