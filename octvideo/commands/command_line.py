@@ -80,9 +80,7 @@ class Parser(LightningArgumentParser):
     """Lightning's parser, with errors of one line; Missing is for `CommandLine`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # jsonargparse's prints its usage first
-        asks = (
-            r'the following arguments are required: (.+)|.*Key "(\w+)" is required .*'  # as earlier versions say
-        )
+        asks = r'the following arguments are required: (.+)|.*Key "(\w+)" is required .*'  # as earlier versions say
         if missing := re.fullmatch(asks, str(message)):
             raise Missing(missing[1] or missing[2])
         unknown = re.match(r"unrecognized arguments: --([\w.]+)", str(message))
