@@ -79,6 +79,7 @@ def test_a_run_says_what_it_found_and_how_to_train(videos, tmp_path):
     [
         ([], "the following arguments are required: SOURCE, --output"),
         (["l.csv", "--output=out"], "--videos DIR is needed, the folder of the videos, unless SOURCE is one folder"),
+        (["videos", "--output=out", "--val-share=1"], "argument --val-share: must be below 1, got '1'"),
         (["videos", "--output=out", "--reencode=odd"], "argument --reencode: invalid int value: 'odd'"),
         (["videos", "--output=out", "--reencode=255"], "the short side must be an even number of pixels"),
         (["videos", "--output=out", "--workers=0"], "workers and timeout must be positive, got 0 and 60.0"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,6 +62,15 @@ def test_a_start_is_added_and_a_broken_file_is_none(tmp_path):
     assert record.read(tmp_path) == [{"started": 1}, {"started": 2}]
     (tmp_path / record.FILE).write_text("{")
     assert record.read(tmp_path) == []
+
+
+def test_an_error_is_added_to_its_start(tmp_path):
+    record.append(tmp_path, {"started": 1})
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path), is_global_zero=True)
+    record.RunRecord().on_exception(trainer, None, KeyboardInterrupt())
+    assert record.read(tmp_path) == [{"started": 1}]
+    record.RunRecord().on_exception(trainer, None, ValueError("too few"))
+    assert record.read(tmp_path) == [{"started": 1, "error": "ValueError: too few"}]
 
 
 def test_the_list_has_a_row_for_each_run(tmp_path, capsys):

@@ -104,12 +104,14 @@ def adapt_own(
 
     Raises UserError for `options` of `create_model` that do not apply, and as `fit_classes`, `load_weights`, `adapt`.
     """
-    foreign = [key for key, value in zoo_options().items() if options.get(key, value) != value]
-    if foreign or (foreign := [key for key in options if key not in (create_model.__kwdefaults__ or {})]):
+    defaults = create_model.__kwdefaults__ or {}
+    if unknown := [key for key in options if key not in defaults]:
+        raise UserError(f"model.{unknown[0]} is no option: {', '.join(defaults)}")
+    if foreign := [key for key, value in zoo_options().items() if options.get(key, value) != value]:
         named = ", ".join(f"model.{key} {options[key]}" for key in foreign)
         cure = " ".join(f"--model.{key} {yaml.safe_dump(zoo_options().get(key)).split()[0]}" for key in foreign)
         raise UserError(f"the zoo's networks have options that model.network does not: {named}; {cure} leaves them out")
-    options = (create_model.__kwdefaults__ or {}) | dict(options)
+    options = defaults | dict(options)
     if note := fit_classes(network, num_classes):
         log.warning(note)
     if options["weights"] is not None:

@@ -71,8 +71,13 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def append(folder: Path, start: dict[str, Any]) -> None:
     """Adds a start."""
+    write(folder, [*read(folder), start])
+
+
+def write(folder: Path, starts: list[dict[str, Any]]) -> None:
+    """Replaces all starts."""
     with appearing(folder / FILE) as partial:
-        partial.write_text(json.dumps([*read(folder), start], indent=1))
+        partial.write_text(json.dumps(starts, indent=1))
 
 
 class RunRecord(Callback):
@@ -88,5 +93,4 @@ class RunRecord(Callback):
         folder = Path(trainer.default_root_dir)
         if isinstance(exception, Exception) and trainer.is_global_zero and (starts := read(folder)):
             starts[-1]["error"] = f"{type(exception).__name__}: {exception}"
-            with appearing(folder / FILE) as partial:
-                partial.write_text(json.dumps(starts, indent=1))
+            write(folder, starts)
