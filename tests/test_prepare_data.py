@@ -166,6 +166,9 @@ def test_a_share_of_each_class_is_held_out(run_here, tmp_path):
     assert halves[0] == halves[1]
     assert [sorted(line[-1] for line in lines) for lines in halves[0]] == [[*"000111"], [*"0011"]]
     assert not {*halves[0][0]} & {*halves[0][1]}
+    write_noise(tmp_path / "split" / "val" / "yoga" / "a.mp4", 0)
+    code, _, errors = run_here(tmp_path / "split", "--output", tmp_path / "no", "--val-share=0.4")
+    assert (code, "without validation videos: these have some" in errors) == (2, True)
 
 
 def test_ctrl_c_stops_a_run_that_the_same_command_continues(videos, tmp_path):

@@ -485,3 +485,9 @@ def test_tensors_that_share_memory_are_written_each(tmp_path):
     found = read_published(tmp_path / "x")
     assert found.preprocessing == {"short_side": (1, 2)}
     assert torch.equal(found.tensors["network.b"], shared.T)
+
+
+def test_a_run_folder_is_no_checkpoint_but_holds_some(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"name a file in .*checkpoints, such as last\.ckpt"):
+        load_trained(tmp_path / "run")
