@@ -4,10 +4,10 @@ python experiments/fights.py FOLDER [--networks lite0,i3d] [--seeds 0,1,2,3,4] [
 
 FOLDER has train.csv and val.csv of paths from it, 180 and 60 videos of two classes.
 
-lite0  EfficientNet-Lite0 with its ImageNet weights on every frame, logits averaged; all of it is fine-tuned
-i3d    I3D of width 16 from random weights: no package has weights of a ResNet to inflate
+lite0  EfficientNet-Lite0 with its ImageNet weights on each of 4 frames, logits averaged; all of it is fine-tuned
+i3d    I3D of width 16 on 8 frames, from random weights: no package has weights of a ResNet to inflate
 
-Both read 8 frames over 1.8 of the 2 seconds of a video, at 112 x 112; `octvideo sweep` trains them, and resumes.
+The frames are spread over the 2 seconds of a video, at 112 x 112; `octvideo sweep` trains the networks, and resumes.
 Alpha 0 strides as published, 0:pool pools where octave layers do. Differences are paired by seed. The last column says
 how many videos a test set needs to show a difference of 2 points between two networks: from the share of the videos of
 which just one of them is right, for a chance of .8 at the level of .05, whatever the seeds add.
@@ -37,8 +37,14 @@ from octvideo.files import appearing
 from octvideo.models.own_network import FrameAverage
 
 NETWORKS = {
-    "lite0": ["--model.network=fights.lite0", "--model.width=null", "--model.dropout=0.5", "--trainer.max_epochs=6"],
-    "i3d": ["--model.name=i3d_r50", "--model.width=16", "--trainer.max_epochs=20"],
+    "lite0": [
+        *("--model.network=fights.lite0", "--model.width=null", "--model.dropout=0.5", "--trainer.max_epochs=6"),
+        *("--data.clip_frames=4", "--data.frame_stride=12"),
+    ],
+    "i3d": [
+        *("--model.name=i3d_r50", "--model.width=16", "--trainer.max_epochs=12"),
+        *("--data.clip_frames=8", "--data.frame_stride=6"),
+    ],
 }
 ALPHAS = ("0:pool", "0", ".125", ".25", ".5")
 SHOWN = 0.02  # the difference that a test set should show
@@ -57,8 +63,8 @@ def sweep(name: str, options: Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     lists = [f"--data.train_list={data / 'train.csv'}", f"--data.val_list={data / 'val.csv'}"]
     lists += [f"--data.test_list={data / 'val.csv'}", f"--data.root={data}"]
-    clips = ["--data.clip_frames=8", "--data.frame_stride=6", "--data.crop_size=112", "--data.short_side=[112, 128]"]
-    clips += ["--data.test_crop_size=112", "--data.mirror=true", "--data.num_workers=1", "--data.batch_size=4"]
+    clips = ["--data.crop_size=112", "--data.short_side=[112, 128]", "--data.test_crop_size=112"]
+    clips += ["--data.mirror=true", "--data.num_workers=1", "--data.batch_size=4"]
     recipe = ["--cfg=hard_motions", "--model.num_classes=2", "--model.optimizer.init_args.lr=0.0003", *NETWORKS[name]]
     sweeping = [f"--alphas={','.join(ALPHAS)}", f"--seeds={','.join(map(str, options.seeds))}", "--rounds=5"]
     octvideo("sweep", *recipe, *lists, *clips, *sweeping, f"--output={output}", log=options.output / f"{name}.txt")
