@@ -37,7 +37,7 @@ import torch
 import yaml
 from ablations import CHANGES
 from choices import one_of
-from intervals import interval
+from intervals import interval, shown
 from own_networks import HERE, octvideo
 from rich import box
 from rich.console import Console
@@ -214,7 +214,7 @@ def measure(name: str, seed: int, options: Namespace, recipe: Recipe) -> Row:
 
 
 def summary(rows: Sequence[Row]) -> Iterator[Row]:
-    """For each variant: cost over pooled's, accuracy of all and of each group, and the difference from pooled."""
+    """For each variant: cost over pooled's; for each seed, top-1 of all and of each group, and all's from pooled's."""
     of = {(row["variant"], row["seed"]): row for row in rows}
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
@@ -223,18 +223,19 @@ def summary(rows: Sequence[Row]) -> Iterator[Row]:
         for key in ("macs", "bytes"):
             found[key] = float(np.median([row[key] / base[key] for row, base in pairs])) if pairs else float("nan")
         found["time"] = float(np.median([row["time"] for row in own]))
-        found |= {group: interval([row["top1"][group] for row in own]) for group in ("all", *GROUPS)}
-        yield found | {"difference": interval([row["top1"]["all"] - base["top1"]["all"] for row, base in pairs])}
+        found |= {group: [row["top1"][group] for row in own] for group in ("all", *GROUPS)}
+        yield found | {"difference": [row["top1"]["all"] - base["top1"]["all"] for row, base in pairs]}
 
 
 def table(rows: Sequence[Row]) -> Table:
     """The summary, in Markdown."""
-    shown = Table("variant", "seeds", "MACs", "bytes", "time", "top-1, %", "from pooled", *GROUPS, box=box.MARKDOWN)
+    found = Table("variant", "seeds", "MACs", "bytes", "time", "top-1, %", "from pooled", *GROUPS, box=box.MARKDOWN)
     for row in summary(rows):
         cost = [f"{row[key]:.2f}" for key in ("macs", "bytes", "time")]
-        accuracy = [f"{row[key][0]:.1f} ± {row[key][1]:.1f}" for key in ("all", "difference", *GROUPS)]
-        shown.add_row(row["variant"], str(row["seeds"]), *cost, *accuracy)
-    return shown
+        more = shown(row["difference"], "+") if row["difference"] and row["variant"] != "pooled" else ""
+        accuracy = [shown(row["all"]), more, *(shown(row[group]) for group in GROUPS)]
+        found.add_row(row["variant"], str(row["seeds"]), *cost, *accuracy)
+    return found
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -244,8 +245,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for panel, (key, label) in zip(panels, (("macs", "MACs"), ("bytes", "bytes"), ("time", "time")), strict=True):
         for color, family in enumerate(families):
             line = [row for row in summary(rows) if row["variant"].split()[0] == family]
-            x, y, half = [row[key] for row in line], [row["all"][0] for row in line], [row["all"][1] for row in line]
-            panel.errorbar(x, y, half, marker="o", capsize=3, label=family, color=f"C{color}")
+            means = [interval(row["all"]) for row in line]
+            y, half = [mean for mean, _ in means], [half for _, half in means]
+            panel.errorbar([row[key] for row in line], y, half, marker="o", capsize=3, label=family, color=f"C{color}")
         panel.set(xlabel=f"{label}, relative to pooled")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("video top-1, %")

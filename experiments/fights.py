@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from choices import one_of
-from intervals import interval
+from intervals import shown
 from own_networks import HERE, octvideo
 from real_weights import load_lite0
 from rich import box
@@ -85,22 +85,21 @@ def collect(name: str, folder: Path) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> Table:
     """Means over seeds and differences from the pooled network, in Markdown."""
-    shown = Table("", "alpha", "MACs", "seeds", "top-1, %", "from pooled", "one right", "videos", box=box.MARKDOWN)
+    found = Table("", "alpha", "MACs", "seeds", "top-1, %", "from pooled", "one right", "videos", box=box.MARKDOWN)
     pooled = {(row["network"], row["seed"]): row["right"] for row in rows if row["downsample"] == "pool"}
     for name, alpha, downsample in dict.fromkeys((row["network"], row["alpha"], row["downsample"]) for row in rows):
         own = [row for row in rows if (row["network"], row["alpha"], row["downsample"]) == (name, alpha, downsample)]
         pairs = [(np.array(row["right"]), np.array(pooled[name, row["seed"]])) for row in own]
         cells = [f"{own[0]['mac_ratio']:.2f}", str(len(own))]
-        mean, half = interval([float(np.mean(row["right"])) for row in own])
-        more, less = interval([float(mine.mean() - base.mean()) for mine, base in pairs])
+        more = [float(mine.mean() - base.mean()) for mine, base in pairs]
         one = float(np.mean([(mine != base).mean() for mine, base in pairs]))
-        cells += [f"{mean:.1f} ± {half:.1f}"]
+        cells += [shown([float(np.mean(row["right"])) for row in own])]
         if downsample == "pool":
             cells += ["", "", ""]
         else:
-            cells += [f"{more:+.1f} ± {less:.1f}", f"{100 * one:.0f} %", f"{(1.96 + 0.84) ** 2 * one / SHOWN**2:,.0f}"]
-        shown.add_row(name, f"{alpha:g}{', pooled' if downsample == 'pool' else ''}", *cells)
-    return shown
+            cells += [shown(more, "+"), f"{100 * one:.0f} %", f"{(1.96 + 0.84) ** 2 * one / SHOWN**2:,.0f}"]
+        found.add_row(name, f"{alpha:g}{', pooled' if downsample == 'pool' else ''}", *cells)
+    return found
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
