@@ -2,8 +2,10 @@
 
 import ablations
 import controls
+import evidence
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from octvideo import Octaves, create_model
@@ -84,3 +86,16 @@ def test_controls_change_what_their_names_say():
     blurred = controls.Blurred(Same())(clips)
     assert blurred.shape == clips.shape
     torch.testing.assert_close(blurred[0, 0, 0, 0, :2], clips[0, 0, 0, :2, :2].mean().expand(2))
+
+
+def test_the_study_compares_networks_that_cost_the_same():
+    recipe = yaml.safe_load(evidence.CONFIG.read_text())
+    known = evidence.variants(recipe)
+    octave, smaller, narrower = (
+        evidence.cost_of(known[f"{name} 0.25"], recipe)["macs"] for name in ("octave", "smaller", "narrower")
+    )
+    assert [smaller, narrower] == pytest.approx([octave, octave], rel=0.05)
+    seeds = {name: evidence.seeds_of(name) for name in known}
+    assert {name for name, count in seeds.items() if count == 1} == {"shuffled", "still", "blurred"}
+    assert seeds["ablated: temporal"] == seeds["allocated"] == seeds["smaller 0.5"] == 5
+    assert seeds["ablated: strided"] == seeds["res4 0.5"] == 2
