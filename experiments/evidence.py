@@ -1,9 +1,13 @@
-"""Octave networks and all their controls under one recipe, on the hard motions: accuracy over seeds, by group.
+"""Octave networks and all their controls under one recipe: accuracy over seeds, by group of classes.
 
-python experiments/evidence.py [--variants A,B] [--seeds N,M] [--num-train 5760] [--folder runs/evidence]
-                               [--json FILE] [--table FILE] [--plot FILE]
+python experiments/evidence.py [--study hard,few] [--variants A,B] [--seeds N,M] [--num-train N] [--json FILE]
+                               [--folder runs/evidence] [--table FILE] [--plot FILE]
 
-Variants of configs/hard_motions.yaml, all trained by `octvideo sweep`:
+hard  configs/hard_motions.yaml on the hard motions, 5,760 videos; tested on 960 others
+few   configs/quickstart.yaml for 20 epochs on 120 of the quick start's videos, which leave a quarter unsolved; tested
+      on 800 others
+
+Variants, all trained by `octvideo sweep`, and tested on videos of another seed than those of training and validation:
 
 pooled, strided            alpha 0, which pools where the octave networks do, or strides as published networks do
 octave A                   alpha .125, .25 or .5 in res2 to res4
@@ -15,10 +19,10 @@ annealed .25               alpha falls from .5 to .25 in the first half of the t
 ablated: CHANGE            octave .25 with a change of experiments/ablations.py, of which temporal is one
 shuffled, still, blurred   pooled, on clips of experiments/controls.py
 
-Each is tested on 960 videos of another seed than those of training and validation; pooled and octave ones of seed 0
-also at .75, 1.25 and 1.5 times the size. By default five seeds of each, two of the ablations and of the places of
-octaves, one of the controls of the data. The JSON file has a row for each variant and seed, which is not run again;
-several processes may share a file and a folder if their seeds differ. Differences are paired by seed.
+Pooled and octave ones of seed 0 are also tested at .75, 1.25 and 1.5 times the size. By default five seeds of each, two
+of the ablations and of the places of octaves, one of the controls of the data. The JSON file has a row for each variant
+and seed, which is not run again; a training that was stopped goes on. Several processes may share a file and a folder
+if their variants differ. Differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -53,12 +57,40 @@ from octvideo.data.motions import make_data_set
 from octvideo.files import appearing
 from octvideo.models.cost import count_cost, count_macs, total
 
-CONFIG = HERE.parent / "configs" / "hard_motions.yaml"
-RESULTS = HERE / "results" / "evidence.json"
 GROUPS = tuple(dict.fromkeys(name.partition(":")[0] for name in CLASSES))
 SIZES = (0.75, 1.25, 1.5)  # of test clips
 Row = dict[str, Any]
 Recipe = dict[str, Any]
+
+
+class Study(NamedTuple):
+    """What all variants are trained and tested on."""
+
+    config: str
+    level: str  # of the made videos
+    num_train: int
+    num_val: int
+    num_unseen: int
+    groups: tuple[str, ...] = ()  # of classes
+    options: tuple[str, ...] = ()  # of training
+
+    @property
+    def path(self) -> Path:
+        """The recipe's file."""
+        return HERE.parent / "configs" / f"{self.config}.yaml"
+
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        recipe: Recipe = yaml.safe_load(self.path.read_text())
+        recipe["trainer"] |= yaml.safe_load("\n".join(o.split(".")[1].replace("=", ": ") for o in self.options)) or {}
+        return recipe
+
+
+FEW = ("--trainer.max_epochs=20", "--trainer.check_val_every_n_epoch=20")
+STUDIES = {
+    "hard": Study("hard_motions", "hard", 5760, 480, 960, GROUPS),
+    "few": Study("quickstart", "easy", 120, 160, 800, options=FEW),
+}
 
 
 def zoo(recipe: Recipe, **changes: Any) -> Row:
@@ -129,12 +161,12 @@ def seeds_of(name: str) -> int:
     return 5 if name.startswith(compared) else 2
 
 
-def groups_right(predictions: Path) -> Row:
-    """The share of the videos that is right, of all and of each group."""
+def groups_right(predictions: Path, groups: Sequence[str]) -> Row:
+    """The share of the videos that is right, of all and of each group of as many classes."""
     videos = json.loads(predictions.read_text())["videos"]
     right = np.array([int(np.argmax(video["scores"])) == video["label"] for video in videos])
-    group = np.array([video["label"] for video in videos]) // (len(CLASSES) // len(GROUPS))
-    return {"all": float(right.mean())} | {name: float(right[group == i].mean()) for i, name in enumerate(GROUPS)}
+    group = np.array([video["label"] for video in videos]) // (len(videos[0]["scores"]) // max(len(groups), 1))
+    return {"all": float(right.mean())} | {name: float(right[group == i].mean()) for i, name in enumerate(groups)}
 
 
 def built(change: Recipe, recipe: Recipe) -> tuple[nn.Module, tuple[int, int, int, int]]:
@@ -179,47 +211,47 @@ def allocated(pooled: Path, words: Sequence[str], log: Path, known: dict[str, Re
     return variant(yaml.safe_load(file.read_text())["model"]["alpha"])
 
 
-def run_of(output: Path, name: str, seed: int) -> Path:
-    """The folder of a variant's training, of which there is one."""
-    return next((output / stem(name)).glob(f"*/seed-{seed}"))
-
-
 def stem(name: str) -> str:
     """A variant's name in paths."""
     return name.replace(": ", "_").replace(" ", "_")
 
 
-def measure(name: str, seed: int, options: Namespace, recipe: Recipe) -> Row:
-    """Trains and tests one variant with one seed."""
-    folder = options.folder.absolute()
-    data, unseen = folder / f"hard_{options.num_train}", folder / "unseen"
-    output, log = folder / f"seed_{seed}", folder / f"seed_{seed}.txt"
-    change, file = options.known[name], output / "variants" / f"{stem(name)}.yaml"
+def measure(name: str, seeds: Sequence[int], options: Namespace) -> Iterator[Row]:
+    """Trains and tests one variant with some seeds."""
+    study, recipe, folder = options.study, options.recipe, options.folder.absolute()
+    data, unseen = folder / f"{study.level}_{options.num_train}", folder / f"{study.level}_unseen"
     lists = [f"--data.train_list={data / 'train.csv'}", f"--data.val_list={data / 'val.csv'}", f"--data.root={data}"]
-    words = [f"--cfg={CONFIG}", *lists, f"--data.test_list={unseen / 'absolute.csv'}", "--data.num_workers=1"]
-    if name == "allocated":
-        change = allocated(run_of(output, "pooled", seed), words, log, options.known, recipe)
+    words = [f"--cfg={study.path}", *lists, f"--data.test_list={unseen / 'absolute.csv'}", "--data.num_workers=1"]
+
+    def runs_of(name: str) -> Path:
+        return folder / options.study_name / stem(name)
+
+    def run_of(name: str, seed: int) -> Path:
+        found: Path = next(runs_of(name).glob(f"*/seed-{seed}"))
+        return found
+
+    log, change = runs_of(f"{name}.txt"), options.known[name]
+    if name.startswith("allocated"):
+        change = allocated(run_of("pooled", seeds[0]), [*words, *study.options], log, options.known, recipe)
+    file = folder / options.study_name / "variants" / f"{stem(name)}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     with appearing(file) as half:
         half.write_text(yaml.safe_dump(change))
-    octvideo(
-        "sweep", *words, f"--alphas={file}", f"--seeds={seed}", "--rounds=1", f"--output={output / file.stem}", log=log
-    )
-    run = run_of(output, name, seed)
-    row: Row = {"variant": name, "seed": seed, "time": time_ratio(change, recipe), **cost_of(change, recipe)}
-    row |= {"top1": groups_right(run / "test" / "predictions.json")}
-    if seed == 0 and (name == "pooled" or name.startswith("octave")):
-        for share in SIZES:
-            size, tested = round(recipe["data"]["crop_size"] * share / 2) * 2, run / f"test_{share:g}"
-            if not (tested / "predictions.json").exists():
-                sized = [
-                    f"--cfg={file}",
-                    f"--data.test_crop_size={size}",
-                    f"--ckpt={run / 'checkpoints' / 'last.ckpt'}",
-                ]
-                octvideo("test", *words, *sized, f"--output={tested}", log=log)
-            row[f"top1 at {share:g}"] = groups_right(tested / "predictions.json")["all"]
-    return row
+    how = [f"--alphas={file}", f"--seeds={','.join(map(str, seeds))}", "--rounds=1", f"--output={runs_of(name)}"]
+    octvideo("sweep", *words, *study.options, *how, log=log)
+    cost = {"time": time_ratio(change, recipe), **cost_of(change, recipe)}
+    for seed in seeds:
+        run = run_of(name, seed)
+        row: Row = {"variant": name.partition(" of seed")[0], "seed": seed, **cost}
+        row |= {"top1": groups_right(run / "test" / "predictions.json", study.groups)}
+        if seed == 0 and (name == "pooled" or name.startswith("octave")):
+            for share in SIZES:
+                size, tested = round(recipe["data"]["crop_size"] * share / 2) * 2, run / f"test_{share:g}"
+                if not (tested / "predictions.json").exists():
+                    sized = [f"--cfg={file}", f"--data.test_crop_size={size}", f"--output={tested}"]
+                    octvideo("test", *words, *sized, f"--ckpt={run / 'checkpoints' / 'last.ckpt'}", log=log)
+                row[f"top1 at {share:g}"] = groups_right(tested / "predictions.json", study.groups)["all"]
+        yield row
 
 
 def summary(rows: Sequence[Row]) -> Iterator[Row]:
@@ -232,17 +264,18 @@ def summary(rows: Sequence[Row]) -> Iterator[Row]:
         for key in ("macs", "bytes"):
             found[key] = float(np.median([row[key] / base[key] for row, base in pairs])) if pairs else float("nan")
         found["time"] = float(np.median([row["time"] for row in own]))
-        found |= {group: [row["top1"][group] for row in own] for group in ("all", *GROUPS)}
+        found |= {group: [row["top1"][group] for row in own] for group in own[0]["top1"]}
         yield found | {"difference": [row["top1"]["all"] - base["top1"]["all"] for row, base in pairs]}
 
 
 def table(rows: Sequence[Row]) -> Table:
     """The summary, in Markdown."""
-    found = Table("variant", "seeds", "MACs", "bytes", "time", "top-1, %", "from pooled", *GROUPS, box=box.MARKDOWN)
+    groups = [group for group in rows[0]["top1"] if group != "all"]
+    found = Table("variant", "seeds", "MACs", "bytes", "time", "top-1, %", "from pooled", *groups, box=box.MARKDOWN)
     for row in summary(rows):
         cost = [f"{row[key]:.2f}" for key in ("macs", "bytes", "time")]
         more = shown(row["difference"], "+") if row["difference"] and row["variant"] != "pooled" else ""
-        accuracy = [shown(row["all"]), more, *(shown(row[group]) for group in GROUPS)]
+        accuracy = [shown(row["all"]), more, *(shown(row[group]) for group in groups)]
         found.add_row(row["variant"], str(row["seeds"]), *cost, *accuracy)
     return found
 
@@ -266,43 +299,53 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """The command line."""
-    recipe = yaml.safe_load(CONFIG.read_text())
-    known = variants(recipe)
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--variants", type=several(one_of(known, "variant")), default=tuple(known), metavar="A,B", help="default: all")
+    add("--study", type=one_of(STUDIES, "study"), default="hard", dest="study_name", metavar="NAME")
+    add("--variants", type=several(str), metavar="A,B", help="default: all")
     add("--seeds", type=several(int), metavar="N,M", help="default: from 0 on, as many as said above")
-    add("--num-train", type=number, default=5760, metavar="N", help="training videos; default: 5760")
+    add("--num-train", type=number, metavar="N", help="training videos; default: as said above")
     add("--folder", type=Path, default=Path("runs/evidence"), help="for data and runs; default: runs/evidence")
-    add("--json", type=Path, default=RESULTS, metavar="FILE", help="default: experiments/results/evidence.json")
+    add("--json", type=Path, metavar="FILE", help="default: experiments/results/evidence_STUDY.json")
     add("--table", type=Path, metavar="FILE", help="write the table there, in Markdown")
     add("--plot", type=Path, metavar="FILE", help="write a PNG of accuracy over cost there")
     options = parser.parse_args(arguments)
-    options.known, options.recipe = known, recipe
+    options.study = STUDIES[options.study_name]
+    options.num_train = options.num_train or options.study.num_train
+    options.json = options.json or HERE / "results" / f"evidence_{options.study_name}.json"
+    options.recipe = options.study.recipe()
+    options.known = variants(options.recipe)
+    options.variants = tuple(map(one_of(options.known, "variant"), options.variants or options.known))
     return options
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures what is missing, seed by seed, and writes a row after each variant."""
+    """Measures what is missing, and writes the rows of each variant."""
     options = parse(arguments)
-    folder: Path = options.folder.absolute()
+    folder, study = options.folder.absolute(), options.study
     folder.mkdir(parents=True, exist_ok=True)
-    make_data_set(folder / f"hard_{options.num_train}", options.num_train, 480, 0, "hard", num_workers=2)
-    make_data_set(folder / "unseen", len(CLASSES), 960, 1, "hard", num_workers=2)
-    listed = (folder / "unseen" / "val.csv").read_text().splitlines()
-    (folder / "unseen" / "absolute.csv").write_text("".join(f"{folder / 'unseen' / line}\n" for line in listed))
+    make_data_set(folder / f"{study.level}_{options.num_train}", options.num_train, study.num_val, 0, study.level)
+    unseen = folder / f"{study.level}_unseen"
+    make_data_set(unseen, 24, study.num_unseen, 1, study.level)
+    listed = (unseen / "val.csv").read_text().splitlines()
+    (unseen / "absolute.csv").write_text("".join(f"{unseen / line}\n" for line in listed))
 
     def rows() -> list[Row]:
         return json.loads(options.json.read_text()) if options.json.exists() else []
 
-    for seed in options.seeds or range(5):
-        for name in options.variants:
-            wanted = options.seeds or seed < seeds_of(name)
-            if wanted and not any((row["variant"], row["seed"]) == (name, seed) for row in rows()):
-                row = measure(name, seed, options, options.recipe)
-                Console().print(row)
-                with appearing(options.json) as half:
-                    half.write_text(json.dumps([*rows(), row], indent=1))
+    for name in options.variants:
+        done = {row["seed"] for row in rows() if row["variant"] == name}
+        seeds = [seed for seed in options.seeds or range(seeds_of(name)) if seed not in done]
+        if name == "allocated":  # which differs between the seeds
+            options.known |= {f"{name} of seed {seed}": options.known[name] for seed in seeds}
+            parts = [(f"{name} of seed {seed}", [seed]) for seed in seeds]
+        else:
+            parts = [(name, seeds)] if seeds else []
+        for part, of in parts:
+            found = list(measure(part, of, options))
+            Console().print(found)
+            with appearing(options.json) as half:
+                half.write_text(json.dumps([*rows(), *found], indent=1))
     if found := rows():
         Console(width=None if sys.stdout.isatty() else 200).print(table(found))
         if options.table:

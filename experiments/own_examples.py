@@ -45,6 +45,11 @@ class Outputs(NamedTuple):
     early: Tensor
 
 
+def plain() -> nn.Module:
+    """A network without arguments."""
+    return Tiny()
+
+
 class TwoHeads(Tiny):
     """A `Tiny` with an auxiliary classifier on its first features."""
 

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import lightning
 import pytest
 import timm
 import torch
@@ -128,6 +129,7 @@ def checkpoint_of(recognizer, path, size=64):
     """A file as training writes it."""
     data = {"preprocessing": {"clip_frames": 2, "test_crop_size": size}}
     content = {"state_dict": recognizer.state_dict(), "hyper_parameters": dict(recognizer.hparams), "VideoData": data}
+    content |= {"pytorch-lightning_version": lightning.__version__, "epoch": 0, "global_step": 0, "loops": {}}
     torch.save(content, path)
     return path
 
@@ -219,6 +221,16 @@ def test_num_classes_without_a_default_is_the_models(motions, tmp_path):
     tested = [word for word in small(motions, tmp_path / "run") if not word.startswith("--model.width")]
     done = run_tool("test_net.py", *tested, f"--ckpt={checkpoint}", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_network_without_arguments_is_tested(motions, tmp_path):
+    recognizer = Recognizer(network=build_network("own_examples.plain"), num_classes=8)
+    recognizer.hparams["network"] = {"class_path": "own_examples.plain"}  # as the command line writes it
+    checkpoint = checkpoint_of(recognizer, tmp_path / "a.ckpt")
+    assert isinstance(load_trained(checkpoint).network, nn.Module)
+    done = run_tool("test_net.py", *small(motions, tmp_path), *OWN, f"--ckpt={checkpoint}", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "predictions.json").exists()
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ class CommandLine(LightningCLI):
         if kept["network"] is not None:
             kept = {key: value for key, value in zoo_options().items() if key in options} | kept
             check_record(kept["network"])  # whatever a checkpoint names, nothing but networks is called
-            if kept["network"]["init_args"] is None:
+            if kept["network"].get("init_args", {}) is None:
                 build_recorded(kept["network"])
         own, argument = options["network"], options["classes_argument"]
         if own is not None and (own.get("init_args") or {}).get(argument, argument) is None:

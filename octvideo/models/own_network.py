@@ -41,12 +41,12 @@ def build_network(class_path: str, **init_args: Any) -> nn.Module:
 
 def build_recorded(record: Mapping[str, Any]) -> nn.Module:
     """The network of a record; UserError as `build_network`, and where the arguments are unknown."""
-    if record["init_args"] is None:
+    if record.get("init_args", {}) is None:
         raise UserError(
             f"the arguments of network {record['class_path']} are not recorded: it was trained as an object; build it "
             "by octvideo.build_network, or set its built_from, before it is trained"
         )
-    return build_network(record["class_path"], **record["init_args"], **record.get("dict_kwargs", {}))
+    return build_network(record["class_path"], **record.get("init_args", {}), **record.get("dict_kwargs", {}))
 
 
 def check_record(record: Mapping[str, Any]) -> None:
