@@ -218,7 +218,8 @@ def stem(name: str) -> str:
 
 def measure(name: str, seeds: Sequence[int], options: Namespace) -> Iterator[Row]:
     """Trains and tests one variant with some seeds."""
-    study, recipe, folder = options.study, options.recipe, options.folder.absolute()
+    study, recipe = options.study, options.recipe
+    folder: Path = options.folder.absolute()
     data, unseen = folder / f"{study.level}_{options.num_train}", folder / f"{study.level}_unseen"
     lists = [f"--data.train_list={data / 'train.csv'}", f"--data.val_list={data / 'val.csv'}", f"--data.root={data}"]
     words = [f"--cfg={study.path}", *lists, f"--data.test_list={unseen / 'absolute.csv'}", "--data.num_workers=1"]
@@ -227,8 +228,7 @@ def measure(name: str, seeds: Sequence[int], options: Namespace) -> Iterator[Row
         return folder / options.study_name / stem(name)
 
     def run_of(name: str, seed: int) -> Path:
-        found: Path = next(runs_of(name).glob(f"*/seed-{seed}"))
-        return found
+        return next(runs_of(name).glob(f"*/seed-{seed}"))
 
     log, change = runs_of(f"{name}.txt"), options.known[name]
     if name.startswith("allocated"):

@@ -212,7 +212,7 @@ TABLES: dict[str, Callable[[], Any]] = {
     "small networks": small_networks,
     "learned alpha": learned_alpha,
     "probes": probes,
-    "evidence": lambda: cells_of(evidence.table(kept("evidence"))),
+    "evidence": lambda: cells_of(evidence.table(kept("evidence_hard"))),
     "domains": lambda: cells_of(domains.table(kept("domains"))),
     **{f"elastic, {name}": partial(elastic_table, name) for name in elastic.SETUPS},
     "shrunk quick start": shrunk,

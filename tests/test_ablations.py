@@ -5,7 +5,6 @@ import controls
 import evidence
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from octvideo import Octaves, create_model
@@ -89,7 +88,7 @@ def test_controls_change_what_their_names_say():
 
 
 def test_the_study_compares_networks_that_cost_the_same():
-    recipe = yaml.safe_load(evidence.CONFIG.read_text())
+    recipe = evidence.STUDIES["hard"].recipe()
     known = evidence.variants(recipe)
     octave, smaller, narrower = (
         evidence.cost_of(known[f"{name} 0.25"], recipe)["macs"] for name in ("octave", "smaller", "narrower")

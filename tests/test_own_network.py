@@ -3,7 +3,6 @@
 import json
 from types import SimpleNamespace
 
-import lightning
 import pytest
 import timm
 import torch
@@ -129,7 +128,6 @@ def checkpoint_of(recognizer, path, size=64):
     """A file as training writes it."""
     data = {"preprocessing": {"clip_frames": 2, "test_crop_size": size}}
     content = {"state_dict": recognizer.state_dict(), "hyper_parameters": dict(recognizer.hparams), "VideoData": data}
-    content |= {"pytorch-lightning_version": lightning.__version__, "epoch": 0, "global_step": 0, "loops": {}}
     torch.save(content, path)
     return path
 
@@ -224,13 +222,13 @@ def test_num_classes_without_a_default_is_the_models(motions, tmp_path):
 
 
 def test_a_network_without_arguments_is_tested(motions, tmp_path):
-    recognizer = Recognizer(network=build_network("own_examples.plain"), num_classes=8)
-    recognizer.hparams["network"] = {"class_path": "own_examples.plain"}  # as the command line writes it
-    checkpoint = checkpoint_of(recognizer, tmp_path / "a.ckpt")
-    assert isinstance(load_trained(checkpoint).network, nn.Module)
-    done = run_tool("test_net.py", *small(motions, tmp_path), *OWN, f"--ckpt={checkpoint}", f"--output={tmp_path}")
+    words = [*small(motions, tmp_path / "run"), *OWN, "--model.network=experiments.own_examples.plain"]
+    done = run_tool("train_net.py", *words, "--trainer.limit_train_batches=1", "--trainer.max_epochs=1")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "predictions.json").exists()
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert "init_args" not in load_trained(checkpoint).options["network"]
+    done = run_tool("test_net.py", *words, f"--ckpt={checkpoint}", f"--output={tmp_path}")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
