@@ -225,7 +225,7 @@ def measure(name: str, seeds: Sequence[int], options: Namespace) -> Iterator[Row
     words = [f"--cfg={study.path}", *lists, f"--data.test_list={unseen / 'absolute.csv'}", "--data.num_workers=1"]
 
     def runs_of(name: str) -> Path:
-        return folder / options.study_name / stem(name)
+        return Path(folder, options.study_name, stem(name))
 
     def run_of(name: str, seed: int) -> Path:
         return next(runs_of(name).glob(f"*/seed-{seed}"))
