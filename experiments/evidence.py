@@ -19,10 +19,10 @@ annealed .25               alpha falls from .5 to .25 in the first half of the t
 ablated: CHANGE            octave .25 with a change of experiments/ablations.py, of which temporal is one
 shuffled, still, blurred   pooled, on clips of experiments/controls.py
 
-Pooled and octave ones of seed 0 are also tested at .75, 1.25 and 1.5 times the size. By default five seeds of each, two
-of the ablations and of the places of octaves, one of the controls of the data. The JSON file has a row for each variant
-and seed, which is not run again; a training that was stopped goes on. Several processes may share a file and a folder
-if their variants differ. Differences are paired by seed.
+Pooled and octave ones are also tested at .75, 1.25 and 1.5 times the size; of the hard motions, seed 0 alone. By
+default five seeds of each variant, two of the ablations and of the places of octaves, one of the controls of the data.
+The JSON file has a row for each variant and seed, which is not run again; a training that was stopped goes on. Several
+processes may share a file and a folder if their variants differ. Differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Study(NamedTuple):
     num_unseen: int
     groups: tuple[str, ...] = ()  # of classes
     options: tuple[str, ...] = ()  # of training
+    sized: int = 1  # so many seeds are tested at other sizes
 
     @property
     def path(self) -> Path:
@@ -89,7 +90,7 @@ class Study(NamedTuple):
 FEW = ("--trainer.max_epochs=20", "--trainer.check_val_every_n_epoch=20")
 STUDIES = {
     "hard": Study("hard_motions", "hard", 5760, 480, 960, GROUPS),
-    "few": Study("quickstart", "easy", 120, 160, 800, options=FEW),
+    "few": Study("quickstart", "easy", 120, 160, 800, options=FEW, sized=5),
 }
 
 
@@ -244,7 +245,7 @@ def measure(name: str, seeds: Sequence[int], options: Namespace) -> Iterator[Row
         run = run_of(name, seed)
         row: Row = {"variant": name.partition(" of seed")[0], "seed": seed, **cost}
         row |= {"top1": groups_right(run / "test" / "predictions.json", study.groups)}
-        if seed == 0 and (name == "pooled" or name.startswith("octave")):
+        if seed < study.sized and (name == "pooled" or name.startswith("octave")):
             for share in SIZES:
                 size, tested = round(recipe["data"]["crop_size"] * share / 2) * 2, run / f"test_{share:g}"
                 if not (tested / "predictions.json").exists():
@@ -277,6 +278,19 @@ def table(rows: Sequence[Row]) -> Table:
         more = shown(row["difference"], "+") if row["difference"] and row["variant"] != "pooled" else ""
         accuracy = [shown(row["all"]), more, *(shown(row[group]) for group in groups)]
         found.add_row(row["variant"], str(row["seeds"]), *cost, *accuracy)
+    return found
+
+
+def table_of_sizes(rows: Sequence[Row]) -> Table:
+    """Top-1 at other test sizes, in Markdown."""
+    found = Table("variant", *(f"{share:g}" for share in (SIZES[0], 1, *SIZES[1:])), box=box.MARKDOWN)
+    sized = [row for row in rows if f"top1 at {SIZES[0]:g}" in row]
+    for name in dict.fromkeys(row["variant"] for row in sized):
+        own = [row for row in sized if row["variant"] == name]
+        at = {share: [row[f"top1 at {share:g}"] for row in own] for share in SIZES} | {
+            1: [r["top1"]["all"] for r in own]
+        }
+        found.add_row(name, *(shown(at[share]) for share in sorted(at)))
     return found
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import domains
 import elastic
 import evidence
+import fights
 import numpy as np
 from intervals import shown
 from own_networks import HERE
@@ -212,7 +213,10 @@ TABLES: dict[str, Callable[[], Any]] = {
     "small networks": small_networks,
     "learned alpha": learned_alpha,
     "probes": probes,
-    "evidence": lambda: cells_of(evidence.table(kept("evidence_hard"))),
+    "evidence, hard": lambda: cells_of(evidence.table(kept("evidence_hard"))),
+    "evidence, few": lambda: cells_of(evidence.table(kept("evidence_few"))),
+    "test sizes": lambda: cells_of(evidence.table_of_sizes(kept("evidence_few"))),
+    "fights": lambda: cells_of(fights.table(kept("fights"))),
     "domains": lambda: cells_of(domains.table(kept("domains"))),
     **{f"elastic, {name}": partial(elastic_table, name) for name in elastic.SETUPS},
     "shrunk quick start": shrunk,
