@@ -58,6 +58,10 @@ from octvideo.files import appearing
 from octvideo.models.cost import count_cost, count_macs, total
 
 GROUPS = tuple(dict.fromkeys(name.partition(":")[0] for name in CLASSES))
+FAMILIES = (
+    *("pooled", "strided", "octave", "smaller", "narrower", "allocated", "annealed", "ablated", "res"),
+    *("blurred", "shuffled", "still"),
+)
 SIZES = (0.75, 1.25, 1.5)  # of test clips
 Row = dict[str, Any]
 Recipe = dict[str, Any]
@@ -255,28 +259,44 @@ def measure(name: str, seeds: Sequence[int], options: Namespace) -> Iterator[Row
         yield row
 
 
+def octave_beside(name: str) -> str:
+    """The octave variant that another is compared with, if any: of as many multiply-adds, or without the change."""
+    kind, _, alpha = name.partition(" ")
+    if kind in ("smaller", "narrower"):
+        return f"octave {alpha}"
+    return "octave 0.25" if kind in ("allocated", "annealed", "ablated:") else ""
+
+
 def summary(rows: Sequence[Row]) -> Iterator[Row]:
-    """For each variant: cost over pooled's; for each seed, top-1 of all and of each group, and all's from pooled's."""
+    """For each variant: cost over pooled's; for each seed, top-1 of all and of each group, and all's from others'."""
     of = {(row["variant"], row["seed"]): row for row in rows}
-    for name in dict.fromkeys(row["variant"] for row in rows):
+
+    def pairs(own: Sequence[Row], other: str) -> list[tuple[Row, Row]]:
+        return [(row, of[other, row["seed"]]) for row in own if (other, row["seed"]) in of]
+
+    names = dict.fromkeys(row["variant"] for row in rows)
+    for name in sorted(names, key=lambda name: (FAMILIES.index(name.split()[0].rstrip(":0123456789")), name)):
         own = [row for row in rows if row["variant"] == name]
-        pairs = [(row, of["pooled", row["seed"]]) for row in own if ("pooled", row["seed"]) in of]
         found: Row = {"variant": name, "seeds": len(own)}
         for key in ("macs", "bytes"):
-            found[key] = float(np.median([row[key] / base[key] for row, base in pairs])) if pairs else float("nan")
+            ratios = [row[key] / base[key] for row, base in pairs(own, "pooled")]
+            found[key] = float(np.median(ratios)) if ratios else float("nan")
         found["time"] = float(np.median([row["time"] for row in own]))
         found |= {group: [row["top1"][group] for row in own] for group in own[0]["top1"]}
-        yield found | {"difference": [row["top1"]["all"] - base["top1"]["all"] for row, base in pairs]}
+        for other in ("pooled", octave_beside(name)):
+            more = [row["top1"]["all"] - base["top1"]["all"] for row, base in pairs(own, other) if name != other]
+            found[f"from {other.split()[0] if other else 'octave'}"] = more
+        yield found
 
 
 def table(rows: Sequence[Row]) -> Table:
     """The summary, in Markdown."""
-    groups = [group for group in rows[0]["top1"] if group != "all"]
-    found = Table("variant", "seeds", "MACs", "bytes", "time", "top-1, %", "from pooled", *groups, box=box.MARKDOWN)
+    groups, others = [group for group in rows[0]["top1"] if group != "all"], ("from pooled", "from octave")
+    found = Table("variant", "seeds", "MACs", "bytes", "time", "top-1, %", *others, *groups, box=box.MARKDOWN)
     for row in summary(rows):
         cost = [f"{row[key]:.2f}" for key in ("macs", "bytes", "time")]
-        more = shown(row["difference"], "+") if row["difference"] and row["variant"] != "pooled" else ""
-        accuracy = [shown(row["all"]), more, *(shown(row[group]) for group in groups)]
+        more = [shown(row[other], "+") if row[other] else "" for other in others]
+        accuracy = [shown(row["all"]), *more, *(shown(row[group]) for group in groups)]
         found.add_row(row["variant"], str(row["seeds"]), *cost, *accuracy)
     return found
 

@@ -98,3 +98,24 @@ def test_the_study_compares_networks_that_cost_the_same():
     assert {name for name, count in seeds.items() if count == 1} == {"shuffled", "still", "blurred"}
     assert seeds["ablated: temporal"] == seeds["allocated"] == seeds["smaller 0.5"] == 5
     assert seeds["ablated: strided"] == seeds["res4 0.5"] == 2
+
+
+def test_differences_are_paired_by_seed_and_of_networks_that_cost_the_same():
+    top1 = {
+        "pooled": (0.5, 0.7),
+        "octave 0.25": (0.6, 0.75),
+        "narrower 0.25": (0.5, 0.7),
+        "ablated: bilinear": (0.625,),
+    }
+    cost = {"macs": 4, "bytes": 6, "time": 1.5}
+    rows = [
+        {"variant": name, "seed": seed, "top1": {"all": right, "fine": right}} | cost
+        for name, column in reversed(top1.items())
+        for seed, right in enumerate(column)
+    ]
+    cells = [list(column.cells) for column in evidence.table(rows).columns]
+    assert cells[0] == ["pooled", "octave 0.25", "narrower 0.25", "ablated: bilinear"]
+    assert cells[1:6] == [["2", "2", "2", "1"], ["1.00"] * 4, ["1.00"] * 4, ["1.50"] * 4, cells[8]]
+    assert cells[6] == ["", "+7.5 ± 31.8", "+0.0 ± 0.0", "+12.5"]
+    assert cells[7] == ["", "", "-7.5 ± 31.8", "+2.5"]
+    assert cells[8] == ["60.0 ± 127.1", "67.5 ± 95.3", "60.0 ± 127.1", "62.5"]
