@@ -16,7 +16,7 @@ With --alphas 0,.125,.25,.5 it tests the same weights at several alphas, from on
 with the checkpoint's batch-norm statistics, of that alpha if it was trained elastically (model.elastic), else of the
 trained one; and with statistics re-estimated on training clips at that alpha (by default not after elastic training).
 It prints a table, writes DIR/alphas.json: [{"alpha", "gmacs" (of one test clip), "statistics" ("checkpoint" or
-"re-estimated"), "top1", "top5", "clip_top1", "clip_top5", "videos" and "bad" (how many)}], and each row's
+"re-estimated"), "top1", "top5", "clip_top1", "clip_top5" (or "map"), "videos" and "bad" (how many)}], and each row's
 predictions.json to DIR/alpha_0.25 or DIR/alpha_0.25_re-estimated. At alpha 0 strides follow the checkpoint's
 model.downsample: a network trained with octaves alone needs --model.downsample pool there.
 """
@@ -52,7 +52,7 @@ from octvideo.models.elastic import AlphaPlans, AlphaStatistics
 from octvideo.training.precise_bn import estimate_statistics
 from octvideo.training.recognizer import Recognizer
 
-ACCURACIES = ("clip_top1", "clip_top5", "top1", "top5")
+ACCURACIES = {"clip_top1": "clip top-1", "clip_top5": "clip top-5", "top1": "video top-1", "top5": "video top-5"}
 
 
 def read_alphas(text: str) -> list[float]:
@@ -136,8 +136,6 @@ class Testing(CommandLine):
         self.statistics_batches: int = (default if batches is None else batches) if self.alphas else 0
         if self.statistics_batches < 0:
             raise UserError(f"--statistics_batches must be at least 0, got {self.statistics_batches}")
-        if self.alphas and self.config["model"]["task"] == "multi":
-            raise UserError("--alphas is for task single")
         if self.alphas:
             self.config["model"]["normalization"] = "batch"  # others are for training; frozen ones cannot be estimated
 
@@ -230,7 +228,8 @@ def test_alphas(cli: Testing, folder: Path) -> None:
     """Tests at each of --alphas, prints a table of rows and writes them to alphas.json."""
     rows = []
     statistics = Column("statistics", no_wrap=True)
-    table = Table("alpha", "GMACs", statistics, "clip top-1", "clip top-5", "video top-1", "video top-5")
+    keys = {"map": "mAP"} if cli.config["model"]["task"] == "multi" else ACCURACIES
+    table = Table("alpha", "GMACs", statistics, *keys.values())
     # Code for all alphas stays, where torch.compile would stop after 8.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(cli.alphas))
     found = run_test(cli)
@@ -238,9 +237,9 @@ def test_alphas(cli: Testing, folder: Path) -> None:
         return
     for (alpha, kind), results in found.items():
         row = {"alpha": alpha, "gmacs": cli.macs[alpha] / 1e9, "statistics": kind}
-        row |= {key: results[key] for key in ACCURACIES} | {key: len(results[key]) for key in ("videos", "bad")}
+        row |= {key: results[key] for key in keys} | {key: len(results[key]) for key in ("videos", "bad")}
         rows.append(row)
-        table.add_row(f"{alpha:g}", f"{row['gmacs']:.3f}", kind, *percent(results, *ACCURACIES))
+        table.add_row(f"{alpha:g}", f"{row['gmacs']:.3f}", kind, *percent(results, *keys))
         write_predictions(cli, results, folder / f"alpha_{alpha:g}{'_re-estimated' * (kind == 're-estimated')}")
     with appearing(folder / "alphas.json") as written:
         written.write_text(json.dumps(rows, indent=1))
