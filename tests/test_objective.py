@@ -250,7 +250,13 @@ def test_several_labels_from_training_to_the_report(motions, tmp_path):
     assert "with a given class" not in done.stdout
     exported = [f"--ckpt={checkpoint}", f"--output={tmp_path / 'n.onnx'}", "--softmax", "--free=batch"]
     assert run_tool("export.py", *exported).returncode == 0
-    swept = [f"--ckpt={checkpoint}", "--alphas=.25", "--statistics_batches=0", f"--output={tmp_path / 'alphas'}"]
+    swept = [
+        f"--ckpt={checkpoint}",
+        "--alphas=.25",
+        "--report",
+        "--statistics_batches=0",
+        f"--output={tmp_path / 'alphas'}",
+    ]
     done = run_tool("test_net.py", *words, *swept)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "alphas" / "alphas.json").read_text())

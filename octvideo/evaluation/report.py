@@ -179,7 +179,7 @@ def read_run(folder: Path, *, results: Path | None = None, checkpoint: Path | No
     lacks = "There is no predictions.json (`octvideo test` writes it), so the report has no videos and classes."
     predictions = attempt(files, lacks, partial(read_predictions, names=card and card.trained.labels))
     files = [each / "alphas.json" for each in folders if (each / "alphas.json").exists()]
-    alphas = files and attempt(files, f"{files[0]} has no row with a video.", _read_alphas)
+    alphas = files and attempt(files, f"{files[0]} has no accuracies of videos.", _read_alphas)
     curves = attempt([folder], "There is no training log: neither metrics.csv nor a TensorBoard file.", read_curves)
     if not (card or predictions or alphas or curves):
         raise UserError(f"{folder}: nothing to report on. {' '.join(missing)}")
@@ -218,8 +218,8 @@ def read_predictions(path: Path, names: Sequence[str] | None = None) -> Predicti
 
 def _read_alphas(path: Path) -> list[dict[str, Any]]:
     keys = ("alpha", "gmacs", "statistics", "top1", "top5", "videos")
-    rows = [{key: row[key] for key in keys} for row in json.loads(path.read_text("utf-8"))]
-    return [row for row in rows if row["videos"]]  # without a video there is no accuracy
+    rows = [row for row in json.loads(path.read_text("utf-8")) if row["videos"]]  # without a video no accuracy
+    return [{key: row[key] for key in keys} for row in rows if "map" not in row]
 
 
 def read_card(path: Path) -> Card:
