@@ -303,7 +303,7 @@ def test_what_a_run_lacks_is_left_out_with_a_sentence(folder, lacks, sentence, g
             "3 class names for 4 scores",
         ),
         ("test/alphas.json", '[{"alpha": 0}]', "KeyError: 'gmacs'"),
-        ("test/alphas.json", json.dumps([ROWS[0] | {"videos": 0}]), "no row with a video"),
+        ("test/alphas.json", json.dumps([ROWS[0] | {"videos": 0}]), "no accuracies of videos"),
         ("checkpoints/last.ckpt", "no checkpoint", "DamagedCheckpointError"),
         ("csv/version_0/metrics.csv", "step,learning_rate\n1,fast\n", "could not convert string to float"),
     ],

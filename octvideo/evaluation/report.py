@@ -218,8 +218,8 @@ def read_predictions(path: Path, names: Sequence[str] | None = None) -> Predicti
 
 def _read_alphas(path: Path) -> list[dict[str, Any]]:
     keys = ("alpha", "gmacs", "statistics", "top1", "top5", "videos")
-    rows = [row for row in json.loads(path.read_text("utf-8")) if row["videos"]]  # without a video no accuracy
-    return [{key: row[key] for key in keys} for row in rows if "map" not in row]
+    rows = [{key: row[key] for key in keys} for row in json.loads(path.read_text("utf-8")) if "map" not in row]
+    return [row for row in rows if row["videos"]]  # without a video there is no accuracy
 
 
 def read_card(path: Path) -> Card:
