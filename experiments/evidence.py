@@ -20,7 +20,8 @@ ablated: CHANGE            octave .25 with a change of experiments/ablations.py,
 shuffled, still, blurred   pooled, on clips of experiments/controls.py
 
 Pooled and octave ones are also tested at .75, 1.25 and 1.5 times the size; of the hard motions, seed 0 alone. By
-default five seeds of each variant, two of the ablations and of the places of octaves, one of the controls of the data.
+default few has five seeds of each variant, two of the ablations and of the places of octaves, and one of the controls
+of the data; hard has five seeds of seven variants, one of the controls, and the others if --seeds says which.
 The JSON file has a row for each variant and seed, which is not run again; a training that was stopped goes on. Several
 processes may share a file and a folder if their variants differ. Differences are paired by seed.
 """
@@ -78,6 +79,7 @@ class Study(NamedTuple):
     groups: tuple[str, ...] = ()  # of classes
     options: tuple[str, ...] = ()  # of training
     sized: int = 1  # so many seeds are tested at other sizes
+    compared: tuple[str, ...] = ("pooled", "strided", "octave", "smaller", "narrower", "allocated", "ablated: temporal")
 
     @property
     def path(self) -> Path:
@@ -92,8 +94,9 @@ class Study(NamedTuple):
 
 
 FEW = ("--trainer.max_epochs=20", "--trainer.check_val_every_n_epoch=20")
+HARD = ("pooled", "strided", "octave 0.25", "octave 0.5", "smaller 0.25", "narrower 0.25", "ablated: temporal")
 STUDIES = {
-    "hard": Study("hard_motions", "hard", 5760, 480, 960, GROUPS),
+    "hard": Study("hard_motions", "hard", 5760, 480, 960, GROUPS, compared=HARD),
     "few": Study("quickstart", "easy", 120, 160, 800, options=FEW, sized=5),
 }
 
@@ -158,12 +161,13 @@ def variants(recipe: Recipe) -> dict[str, Recipe]:
     return found
 
 
-def seeds_of(name: str) -> int:
+def seeds_of(name: str, study: Study) -> int:
     """How many trainings of a variant there should be."""
     if name in ("shuffled", "still", "blurred"):
         return 1
-    compared = ("pooled", "strided", "octave", "smaller", "narrower", "allocated", "ablated: temporal")
-    return 5 if name.startswith(compared) else 2
+    if name.startswith(study.compared):
+        return 5
+    return 0 if study.level == "hard" else 2
 
 
 def groups_right(predictions: Path, groups: Sequence[str]) -> Row:
@@ -369,7 +373,7 @@ def main(arguments: Sequence[str]) -> None:
 
     for name in options.variants:
         done = {row["seed"] for row in rows() if row["variant"] == name}
-        seeds = [seed for seed in options.seeds or range(seeds_of(name)) if seed not in done]
+        seeds = [seed for seed in options.seeds or range(seeds_of(name, study)) if seed not in done]
         if name == "allocated":  # which differs between the seeds
             options.known |= {f"{name} of seed {seed}": options.known[name] for seed in seeds}
             parts = [(f"{name} of seed {seed}", [seed]) for seed in seeds]

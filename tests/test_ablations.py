@@ -94,10 +94,11 @@ def test_the_study_compares_networks_that_cost_the_same():
         evidence.cost_of(known[f"{name} 0.25"], recipe)["macs"] for name in ("octave", "smaller", "narrower")
     )
     assert [smaller, narrower] == pytest.approx([octave, octave], rel=0.05)
-    seeds = {name: evidence.seeds_of(name) for name in known}
+    seeds = {name: evidence.seeds_of(name, evidence.STUDIES["few"]) for name in known}
     assert {name for name, count in seeds.items() if count == 1} == {"shuffled", "still", "blurred"}
     assert seeds["ablated: temporal"] == seeds["allocated"] == seeds["smaller 0.5"] == 5
     assert seeds["ablated: strided"] == seeds["res4 0.5"] == 2
+    assert sum(evidence.seeds_of(name, evidence.STUDIES["hard"]) for name in known) == 7 * 5 + 3
 
 
 def test_differences_are_paired_by_seed_and_of_networks_that_cost_the_same():
