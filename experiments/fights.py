@@ -98,7 +98,7 @@ def table(rows: Sequence[Row]) -> Table:
             cells += ["", "", ""]
         else:
             cells += [shown(more, "+"), f"{100 * one:.0f} %", f"{(1.96 + 0.84) ** 2 * one / SHOWN**2:,.0f}"]
-        found.add_row(name, f"{alpha:g}{', pooled' if downsample == 'pool' else ''}", *cells)
+        found.add_row(name, f"{alpha}{', pooled' if downsample == 'pool' else ''}", *cells)
     return found
 
 
