@@ -13,7 +13,7 @@ pooled, strided            alpha 0, which pools where the octave networks do, or
 octave A                   alpha .125, .25 or .5 in res2 to res4
 smaller A, narrower A      pooled, at the input size or the width whose multiply-adds are nearest to octave A's
 res4 .5, res2 .5, res5 .25 octave in that stage alone; res2 to res5
-allocated                  an alpha for each layer, by experiments/allocation.py from the pooled network of the seed, at
+allocated                  an alpha for each layer, by experiments/allocation.py from the pooled network of seed 0, at
                            the multiply-adds of octave .25
 annealed .25               alpha falls from .5 to .25 in the first half of the training
 ablated: CHANGE            octave .25 with a change of experiments/ablations.py, of which temporal is one
@@ -52,9 +52,10 @@ from timing import time_blocks
 from torch import nn
 
 from octvideo import build_network, create_model, fuse
-from octvideo.commands.options import Parser, number, several
+from octvideo.commands.options import Parser, number, one_line_errors, several
 from octvideo.data.hard_motions import CLASSES
 from octvideo.data.motions import make_data_set
+from octvideo.errors import UserError
 from octvideo.files import appearing
 from octvideo.models.cost import count_cost, count_macs, total
 
@@ -237,11 +238,13 @@ def measure(name: str, seeds: Sequence[int], options: Namespace) -> Iterator[Row
         return Path(folder, options.study_name, stem(name))
 
     def run_of(name: str, seed: int) -> Path:
-        return next(runs_of(name).glob(f"*/seed-{seed}"))
+        if not (found := sorted(runs_of(name).glob(f"*/seed-{seed}"))):
+            raise UserError(f"{name} of seed {seed} is needed first")
+        return found[0]
 
     log, change = runs_of(f"{name}.txt"), options.known[name]
-    if name.startswith("allocated"):
-        change = allocated(run_of("pooled", seeds[0]), [*words, *study.options], log, options.known, recipe)
+    if name == "allocated":
+        change = allocated(run_of("pooled", 0), [*words, *study.options], log, options.known, recipe)
     file = folder / options.study_name / "variants" / f"{stem(name)}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     with appearing(file) as half:
@@ -251,7 +254,7 @@ def measure(name: str, seeds: Sequence[int], options: Namespace) -> Iterator[Row
     cost = {"time": time_ratio(change, recipe), **cost_of(change, recipe)}
     for seed in seeds:
         run = run_of(name, seed)
-        row: Row = {"variant": name.partition(" of seed")[0], "seed": seed, **cost}
+        row: Row = {"variant": name, "seed": seed, **cost}
         row |= {"top1": groups_right(run / "test" / "predictions.json", study.groups)}
         if seed < study.sized and (name == "pooled" or name.startswith("octave")):
             for share in SIZES:
@@ -359,12 +362,17 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     """Measures what is missing, and writes the rows of each variant."""
-    options = parse(arguments)
+    with one_line_errors():
+        run(parse(arguments))
+
+
+def run(options: Namespace) -> None:
+    """Does what the command line says."""
     folder, study = options.folder.absolute(), options.study
     folder.mkdir(parents=True, exist_ok=True)
-    make_data_set(folder / f"{study.level}_{options.num_train}", options.num_train, study.num_val, 0, study.level)
+    make_data_set(folder / f"{study.level}_{options.num_train}", options.num_train, study.num_val, 0, study.level, 2)
     unseen = folder / f"{study.level}_unseen"
-    make_data_set(unseen, 24, study.num_unseen, 1, study.level)
+    make_data_set(unseen, 24, study.num_unseen, 1, study.level, 2)
     listed = (unseen / "val.csv").read_text().splitlines()
     (unseen / "absolute.csv").write_text("".join(f"{unseen / line}\n" for line in listed))
 
@@ -374,13 +382,8 @@ def main(arguments: Sequence[str]) -> None:
     for name in options.variants:
         done = {row["seed"] for row in rows() if row["variant"] == name}
         seeds = [seed for seed in options.seeds or range(seeds_of(name, study)) if seed not in done]
-        if name == "allocated":  # which differs between the seeds
-            options.known |= {f"{name} of seed {seed}": options.known[name] for seed in seeds}
-            parts = [(f"{name} of seed {seed}", [seed]) for seed in seeds]
-        else:
-            parts = [(name, seeds)] if seeds else []
-        for part, of in parts:
-            found = list(measure(part, of, options))
+        if seeds:
+            found = list(measure(name, seeds, options))
             Console().print(found)
             with appearing(options.json) as half:
                 half.write_text(json.dumps([*rows(), *found], indent=1))
