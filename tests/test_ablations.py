@@ -5,6 +5,8 @@ import controls
 import evidence
 import pytest
 import torch
+import yaml
+from conftest import run_tool
 from torch import nn
 
 from octvideo import Octaves, create_model
@@ -87,13 +89,18 @@ def test_controls_change_what_their_names_say():
     torch.testing.assert_close(blurred[0, 0, 0, 0, :2], clips[0, 0, 0, :2, :2].mean().expand(2))
 
 
-def test_the_study_compares_networks_that_cost_the_same():
+def test_the_study_compares_networks_that_cost_the_same(tmp_path):
     recipe = evidence.STUDIES["hard"].recipe()
     known = evidence.variants(recipe)
     octave, smaller, narrower = (
         evidence.cost_of(known[f"{name} 0.25"], recipe)["macs"] for name in ("octave", "smaller", "narrower")
     )
     assert [smaller, narrower] == pytest.approx([octave, octave], rel=0.05)
+    (tmp_path / "variant.yaml").write_text(yaml.safe_dump(known["ablated: temporal"]))
+    words = ["--cfg=hard_motions", f"--cfg={tmp_path / 'variant.yaml'}", "--print_config"]
+    done = run_tool("train_net.py", *words, PYTHONPATH="experiments")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["model"]["network"]["init_args"]["change"] == "temporal"
     seeds = {name: evidence.seeds_of(name, evidence.STUDIES["few"]) for name in known}
     assert {name for name, count in seeds.items() if count == 1} == {"shuffled", "still", "blurred"}
     assert seeds["ablated: temporal"] == seeds["allocated"] == seeds["smaller 0.5"] == 5
