@@ -76,16 +76,10 @@ def create(
     change: str, name: str, alpha: float, num_classes: int, width: int, downsample: str = "pool", dropout: float = 0.5
 ) -> nn.Module:
     """A network of `create_model` whose octave layers have a change; UserError for one that is not in CHANGES."""
-    zoo: Any = {
-        "alpha": alpha,
-        "num_classes": num_classes,
-        "width": width,
-        "downsample": downsample,
-        "dropout": dropout,
-    }
     if change not in CHANGES:
         raise UserError(f"change must be one of {', '.join(CHANGES)}, got {change!r}")
-    network: Any = create_model(name, **zoo)
+    zoo: Any = {"width": width, "downsample": downsample, "dropout": dropout}
+    network: Any = create_model(name, alpha=alpha, num_classes=num_classes, **zoo)
     if change == "temporal":
         network.octave_options = network.octave_options | {"temporal": True}
         return set_alpha(network, alpha)

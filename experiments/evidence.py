@@ -1,6 +1,6 @@
 """Octave networks and all their controls under one recipe: accuracy over seeds, by group of classes.
 
-python experiments/evidence.py [--study hard,few] [--variants A,B] [--seeds N,M] [--num-train N] [--json FILE]
+python experiments/evidence.py [--study hard|few] [--variants A,B] [--seeds N,M] [--num-train N] [--json FILE]
                                [--folder runs/evidence] [--table FILE] [--plot FILE]
 
 hard  configs/hard_motions.yaml on the hard motions, 5,760 videos; tested on 960 others
@@ -323,11 +323,12 @@ def table_of_sizes(rows: Sequence[Row]) -> Table:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Accuracy over multiply-adds, bytes and time, of all that five seeds were meant for but the strided network."""
+    found = list(summary(rows))
     figure, panels = plt.subplots(1, 3, figsize=(13, 4), sharey=True, layout="constrained")
     families = ("pooled", "octave", "smaller", "narrower", "allocated", "ablated: temporal")
     for panel, (key, label) in zip(panels, (("macs", "MACs"), ("bytes", "bytes"), ("time", "time")), strict=True):
         for color, family in enumerate(families):
-            line = [row for row in summary(rows) if row["variant"].startswith(family)]
+            line = [row for row in found if row["variant"].startswith(family)]
             means = [interval(row["all"]) for row in line]
             y, half = [mean for mean, _ in means], [half for _, half in means]
             panel.errorbar([row[key] for row in line], y, half, marker="o", capsize=3, label=family, color=f"C{color}")
@@ -356,7 +357,9 @@ def parse(arguments: Sequence[str]) -> Namespace:
     options.json = options.json or HERE / "results" / f"evidence_{options.study_name}.json"
     options.recipe = options.study.recipe()
     options.known = variants(options.recipe)
-    options.variants = tuple(map(one_of(options.known, "variant"), options.variants or options.known))
+    options.variants = options.variants or tuple(options.known)
+    if unknown := [name for name in options.variants if name not in options.known]:
+        parser.error(f"no variant {unknown[0]!r}; there are {', '.join(options.known)}")
     return options
 
 

@@ -127,3 +127,13 @@ def test_differences_are_paired_by_seed_and_of_networks_that_cost_the_same():
     assert cells[6] == ["", "+7.5 ± 31.8", "+0.0 ± 0.0", "+12.5"]
     assert cells[7] == ["", "", "-7.5 ± 31.8", "+2.5"]
     assert cells[8] == ["60.0 ± 127.1", "67.5 ± 95.3", "60.0 ± 127.1", "62.5"]
+
+
+def test_mistakes_in_the_study_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "variants", lambda recipe: {"pooled": {}, "allocated": {}})
+    with pytest.raises(SystemExit, match="2"):
+        evidence.main(["--study=few", "--variants=pooled,octave"])
+    assert "no variant 'octave'; there are pooled, allocated" in capsys.readouterr().err
+    options = evidence.parse(["--study=few", f"--folder={tmp_path}"])
+    with pytest.raises(UserError, match="pooled of seed 0 is needed first"):
+        next(evidence.measure("allocated", [0], options))
